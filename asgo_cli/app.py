@@ -1,0 +1,74 @@
+"""The command tree and the one error boundary. Importing it must not import torch: `--help` stays instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from asgo_cli import console, data, demo, export, generate, train, viz
+
+app = typer.Typer(
+    help="Train with, and compare, neural-network optimizers.",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+app.add_typer(train.app, name="train")
+app.command("viz", epilog=viz.EXAMPLES)(viz.viz)
+app.command("export-metrics", epilog=export.EXAMPLES)(export.export_metrics)
+app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"asgo {version('asgo')}")  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())  # noqa: T201
+
+
+def main() -> None:
+    """Run the command line and turn every error into one line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        if os.environ.get("ASGO_DEBUG") == "1":
+            raise
+        code = _report(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report(error: Exception) -> int:
+    from pipelines.errors import AsgoError
+
+    if isinstance(error, AsgoError):
+        console.fail(str(error))
+        return error.exit_code
+    if isinstance(error, TyperException):
+        console.fail(f"{error.format_message()} (see --help)")
+        return error.exit_code
+    if isinstance(error, BrokenPipeError):
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (the reader left: nothing more to say)
+        return 1
+    if isinstance(error, OSError) and error.filename is not None:
+        console.fail(f"{error.filename}: {error.strerror}")
+        return 1
+    console.fail(f"{type(error).__name__}: {error} (ASGO_DEBUG=1 shows where)")
+    return 1

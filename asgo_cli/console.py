@@ -1,0 +1,54 @@
+"""What people see: words on stderr, data on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+words = Console(stderr=True, highlight=False)
+data = Console(highlight=False)
+
+
+def say(message: str) -> None:
+    """One plain line for a person."""
+    words.print(escape(message), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """One line for something that the user should look at."""
+    words.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+
+
+def fail(message: str) -> None:
+    """One line for each problem that stopped the command."""
+    for line in message.splitlines():
+        words.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+
+
+def suggest_next(*commands: str) -> None:
+    """Close a command with the next ones to type."""
+    label = "next:"
+    for command in commands:
+        words.print(f"[dim]{label:<5}[/] [bold]{escape(command)}[/]", soft_wrap=True)
+        label = ""
+
+
+def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
+    """A table on stdout: the first column is text, the others are right-aligned figures."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    data.print(table)
+
+
+def show_json(value: object) -> None:
+    """One JSON document on stdout; figures read back as the same floats, not-finite ones as null."""
+    json.dump(value, sys.stdout, indent=2, allow_nan=False)
+    sys.stdout.write("\n")

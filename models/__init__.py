@@ -1,0 +1,1 @@
+"""The models and functions that the optimizers are compared on."""

@@ -1,0 +1,175 @@
+"""A pre-norm transformer decoder, as in GPT-2."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_INIT_STD = 0.02
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention to earlier positions, with separate query, key and value projections."""
+
+    def __init__(self, d_model: int, n_heads: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.dropout = dropout
+        self.query = nn.Linear(d_model, d_model, bias=bias)
+        self.key = nn.Linear(d_model, d_model, bias=bias)
+        self.value = nn.Linear(d_model, d_model, bias=bias)
+        self.output = nn.Linear(d_model, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, d_model) → (batch, time, d_model)."""
+        attended = functional.scaled_dot_product_attention(
+            self._split_heads(self.query(x)),
+            self._split_heads(self.key(x)),
+            self._split_heads(self.value(x)),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+        )
+        return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """(batch, time, d_model) → (batch, heads, time, d_head)."""
+        batch, time, d_model = x.shape
+        return x.view(batch, time, self.n_heads, d_model // self.n_heads).transpose(1, 2)
+
+
+class FeedForward(nn.Sequential):
+    """Two layers with a GELU between them; (..., d_model) → (..., d_model)."""
+
+    def __init__(self, d_model: int, d_ff: int, bias: bool) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff, bias=bias)
+        self.gelu = nn.GELU()
+        self.down = nn.Linear(d_ff, d_model, bias=bias)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, each added to its normalized input."""
+
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model, bias=bias)
+        self.attention = CausalSelfAttention(d_model, n_heads, bias, dropout)
+        self.feed_forward_norm = nn.LayerNorm(d_model, bias=bias)
+        self.feed_forward = FeedForward(d_model, d_ff, bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, time, d_model) → (batch, time, d_model)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """A decoder that predicts the next token, with learned positions.
+
+    Args:
+        vocab_size: symbols, padding included.
+        context_length: the longest sequence, in tokens.
+        n_layers: blocks.
+        n_heads: attention heads; must divide `d_model`.
+        d_model: width of the residual stream.
+        d_ff: width inside the feed-forward networks.
+        bias: whether linear layers and normalizations have biases.
+        tied_head: whether the output head is the token embedding.
+        dropout: rate on embeddings, attention weights and residual branches while training.
+
+    Raises:
+        ValueError: `n_heads` does not divide `d_model`.
+
+    Initialization is GPT-2's: normal with deviation 0.02, divided by √(2 · n_layers) where a layer writes to the
+    residual stream; biases zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        n_layers: int,
+        n_heads: int,
+        d_model: int,
+        d_ff: int,
+        bias: bool = True,
+        tied_head: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if d_model % n_heads:
+            raise ValueError(f"n_heads={n_heads} does not divide d_model={d_model}")
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(vocab_size, d_model)
+        self.position_embedding = nn.Embedding(context_length, d_model)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, bias, dropout) for _ in range(n_layers))
+        self.norm = nn.LayerNorm(d_model, bias=bias)
+        self.head = nn.Linear(d_model, vocab_size, bias=False)
+        if tied_head:
+            self.head.weight = self.token_embedding.weight
+        self._initialize()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token: (batch, time) integers → (batch, time, vocab_size)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """The output head, under the name that Hugging Face models give it."""
+        return self.head
+
+    def _initialize(self) -> None:
+        residual_std = _INIT_STD / math.sqrt(2 * len(self.blocks))
+        for name, param in self.named_parameters():
+            if name.endswith((".output.weight", ".down.weight")):
+                nn.init.normal_(param, std=residual_std)
+            elif param.ndim == 2:
+                nn.init.normal_(param, std=_INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(param)
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, computed in float32; (batch, time, vocab_size), (batch, time) → ()."""
+    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def sample(
+    model: GPT,
+    prompt: Tensor,
+    *,
+    new_tokens: int,
+    vocab_size: int,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
+) -> Tensor:
+    """Continue a prompt by sampling; (time,) → (time + new_tokens,), on the prompt's device.
+
+    Only the first `vocab_size` symbols are drawn (a model's vocabulary may be padded). Temperature 0 takes the likeliest.
+    The model sees the last `context_length` tokens. `generator` lives on the CPU, so a seed gives the same text on any
+    device up to rounding.
+    """
+    tokens = prompt
+    for _ in range(new_tokens):
+        logits = model(tokens[None, -model.context_length :])[0, -1, :vocab_size].float().cpu()
+        tokens = torch.cat([tokens, _draw(logits, temperature, top_k, generator).to(tokens.device)])
+    return tokens
+
+
+def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(keepdim=True)
+    if top_k is not None and top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
+    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)

@@ -1,0 +1,58 @@
+"""Which parameter of a model takes which rule."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from optim.matrix_optimizer import ADAM_RULE
+
+NamedParams = list[tuple[str, Tensor]]
+
+
+def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Hidden weight matrices in a group for the matrix rule; everything else in a group for Adam.
+
+    Hidden matrices are the two-dimensional parameters and the convolution kernels, without embeddings and the output
+    head. Embeddings (also tied to the head, also positional), the head, biases and gains take Adam.
+    """
+    excluded = {id(param) for param in _embeddings_and_head(model)}
+    kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    matrices: NamedParams = []
+    others: NamedParams = []
+    for name, param in _trainable(model):
+        is_matrix = (param.ndim == 2 or id(param) in kernels) and id(param) not in excluded
+        (matrices if is_matrix else others).append((name, param))
+    return _not_empty({"params": matrices}, {"params": others, **ADAM_RULE})
+
+
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters, with weight decay switched off for those of fewer than two dimensions."""
+    params = _trainable(model)
+    return _not_empty(
+        {"params": [(name, param) for name, param in params if param.ndim >= 2]},
+        {"params": [(name, param) for name, param in params if param.ndim < 2], "weight_decay": 0.0},
+    )
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the model's outputs: `model.get_output_embeddings()`, else its last `nn.Linear`."""
+    if hasattr(model, "get_output_embeddings"):
+        return cast("nn.Module | None", cast(Any, model).get_output_embeddings())
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linears[-1] if linears else None
+
+
+def _embeddings_and_head(model: nn.Module) -> list[Tensor]:
+    head = output_head(model)
+    modules = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    return [param for module in (*modules, *([head] if head else [])) for param in module.parameters()]
+
+
+def _trainable(model: nn.Module) -> NamedParams:
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
+
+
+def _not_empty(*groups: dict[str, Any]) -> list[dict[str, Any]]:
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,81 @@
+"""What each keyword of an optimizer may be, and the error for one that it may not be."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+
+RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
+
+_Rule = tuple[str, Callable[[Any], bool]]
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1 and value.is_floating_point()
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_decay(value: Any) -> bool:
+    return _is_number(value) and 0.0 <= value < 1.0
+
+
+# A learning rate may be a tensor on a device: comparing it with zero would wait for the device.
+_NOT_NEGATIVE: _Rule = (
+    "a finite number >= 0",
+    lambda value: _is_number(value) and (isinstance(value, torch.Tensor) or value >= 0.0),
+)
+_DECAY: _Rule = ("a number in [0, 1)", _is_decay)
+_POSITIVE_COUNT: _Rule = ("a whole number >= 1", lambda value: _is_whole(value) and value >= 1)
+_SCALE: _Rule = ("a finite number > 0", lambda value: _is_number(value) and value > 0.0)
+
+_RULES: dict[str, _Rule] = {
+    "lr": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "increment": _NOT_NEGATIVE,
+    "decrement": _NOT_NEGATIVE,
+    "min_scale": _NOT_NEGATIVE,
+    "max_scale": _SCALE,
+    "momentum": _DECAY,
+    "beta2": _DECAY,
+    "betas": (
+        "two numbers in [0, 1)",
+        lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_decay, value)),
+    ),
+    "nesterov": ("True or False", lambda value: isinstance(value, bool)),
+    "ns_steps": _POSITIVE_COUNT,
+    "root_steps": _POSITIVE_COUNT,
+    "precond_frequency": _POSITIVE_COUNT,
+    "total_steps": _POSITIVE_COUNT,
+    "scale_start_step": ("a whole number >= 0", lambda value: _is_whole(value) and value >= 0),
+    "root_method": (f"one of {', '.join(get_args(RootMethod))}", lambda value: value in get_args(RootMethod)),
+}
+
+
+def check_keywords(values: Mapping[str, Any]) -> None:
+    """Raise `ValueError`, naming keyword and value, for the first value that its keyword cannot take."""
+    for name, value in values.items():
+        wanted, accepts = _RULES.get(name, ("", lambda _: True))
+        if not accepts(value):
+            raise ValueError(f"invalid {name}: {value!r}; it must be {wanted}")
+    if "min_scale" in values:
+        min_scale, max_scale = values["min_scale"], values.get("max_scale", 1.0)
+        if min_scale > max_scale:
+            raise ValueError(f"invalid min_scale: {min_scale!r} is above max_scale, {max_scale!r}")
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+    return ValueError(f"unknown {kind}: {name!r}; {hint}")

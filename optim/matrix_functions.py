@@ -1,0 +1,162 @@
+"""Inverse roots and orthogonalization of stacks of matrices, shape (..., m, m) and (..., m, n).
+
+Every inverse root here gives directions whose eigenvalue is numerically zero no weight, or a bounded one: the gradients
+that made the matrix have no component there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from optim.keywords import RootMethod
+
+_NEWTON_TOLERANCE = 1e-6
+_NEWTON_STEPS = 50
+
+# Polar Express, Amsel et al., arXiv 2505.16932: optimal quintics, the last one forever.
+_POLAR_EXPRESS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+_POLAR_EXPRESS_LAST = (1.875, -1.25, 0.375)
+_NEWTON_SCHULZ = (2.0, -1.5, 0.5)
+_MUON = (3.4445, -4.7750, 2.0315)
+
+
+def inverse_sqrt(matrix: Tensor, method: RootMethod, steps: int, eps: float) -> Tensor:
+    """`V^{-1/2}` of symmetric positive semi-definite matrices, shape (..., m, m), float32 or float64.
+
+    `auto` takes `eigh` on a CPU and `polar_express` elsewhere. `steps` counts the iterations of `polar_express` and
+    `newton_schulz`; `eps` keeps their scale above zero. Where `matrix` is not finite neither is the result.
+    """
+    if method == "auto":
+        method = "eigh" if matrix.device.type == "cpu" else "polar_express"
+    if method == "eigh":
+        return inverse_root_eigh(matrix, 2)
+    if method == "newton":
+        return inverse_root_newton(matrix, 2, eps)
+    coefficients = _polar_express(steps) if method == "polar_express" else [_NEWTON_SCHULZ] * steps
+    return _coupled_inverse_sqrt(matrix, coefficients, eps)
+
+
+def inverse_fourth_root(matrix: Tensor, eps: float) -> Tensor:
+    """`(A + eps I)^{-1/4}` of symmetric positive semi-definite matrices, shape (..., m, m), float32 or float64."""
+    if matrix.device.type == "cpu":
+        return inverse_root_eigh(matrix, 4, ridge=eps)
+    return inverse_root_newton(matrix, 4, eps)
+
+
+def inverse_root_eigh(matrix: Tensor, order: int, ridge: float | None = None) -> Tensor:
+    """`A^{-1/order}` by eigendecomposition, or `(A + ridge I)^{-1/order}` where a ridge is given.
+
+    Without a ridge, eigenvalues within the rounding error of the decomposition, about `√m` units in the last place of
+    the largest, count as zero and give zero.
+    """
+    # LAPACK refuses what is not finite: decompose the identity there, and hand the trouble on.
+    finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    eigenvalues, eigenvectors = torch.linalg.eigh(torch.where(finite, matrix, identity))
+    if ridge is None:
+        rounding = torch.finfo(matrix.dtype).eps * math.sqrt(matrix.shape[-1])
+        is_zero = eigenvalues <= rounding * eigenvalues[..., -1:].clamp_min(0)
+        powers = torch.where(is_zero, 1.0, eigenvalues).pow(-1 / order).masked_fill(is_zero, 0.0)
+    else:
+        powers = (eigenvalues.clamp_min(0) + ridge).pow(-1 / order)
+    root = (eigenvectors * powers[..., None, :]) @ eigenvectors.mT
+    return torch.where(finite, root, torch.nan)
+
+
+def inverse_root_newton(matrix: Tensor, order: int, eps: float) -> Tensor:
+    """`(A + ridge I)^{-1/order}` by the coupled inverse Newton iteration (Guo and Higham, 2006, iteration 6.1).
+
+    Stops at a relative residual of 1e-6, or after 50 steps. The ridge is `eps`, or the rounding error of `A` where that
+    is larger: below it, eigenvalues can come out negative, and the iteration would diverge.
+    """
+    size = matrix.shape[-1]
+    identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    norm = torch.linalg.matrix_norm(matrix)[..., None, None]
+    rounding = torch.finfo(matrix.dtype).eps * math.sqrt(size)
+    damped = matrix + (rounding * norm).clamp_min(eps) * identity
+    start = (1 + order) / (2 * torch.linalg.matrix_norm(damped)[..., None, None])
+    root, residual_matrix = start ** (1 / order) * identity, start * damped
+    with full_float32_products():
+        for _ in range(_NEWTON_STEPS):
+            # Converged matrices stay as they are; asking whether all have converged would make a GPU wait.
+            going = _largest(residual_matrix - identity) > _NEWTON_TOLERANCE
+            if matrix.device.type == "cpu" and not going.any():
+                break
+            factor = ((order + 1) * identity - residual_matrix) / order
+            root = torch.where(going, root @ factor, root)
+            residual_matrix = torch.where(
+                going, torch.linalg.matrix_power(factor, order) @ residual_matrix, residual_matrix
+            )
+    return _symmetrized(root)
+
+
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
+    """The nearest semi-orthogonal matrix to each of (..., m, n), by Muon's quintic Newton–Schulz steps.
+
+    Singular values end between about 0.7 and 1.2, as in Jordan et al., 2024. Computed in bfloat16 on a GPU, whose
+    error is below that of the five steps; in the matrix's own precision on a CPU, where bfloat16 is slower.
+    """
+    a, b, c = _MUON
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    x = wide if wide.device.type == "cpu" else wide.to(torch.bfloat16)
+    x = x / (torch.linalg.matrix_norm(x)[..., None, None] + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    orthogonal: Tensor = x.to(matrix.dtype)
+    return orthogonal if wide is matrix else orthogonal.mT
+
+
+@contextlib.contextmanager
+def full_float32_products() -> Iterator[None]:
+    """Matrix products in true float32: the coupled iterations diverge in TF32 from condition 1e4 on."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _polar_express(steps: int) -> list[tuple[float, float, float]]:
+    """Coefficients of each step; all but the last published ones are damped, against overshooting by rounding."""
+    damped = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS]
+    return [*damped, *[_POLAR_EXPRESS_LAST] * max(0, steps - len(damped))][:steps]
+
+
+def _coupled_inverse_sqrt(matrix: Tensor, coefficients: list[tuple[float, float, float]], eps: float) -> Tensor:
+    """`Z` of the coupled iteration `T = Z Y; Y ← Y p(T); Z ← p(T) Z`, which tends to `V^{-1/2}` from `Z = I`."""
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    scale = 1.01 * torch.linalg.matrix_norm(matrix + eps * identity)[..., None, None]
+    y, z = matrix / scale, identity.expand_as(matrix)
+    with full_float32_products():
+        for index, (a, b, c) in enumerate(coefficients):
+            t = y if index == 0 else z @ y
+            polynomial = b * t + c * t @ t
+            is_last = index == len(coefficients) - 1
+            if not is_last:
+                y = a * y + y @ polynomial
+            z = a * identity + polynomial if index == 0 else a * z + z @ polynomial
+    root: Tensor = _symmetrized(z) / scale.sqrt()
+    return root
+
+
+def _symmetrized(matrix: Tensor) -> Tensor:
+    return (matrix + matrix.mT) / 2
+
+
+def _largest(matrix: Tensor) -> Tensor:
+    return matrix.abs().amax((-2, -1), keepdim=True)

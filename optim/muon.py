@@ -1,0 +1,75 @@
+"""Muon: the momentum, orthogonalized."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from optim.base import Group, State
+from optim.matrix_functions import orthogonalize
+from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, move_average
+
+
+def muon_update(momenta: Tensor, steps: int) -> Tensor:
+    """Orthogonalized momenta, shape (k, m, n), with a root mean square near 0.2."""
+    return UPDATE_RMS * math.sqrt(max(momenta.shape[-2:])) * orthogonalize(momenta, steps)
+
+
+class Muon(MatrixOptimizer):
+    """Momentum orthogonalized by Newton–Schulz, scaled to the root mean square of AdamW's updates.
+
+    At each step, for a gradient `G` of shape (m, n)::
+
+        M ← lerp(M, G, 1 − momentum)
+        U ← 0.2 √max(m, n) · orthogonalize(lerp(G, M, momentum) if nesterov else M)
+        W ← (1 − lr · weight_decay) W − lr · U
+
+    Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaling of Liu et al., arXiv
+    2502.16982. The same as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. State: the momentum.
+
+    Args:
+        params: parameters of two or more dimensions (later ones are flattened into columns), named or not, or groups
+            of them; a group with `rule="adam"` takes any shape.
+        lr: learning rate; AdamW's carry over.
+        momentum: decay rate of the averaged gradient.
+        nesterov: whether the update looks one step of momentum ahead.
+        ns_steps: Newton–Schulz steps.
+        weight_decay: decoupled weight decay, a share of `lr`.
+
+    Raises:
+        ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        ns_steps: int = 5,
+        weight_decay: float = 0.1,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "ns_steps": ns_steps,
+                "weight_decay": weight_decay,
+            },
+        )
+
+    def matrix_state(self, matrix: Tensor, group: Group) -> State:
+        """Momentum (m, n), zeros."""
+        return {"momentum_buffer": torch.zeros_like(matrix)}
+
+    def matrix_updates(self, grads: Tensor, states: list[State], names: list[str], group: Group) -> Tensor:
+        """Orthogonalize a stack of momenta of equal shape."""
+        momenta = move_average(states, "momentum_buffer", grads, 1 - group["momentum"])
+        if group["nesterov"]:
+            momenta = grads.lerp(momenta, group["momentum"])
+        return muon_update(momenta, group["ns_steps"])

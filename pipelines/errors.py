@@ -1,0 +1,24 @@
+"""The errors that a user can cause or meet. Each message is one line: what is wrong, where, what to do."""
+
+from __future__ import annotations
+
+
+class AsgoError(Exception):
+    """Failed at work: the input, the disk or the run itself is at fault (exit code 1)."""
+
+    exit_code = 1
+
+
+class UsageError(AsgoError):
+    """The command or the configuration asks for something that cannot be (exit code 2).
+
+    `str(error)` may hold several lines, one for each problem found.
+    """
+
+    exit_code = 2
+
+
+class RunInterrupted(AsgoError):
+    """Stopped by SIGTERM or SIGINT, with everything saved (exit code 75)."""
+
+    exit_code = 75
