@@ -156,7 +156,7 @@ def sample(
 ) -> Tensor:
     """Continue a prompt by sampling; (time,) → (time + new_tokens,), on the prompt's device.
 
-    Only the first `vocab_size` symbols are drawn (a model's vocabulary may be padded). Temperature 0 takes the likeliest.
+    Only the first `vocab_size` symbols are drawn, since a vocabulary may be padded. Temperature 0 takes the likeliest.
     The model sees the last `context_length` tokens. `generator` lives on the CPU, so a seed gives the same text on any
     device up to rounding.
     """

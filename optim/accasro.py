@@ -33,7 +33,7 @@ def accasro_update(
         grad_flipped = grad_sign * state["last_sign"] < 0
         moment_flipped = old_sign.mul_(state["exp_avg"].sign()) < 0
         torch.where(grad_flipped, saved_scale, scale, out=scale)
-        scale.sub_(moment_flipped, alpha=decrement)
+        scale.add_(moment_flipped, alpha=-decrement)
         torch.where(moment_flipped, scale, saved_scale, out=saved_scale)
         scale.add_(~grad_flipped, alpha=increment * (1.01 - step / total_steps))
         scale.clamp_(min_scale, max_scale)

@@ -26,7 +26,7 @@ def asro_update(
     scale = state["scale"]
     if state["step"] >= scale_start_step:
         flipped = old_sign.mul_(state["exp_avg"].sign()) < 0
-        scale.sub_(flipped, alpha=decrement).clamp_(min_scale, 1.0)
+        scale.add_(flipped, alpha=-decrement).clamp_(min_scale, 1.0)
     return adam_direction(state, betas, eps).mul_(scale)
 
 

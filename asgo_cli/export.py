@@ -1,0 +1,34 @@
+"""`asgo export-metrics`."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asgo_cli import console
+
+EXAMPLES = "Example: `asgo export-metrics runs/ --out metrics.csv`; `--out -` writes to stdout."
+
+
+def export_metrics(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a folder of runs.")],
+    out: Annotated[Path, typer.Option(help="The CSV file to write; - for stdout.")] = Path("metrics.csv"),
+) -> None:
+    """Write recorded losses, learning rates and times as CSV, a row a recorded step."""
+    from pipelines.analysis.export import records, write_csv
+    from pipelines.storage import write_atomically
+
+    rows = records(path)
+    if str(out) == "-":
+        write_csv(rows, sys.stdout)
+        return
+    text = io.StringIO()
+    write_csv(rows, text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, text.getvalue().encode())
+    runs = len({row["run"] for row in rows})
+    console.say(f"{out}: {len(rows):,} rows of {runs} run{'s' * (runs > 1)}")

@@ -1,0 +1,37 @@
+"""`asgo generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asgo_cli.options import Device
+
+EXAMPLES = "Example: `asgo generate runs/tiny-accasro --prompt 'def ' --tokens 200 --temperature 0.8`"
+
+
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest one.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0, help="Below 1 is safer, above 1 wilder; 0 is the likeliest.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K likeliest tokens only.")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    device: Device = "auto",
+) -> None:
+    """Continue a prompt with the model of a checkpoint; the text goes to stdout."""
+    from pipelines import generation
+    from pipelines.config import RuntimeSettings
+
+    text = generation.generate(
+        checkpoint,
+        prompt,
+        new_tokens=tokens,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        runtime=RuntimeSettings.model_validate({"device": device}),
+    )
+    typer.echo(text)

@@ -1,0 +1,11 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+Device = Annotated[
+    Literal["auto", "cuda", "mps", "cpu"], typer.Option(help="Where to compute; auto takes the best at hand.")
+]

@@ -1,0 +1,70 @@
+"""The records of checkpoints and runs as CSV."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO
+
+from pipelines.errors import AsgoError, UsageError
+from pipelines.training.metrics import Row
+
+COLUMNS = (
+    "run", "optimizer", "step", "epoch", "tokens", "samples", "split", "loss", "accuracy", "lr", "grad_norm",
+    "step_ms", "optimizer_ms", "throughput", "elapsed_s",
+)  # fmt: skip
+"""The columns, in order; units are those of `pipelines.training.metrics.Row`."""
+
+
+def records(path: Path) -> list[dict[str, object]]:
+    """One record a row of a checkpoint, a run, or all runs under a folder, with the run's name and optimizer.
+
+    Raises `UsageError` if `path` is none of these, and `AsgoError` if it is damaged.
+    """
+    found = list(_records(path))
+    if not found:
+        raise AsgoError(f"{path}: nothing has been recorded yet")
+    return found
+
+
+def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
+    """Write records with a header; floats are written so that reading them back gives the same float."""
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _records(path: Path) -> Iterator[dict[str, object]]:
+    from pipelines.training.run_folder import RunFolder
+
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such folder; give a checkpoint, a run, or a folder of runs")
+    if (path / "state.json").is_file():
+        yield from _checkpoint_records(path)
+        return
+    runs = [RunFolder(path)] if RunFolder(path).exists() else [RunFolder(found.parent) for found in _configs(path)]
+    if not runs:
+        raise UsageError(f"{path}: neither a checkpoint, nor a run, nor a folder of runs")
+    for run in runs:
+        name = run.path.relative_to(path).as_posix() if run.path != path else path.resolve().name
+        yield from _named(name, run.config().optimizer.name, run.rows())
+
+
+def _configs(path: Path) -> list[Path]:
+    return sorted(found for found in path.rglob("config.json") if (found.parent / "metrics.jsonl").is_file())
+
+
+def _checkpoint_records(folder: Path) -> Iterator[dict[str, object]]:
+    from pipelines.training.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    # <run>/checkpoints/step-00000100; a checkpoint copied elsewhere goes by its own name.
+    resolved = folder.resolve()
+    name = resolved.parents[1].name if resolved.parent.name == "checkpoints" else resolved.name
+    yield from _named(name, checkpoint.config().optimizer.name, checkpoint.rows())
+
+
+def _named(name: str, optimizer: str, rows: list[Row]) -> Iterator[dict[str, object]]:
+    for row in rows:
+        yield {"run": name, "optimizer": optimizer, **row}

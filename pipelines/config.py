@@ -1,0 +1,290 @@
+"""Every setting of a run, validated. Free of torch, so that a command can refuse a bad one at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    """A table of settings: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ASGOSettings(Settings):
+    """Keywords of `optim.ASGO`."""
+
+    name: Literal["asgo"]
+    lr: NonNegativeFloat = 1e-2
+    momentum: Decay = 0.9
+    beta2: Decay = 0.8
+    eps: NonNegativeFloat = 1e-10
+    weight_decay: NonNegativeFloat = 0.1
+    root_method: Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"] = "auto"
+    root_steps: PositiveInt = 10
+    precond_frequency: PositiveInt = 1
+
+
+class DASGOSettings(Settings):
+    """Keywords of `optim.DASGO`."""
+
+    name: Literal["dasgo"]
+    lr: NonNegativeFloat = 1e-2
+    momentum: Decay = 0.9
+    beta2: Decay = 0.95
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+
+
+class MuonSettings(Settings):
+    """Keywords of `optim.Muon`."""
+
+    name: Literal["muon"]
+    lr: NonNegativeFloat = 1e-2
+    momentum: Decay = 0.9
+    nesterov: bool = False
+    ns_steps: PositiveInt = 5
+    weight_decay: NonNegativeFloat = 0.1
+
+
+class ShampooSettings(Settings):
+    """Keywords of `optim.Shampoo`."""
+
+    name: Literal["shampoo"]
+    lr: NonNegativeFloat = 5e-3
+    momentum: Decay = 0.9
+    beta2: Decay = 0.999
+    eps: NonNegativeFloat = 1e-10
+    weight_decay: NonNegativeFloat = 0.1
+    precond_frequency: PositiveInt = 1
+
+
+class AsroSettings(Settings):
+    """Keywords of `optim.Asro`."""
+
+    name: Literal["asro"]
+    lr: NonNegativeFloat
+    decrement: NonNegativeFloat
+    min_scale: Fraction
+    scale_start_step: NonNegativeInt = 0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class AccAsroSettings(Settings):
+    """Keywords of `optim.AccAsro`; `total_steps` is the run's."""
+
+    name: Literal["accasro"]
+    lr: NonNegativeFloat
+    increment: NonNegativeFloat
+    decrement: NonNegativeFloat
+    max_scale: Positive
+    min_scale: NonNegativeFloat
+    scale_start_step: NonNegativeInt = 0
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _scales_are_ordered(self) -> Self:
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale={self.min_scale} is above max_scale={self.max_scale}")
+        return self
+
+
+class AdamSettings(Settings):
+    """Keywords of `torch.optim.Adam` and its family."""
+
+    name: Literal["adam", "adamw", "amsgrad", "radam"]
+    lr: NonNegativeFloat
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class RMSpropSettings(Settings):
+    """Keywords of `torch.optim.RMSprop`."""
+
+    name: Literal["rmsprop"]
+    lr: NonNegativeFloat
+    alpha: Decay = 0.99
+    eps: NonNegativeFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class AdagradSettings(Settings):
+    """Keywords of `torch.optim.Adagrad`."""
+
+    name: Literal["adagrad"]
+    lr: NonNegativeFloat
+    eps: NonNegativeFloat = 1e-10
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class SGDSettings(Settings):
+    """Keywords of `torch.optim.SGD`."""
+
+    name: Literal["sgd-momentum", "sgd-nesterov"]
+    lr: NonNegativeFloat
+    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    weight_decay: NonNegativeFloat = 0.0
+
+
+OptimizerSettings = Annotated[
+    ASGOSettings
+    | DASGOSettings
+    | MuonSettings
+    | ShampooSettings
+    | AsroSettings
+    | AccAsroSettings
+    | AdamSettings
+    | RMSpropSettings
+    | AdagradSettings
+    | SGDSettings,
+    Field(discriminator="name"),
+]
+
+
+class GPTSettings(Settings):
+    """Shape of `models.gpt.GPT`; the vocabulary comes with the data."""
+
+    context_length: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    d_model: PositiveInt
+    d_ff: PositiveInt
+    bias: bool = True
+    tied_head: bool = True
+    dropout: Decay = 0.0
+    vocab_multiple: PositiveInt = 1
+    """The vocabulary is padded to a multiple of this."""
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
+        return self
+
+
+class DataSettings(Settings):
+    """Where the token shards are."""
+
+    folder: str
+
+
+class ScheduleSettings(Settings):
+    """The learning rate over time, as a share of the optimizer's `lr`."""
+
+    kind: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up; the first step's rate is 0."""
+    warmup_fraction: Decay = 0.0
+    """The same as a share of all steps."""
+    final_lr_fraction: Fraction = 0.0
+    """Where `cosine` and `linear` end, as a share of `lr`."""
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        if self.warmup_steps and self.warmup_fraction:
+            raise ValueError("give warmup_steps or warmup_fraction, not both")
+        return self
+
+
+class TrainingSettings(Settings):
+    """What a step is, and how many there are."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    """Sequences (or images) a step, over all processes and accumulation."""
+    micro_batch_size: PositiveInt | None = None
+    """Sequences a forward pass in one process; the whole batch if absent."""
+    max_grad_norm: Positive | None = None
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+    @model_validator(mode="after")
+    def _micro_batches_fill_the_batch(self) -> Self:
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+        return self
+
+
+class EvaluationSettings(Settings):
+    """When to validate, and on how much."""
+
+    every: PositiveInt
+    """Steps from one validation to the next; the first is before the first step, the last after the last."""
+    batches: PositiveInt | None = None
+    """Micro-batches of validation data, always the same ones; all of it if absent."""
+
+
+class MetricsSettings(Settings):
+    """What is recorded while training."""
+
+    every: PositiveInt = 1
+    """Steps from one recorded training loss to the next."""
+
+
+class CheckpointSettings(Settings):
+    """When to save, and how much to keep."""
+
+    every: PositiveInt
+    """Steps from one checkpoint to the next; the last step is always saved."""
+    keep: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
+
+
+class RuntimeSettings(Settings):
+    """How the run is carried out; these may change when it is resumed."""
+
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    compile: bool = False
+
+
+class RunConfig(Settings):
+    """Everything that determines a training run."""
+
+    task: Literal["gpt"]
+    preset: str
+    seed: NonNegativeInt = 42
+    data: DataSettings
+    model: GPTSettings
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings = ScheduleSettings()
+    training: TrainingSettings
+    evaluation: EvaluationSettings
+    metrics: MetricsSettings = MetricsSettings()
+    checkpoint: CheckpointSettings
+    runtime: RuntimeSettings = RuntimeSettings()
+
+    def optimizer_keywords(self) -> dict[str, Any]:
+        """The optimizer's settings as keywords of its constructor."""
+        return self.optimizer.model_dump(exclude={"name"})
+
+
+MAY_CHANGE_ON_RESUME = ("data.folder", "checkpoint.", "runtime.")
+"""Dotted keys, or prefixes of keys, in which a resumed run may differ from the one it continues."""
+
+
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one table of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
+    """One line for each setting that keeps `asked` from continuing a run of `saved`."""
+    old, new = flatten(saved.model_dump(mode="json")), flatten(asked.model_dump(mode="json"))
+    keys = [key for key in {**old, **new} if not key.startswith(MAY_CHANGE_ON_RESUME)]
+    return [f"{key} is {old.get(key)} in the run, {new.get(key)} now" for key in keys if old.get(key) != new.get(key)]

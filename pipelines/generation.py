@@ -1,0 +1,61 @@
+"""Text from a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from models.gpt import sample
+from pipelines.config import RuntimeSettings
+from pipelines.data.tokenizers import build_tokenizer
+from pipelines.errors import AsgoError
+from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from pipelines.training.device import pick_device
+from pipelines.training.gpt_task import build_gpt
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.state import require_same_names
+
+
+def generate(
+    path: Path,
+    prompt: str,
+    *,
+    new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    seed: int,
+    runtime: RuntimeSettings,
+) -> str:
+    """Continue a prompt with the model of a checkpoint, or of a run's newest one; returns prompt and continuation.
+
+    Raises `AsgoError` if there is no good checkpoint or the tokenizer does not know a character of the prompt.
+    """
+    checkpoint = _find(path)
+    device = pick_device(runtime)
+    tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
+    model = build_gpt(checkpoint.config().model, tokenizer.vocab_size)
+    tensors = checkpoint.model_tensors()
+    require_same_names(dict(model.named_parameters()), tensors, str(checkpoint.folder))
+    model.load_state_dict(tensors, strict=False)  # a tied head is saved once, under the embedding's name
+    model.to(device).eval()
+    tokens = sample(
+        model,
+        torch.tensor([tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()], device=device),
+        new_tokens=new_tokens,
+        vocab_size=tokenizer.vocab_size,
+        temperature=temperature,
+        top_k=top_k,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return tokenizer.decode(tokens[1:].tolist())
+
+
+def _find(path: Path) -> Checkpoint:
+    run = RunFolder(path)
+    if not run.exists():
+        return open_checkpoint(path)
+    checkpoint, skipped = newest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
+    return checkpoint

@@ -1,0 +1,239 @@
+"""Preset, configuration file, flags and `--set`, laid over each other into one validated `RunConfig`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipelines.config import OptimizerSettings, RunConfig, ScheduleSettings, flatten
+from pipelines.errors import UsageError
+
+_OPTIMIZER_MODELS: tuple[type[BaseModel], ...] = get_args(get_args(OptimizerSettings)[0])
+_MODEL_BY_OPTIMIZER = {
+    name: model for model in _OPTIMIZER_MODELS for name in get_args(model.model_fields["name"].annotation)
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Settings from one place, by dotted key; later layers win over earlier ones."""
+
+    source: str
+    values: Mapping[str, Any]
+
+    def for_optimizer(self, name: str) -> dict[str, Any]:
+        """The settings without the `optimizers` tables, but with those of `name` laid over them."""
+        general = {key: value for key, value in self.values.items() if not key.startswith("optimizers.")}
+        specific = {}
+        prefix = f"optimizers.{name}."
+        for key, value in self.values.items():
+            if key.startswith(prefix):
+                rest = key.removeprefix(prefix)
+                specific[rest if rest.startswith("schedule.") else f"optimizer.{rest}"] = value
+        return {**general, **specific}
+
+
+def preset_names(task: str) -> list[str]:
+    """Presets of a task, by name."""
+    names = (Path(entry.name) for entry in (resources.files("pipelines") / "presets").iterdir())
+    return sorted(name.stem for name in names if name.suffix == ".toml" and read_preset(name.stem).get("task") == task)
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The TOML tables of a preset."""
+    return tomllib.loads((resources.files("pipelines") / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def preset_layer(task: str, name: str) -> Layer:
+    """A preset as the lowest layer; `UsageError` if there is none of that name for the task."""
+    known = preset_names(task)
+    if name not in known:
+        raise UsageError(f"--preset: unknown preset {name!r}; {_hint(name, known)}")
+    return Layer(f"preset {name}", {**flatten(read_preset(name)), "preset": name})
+
+
+def file_layer(path: Path) -> Layer:
+    """A TOML file as a layer; `UsageError` if it cannot be read."""
+    try:
+        return Layer(str(path), flatten(tomllib.loads(path.read_text(encoding="utf-8"))))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid TOML: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from None
+
+
+def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
+    """The configuration of a run as the lowest layer, or None where no run was begun.
+
+    `UsageError` if the run has another optimizer than the one asked for: nothing of its settings would fit.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+        values = {key: value for key, value in flatten(saved).items() if value is not None}
+        trained_with = values["optimizer.name"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{path}: not a configuration that asgo wrote") from None
+    if optimizer not in (None, trained_with):
+        raise UsageError(f"{run}: holds a run with {trained_with}, not {optimizer}; choose another --out")
+    return Layer(str(path), values)
+
+
+def assignment_layer(assignments: Sequence[str]) -> Layer:
+    """`key=value` texts as a layer; values are TOML, or plain text where they are not."""
+    values: dict[str, Any] = {}
+    problems = []
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"--set {text}: write it as key=value, such as training.steps=100")
+        else:
+            values.update(flatten({key.strip(): _parse_value(value.strip())}))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Layer("--set", values)
+
+
+def resolve(layers: Sequence[Layer]) -> RunConfig:
+    """One configuration from layers, lowest first; `UsageError` with a line for every problem in any of them."""
+    name = next((layer.values["optimizer.name"] for layer in reversed(layers) if "optimizer.name" in layer.values), "")
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        for key, value in layer.for_optimizer(str(name)).items():
+            values[key] = value
+            sources.pop(key, None)  # the order of sources is the order of layers
+            sources[key] = layer.source
+    problems = [problem for layer in layers for problem in _table_problems(layer, str(name))]
+    nested, conflicts = _nest(values, sources)
+    try:
+        config = RunConfig.model_validate(nested)
+    except ValidationError as error:
+        problems += [_explain(details, sources, RunConfig) for details in error.errors()]
+    if problems or conflicts:
+        raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
+    return config
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Dotted keys as nested tables, and a line for each key that is both a value and a table."""
+    nested: dict[str, Any] = {}
+    conflicts = []
+    for key, value in values.items():
+        *tables, last = key.split(".")
+        table = nested
+        for part in tables:
+            inner = table.setdefault(part, {})
+            if not isinstance(inner, dict):
+                conflicts.append(f"{sources[key]}: {key}: {part} is set to {inner!r} elsewhere, so it has no keys")
+                break
+            table = inner
+        else:
+            table[last] = value
+    return nested, conflicts
+
+
+def _table_problems(layer: Layer, chosen: str) -> list[str]:
+    """What is wrong in the tables of the optimizers that are not chosen: a typo there would wait for another day."""
+    problems = []
+    names = dict.fromkeys(key.split(".")[1] for key in layer.values if key.startswith("optimizers."))
+    for name in names:
+        prefix = f"optimizers.{name}"
+        if name not in _MODEL_BY_OPTIMIZER:
+            problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, _MODEL_BY_OPTIMIZER)}")
+        elif name != chosen:
+            problems += _problems_in_table(layer, name, prefix)
+    return problems
+
+
+def _problems_in_table(layer: Layer, name: str, prefix: str) -> list[str]:
+    table = _nest({key: layer.values[key] for key in layer.values if key.startswith(f"{prefix}.")}, {})[0]
+    settings = table["optimizers"][name]
+    schedule = settings.pop("schedule", {})
+    checks: tuple[tuple[Any, type[BaseModel], dict[str, Any], str], ...] = (
+        (_MODEL_BY_OPTIMIZER[name], _MODEL_BY_OPTIMIZER[name], {"name": name, **settings}, prefix),
+        (ScheduleSettings, ScheduleSettings, schedule, f"{prefix}.schedule"),
+    )
+    problems = []
+    for kind, model, values, place in checks:
+        try:
+            TypeAdapter(kind).validate_python(values)
+        except ValidationError as error:
+            found = [details for details in error.errors() if details["type"] != "missing"]
+            problems += [_explain(details, {}, model, layer.source, f"{place}.") for details in found]
+    return problems
+
+
+def _explain(
+    details: ErrorDetails, sources: Mapping[str, str], model: type[BaseModel], source: str = "", place: str = ""
+) -> str:
+    """One line for one of pydantic's errors: where, which key, what is wrong, what to do."""
+    loc = [str(part) for part in details["loc"]]
+    if loc[:1] == ["optimizer"] and len(loc) > 1 and model is RunConfig:
+        del loc[1]  # pydantic names the member of the union there
+    key = ".".join(loc)
+    origin = source or _origin(key, sources)
+    where = f"{origin}: {place}{key}" if key else f"{origin}: {place.rstrip('.')}"
+    kind, value = details["type"], details["input"]
+    if kind == "missing":
+        return f"{place}{key} is missing: set it with --set {place}{key}=VALUE or in a --config file"
+    if kind == "extra_forbidden":
+        siblings = _fields_beside(model, loc, details["loc"])
+        return f"{where}: unknown key; {_hint(loc[-1], siblings)}"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        name = value.get("name", "") if isinstance(value, dict) else value
+        hint = _hint(str(name), _MODEL_BY_OPTIMIZER)
+        return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}"
+    if kind == "value_error":
+        return f"{where}: {details['msg'].removeprefix('Value error, ')}"
+    message = details["msg"].removeprefix("Input ")
+    nearest = _nearest_literal(details, value)
+    return f"{where} = {value!r}: {message}{nearest}"
+
+
+def _origin(key: str, sources: Mapping[str, str]) -> str:
+    """The layer that set a key, or any key under it."""
+    found = [source for name, source in sources.items() if name == key or name.startswith(f"{key}.")]
+    return found[-1] if found else "configuration"
+
+
+def _fields_beside(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the table of an unknown key does have."""
+    for part in loc[:-1]:
+        if part == "optimizer":
+            model = _MODEL_BY_OPTIMIZER[str(raw_loc[1])]
+        else:
+            model = cast(type[BaseModel], model.model_fields[part].annotation)
+    return [name for name in model.model_fields if name not in ("name", "preset", "task")]
+
+
+def _nearest_literal(details: ErrorDetails, value: object) -> str:
+    if details["type"] != "literal_error" or not isinstance(value, str):
+        return ""
+    choices = [choice.strip(" '") for choice in details["ctx"]["expected"].replace(" or ", ",").split(",")]
+    nearest = difflib.get_close_matches(value, choices, n=1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"

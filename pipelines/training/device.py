@@ -1,0 +1,50 @@
+"""Which device a run uses, in which precision, and what a machine is called in a run's records."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from typing import Literal
+
+import torch
+
+from pipelines.config import RuntimeSettings, TrainingSettings
+from pipelines.errors import UsageError
+
+
+def pick_device(runtime: RuntimeSettings) -> torch.device:
+    """The device asked for, or the best at hand; `UsageError` if it is not there."""
+    available = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
+    if runtime.device == "auto":
+        return torch.device(available[0])
+    if runtime.device not in available:
+        raise UsageError(f"--device {runtime.device}: not on this machine, which has {', '.join(available)}")
+    return torch.device(runtime.device)
+
+
+def pick_precision(training: TrainingSettings, device: torch.device) -> torch.dtype:
+    """The dtype of the forward pass: `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    if training.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
+    """Run the forward pass in `dtype`; weights stay in float32."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work, so that a clock can be read."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def describe_device(device: torch.device) -> str:
+    """The device by the name on its box."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    kind: Literal["GPU", "CPU"] = "GPU" if device.type == "mps" else "CPU"
+    return f"{platform.machine()} {kind}, {torch.get_num_threads()} threads" if kind == "CPU" else "Apple GPU"

@@ -1,0 +1,197 @@
+"""The training loop: evaluate → save → stop? → accumulate gradients → clip → schedule → optimizer step → log."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.config import RunConfig
+from pipelines.errors import AsgoError, RunInterrupted
+from pipelines.training.checkpoint import checkpoint_folders, save_checkpoint
+from pipelines.training.metrics import Row, Split
+from pipelines.training.reporter import Reporter
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.schedule import lr_factor
+from pipelines.training.state import TrainState
+from pipelines.training.stopping import StopRequest
+from pipelines.training.task import Task
+
+_NAMES_SHOWN = 5
+
+
+@dataclass
+class Run:
+    """A training run under way: what `fit` works with."""
+
+    task: Task
+    config: RunConfig
+    folder: RunFolder
+    state: TrainState
+    reporter: Reporter
+    stop: StopRequest
+    saved: tuple[int, int] | None = None
+    """Step and number of records of the newest checkpoint."""
+
+
+def fit(run: Run) -> None:
+    """Train until the last step.
+
+    Raises:
+        RunInterrupted: a signal asked to stop; the run is saved.
+        AsgoError: a loss or gradient is not finite (the weights are those before it), or the disk refuses.
+    """
+    config, state = run.config, run.state
+    while True:
+        if _due(state.step, config.evaluation.every, config) and not state.validated():
+            evaluate(run)
+        if run.stop or (state.step > 0 and _due(state.step, config.checkpoint.every, config)):
+            save(run)
+        if run.stop:
+            raise RunInterrupted(
+                f"{run.stop.signal_name} at step {state.step}: saved; continue with --resume --out {run.folder.path}"
+            )
+        if state.step == config.training.steps:
+            return
+        state.clock.run()
+        loss, grad_norm, lr = train_step(run)
+        state.step += 1
+        if _due(state.step, config.metrics.every, config):
+            log(run, loss, grad_norm, lr)
+
+
+def evaluate(run: Run) -> None:
+    """Record the validation figures of the model as it is, unless told to stop meanwhile."""
+    run.state.clock.pause()
+    figures = run.task.evaluate(lambda: bool(run.stop))
+    if figures is not None:
+        row = _row(run, "val", **figures)
+        _record(run, row)
+        run.reporter.validated(row)
+
+
+def save(run: Run) -> None:
+    """Write a checkpoint, unless the newest one already holds all there is."""
+    run.state.clock.pause()
+    now = (run.state.step, len(run.state.rows))
+    if now == run.saved:
+        return
+    row = _row(run, "train")
+    try:
+        save_checkpoint(
+            run.folder.checkpoints,
+            run.state,
+            run.config,
+            run.task.description(),
+            samples=row["samples"],
+            tokens=row["tokens"],
+            epoch=row["epoch"],
+        )
+    except OSError as error:
+        raise AsgoError(
+            f"{run.folder.checkpoints}: could not save step {run.state.step}: {error.strerror}; {_last_good(run)}"
+        ) from error
+    run.saved = now
+
+
+def train_step(run: Run) -> tuple[float, float, float]:
+    """One update from one global batch; returns its loss, the norm of its gradient, and its learning rate."""
+    config, state = run.config, run.state
+    factor = lr_factor(config.schedule, state.step, config.training.steps)
+    loss = accumulate_gradients(run)
+    grad_norm = _clip(run)
+    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one wait for the device in a step
+    _refuse_not_finite(run, loss_value, norm_value, factor)
+    for group in state.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    with state.clock.optimizer():
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    state.optimizer.zero_grad()
+    return loss_value, norm_value, state.optimizer.param_groups[0]["lr"]
+
+
+def accumulate_gradients(run: Run) -> Tensor:
+    """Backpropagate every micro-batch of the step; returns the mean loss, shape ()."""
+    training = run.config.training
+    parts = training.batch_size // (training.micro_batch_size or training.batch_size)
+    total = torch.zeros((), device=run.state.clock.device)
+    for batch in run.task.micro_batches(run.state.step):
+        loss = run.task.loss(batch) / parts
+        torch.autograd.backward(run.state.scaler.scale(loss))
+        total += loss.detach()
+    return total
+
+
+def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
+    """Record the step just made."""
+    lap = run.state.clock.lap()
+    row = _row(run, "train", loss=loss, lr=lr, step_ms=lap.step_ms, optimizer_ms=lap.optimizer_ms)
+    if math.isfinite(grad_norm):
+        row["grad_norm"] = grad_norm
+    row["throughput"] = run.config.training.batch_size * run.task.tokens_per_sample / (lap.step_ms / 1e3)
+    _record(run, row)
+    run.reporter.trained(row)
+
+
+def _due(step: int, every: int, config: RunConfig) -> bool:
+    return step % every == 0 or step == config.training.steps
+
+
+def _clip(run: Run) -> Tensor:
+    """Clip the gradient to its largest norm, if there is one; returns the norm before, shape ()."""
+    state, max_norm = run.state, run.config.training.max_grad_norm
+    state.scaler.unscale_(state.optimizer)
+    params = [param for param in state.model.parameters() if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
+    return norm
+
+
+def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -> None:
+    """`AsgoError` before the weights change; gradients that overflow under a loss scale are skipped by the scaler."""
+    scaling = run.state.scaler.is_enabled() and run.state.scaler.get_scale() >= 1.0
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or scaling):
+        return
+    lr = run.state.optimizer.param_groups[0]["initial_lr"] * factor
+    names = [
+        name
+        for name, param in run.state.model.named_parameters()
+        if param.grad is not None and not param.grad.isfinite().all()
+    ]
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN))
+    raise AsgoError(
+        f"step {run.state.step + 1}: the loss is {loss}, its gradient's norm {grad_norm}, at learning rate {lr:g}; "
+        f"gradients that are not finite: {shown or 'none'}; the weights were not changed; {_last_good(run)}; "
+        "try a lower --lr"
+    )
+
+
+def _last_good(run: Run) -> str:
+    folders: list[Path] = checkpoint_folders(run.folder.checkpoints)
+    return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+
+
+def _row(run: Run, split: Split, **figures: float) -> Row:
+    samples = run.state.step * run.config.training.batch_size
+    counts = Row(
+        step=run.state.step,
+        tokens=samples * run.task.tokens_per_sample,
+        samples=samples,
+        split=split,
+        epoch=run.task.epoch_at(run.state.step),
+        elapsed_s=run.state.clock.elapsed_s,
+    )
+    return Row(**{**counts, **figures})  # type: ignore[typeddict-item]
+
+
+def _record(run: Run, row: Row) -> None:
+    run.state.rows.append(row)
+    try:
+        run.folder.append(row)
+    except OSError as error:
+        raise AsgoError(f"{run.folder.metrics_path}: {error.strerror}; {_last_good(run)}") from error

@@ -1,0 +1,90 @@
+"""The recorded figures of a run: in memory, as JSON lines, and as the columns of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypedDict, cast
+
+import numpy as np
+
+from pipelines.errors import AsgoError
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, ...] = ("train", "val")
+INTEGERS = ("step", "tokens", "samples")
+FIGURES = ("epoch", "loss", "accuracy", "lr", "grad_norm", "step_ms", "optimizer_ms", "throughput", "elapsed_s")
+
+
+class Row(TypedDict, total=False):
+    """One record. A `train` row is the update that made `step`; a `val` row is the model after `step` updates.
+
+    `epoch` counts passes over the data; `loss` is in nats a token; `accuracy` a share; `step_ms` and `optimizer_ms` are
+    means since the last training row, without evaluation and saving; `throughput` is in tokens (or images) a second
+    over the same time; `elapsed_s` is the time spent in training steps since the run began, over all resumes.
+    """
+
+    step: int
+    tokens: int
+    samples: int
+    split: Split
+    epoch: float
+    loss: float
+    accuracy: float
+    lr: float
+    grad_norm: float
+    step_ms: float
+    optimizer_ms: float
+    throughput: float
+    elapsed_s: float
+
+
+def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
+    """Rows as arrays of equal length: int64 for counts, float64 for figures with NaN where there is none."""
+    columns: dict[str, np.ndarray[Any, Any]] = {
+        "split": np.array([SPLITS.index(row["split"]) for row in rows], np.uint8)
+    }
+    for key in INTEGERS:
+        columns[key] = np.array([row[key] for row in rows], np.int64)  # type: ignore[literal-required]
+    for key in FIGURES:
+        columns[key] = np.array([row.get(key, np.nan) for row in rows], np.float64)
+    return columns
+
+
+def columns_to_rows(columns: dict[str, np.ndarray[Any, Any]]) -> list[Row]:
+    """The inverse of `rows_to_columns`."""
+    rows: list[Row] = [{"split": SPLITS[code]} for code in columns["split"]]
+    for key in (*INTEGERS, *FIGURES):
+        for row, value in zip(rows, columns[key].tolist(), strict=True):
+            if value == value:  # not NaN
+                row[key] = value  # type: ignore[literal-required]
+    return rows
+
+
+def to_line(row: Row) -> str:
+    """A row as one line of JSON, with columns in the order of the CSV; floats read back as the same floats."""
+    return json.dumps({key: row[key] for key in Row.__annotations__ if key in row}) + "\n"  # type: ignore[literal-required]
+
+
+def to_lines(rows: Iterable[Row]) -> bytes:
+    """Rows as the content of a metrics file."""
+    return "".join(map(to_line, rows)).encode()
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The rows of a metrics file. A last line without its end was torn by a kill, and is dropped.
+
+    Raises `AsgoError` for any other line that is not a row.
+    """
+    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not (isinstance(row, dict) and {"split", *INTEGERS} <= row.keys() <= Row.__annotations__.keys()):
+                raise ValueError(line)
+            rows.append(cast(Row, row))
+        except ValueError:
+            raise AsgoError(f"{path}:{number}: not a line of metrics; remove the line to read the rest") from None
+    return rows

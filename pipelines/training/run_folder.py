@@ -1,0 +1,119 @@
+"""The folder of a run: its configuration, its metrics and its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from pydantic import ValidationError
+
+from pipelines.config import RunConfig
+from pipelines.errors import AsgoError, UsageError
+from pipelines.storage import write_atomically
+from pipelines.training.metrics import Row, read_lines, to_line, to_lines
+
+_RECORDED_PACKAGES = ("asgo", "torch", "numpy", "safetensors", "tiktoken")
+
+
+class RunFolder:
+    """Paths and writing; what is inside is described in the README."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self._metrics: IO[str] | None = None
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration; a folder without it is no run."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The records, a JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return self.config_path.is_file()
+
+    def config(self) -> RunConfig:
+        """The configuration that the run was begun with."""
+        try:
+            return RunConfig.model_validate(json.loads(self.config_path.read_text(encoding="utf-8"))["config"])
+        except (ValueError, KeyError, TypeError, ValidationError):
+            raise AsgoError(f"{self.config_path}: not a configuration that this version of asgo can read") from None
+
+    def rows(self) -> list[Row]:
+        """The records so far."""
+        return read_lines(self.metrics_path) if self.metrics_path.is_file() else []
+
+    def begin(self, config: RunConfig, description: dict[str, Any], device: str) -> None:
+        """Make the folder, and record what the run is."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        record = {"config": config.model_dump(mode="json"), "data": description, "environment": environment(device)}
+        write_atomically(self.config_path, (json.dumps(record, indent=1) + "\n").encode())
+
+    def continue_from(self, rows: list[Row]) -> None:
+        """Make the metrics file hold exactly `rows`, and open it for more."""
+        write_atomically(self.metrics_path, to_lines(rows))
+        self._metrics = self.metrics_path.open("a", encoding="utf-8")
+
+    def append(self, row: Row) -> None:
+        """Add a record, in one write that readers see at once."""
+        assert self._metrics is not None
+        self._metrics.write(to_line(row))
+        self._metrics.flush()
+
+    def close(self) -> None:
+        """Close the metrics file."""
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def refuse_existing(folder: RunFolder) -> None:
+    """`UsageError` if a new run cannot begin in the folder."""
+    if folder.exists():
+        raise UsageError(f"{folder.path}: holds a run already; continue it with --resume, or choose another --out")
+    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        # A run killed before its first record leaves an empty `checkpoints`, or a configuration half-written.
+        left = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else {"a file"}
+        if not left <= {"checkpoints", ".config.json.partial"}:
+            raise UsageError(f"{folder.path}: exists and is not a run; choose another --out")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, code and machine, for the record."""
+    return {
+        "device": device,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in _RECORDED_PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this source code, if it runs from a checkout; marked where files were changed since."""
+    source = Path(__file__).resolve().parents[2]
+    if not (source / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip()

@@ -1,0 +1,37 @@
+"""What the training loop needs to know of a task; the only thing that differs between GPT and ImageNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, ...]
+
+
+class Task(Protocol):
+    """Data, model and loss of a training run."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model under training, on its device."""
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Tokens in one row of a batch; 1 for an image."""
+
+    def micro_batches(self, step: int) -> Iterable[Batch]:
+        """The batch of a step (0-based), in equal parts, on the host; a pure function of the step."""
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean loss of a micro-batch on the model's device, shape ()."""
+
+    def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
+        """Figures of the validation data, always the same; None if told to stop before the end."""
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the training data after `step` steps."""
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint must know of the data: JSON values, with `fingerprint` for its content."""

@@ -1,0 +1,117 @@
+"""A training run from its configuration: build everything, begin or continue the folder, fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from optim import build_optimizer
+from pipelines.config import RunConfig, differences
+from pipelines.errors import UsageError
+from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, remove_leftovers, restore
+from pipelines.training.clock import StepClock
+from pipelines.training.device import describe_device, pick_device, pick_precision
+from pipelines.training.gpt_task import GPTTask
+from pipelines.training.loop import Run, fit
+from pipelines.training.metrics import Row
+from pipelines.training.reporter import Reporter
+from pipelines.training.run_folder import RunFolder, refuse_existing
+from pipelines.training.state import TrainState
+from pipelines.training.stopping import stop_on_signals
+from pipelines.training.task import Task
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, before it does it."""
+
+    parameters: int
+    tokens_per_step: int
+    micro_batches: int
+    epochs: float
+    device: str
+    precision: str
+
+
+def plan(config: RunConfig) -> Plan:
+    """Open the data, build the model, and count; nothing is written."""
+    device = pick_device(config.runtime)
+    task = GPTTask(config, torch.device("cpu"))
+    training = config.training
+    return Plan(
+        parameters=sum(param.numel() for param in task.model.parameters()),
+        tokens_per_step=training.batch_size * task.tokens_per_sample,
+        micro_batches=training.batch_size // (training.micro_batch_size or training.batch_size),
+        epochs=task.epoch_at(training.steps),
+        device=describe_device(device),
+        precision=str(pick_precision(training, device)).removeprefix("torch."),
+    )
+
+
+def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = False) -> list[Row]:
+    """Train in the folder `out`, from the beginning or from its newest good checkpoint; returns all records.
+
+    Raises:
+        UsageError: the folder holds a run and `resume` is false, or its configuration or data differ.
+        RunInterrupted: stopped by a signal, and saved.
+        AsgoError: the run failed; see `fit`.
+    """
+    folder = RunFolder(out)
+    continues = resume and folder.exists()
+    if continues:
+        _require_same_config(folder, config)
+    else:
+        refuse_existing(folder)
+    device = pick_device(config.runtime)
+    torch.manual_seed(config.seed)
+    task = GPTTask(config, device)
+    state = _fresh_state(task, config, device)
+    checkpoint = _find_checkpoint(folder, task, reporter) if continues else None
+    if checkpoint is not None:
+        restore(checkpoint, state)
+    if not continues:
+        folder.begin(config, task.description(), describe_device(device))
+    folder.continue_from(state.rows)
+    if config.runtime.compile:
+        task.model.compile()
+    reporter.begin(state.step, config.training.steps)
+    try:
+        with stop_on_signals() as stop:
+            saved = (state.step, len(state.rows)) if checkpoint is not None else None
+            fit(Run(task, config, folder, state, reporter, stop, saved))
+    finally:
+        folder.close()
+    return state.rows
+
+
+def _fresh_state(task: Task, config: RunConfig, device: torch.device) -> TrainState:
+    optimizer = build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    scaled = pick_precision(config.training, device) == torch.float16
+    scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+    return TrainState(task.model, optimizer, scaler, StepClock(device))
+
+
+def _require_same_config(folder: RunFolder, config: RunConfig) -> None:
+    changed = differences(folder.config(), config)
+    if changed:
+        lines = [f"{folder.path}: cannot be resumed with another configuration: {line}" for line in changed]
+        raise UsageError("\n".join(lines))
+
+
+def _find_checkpoint(folder: RunFolder, task: Task, reporter: Reporter) -> Checkpoint | None:
+    folder.checkpoints.mkdir(exist_ok=True)
+    remove_leftovers(folder.checkpoints)
+    checkpoint, skipped = newest_checkpoint(folder.checkpoints)
+    for line in skipped:
+        reporter.note(line)
+    if checkpoint is None:
+        reporter.note(f"{folder.path}: no checkpoint yet: starting from the beginning")
+        return None
+    if checkpoint.state["data"]["fingerprint"] != task.description()["fingerprint"]:
+        raise UsageError(f"{folder.path}: was trained on other data than --data holds now; give it the same shards")
+    reporter.note(f"resuming from {checkpoint.folder}")
+    return checkpoint

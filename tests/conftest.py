@@ -1,0 +1,78 @@
+"""Data and configurations that several tests share."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.config import RunConfig
+from pipelines.data.prepare import prepare_text
+from pipelines.resolve import Layer, preset_layer, resolve
+
+torch.set_num_threads(1)
+
+WORDS = "the cat sat on a mat and saw that all was well with its tail in the sun".split()
+
+SMALL: dict[str, Any] = {
+    "model.context_length": 16,
+    "model.n_layers": 1,
+    "model.n_heads": 2,
+    "model.d_model": 16,
+    "model.d_ff": 32,
+    "training.steps": 6,
+    "training.batch_size": 4,
+    "evaluation.every": 3,
+    "evaluation.batches": 2,
+    "checkpoint.every": 2,
+    "runtime.device": "cpu",
+}
+"""The preset `tiny`, made so small that a run takes a tenth of a second."""
+
+
+@pytest.fixture(scope="session")
+def token_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of character shards of about 12,000 tokens of English words."""
+    folder = tmp_path_factory.mktemp("tokens")
+    words = random.Random(0).choices(WORDS, k=3000)
+    (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    prepare_text([folder / "text.txt"], folder / "data", tokenizer="chars", val_fraction=0.1)
+    return folder / "data"
+
+
+@pytest.fixture
+def small_config(token_folder: Path) -> Callable[..., RunConfig]:
+    """Make the configuration of a small run; keywords are dotted keys with `__` for the dot."""
+
+    def make(**changes: Any) -> RunConfig:
+        values = {key.replace("__", "."): value for key, value in changes.items()}
+        layer = Layer("test", {**SMALL, "data.folder": str(token_folder), **values})
+        return resolve([preset_layer("gpt", "tiny"), layer])
+
+    return make
+
+
+class SilentReporter:
+    """Keeps the notes of a run and shows nothing."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def begin(self, first_step: int, last_step: int) -> None: ...
+
+    def trained(self, row: object) -> None: ...
+
+    def validated(self, row: object) -> None: ...
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+@pytest.fixture
+def reporter() -> SilentReporter:
+    """A reporter that shows nothing."""
+    return SilentReporter()

@@ -1,0 +1,188 @@
+"""A run that was stopped and resumed equals one that was not, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from optim import OPTIMIZER_NAMES
+from pipelines.config import RunConfig
+from pipelines.errors import RunInterrupted, UsageError
+from pipelines.training.gpt_task import GPTTask
+from pipelines.training.metrics import Row
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.train import train
+from tests.conftest import SilentReporter
+
+TIMES = {"step_ms", "optimizer_ms", "throughput", "elapsed_s"}
+Make = Callable[..., RunConfig]
+
+
+def without_times(rows: list[Row]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def final_tensors(run: Path, step: int = 6) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    names = ("model", "optimizer", "rng-0")
+    return {f"{n}:{k}": v for n in names for k, v in safetensors.torch.load_file(folder / f"{n}.safetensors").items()}
+
+
+def assert_same_run(one: Path, other: Path, step: int = 6) -> None:
+    mine, theirs = final_tensors(one, step), final_tensors(other, step)
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+    assert without_times(RunFolder(one).rows()) == without_times(RunFolder(other).rows())
+
+
+class Dies(Exception):
+    """Stands for a process that is gone."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make training fail in the middle of a step (0-based), after part of its gradients."""
+    whole = GPTTask.micro_batches
+
+    def dying(self: GPTTask, at: int) -> Any:
+        batches = whole(self, at)
+        yield next(iter(batches))
+        if at == step:
+            raise Dies
+        yield from batches
+
+    monkeypatch.setattr(GPTTask, "micro_batches", dying)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_every_optimizer_resumes_exactly(
+    name: str, small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, accumulation, clipping, and a death between two checkpoints."""
+    config = small_config(optimizer__name=name, model__dropout=0.2, training__micro_batch_size=2, metrics__every=1)
+    train(config, tmp_path / "whole", reporter)
+    with monkeypatch.context() as patch:
+        die_at(patch, step=3)
+        with pytest.raises(Dies):
+            train(config, tmp_path / "resumed", reporter)
+    train(config, tmp_path / "resumed", reporter, resume=True)
+    assert any("step-00000002" in note for note in reporter.notes)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_low_precision_resumes_exactly(
+    precision: str, small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(training__precision=precision)
+    rows = train(config, tmp_path / "whole", reporter)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    with monkeypatch.context() as patch:
+        die_at(patch, step=4)
+        with pytest.raises(Dies):
+            train(config, tmp_path / "resumed", reporter)
+    train(config, tmp_path / "resumed", reporter, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_accumulation_changes_nothing_but_rounding(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+    whole = train(small_config(evaluation__batches=None), tmp_path / "whole", reporter)
+    parts = train(small_config(evaluation__batches=None, training__micro_batch_size=1), tmp_path / "parts", reporter)
+    for one, other in zip(whole, parts, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_resume_before_the_first_checkpoint_starts_again(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config()
+    train(config, tmp_path / "whole", reporter)
+    with monkeypatch.context() as patch:
+        die_at(patch, step=1)
+        with pytest.raises(Dies):
+            train(config, tmp_path / "resumed", reporter)
+    train(config, tmp_path / "resumed", reporter, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_resume_of_a_folder_that_does_not_exist_begins(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    assert train(small_config(), tmp_path / "new", reporter, resume=True)[-1]["step"] == 6
+
+
+def test_resume_of_a_finished_run_changes_nothing(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+    train(small_config(), tmp_path / "run", reporter)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    train(small_config(), tmp_path / "run", reporter, resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_an_existing_run_is_not_overwritten(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+    train(small_config(), tmp_path / "run", reporter)
+    with pytest.raises(UsageError, match="--resume"):
+        train(small_config(), tmp_path / "run", reporter)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UsageError, match="is not a run"):
+        train(small_config(), tmp_path / "other", reporter)
+
+
+def test_resume_with_another_configuration_says_what_differs(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    train(small_config(), tmp_path / "run", reporter)
+    with pytest.raises(UsageError) as error:
+        train(small_config(training__steps=8, seed=1), tmp_path / "run", reporter, resume=True)
+    assert str(error.value).splitlines() == [
+        f"{tmp_path / 'run'}: cannot be resumed with another configuration: seed is 42 in the run, 1 now",
+        f"{tmp_path / 'run'}: cannot be resumed with another configuration: training.steps is 6 in the run, 8 now",
+    ]
+    train(small_config(checkpoint__every=3, checkpoint__keep=5), tmp_path / "run", reporter, resume=True)
+
+
+def test_resume_on_other_data_is_refused(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+    from pipelines.data.prepare import prepare_text
+
+    train(small_config(), tmp_path / "run", reporter)
+    (tmp_path / "other.txt").write_text("abcdefgh " * 1000, encoding="utf-8")
+    prepare_text([tmp_path / "other.txt"], tmp_path / "other", tokenizer="chars", val_fraction=0.1)
+    with pytest.raises(UsageError, match="was trained on other data"):
+        train(small_config(data__folder=str(tmp_path / "other")), tmp_path / "run", reporter, resume=True)
+
+
+def test_only_the_newest_checkpoints_stay(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+    train(small_config(checkpoint__every=1, checkpoint__keep=3), tmp_path / "run", reporter)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000004", "step-00000005", "step-00000006"]
+
+
+def test_a_stop_during_validation_saves_and_repeats_the_validation(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request is polled between validation batches; the half-made figure is not recorded."""
+    import os
+    import signal
+
+    config = small_config()
+    train(config, tmp_path / "whole", reporter)
+    with monkeypatch.context() as patch:
+        evaluate = GPTTask.evaluate
+
+        def interrupted(self: GPTTask, should_stop: Callable[[], bool]) -> Any:
+            if self.model.token_embedding.weight.grad is None and RunFolder(tmp_path / "stopped").rows()[1:]:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return evaluate(self, should_stop)
+
+        patch.setattr(GPTTask, "evaluate", interrupted)
+        with pytest.raises(RunInterrupted, match="SIGTERM at step 3: saved"):
+            train(config, tmp_path / "stopped", reporter)
+    assert [row["step"] for row in RunFolder(tmp_path / "stopped").rows() if row["split"] == "val"] == [0]
+    train(config, tmp_path / "stopped", reporter, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")

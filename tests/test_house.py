@@ -1,0 +1,75 @@
+"""The architecture: who may import whom, and what `asgo --help` must not load."""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("asgo_cli", "pipelines", "models", "optim")
+MAY_IMPORT = {
+    "asgo_cli": {"asgo_cli", "pipelines"},
+    "pipelines": {"pipelines", "models", "optim"},
+    "models": {"models"},
+    "optim": {"optim"},
+}
+SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def imported_packages(path: Path) -> set[str]:
+    """Top-level names of every import in a file, also inside functions and type-checking blocks."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add(str(node.module).split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards_only(path: Path) -> None:
+    room = path.relative_to(ROOT).parts[0]
+    imported = imported_packages(path)
+    assert imported & {*ROOMS, "tests"} <= MAY_IMPORT[room]
+    assert room == "asgo_cli" or not imported & {"typer", "rich"}
+    assert "pickle" not in imported
+
+
+@pytest.mark.parametrize("room", ["optim", "models"])
+def test_optim_and_models_need_torch_alone(room: str) -> None:
+    allowed = {*sys.stdlib_module_names, "torch", "torchvision", room}
+    for path in (ROOT / room).rglob("*.py"):
+        assert imported_packages(path) <= allowed, path
+
+
+def test_the_command_tree_loads_no_heavy_package() -> None:
+    script = "import asgo_cli.app, sys; print(*{'torch', 'numpy', 'pydantic', 'matplotlib', 'pyarrow'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "gpt", "--help"]], ids=" ".join)
+def test_help_is_instant(arguments: list[str]) -> None:
+    """A median of 0.3 s on a quiet machine; three times that here, where tests run side by side."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "asgo_cli", *arguments], capture_output=True, check=True)
+        times.append(time.perf_counter() - start)
+    assert statistics.median(times) < 0.9
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno is not None
+                assert node.end_lineno - node.lineno < 60, f"{path}:{node.lineno} {node.name}"
