@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -28,6 +27,8 @@ app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version  # slow to import, and rarely wanted
+
         print(f"asgo {version('asgo')}")  # noqa: T201
         raise typer.Exit
 

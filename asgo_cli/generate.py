@@ -16,10 +16,12 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest one.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0, help="Below 1 is safer, above 1 wilder; 0 is the likeliest.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Below 1 is safer, above 1 wilder; 0 is the likeliest.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K likeliest tokens only.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    device: Device = "auto",
+    device: Device = None,
 ) -> None:
     """Continue a prompt with the model of a checkpoint; the text goes to stdout."""
     from pipelines import generation
@@ -32,6 +34,6 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         seed=seed,
-        runtime=RuntimeSettings.model_validate({"device": device}),
+        runtime=RuntimeSettings(device=device or "auto"),
     )
     typer.echo(text)

@@ -7,5 +7,6 @@ from typing import Annotated, Literal
 import typer
 
 Device = Annotated[
-    Literal["auto", "cuda", "mps", "cpu"], typer.Option(help="Where to compute; auto takes the best at hand.")
+    Literal["auto", "cuda", "mps", "cpu"] | None,
+    typer.Option(help="Where to compute; auto, the default, takes the best at hand."),
 ]

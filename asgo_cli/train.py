@@ -56,7 +56,7 @@ def gpt(
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key, such as training.steps=100.")
     ] = None,
-    device: Annotated[Device | None, typer.Option()] = None,
+    device: Device = None,
     compile_model: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
     ] = None,
@@ -135,7 +135,9 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
     with TrainingProgress(settings.optimizer.name) as progress:
         rows = train(settings, folder, progress, resume=resume)
     losses = [row["loss"] for row in rows if row["split"] == "val"]
-    console.say(f"done: validation loss {losses[0]:.4f} → {losses[-1]:.4f} in {settings.training.steps:,} steps; {folder}")
+    console.say(
+        f"done: validation loss {losses[0]:.4f} → {losses[-1]:.4f} in {settings.training.steps:,} steps; {folder}"
+    )
     console.suggest_next(
         f"asgo export-metrics {folder} --out {folder.name}.csv", f"asgo generate {folder} --prompt TEXT"
     )

@@ -16,43 +16,29 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename inside it survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Flush a file's contents to disk."""
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file under a hidden name, then rename it to `path`."""
-    staged = path.with_name(f".{path.name}.partial")
+    staged = _sibling(path, "partial")
     try:
-        with staged.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with naming(path):
+            staged.write_bytes(content)
+        sync(staged)
         staged.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def staging_path(target: Path) -> Path:
-    """The hidden sibling in which `staged_folder` builds `target`."""
-    return target.with_name(f".{target.name}.partial")
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -62,27 +48,42 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     On an error nothing is left. With `replace`, an existing `target` is exchanged for the new folder as a whole;
     without it, an existing non-empty `target` raises `OSError` at the end.
     """
-    staged = staging_path(target)
-    shutil.rmtree(staged, ignore_errors=True)
+    staged, outgoing = _sibling(target, "partial"), _sibling(target, "outgoing")
+    undo_exchange(outgoing, target)
+    for leftover in (staged, outgoing):
+        shutil.rmtree(leftover, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
         yield staged
         for path in staged.rglob("*"):
-            sync_folder(path) if path.is_dir() else sync_file(path)
-        sync_folder(staged)
+            sync(path)
+        sync(staged)
         if replace and target.exists():
-            _exchange(staged, target)
-        else:
-            staged.rename(target)
+            target.rename(outgoing)
+        staged.rename(target)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
+        undo_exchange(outgoing, target)
         raise
-    sync_folder(target.parent)
-
-
-def _exchange(staged: Path, target: Path) -> None:
-    outgoing = target.with_name(f".{target.name}.outgoing")
+    sync(target.parent)
     shutil.rmtree(outgoing, ignore_errors=True)
-    target.rename(outgoing)
-    staged.rename(target)
-    shutil.rmtree(outgoing)
+
+
+def undo_exchange(outgoing: Path, target: Path) -> None:
+    """Bring the old folder back where an exchange ended between its two renames."""
+    if outgoing.exists() and not target.exists():
+        outgoing.rename(target)
+
+
+def _sibling(target: Path, state: str) -> Path:
+    return target.with_name(f".{target.name}.{state}")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the disk: the system's own, from an open file, does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise

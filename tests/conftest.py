@@ -16,7 +16,7 @@ from pipelines.resolve import Layer, preset_layer, resolve
 
 torch.set_num_threads(1)
 
-WORDS = "the cat sat on a mat and saw that all was well with its tail in the sun".split()
+WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "all", "was", "well", "with", "its", "tail")
 
 SMALL: dict[str, Any] = {
     "model.context_length": 16,

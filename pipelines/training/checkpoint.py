@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
-from pipelines.storage import sha256_of, staged_folder
+from pipelines.storage import sha256_of, staged_folder, undo_exchange
 from pipelines.training.metrics import Row, columns_to_rows, rows_to_columns
 from pipelines.training.state import Tensors, TrainState, random_state, set_random_state
 
@@ -173,12 +173,14 @@ def _prune(parent: Path, newest_step: int, keep: int) -> None:
     steps = [path for path in checkpoint_folders(parent) if path.name <= f"{_PREFIX}{newest_step:08d}"]
     for path in steps[:-keep]:
         # Under a hidden name it is no checkpoint any more, however far its removal gets.
-        doomed = path.with_name(f".{path.name}.outgoing")
+        doomed = path.with_name(f".{path.name}.pruned")
         path.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what a kill left half-written or half-removed."""
+    """Remove what a kill left half-written or half-removed, and undo an exchange that it cut in two."""
+    for path in parent.glob(f".{_PREFIX}*.outgoing"):
+        undo_exchange(path, path.with_name(path.stem.removeprefix(".")))
     for path in parent.glob(f".{_PREFIX}*"):
         shutil.rmtree(path)

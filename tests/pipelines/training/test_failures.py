@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,7 +113,7 @@ def test_a_read_only_disk_is_named(small_disk: Path, small_config: Make, reporte
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match="Read-only file system"):
         train(small_config(), small_disk / "run", reporter)
-    assert os.listdir(small_disk) == []
+    assert list(small_disk.iterdir()) == []
 
 
 def test_a_device_that_is_not_there_is_refused(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:

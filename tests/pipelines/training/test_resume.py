@@ -91,7 +91,9 @@ def test_low_precision_resumes_exactly(
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
 
 
-def test_accumulation_changes_nothing_but_rounding(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+def test_accumulation_changes_nothing_but_rounding(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
     whole = train(small_config(evaluation__batches=None), tmp_path / "whole", reporter)
     parts = train(small_config(evaluation__batches=None, training__micro_batch_size=1), tmp_path / "parts", reporter)
     for one, other in zip(whole, parts, strict=True):

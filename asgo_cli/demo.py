@@ -1,0 +1,49 @@
+"""`asgo demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asgo_cli import console
+from asgo_cli.progress import TrainingProgress
+
+EXAMPLES = "Example: `asgo demo`, and a second time to see the results again."
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of data, runs and figures; a finished part is kept.")] = Path(
+        "runs/demo"
+    ),
+) -> None:
+    """The whole way in three minutes, without a network: text, training with three optimizers, figures."""
+    from pipelines.demo import run_demo
+
+    began = time.monotonic()
+    console.say(f"reading the Python sources of the standard library, by bytes → {out / 'data'}")
+    runs = run_demo(out, TrainingProgress)
+    console.show_table(
+        ("optimizer", "first val loss", "final val loss", "tokens/s", "optimizer ms/step"),
+        [
+            (
+                run.optimizer,
+                f"{run.losses('val')[0]:.3f}",
+                f"{run.losses('val')[-1]:.3f}",
+                f"{run.median('throughput'):,.0f}",
+                f"{run.median('optimizer_ms'):.1f}",
+            )
+            for run in sorted(runs, key=lambda run: run.losses("val")[-1])
+        ],
+        title="A GPT on Python's own sources, validation loss in nats a byte",
+    )
+    console.say(f"{out / 'losses.png'}, {out / 'rosenbrock.png'}, {out / 'metrics.csv'}")
+    console.say(f"done in {time.monotonic() - began:.0f} s")
+    best = min(runs, key=lambda run: run.losses("val")[-1])
+    console.suggest_next(
+        f"asgo generate {best.folder} --prompt 'def '",
+        f"asgo train gpt --preset tiny --data {out / 'data'} --optimizer muon",
+        "asgo viz all",
+    )

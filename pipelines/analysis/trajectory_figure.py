@@ -1,0 +1,244 @@
+"""The figure of optimizers' trajectories over the contours of test functions."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from models.functions import Point, TestFunction
+from pipelines.analysis.figure_style import (
+    OPTIMUM_COLOUR,
+    START_COLOUR,
+    figure_style,
+    legend_below,
+    line_style,
+    save_figure,
+)
+from pipelines.analysis.trajectories import Trajectory
+
+Array = npt.NDArray[np.float64]
+
+# Pale, so that lines of any colour stand out; dark is low.
+_CONTOUR_COLOURS = LinearSegmentedColormap.from_list("contours", ["#6d95a8", "#a3bdc8", "#d0dde1", "#f7f6f1"])
+_LEVELS = 26
+_GRID = 300  # points of the contour grid along each axis
+_INSET = 0.37  # side of the inset, as a share of the panel's
+_ZOOM = 0.055  # half the side of what the inset shows, as a share of the window's
+_FORMULA_WIDTH = 40  # characters of the usual size above a panel
+_WIDEST, _NARROWEST = 3.6, 1.1  # of the trajectories' lines, in points
+
+
+def _marker(shape: str, colour: str, *, size: float, edge: str, zorder: int) -> dict[str, Any]:
+    return {
+        "marker": shape,
+        "color": colour,
+        "markersize": size,
+        "markeredgecolor": edge,
+        "linestyle": "none",
+        "zorder": zorder,
+    }
+
+
+_START = _marker("o", START_COLOUR, size=6.5, edge="black", zorder=6)
+_LAST = _marker("o", "#777777", size=4.5, edge="white", zorder=4)
+_OPTIMUM = _marker("X", OPTIMUM_COLOUR, size=6.5, edge="white", zorder=5)
+
+
+class Window(NamedTuple):
+    """A rectangle of the plane."""
+
+    low: Array  # (2,): the smallest x and y
+    high: Array  # (2,): the largest x and y
+
+    def part(self, low: Array, high: Array) -> Window:
+        """The part between two points that are given in shares of the window's sides."""
+        size = self.high - self.low
+        return Window(self.low + low * size, self.low + high * size)
+
+    def around(self, point: Point) -> Window:
+        """What the inset shows: a part around the point."""
+        half = _ZOOM * (self.high - self.low)
+        return Window(np.array(point) - half, np.array(point) + half)
+
+    def corners(self) -> Array:
+        """The four corners, `(4, 2)`."""
+        return np.array(list(itertools.product(*np.transpose(self))))
+
+    def count(self, points: Array) -> int:
+        """How many of the points, `(n, 2)`, lie inside."""
+        return int(((points >= self.low) & (points <= self.high)).all(axis=1).sum())
+
+
+def draw_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
+    """Draw a panel a function, with the trajectories on it, and write the figure to `path` (.png, .pdf or .svg).
+
+    All trajectories of a panel start at the same point, and every panel shows the same settings in the same order.
+    Raises `UsageError` for another type of file.
+    """
+    columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    width, height = (4.0, 4.4) if len(panels) == 1 else (2.7 * columns, 3.0 * rows + 0.3)
+    with figure_style():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
+        for panel, trajectories in zip(axes, panels, strict=False):
+            _draw_panel(panel, trajectories)
+        for unused in axes[len(panels) :]:
+            unused.remove()
+        legend_below(figure, _legend_handles(panels[0]))
+        save_figure(figure, path)
+
+
+def _draw_panel(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
+    function = trajectories[0].function
+    optimum = _approached_optimum(trajectories)
+    window, corner = place_inset(trajectories, optimum)
+    zoom = window.around(optimum)
+    inset = axes.inset_axes((corner[0], corner[1], _INSET, _INSET))
+    for plane, shown in ((axes, window), (inset, zoom)):
+        _draw_contours(plane, function, shown)
+        _draw_lines(plane, trajectories, window)
+        plane.set(xlim=(shown.low[0], shown.high[0]), ylim=(shown.low[1], shown.high[1]))
+    axes.locator_params(nbins=6, steps=[1, 2, 5, 10])
+    inset.locator_params(nbins=4, steps=[1, 2, 5, 10])
+    inset.tick_params(labelsize=5.5, length=1.5, pad=1)
+    axes.indicate_inset_zoom(inset, edgecolor="black", alpha=0.6, linewidth=0.6)
+    axes.set(xlabel="x", ylabel="y")
+    _write_title(axes, function)
+
+
+def _write_title(axes: Axes, function: TestFunction) -> None:
+    """The function's name, and below it the formula in lines that the panel has room for."""
+    lines = _wrapped(function.formula)
+    size = 8 * min(1.0, _FORMULA_WIDTH / max(map(len, lines)))
+    axes.set_title("\n".join(lines), fontsize=size, pad=4)
+    above = (0, 6 + 1.25 * size * len(lines))
+    axes.annotate(
+        function.title, (0.5, 1), above, "axes fraction", "offset points", ha="center", weight="bold", fontsize=9
+    )
+
+
+def _wrapped(formula: str) -> list[str]:
+    """Lines that are broken outside of brackets only."""
+    depth, text = 0, ""
+    for character in formula:
+        depth += (character in "([") - (character in ")]")
+        text += "\N{NO-BREAK SPACE}" if character == " " and depth else character
+    lines = textwrap.wrap(text, _FORMULA_WIDTH, break_long_words=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
+def _approached_optimum(trajectories: Sequence[Trajectory]) -> Point:
+    """The global minimum that some trajectory ends nearest to."""
+    ends = np.array([trajectory.final_point for trajectory in trajectories])
+    optima = trajectories[0].function.optima
+    return min(optima, key=lambda optimum: float(np.hypot(*(ends - np.array(optimum)).T).min()))
+
+
+def _landmarks(trajectories: Sequence[Trajectory]) -> Array:
+    return np.array([trajectories[0].points[0], *trajectories[0].function.optima])
+
+
+def _enclose(trajectories: Sequence[Trajectory]) -> Window:
+    """Start, optima and trajectories with a margin; of an overshoot, at most one and a half times their extent."""
+    landmarks = _landmarks(trajectories)
+    low, high = landmarks.min(axis=0), landmarks.max(axis=0)
+    span = np.maximum(high - low, max(float((high - low).max()) / 3, 1e-3))
+    points = np.concatenate([trajectory.points for trajectory in trajectories])
+    low = np.minimum(low, np.maximum(points.min(axis=0), low - 1.5 * span))
+    high = np.maximum(high, np.minimum(points.max(axis=0), high + 1.5 * span))
+    margin = 0.1 * np.maximum(high - low, span)
+    return Window(low - margin, high + margin)
+
+
+def place_inset(trajectories: Sequence[Trajectory], optimum: Point) -> tuple[Window, Array]:
+    """The window, and the inset's lower left corner in shares of the panel's sides, such that it hides the least."""
+    lines = np.concatenate([_along(trajectory) for trajectory in trajectories])
+    least_hidden = math.inf
+    for window, corner in _layouts(_enclose(trajectories)):
+        # With room for the inset's tick labels. A hidden mark is worse than any length of hidden line.
+        cover = window.part(corner - 0.1, corner + _INSET + 0.05)
+        marks = np.concatenate([_landmarks(trajectories), window.around(optimum).corners()])
+        hidden = cover.count(lines) + len(lines) * cover.count(marks)
+        if hidden < least_hidden:
+            best, least_hidden = (window, corner), hidden
+    return best
+
+
+def _layouts(tight: Window) -> Iterator[tuple[Window, Array]]:
+    """Windows and corners to try, the tightest first: with the inset in each corner, and with room added there."""
+    for room in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
+        for side in np.array([(1, 1), (0, 1), (1, 0), (0, 0)]):
+            yield tight.part(-room * (1 - side), 1 + room * side), np.where(side, 0.965 - _INSET, (0.125, 0.085))
+
+
+def _along(trajectory: Trajectory) -> Array:
+    """Points along the line that joins a trajectory's points, so that long steps count as well, `(n, 2)`."""
+    steps = np.arange(len(trajectory.points))
+    dense = np.linspace(0, steps[-1], 10 * min(len(steps), 1000))
+    return np.stack([np.interp(dense, steps, trajectory.points[:, axis]) for axis in (0, 1)], axis=1)
+
+
+def _draw_contours(axes: Axes, function: TestFunction, window: Window) -> None:
+    x, y, heights = _heights(function, window)
+    highest = float(heights[np.isfinite(heights)].max())
+    lowest = max(float(np.quantile(heights, 0.005)), highest * 1e-12)
+    heights = np.clip(heights, lowest, highest)
+    levels = np.geomspace(lowest, highest, _LEVELS)
+    norm = LogNorm(lowest, highest)
+    axes.contourf(x, y, heights, levels=levels, norm=norm, cmap=_CONTOUR_COLOURS, zorder=0)
+    # In a narrow valley the grid is too coarse for lines at the lowest levels: they would be dotted.
+    axes.contour(x, y, heights, levels=levels[3:], colors="white", linewidths=0.35, alpha=0.7, zorder=0)
+    # Contours become an image also in a vector file, where they would take megabytes.
+    axes.set_rasterization_zorder(1)
+
+
+def _heights(function: TestFunction, window: Window) -> tuple[Array, Array, Array]:
+    """Grid of x and y over the window, and the function's height above its minimum there, `(_GRID, _GRID)` each."""
+    x, y = (torch.linspace(window.low[axis], window.high[axis], _GRID, dtype=torch.float64) for axis in (0, 1))
+    grid_x, grid_y = torch.meshgrid(x, y, indexing="xy")
+    minimum = function.evaluate(*torch.tensor(function.optimum, dtype=torch.float64))
+    heights = function.evaluate(grid_x, grid_y) - minimum
+    return grid_x.numpy(), grid_y.numpy(), heights.numpy()
+
+
+def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) -> None:
+    # Points of a divergence are beyond what can be drawn: they are moved, still far outside of the window.
+    reach = window.part(np.array(-1000.0), np.array(1000.0))
+    for index, trajectory in enumerate(trajectories):
+        style = _line_style(index, len(trajectories))
+        points = np.clip(trajectory.points, reach.low, reach.high).T
+        axes.plot(*points, color="white", linewidth=style["linewidth"] + 1.2, zorder=2)
+        axes.plot(*points, **style, zorder=3)
+        axes.plot(*trajectory.final_point, **_LAST | {"color": style["color"]})
+    axes.plot(*trajectories[0].points[0], **_START)
+    for optimum in trajectories[0].function.optima:
+        axes.plot(*optimum, **_OPTIMUM)
+
+
+def _line_style(index: int, count: int) -> dict[str, Any]:
+    """Later lines lie on earlier ones: thinner, so that both are seen where they overlap."""
+    width = np.linspace(_WIDEST, _NARROWEST, count)[index] if count > 1 else 1.8
+    return {**line_style(index), "linewidth": float(width)}
+
+
+def _legend_handles(trajectories: Sequence[Trajectory]) -> list[Line2D]:
+    count = len(trajectories)
+    lines = [
+        Line2D([], [], label=item.settings.label, **_line_style(index, count))
+        for index, item in enumerate(trajectories)
+    ]
+    marks = {"start": _START, "last point": _LAST, "optimum": _OPTIMUM}
+    return [*lines, *(Line2D([], [], label=label, **style) for label, style in marks.items())]

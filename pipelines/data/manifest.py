@@ -1,0 +1,114 @@
+"""`manifest.json`: what a folder of token shards holds and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from pipelines.errors import AsgoError
+from pipelines.storage import write_atomically
+
+MANIFEST = "manifest.json"
+_REMAKE = "remove the folder and make it again"
+
+
+def shard_name(index: int) -> str:
+    """File name of a shard; 0 validates, the others train."""
+    return f"shard_{index:06d}.bin"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class SourcePosition(_Frozen):
+    """A place in the source: a document's number, and how many of its tokens (end-of-text included) come before."""
+
+    document: NonNegativeInt
+    token: NonNegativeInt
+
+
+class ShardEntry(_Frozen):
+    """One shard file. `documents` counts those that start in it, `next_start` is where the next shard starts."""
+
+    file: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    tokens: PositiveInt
+    documents: NonNegativeInt
+    next_start: SourcePosition
+
+
+class Manifest(_Frozen):
+    """A folder of shards: the first one validates, the rest train.
+
+    `tokenizer` is what `build_tokenizer` takes. `revision` says which state of the source this is; of text files
+    it is the digest of their documents. `empty_documents` were in the source and left out.
+    """
+
+    format_version: Literal[1] = 1
+    source: str
+    revision: str
+    tokenizer: dict[str, str]
+    empty_documents: NonNegativeInt
+    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=2, strict=False)]
+
+    @model_validator(mode="after")
+    def _files_are_in_order(self) -> Manifest:
+        for index, shard in enumerate(self.shards):
+            if shard.file != shard_name(index):
+                raise ValueError(f"shard {index} must be the file {shard_name(index)}, not {shard.file}")
+        return self
+
+    @property
+    def validation_tokens(self) -> int:
+        """Tokens in the validation shard."""
+        return self.shards[0].tokens
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens in all training shards together."""
+        return sum(shard.tokens for shard in self.shards[1:])
+
+
+def fingerprint(manifest: Manifest) -> str:
+    """SHA-256 over the shards' digests and the tokenizer: equal for equal data, wherever the folder lies."""
+    content = [manifest.tokenizer, [shard.sha256 for shard in manifest.shards]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` into `folder`; to be called when all shards are there."""
+    write_atomically(folder / MANIFEST, _serialize(manifest))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of `folder`. Raises `AsgoError` when it is missing, malformed, or not as it was written."""
+    path = folder / MANIFEST
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise AsgoError(f"{folder}: no {MANIFEST}, so this is not a folder of token shards") from None
+    try:
+        fields = json.loads(raw)
+        del fields["manifest_sha256"]
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise AsgoError(f"{path}: {place + ': ' if place else ''}{first['msg']}; {_REMAKE}") from None
+    except (ValueError, TypeError, KeyError):
+        raise AsgoError(f"{path}: damaged, or not a manifest of token shards; {_REMAKE}") from None
+    if raw != _serialize(manifest):
+        raise AsgoError(f"{path}: altered since it was written (its own checksum does not match); {_REMAKE}")
+    return manifest
+
+
+def _serialize(manifest: Manifest) -> bytes:
+    """JSON text with a checksum of itself: an altered alphabet would change every text without any other sign."""
+    fields = manifest.model_dump(mode="json")
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**fields, "manifest_sha256": digest}, indent=2) + "\n").encode()

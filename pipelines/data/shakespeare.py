@@ -1,0 +1,57 @@
+"""The well-known text of tinyshakespeare, by characters."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from pipelines.data.documents import decode_utf8
+from pipelines.data.manifest import Manifest
+from pipelines.data.prepare import Progress, Source, check_destination, prepare_documents, prepare_text
+from pipelines.errors import AsgoError
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+VAL_FRACTION = 0.1
+_TIMEOUT_S = 15
+
+
+def prepare_shakespeare(
+    text: str | None, out: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Manifest:
+    """Prepare `text`, a file or an http(s) URL, by characters: the last tenth validates, as in nanoGPT.
+
+    Without `text`, the well-known file is downloaded and its digest checked. Raises as `prepare_text` does, and
+    `AsgoError` when the download fails.
+    """
+    if text is not None and not text.startswith(("http://", "https://")):
+        return prepare_text(
+            [Path(text)], out, tokenizer="chars", val_fraction=VAL_FRACTION, overwrite=overwrite, progress=progress
+        )
+    check_destination(out, overwrite=overwrite)
+    url = text or URL
+    raw = _download(url)
+    if text is None and hashlib.sha256(raw).hexdigest() != SHA256:
+        raise AsgoError(f"{url}: not the expected text (its SHA-256 is another); pass --input FILE with the text")
+    document = decode_utf8(raw, url)
+    return prepare_documents(
+        Source(url, lambda: [document]),
+        out,
+        tokenizer="chars",
+        val_fraction=VAL_FRACTION,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def _download(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+            content: bytes = response.read()
+            return content
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise AsgoError(f"could not download {url} ({reason}); pass --input FILE with the text") from None

@@ -1,0 +1,194 @@
+"""Text to tokens and back: GPT-2's byte pairs, plain bytes, and the characters of one text."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import lzma
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.errors import AsgoError
+
+if TYPE_CHECKING:
+    import tiktoken
+
+Tokens = NDArray[np.uint16]
+TokenizerName = Literal["gpt2", "bytes", "chars"]
+
+END_OF_TEXT = "<|endoftext|>"
+_GPT2_TABLE = Path(__file__).with_name("gpt2.tiktoken.xz")
+_GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+class Tokenizer(ABC):
+    """Encodes text as token ids below `vocab_size`; a document starts with the id `end_of_text`.
+
+    Encoding never adds or recognizes special tokens: a literal "<|endoftext|>" is ordinary text.
+    """
+
+    name: str
+    vocab_size: int
+    end_of_text: int
+
+    @abstractmethod
+    def encode(self, text: str) -> Tokens:
+        """Token ids of `text`, shape (tokens,). Raises `AsgoError` for text that cannot be encoded."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        """Token ids of each text, in the same order."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of `tokens`; bytes that are not UTF-8 become U+FFFD, end-of-text is "<|endoftext|>".
+
+        Raises `ValueError` for an id outside the vocabulary.
+        """
+        ids = [int(token) for token in tokens]
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        return self._decode(ids)
+
+    @abstractmethod
+    def _decode(self, tokens: list[int]) -> str: ...
+
+    def describe(self) -> dict[str, str]:
+        """What `build_tokenizer` needs to build the same tokenizer again; plain JSON."""
+        return {"name": self.name}
+
+
+class Gpt2Tokenizer(Tokenizer):
+    """The byte pairs of GPT-2, from the table shipped with this package: no network is used."""
+
+    name = "gpt2"
+    vocab_size = 50_257
+    end_of_text = 50_256
+
+    def encode(self, text: str) -> Tokens:
+        try:
+            return _gpt2_encoding().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except UnicodeEncodeError as error:
+            raise _not_unicode(error) from None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
+        # The encoder is Rust that lets go of the interpreter's lock: threads are enough, and copy nothing.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return _gpt2_encoding().decode(tokens, errors="replace")
+
+
+class BytesTokenizer(Tokenizer):
+    """The bytes of the text's UTF-8 form."""
+
+    name = "bytes"
+    vocab_size = 257
+    end_of_text = 256
+
+    def encode(self, text: str) -> Tokens:
+        return np.frombuffer(_encoded(text, "utf-8"), dtype=np.uint8).astype(np.uint16)
+
+    def _decode(self, tokens: list[int]) -> str:
+        raw = b"".join(_BYTE_SYMBOLS[token] for token in tokens)
+        return raw.decode("utf-8", errors="replace")
+
+
+_BYTE_SYMBOLS = [*(bytes([value]) for value in range(256)), END_OF_TEXT.encode()]
+
+
+class CharsTokenizer(Tokenizer):
+    """One token for each character of `alphabet`, numbered in the order of their code points."""
+
+    name = "chars"
+
+    def __init__(self, alphabet: str) -> None:
+        if list(alphabet) != sorted(set(alphabet)):
+            raise AsgoError("the alphabet of a chars tokenizer must be sorted and without repetition")
+        if len(alphabet) > np.iinfo(np.uint16).max:
+            raise AsgoError(f"{len(alphabet):,} different characters do not fit in 16-bit tokens: use bytes or gpt2")
+        self.alphabet = alphabet
+        self.end_of_text = len(alphabet)
+        self.vocab_size = len(alphabet) + 1
+        self._ids = _id_by_code_point(alphabet)
+
+    def encode(self, text: str) -> Tokens:
+        codes = np.frombuffer(_encoded(text, "utf-32-le"), dtype="<u4")
+        tokens: Tokens = self._ids[np.minimum(codes, len(self._ids) - 1)]
+        unknown = np.flatnonzero(tokens == self.end_of_text)
+        if len(unknown):
+            place = int(unknown[0])
+            raise AsgoError(
+                f"character {text[place]!r} (U+{ord(text[place]):04X}, at {place:,}) is not among "
+                f"the {len(self.alphabet)} characters of this tokenizer"
+            )
+        return tokens
+
+    def _decode(self, tokens: list[int]) -> str:
+        symbols = [*self.alphabet, END_OF_TEXT]
+        return "".join(symbols[token] for token in tokens)
+
+    def describe(self) -> dict[str, str]:
+        return {"name": self.name, "alphabet": self.alphabet}
+
+
+def build_tokenizer(description: Mapping[str, object]) -> Tokenizer:
+    """The tokenizer that `Tokenizer.describe` described. Raises `AsgoError` for anything else."""
+    match dict(description):
+        case {"name": "gpt2", **rest} if not rest:
+            return Gpt2Tokenizer()
+        case {"name": "bytes", **rest} if not rest:
+            return BytesTokenizer()
+        case {"name": "chars", "alphabet": str(alphabet), **rest} if not rest:
+            return CharsTokenizer(alphabet)
+    shown = repr(dict(description))
+    shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
+    raise AsgoError(f'not a tokenizer: {shown}; known are the names gpt2, bytes, and chars with its "alphabet"')
+
+
+def _id_by_code_point(alphabet: str) -> Tokens:
+    """Token id of every code point up to the largest in use plus one; end-of-text stands for an unknown one."""
+    codes = [ord(character) for character in alphabet]
+    ids = np.full(max(codes, default=-1) + 2, len(alphabet), dtype=np.uint16)
+    ids[codes] = np.arange(len(codes))
+    return ids
+
+
+def _encoded(text: str, encoding: str) -> bytes:
+    try:
+        return text.encode(encoding)
+    except UnicodeEncodeError as error:
+        raise _not_unicode(error) from None
+
+
+def _not_unicode(error: UnicodeEncodeError) -> AsgoError:
+    code = ord(error.object[error.start])
+    return AsgoError(f"lone surrogate U+{code:04X} at character {error.start:,} is not valid Unicode text")
+
+
+@functools.cache
+def _gpt2_encoding() -> tiktoken.Encoding:
+    """GPT-2's encoding; built once a process, because decompressing and indexing the table takes 0.2 s."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+
+    table = lzma.decompress(_GPT2_TABLE.read_bytes())
+    if hashlib.sha256(table).hexdigest() != _GPT2_SHA256:
+        raise AsgoError(f"{_GPT2_TABLE}: the vocabulary is damaged; install asgo again")
+    ranks = {base64.b64decode(symbol): int(rank) for symbol, rank in map(bytes.split, table.splitlines())}
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={END_OF_TEXT: Gpt2Tokenizer.end_of_text},
+        explicit_n_vocab=Gpt2Tokenizer.vocab_size,
+    )

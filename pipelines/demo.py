@@ -1,0 +1,103 @@
+"""The whole way in three minutes, on text that every machine has: the sources of Python's standard library."""
+
+from __future__ import annotations
+
+import io
+import statistics
+import sysconfig
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from models.functions import FUNCTIONS
+from pipelines.analysis.export import records, write_csv
+from pipelines.analysis.loss_figure import LossCurve, draw_losses
+from pipelines.analysis.trajectories import default_settings, run_trajectory
+from pipelines.analysis.trajectory_figure import draw_trajectories
+from pipelines.config import RunConfig
+from pipelines.data.prepare import prepare_text
+from pipelines.errors import AsgoError
+from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.storage import write_atomically
+from pipelines.training.metrics import SPLITS, Row, Split
+from pipelines.training.reporter import Reporter
+from pipelines.training.train import train
+
+OPTIMIZERS = ("accasro", "asgo", "adamw")
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What became of one optimizer."""
+
+    optimizer: str
+    folder: Path
+    rows: list[Row]
+
+    def losses(self, split: Split) -> list[float]:
+        """The recorded losses, in nats a byte."""
+        return [row["loss"] for row in self.rows if row["split"] == split]
+
+    def median(self, figure: Literal["throughput", "optimizer_ms"]) -> float:
+        """The median of a figure over the training rows."""
+        return statistics.median(row[figure] for row in self.rows if row["split"] == "train")
+
+    def curve(self) -> LossCurve:
+        """The losses for a figure."""
+        train_steps, val_steps = ([row["step"] for row in self.rows if row["split"] == split] for split in SPLITS)
+        return LossCurve(self.optimizer, train_steps, self.losses("train"), val_steps, self.losses("val"))
+
+
+def run_demo(out: Path, report: Callable[[str], AbstractContextManager[Reporter]]) -> list[DemoRun]:
+    """Prepare data, train with three optimizers from one seed, export and draw, all in the folder `out`.
+
+    Finished parts are kept, so that a second call completes what a first one began. `report` makes the reporter of a
+    run by its name.
+    """
+    data = out / "data"
+    if not data.exists():
+        prepare_text(library_sources(), data, tokenizer="bytes", val_fraction=0.01)
+    runs = []
+    for name in OPTIMIZERS:
+        folder = out / "runs" / name
+        with report(name) as reporter:
+            runs.append(DemoRun(name, folder, train(demo_config(name, data), folder, reporter, resume=True)))
+    _export(out / "runs", out / "metrics.csv")
+    draw_losses([run.curve() for run in runs], out / "losses.png")
+    rosenbrock = FUNCTIONS["rosenbrock"]
+    draw_trajectories([[run_trajectory(rosenbrock, setting) for setting in default_settings()]], out / "rosenbrock.png")
+    return runs
+
+
+def demo_config(optimizer: str, data: Path) -> RunConfig:
+    """The preset `tiny` with an optimizer, on the demo's data."""
+    choice = Layer("demo", {"optimizer.name": optimizer, "data.folder": str(data)})
+    return resolve([preset_layer("gpt", "tiny"), choice])
+
+
+def library_sources() -> list[Path]:
+    """The UTF-8 Python files of the running interpreter's standard library, without its tests."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        path for path in library.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(library).parts)
+    )
+    readable = [path for path in files if _is_text(path)]
+    if not readable:
+        raise AsgoError(f"{library}: this Python came without the sources of its library; use another one")
+    return readable
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        return bool(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, OSError):
+        return False
+
+
+def _export(runs: Path, out: Path) -> None:
+    text = io.StringIO()
+    write_csv(records(runs), text)
+    write_atomically(out, text.getvalue().encode())

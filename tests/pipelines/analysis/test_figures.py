@@ -1,0 +1,174 @@
+"""The figures as files: of the right kind, the same each time, with nothing hidden."""
+
+import base64
+import math
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+
+from models.functions import FUNCTIONS
+from pipelines.analysis.loss_figure import LossCurve, draw_losses, smoothed
+from pipelines.analysis.trajectories import Trajectory, default_settings, parse_settings, run_trajectory
+from pipelines.analysis.trajectory_figure import draw_trajectories, place_inset
+from pipelines.errors import UsageError
+
+MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF-1.", ".svg": b"<?xml"}
+
+
+def trajectories(name: str, steps: int = 60, optimizers: list[str] | None = None) -> list[Trajectory]:
+    settings = [parse_settings(text) for text in optimizers] if optimizers else default_settings()
+    return [run_trajectory(FUNCTIONS[name], setting, steps=steps) for setting in settings]
+
+
+def curve(label: str, steps: int = 40) -> LossCurve:
+    train = list(range(1, steps + 1))
+    val = list(range(0, steps + 1, 10))
+    return LossCurve(label, train, [5 / math.sqrt(s) for s in train], val, [5 / math.sqrt(s + 1) for s in val])
+
+
+def png_size(content: bytes) -> tuple[int, int]:
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def images_in(svg: str) -> list[np.ndarray]:
+    """The bytes of the scan lines of every image inside an SVG file."""
+    contents = [base64.b64decode(image) for image in re.findall(r"data:image/png;base64,\s*([^\"]+)", svg)]
+    data = [b"".join(re.findall(rb"IDAT(.*?)(?=.{8}I(?:DAT|END))", content, re.DOTALL)) for content in contents]
+    return [np.frombuffer(zlib.decompress(part), dtype=np.uint8) for part in data]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The same trajectories as a file of each kind."""
+    folder = tmp_path_factory.mktemp("drawn") / "new folder"
+    for suffix in MAGIC:
+        draw_trajectories([trajectories("rosenbrock")], folder / f"figure{suffix}")
+    assert len(list(folder.iterdir())) == len(MAGIC)
+    return {path.suffix: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("suffix", MAGIC)
+def test_a_trajectory_figure_is_a_file_of_its_kind(drawn: dict[str, bytes], suffix: str) -> None:
+    assert drawn[suffix].startswith(MAGIC[suffix])
+    if suffix == ".png":
+        assert png_size(drawn[suffix]) == (800, 880)
+
+
+@pytest.mark.parametrize("suffix", MAGIC)
+def test_a_figure_is_the_same_each_time_whatever_the_users_settings(
+    drawn: dict[str, bytes], tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"another name{suffix}"
+    with matplotlib.rc_context({"font.size": 20.0, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        draw_trajectories([trajectories("rosenbrock")], path)
+        assert matplotlib.rcParams["font.size"] == 20.0
+    assert path.read_bytes() == drawn[suffix]
+
+
+def test_text_stays_text_in_vector_files(drawn: dict[str, bytes]) -> None:
+    svg = drawn[".svg"].decode()
+    for text in ("Rosenbrock", "(1 − x)² + 100 (y − x²)²", "Adam, lr 0.2", "AccAsro, lr 0.01", "optimum", ">x<", ">y<"):
+        assert text in svg
+    assert b"/FontFile2" in drawn[".pdf"]  # an embedded TrueType font
+    assert b"CreationDate" not in drawn[".pdf"]
+
+
+def test_contours_are_filled_in_the_panel_and_in_the_inset(drawn: dict[str, bytes]) -> None:
+    images = images_in(drawn[".svg"].decode())
+    assert len(images) == 2
+    assert all(len(np.unique(image)) > 50 for image in images)
+
+
+@pytest.mark.parametrize("suffix", MAGIC)
+def test_a_loss_figure_is_a_file_of_its_kind_and_the_same_each_time(tmp_path: Path, suffix: str) -> None:
+    paths = [tmp_path / f"first{suffix}", tmp_path / f"second{suffix}"]
+    for path in paths:
+        draw_losses([curve("AccAsro"), curve("AdamW")], path)
+    assert paths[0].read_bytes().startswith(MAGIC[suffix])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_window_holds_everything_and_the_inset_hides_nothing(name: str) -> None:
+    panel = trajectories(name, steps=300)
+    window, corner = place_inset(panel, panel[0].function.optimum)
+    marks = np.array([panel[0].function.start, *panel[0].function.optima])
+    visited = np.concatenate([trajectory.points for trajectory in panel])
+    assert window.count(marks) == len(marks)
+    assert window.count(visited) == len(visited)
+    cover = window.part(corner, corner + 0.37)
+    assert cover.count(marks) == 0
+    assert cover.count(visited) == 0
+    assert cover.count(window.around(panel[0].function.optimum).corners()) == 0
+
+
+def test_a_far_overshoot_does_not_shrink_the_rest_to_a_dot(tmp_path: Path) -> None:
+    panel = trajectories("rosenbrock", steps=30, optimizers=["sgd-momentum:lr=1", "adam"])
+    assert abs(panel[0].points).max() > 1e20
+    window, _ = place_inset(panel, (1.0, 1.0))
+    assert ((window.high - window.low) < 50).all()
+    draw_trajectories([panel], tmp_path / "a.png")
+    assert png_size((tmp_path / "a.png").read_bytes())[0] == 800
+
+
+def test_a_start_at_the_optimum_can_be_drawn(tmp_path: Path) -> None:
+    still = [run_trajectory(FUNCTIONS["booth"], setting, (1.0, 3.0), 3) for setting in default_settings()]
+    draw_trajectories([still], tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()
+
+
+def test_many_settings_all_get_a_legend_entry(tmp_path: Path) -> None:
+    optimizers = [f"adam:lr=0.{index}" for index in range(1, 13)]
+    draw_trajectories([trajectories("abs_sum", 5, optimizers)], tmp_path / "a.svg")
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert all(f"Adam, lr 0.{index}<" in svg for index in (1, 5, 11, 12))
+
+
+def test_another_type_of_file_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a"):
+        with pytest.raises(UsageError, match=r"must end in \.png, \.pdf, \.svg"):
+            draw_losses([curve("AccAsro")], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_legend_gives_the_last_validation_loss(tmp_path: Path) -> None:
+    draw_losses([curve("AccAsro"), LossCurve("no validation", [1], [2.0], [], [])], tmp_path / "a.svg")
+    svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+    assert f"AccAsro ({5 / math.sqrt(41):.4f})" in svg
+    assert ">no validation<" in svg
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        LossCurve("empty", [], [], [], []),
+        LossCurve("one step", [1], [2.0], [0], [3.0]),
+        LossCurve("not finite", [1, 2, 3], [2.0, math.nan, math.inf], [0, 3], [3.0, math.nan]),
+        LossCurve("constant", [1, 2, 3], [2.0, 2.0, 2.0], [0, 3], [2.0, 2.0]),
+    ],
+    ids=lambda odd: odd.label,
+)
+def test_odd_curves_can_be_drawn(tmp_path: Path, odd: LossCurve) -> None:
+    draw_losses([odd], tmp_path / "a.png")
+    assert png_size((tmp_path / "a.png").read_bytes()) == (1400, 640)
+
+
+def test_smoothing_removes_noise_and_keeps_level_and_slope() -> None:
+    steps = list(range(1, 1001))
+    noise = np.random.default_rng(0).normal(0, 0.1, 1000)
+    line = LossCurve("", steps, [3 - step / 1000 for step in steps], [], [])
+    noisy = LossCurve("", steps, [3 - step / 1000 + float(e) for step, e in zip(steps, noise, strict=True)], [], [])
+    assert smoothed(line)[1][:980] == pytest.approx(line.train_losses[:980])
+    assert np.std(smoothed(noisy)[1][50:] - smoothed(line)[1][50:]) < 0.03
+
+
+def test_smoothing_leaves_out_losses_that_are_not_finite() -> None:
+    steps, losses = smoothed(LossCurve("", [1, 2, 3, 4], [2.0, math.nan, 2.0, 2.0], [], []))
+    assert steps.tolist() == [1, 3, 4]
+    assert losses.tolist() == [2, 2, 2]

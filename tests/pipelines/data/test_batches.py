@@ -1,0 +1,193 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.data.batches import TokenData, TrainingBatches, open_token_data, validation_batches
+from pipelines.data.permutation import frozen_permutation
+from pipelines.errors import AsgoError, UsageError
+
+SIZES = (150, 201, 96, 7, 160)  # validation, then training shards; the one of 7 is too short for a window of 8
+CONTEXT = 8
+
+
+@pytest.fixture
+def data(make_folder: Callable[..., Path]) -> TokenData:
+    """Tokens that count upwards through all shards, so that a window tells where it comes from."""
+    ends = np.cumsum(SIZES)
+    return open_token_data(make_folder(*(range(end - size, end) for size, end in zip(SIZES, ends, strict=True))))
+
+
+def windows_of_an_epoch() -> set[tuple[int, ...]]:
+    """Inputs and one target of every training window, written down without the code under test."""
+    windows, start = set(), SIZES[0]
+    for size in SIZES[1:]:
+        for first in range(0, size - CONTEXT, CONTEXT):
+            windows.add(tuple(range(start + first, start + first + CONTEXT + 1)))
+        start += size
+    return windows
+
+
+def rows(inputs: torch.Tensor, targets: torch.Tensor) -> list[tuple[int, ...]]:
+    return [(*row, last[-1]) for row, last in zip(inputs.tolist(), targets.tolist(), strict=True)]
+
+
+def test_an_epoch_holds_every_window_once_and_the_next_one_in_another_order(data: TokenData):
+    batches = TrainingBatches(data, CONTEXT, batch_size=5, seed=3)
+    count = batches.windows_per_epoch
+    expected = windows_of_an_epoch()
+    assert count == len(expected) == 25 + 11 + 19
+    seen = [row for step in range(2 * count // 5) for row in rows(*batches.batch(step))]
+    first, second = seen[:count], seen[count:]
+    assert set(first) == set(second) == expected
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_targets_are_the_inputs_shifted_by_one(data: TokenData):
+    inputs, targets = TrainingBatches(data, CONTEXT, batch_size=4, seed=0).batch(7)
+    assert inputs.shape == targets.shape == (4, CONTEXT)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.is_contiguous()
+    assert targets.is_contiguous()
+    assert torch.equal(targets, inputs + 1)  # the stream counts upwards
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_processes_take_slices_of_the_same_batch(data: TokenData, ranks: int):
+    whole = TrainingBatches(data, CONTEXT, batch_size=8, seed=1)
+    each = 8 // ranks
+    for step in (0, 6, 7, 13, 100):
+        parts = [
+            TrainingBatches(data, CONTEXT, batch_size=8, seed=1).batch(step, slice(rank * each, (rank + 1) * each))
+            for rank in range(ranks)
+        ]
+        for place in (0, 1):
+            assert torch.equal(torch.cat([part[place] for part in parts]), whole.batch(step)[place])
+
+
+def test_a_batch_depends_on_the_step_alone_and_not_on_what_was_read_before(data: TokenData):
+    straight = TrainingBatches(data, CONTEXT, batch_size=7, seed=1)
+    expected = [straight.batch(step)[0] for step in range(40)]
+    jumping = TrainingBatches(data, CONTEXT, batch_size=7, seed=1)
+    for step in (39, 0, 20, 7, 8, 39, 1):
+        assert torch.equal(jumping.batch(step)[0], expected[step])
+
+
+def test_the_stream_does_not_depend_on_the_batch_size(data: TokenData):
+    count = len(windows_of_an_epoch())
+    streams = []
+    for batch_size in (1, 6, 3 * count):  # the last one holds three epochs in a batch
+        batches = TrainingBatches(data, CONTEXT, batch_size, seed=9)
+        steps = range(3 * count // batch_size)
+        streams.append([row for step in steps for row in rows(*batches.batch(step))])
+    shortest = min(map(len, streams))
+    assert shortest > 2.8 * count
+    assert streams[0][:shortest] == streams[1][:shortest] == streams[2][:shortest]
+
+
+def test_the_seed_changes_the_order(data: TokenData):
+    one, other = (TrainingBatches(data, CONTEXT, 20, seed).batch(0)[0] for seed in (0, 1))
+    assert not torch.equal(one, other)
+
+
+def test_no_more_than_two_orders_are_kept(data: TokenData):
+    batches = TrainingBatches(data, CONTEXT, batch_size=40, seed=0)
+    for step in range(20):
+        batches.batch(step)
+        assert len(batches._permutations) <= 2
+
+
+def test_the_epoch_is_counted_in_windows(data: TokenData):
+    batches = TrainingBatches(data, CONTEXT, batch_size=11, seed=0)
+    assert [batches.epoch_at(step) for step in (0, 5, 10)] == [0.0, 1.0, 2.0]
+    assert batches.epoch_at(1) == pytest.approx(0.2)
+
+
+def test_the_order_is_frozen_for_good():
+    # Known values: should numpy or this code ever change them, runs of before could not be resumed.
+    assert frozen_permutation(10, 1, 2).tolist() == [1, 6, 4, 8, 3, 7, 5, 0, 2, 9]
+    assert frozen_permutation(8, 42).tolist() == [3, 1, 5, 7, 4, 0, 6, 2]
+    assert frozen_permutation(0, 42).tolist() == []
+
+
+def test_validation_is_always_the_same_and_spread_over_the_whole_shard(data: TokenData):
+    runs = [list(validation_batches(data, CONTEXT, batch_size=3, batches=2)) for _ in range(2)]
+    for (inputs, targets), (again, _) in zip(*runs, strict=True):
+        assert torch.equal(inputs, again)
+        assert torch.equal(targets, inputs + 1)
+    starts = torch.cat([inputs[:, 0] for inputs, _ in runs[0]]).tolist()
+    assert len(set(starts)) == 6
+    assert (starts[0], starts[-1]) == (0, 17 * CONTEXT)  # (150 - 1) // 8 = 18 windows
+    gaps = np.diff(starts) // CONTEXT
+    assert set(gaps.tolist()) <= {3, 4}
+
+
+@pytest.mark.parametrize("batches", [None, 4, 1000])
+def test_a_short_validation_shard_is_used_whole_and_each_window_once(data: TokenData, batches: int | None):
+    read = list(validation_batches(data, CONTEXT, batch_size=5, batches=batches))
+    assert [len(inputs) for inputs, _ in read] == [5, 5, 5, 3]
+    starts = torch.cat([inputs[:, 0] for inputs, _ in read]).tolist()
+    assert starts == list(range(0, 144, CONTEXT))
+
+
+def test_an_evenly_spaced_choice_never_takes_a_window_twice(data: TokenData):
+    for count in range(1, 19):
+        starts = [inputs[0, 0].item() for inputs, _ in validation_batches(data, CONTEXT, 1, count)]
+        assert len(set(starts)) == count
+
+
+def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenData):
+    TrainingBatches(data, 200, batch_size=1, seed=0)
+    with pytest.raises(AsgoError, match=r"longest training shard has 201 tokens, .* length 201 takes 202"):
+        TrainingBatches(data, 201, batch_size=1, seed=0)
+    next(validation_batches(data, 149, 1, 1))
+    with pytest.raises(AsgoError, match=r"longest validation shard has 150 tokens, .* length 150 takes 151"):
+        validation_batches(data, 150, 1, 1)
+
+
+def test_opening_gives_what_training_needs(data: TokenData):
+    assert [len(shard) for shard in (data.validation, *data.train)] == list(SIZES)
+    assert all(isinstance(shard, np.memmap) for shard in (data.validation, *data.train))
+    assert data.vocab_size == 50_257
+    assert data.tokenizer == {"name": "gpt2"}
+    assert len(data.fingerprint) == 64
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("shakespeare_char", "asgo data shakespeare --out {}"),
+        ("fineweb", "asgo data text FILE... --out {}"),
+        ("my data", "asgo data text FILE... --out '{}'"),
+    ],
+)
+def test_a_missing_folder_names_the_command_that_makes_it(tmp_path: Path, name: str, command: str):
+    with pytest.raises(UsageError) as caught:
+        open_token_data(tmp_path / name)
+    assert str(caught.value).endswith(f"no such data folder; make it with: {command.format(tmp_path / name)}")
+
+
+def test_a_folder_that_is_incomplete_or_altered_is_refused(make_folder: Callable[..., Path]):
+    folder = make_folder(range(50), range(60), range(70))
+    shard = folder / "shard_000002.bin"
+    other = make_folder(range(50), range(60), range(80), name="other") / shard.name
+    shard.write_bytes(other.read_bytes())
+    with pytest.raises(AsgoError, match=r"shard_000002\.bin: 80 tokens, but the manifest says 70"):
+        open_token_data(folder)
+    shard.write_bytes(shard.read_bytes()[:-20])
+    with pytest.raises(AsgoError, match=r"shard_000002\.bin: .*truncated"):
+        open_token_data(folder)
+    shard.unlink()
+    with pytest.raises(AsgoError, match=r"shard_000002\.bin: this shard is missing"):
+        open_token_data(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(AsgoError, match=r"no manifest\.json"):
+        open_token_data(folder)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(make_folder: Callable[..., Path]):
+    with pytest.raises(AsgoError, match=r"shard_000001\.bin: token 257 is beyond the vocabulary of 257"):
+        open_token_data(make_folder(range(50), range(258), tokenizer="bytes"))

@@ -1,0 +1,338 @@
+import gzip
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from pipelines.data import prepare
+from pipelines.data.manifest import load_manifest, write_manifest
+from pipelines.data.prepare import Source, prepare_documents, prepare_text, split_documents
+from pipelines.data.tokenizers import build_tokenizer
+from pipelines.data.verify import verify
+from pipelines.errors import AsgoError, UsageError
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def pieces_of(folder: Path, *files: str) -> list[str]:
+    """The texts between end-of-text tokens, read by `struct` and not by the code under test."""
+    manifest = load_manifest(folder)
+    tokenizer = build_tokenizer(manifest.tokenizer)
+    raw = b"".join((folder / file).read_bytes()[1024:] for file in files)
+    tokens = np.array(struct.unpack(f"<{len(raw) // 2}H", raw))
+    starts = np.flatnonzero(tokens == tokenizer.end_of_text)
+    assert starts[0] == 0
+    return [tokenizer.decode(part[1:]) for part in np.split(tokens, starts[1:])]
+
+
+def sides_of(folder: Path) -> tuple[list[str], list[str]]:
+    """Training and validation texts."""
+    first, *rest = [shard.file for shard in load_manifest(folder).shards]
+    return pieces_of(folder, *rest), pieces_of(folder, first)
+
+
+def documents(count: int) -> list[str]:
+    """Documents of many lengths, no line of which is in another one."""
+    return ["".join(f"{number}.{line} é😀\r\n" for line in range(1 + number * 7 % 13)) for number in range(count)]
+
+
+def write_rows(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "chars"])
+@pytest.mark.parametrize("val_fraction", [0.0001, 0.1, 0.37, 0.9])
+def test_the_split_is_exact_and_nothing_is_on_both_sides(tmp_path: Path, tokenizer: str, val_fraction: float):
+    texts = documents(60)
+    path = write_rows(tmp_path / "a.jsonl", texts)
+    prepare_text([path], tmp_path / "out", tokenizer=tokenizer, val_fraction=val_fraction, shard_tokens=97)
+    training, validation = sides_of(tmp_path / "out")
+    total = sum(map(len, texts))
+    assert sum(map(len, validation)) == math.ceil(round(total * val_fraction, 6))
+    assert sum(map(len, training)) + sum(map(len, validation)) == total
+    whole = set(training) & set(texts) | set(validation) & set(texts)
+    assert not set(training) & set(validation)
+    (cut,) = set(texts) - whole or {""}
+    heads, tails = set(training) - whole, set(validation) - whole
+    assert "".join(heads) + "".join(tails) == cut
+
+
+def test_the_seed_decides_which_documents_validate_and_order_is_kept(tmp_path: Path):
+    texts = documents(60)
+    path = write_rows(tmp_path / "a.jsonl", texts)
+    chosen = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prepare_text([path], tmp_path / name, tokenizer="bytes", val_fraction=0.2, seed=seed)
+        training, validation = sides_of(tmp_path / name)
+        assert [text for text in texts if text in training] == [text for text in training if text in texts]
+        chosen.append(validation)
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert (tmp_path / "a/manifest.json").read_bytes() == (tmp_path / "b/manifest.json").read_bytes()
+
+
+def test_one_document_is_split_into_head_and_tail(tmp_path: Path):
+    text = "".join(documents(20))
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    prepare_text([tmp_path / "a.txt"], tmp_path / "out", tokenizer="chars", val_fraction=0.1)
+    training, validation = sides_of(tmp_path / "out")
+    cut = len(text) - math.ceil(len(text) / 10)
+    assert (training, validation) == ([text[:cut]], [text[cut:]])
+
+
+def test_the_fraction_is_the_decimal_that_was_typed():
+    heads = split_documents(np.array([100]), 0.07, seed=0)  # 100 * 0.07 is 7.000000000000001 in binary
+    assert heads.tolist() == [93]
+
+
+def test_documents_drawn_whole_are_not_cut():
+    lengths = np.array([10] * 10)
+    heads = split_documents(lengths, 0.3, seed=5)
+    assert sorted(heads.tolist()) == [0] * 3 + [10] * 7
+
+
+def test_shards_hold_the_stream_that_one_shard_would(tmp_path: Path):
+    path = write_rows(tmp_path / "a.jsonl", documents(80))
+    for name, shard_tokens in (("one", 10**6), ("many", 100)):
+        prepare_text([path], tmp_path / name, tokenizer="gpt2", val_fraction=0.1, shard_tokens=shard_tokens)
+    manifest = load_manifest(tmp_path / "many")
+    assert len(manifest.shards) > 10
+    assert {shard.tokens for shard in manifest.shards[1:-1]} == {100}
+    assert sides_of(tmp_path / "many") == sides_of(tmp_path / "one")
+    assert all(result.problem is None for result in verify(tmp_path / "many"))
+
+
+def test_the_manifest_says_where_in_the_source_each_shard_starts(tmp_path: Path):
+    texts = documents(80)
+    texts[3] = texts[11] = ""
+    path = write_rows(tmp_path / "a.jsonl", texts)
+    manifest = prepare_text([path], tmp_path / "out", tokenizer="bytes", val_fraction=0.1, shard_tokens=100)
+    assert manifest == load_manifest(tmp_path / "out")
+    assert manifest.empty_documents == 2
+    for shard, following in zip(manifest.shards, manifest.shards[1:], strict=False):
+        start = shard.next_start
+        raw = (tmp_path / "out" / following.file).read_bytes()[1024:]
+        first = struct.unpack("<H", raw[:2])[0]
+        if start.token == 0:
+            assert first == 256
+        else:
+            assert first == texts[start.document].encode()[start.token - 1]
+    training, validation = sides_of(tmp_path / "out")
+    assert sum(shard.documents for shard in manifest.shards[1:]) == len(training)
+    assert manifest.shards[0].documents == len(validation)
+
+
+def test_training_starts_at_the_first_document_that_trains(tmp_path: Path):
+    texts = [f"document {number}" for number in range(6)]
+    starts = set()
+    for seed in range(5):
+        out = tmp_path / str(seed)
+        manifest = prepare_documents(Source("text", lambda: texts), out, tokenizer="bytes", val_fraction=0.5, seed=seed)
+        start = manifest.shards[0].next_start
+        assert (texts[start.document], start.token) == (sides_of(out)[0][0], 0)
+        starts.add(start.document)
+    assert len(starts) > 1
+
+
+def test_every_kind_of_file_gives_the_same_shards(tmp_path: Path):
+    texts = documents(30)
+    lines = write_rows(tmp_path / "a.jsonl", texts)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    table = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"text": texts, "id": range(30)}), table, row_group_size=7)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number:03}.txt").write_bytes(text.encode())
+    made = [
+        prepare_text([path], tmp_path / f"out{index}", tokenizer="gpt2", val_fraction=0.1)
+        for index, path in enumerate([lines, packed, table, folder])
+    ]
+    assert len({tuple(shard.sha256 for shard in manifest.shards) for manifest in made}) == 1
+    assert len({manifest.revision for manifest in made}) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"val_fraction": 0.0}, "--val-fraction must lie between 0 and 1, not 0.0"),
+        ({"val_fraction": 1.0}, "--val-fraction must lie between 0 and 1, not 1.0"),
+        ({"val_fraction": math.nan}, "--val-fraction must lie between 0 and 1, not nan"),
+        ({"shard_tokens": 0}, "--shard-tokens must lie between 1 and 2,147,483,647, not 0"),
+        ({"shard_tokens": 2**31}, "--shard-tokens must lie between 1 and 2,147,483,647, not 2,147,483,648"),
+    ],
+)
+def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, float], expected: str):
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(UsageError, match=expected):
+        prepare_text([tmp_path / "a.txt"], tmp_path / "out", **{"tokenizer": "bytes", "val_fraction": 0.5, **options})
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", r"a\.txt: there is no text in it"),
+        (b" \r\n\t", r"a\.txt: there is no text in it"),
+        (b"x", "1 characters of text are too few to split"),
+        (b"text\xff", r"a\.txt: byte 4 \(0xff\) is not valid UTF-8"),
+    ],
+)
+def test_unusable_text_is_refused_before_anything_is_written(tmp_path: Path, content: bytes, expected: str):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(AsgoError, match=expected):
+        prepare_text([tmp_path / "a.txt"], tmp_path / "out", tokenizer="gpt2", val_fraction=0.1)
+    assert names_in(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        ["one", "two"],
+        ["one", "two", "three", "four"],
+        ["one", "two!", "three"],
+        ["one", "tow", "three"],
+        ["onet", "wo", "three"],
+    ],
+)
+def test_text_that_changes_between_the_passes_is_refused(tmp_path: Path, second: list[str]):
+    passes: Iterator[list[str]] = iter([["one", "two", "three"], second])
+    source = Source("moving.txt", lambda: next(passes))
+    with pytest.raises(AsgoError, match=r"moving\.txt: the text changed while it was being read"):
+        prepare_documents(source, tmp_path / "out", tokenizer="bytes", val_fraction=0.5)
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_left_alone_without_overwrite(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    options = {"inputs": [tmp_path / "a.txt"], "tokenizer": "bytes", "val_fraction": 0.1}
+    prepare_text(out=tmp_path / "out", **options)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "a.txt").write_text("other text " * 20)
+    with pytest.raises(UsageError, match=r"out: this folder is not empty; .* pass --overwrite"):
+        prepare_text(out=tmp_path / "out", **options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    prepare_text(out=tmp_path / "out", overwrite=True, **options)
+    assert "".join(map("".join, sides_of(tmp_path / "out"))) == "other text " * 20
+    assert names_in(tmp_path) == ["a.txt", "out"]
+
+
+def test_overwrite_deletes_nothing_but_token_shards(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("some text " * 20)
+    options = {"inputs": [tmp_path / "a.txt"], "tokenizer": "bytes", "val_fraction": 0.1, "overwrite": True}
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(UsageError, match=r"thesis: not a folder of token shards"):
+        prepare_text(out=tmp_path / "thesis", **options)
+    (tmp_path / "thesis" / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(AsgoError, match=r"manifest\.json: damaged, or not a manifest of token shards"):
+        prepare_text(out=tmp_path / "thesis", **options)
+    prepare_text(out=tmp_path / "out", **options)
+    (tmp_path / "out" / "notes.md").write_text("mine")
+    with pytest.raises(UsageError, match=r"out: it also holds notes\.md, so it is not overwritten"):
+        prepare_text(out=tmp_path / "out", **options)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+
+
+def test_a_failure_while_overwriting_keeps_the_old_folder(tmp_path: Path):
+    options = {"tokenizer": "bytes", "val_fraction": 0.5, "overwrite": True}
+    prepare_documents(Source("old", lambda: ["old text"]), tmp_path / "out", **options)
+    passes = iter([["new text"], ["changed!"]])
+    with pytest.raises(AsgoError, match="changed"):
+        prepare_documents(Source("new", lambda: next(passes)), tmp_path / "out", **options)
+    assert load_manifest(tmp_path / "out").source == "old"
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_a_file_in_the_way_is_refused_and_an_empty_folder_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    source = Source("text", lambda: ["some text"])
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="file: a file is in the way"):
+        prepare_documents(source, tmp_path / "file", tokenizer="bytes", val_fraction=0.5, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    prepare_documents(source, Path(), tokenizer="bytes", val_fraction=0.5)
+    assert load_manifest(tmp_path / "empty").training_tokens == 5
+
+
+def test_the_revision_tells_other_documents_of_the_same_text_apart(tmp_path: Path):
+    revisions = {
+        prepare_documents(
+            Source("text", lambda texts=texts: texts), tmp_path / str(index), tokenizer="bytes", val_fraction=0.5
+        ).revision
+        for index, texts in enumerate([["ab", "c"], ["a", "bc"], ["abc"]])
+    }
+    assert len(revisions) == 3
+
+
+def test_the_manifest_of_many_inputs_stays_short(tmp_path: Path):
+    paths = [tmp_path / f"{number}.py" for number in range(50)]
+    for path in paths:
+        path.write_text("text of " + path.name)
+    manifest = prepare_text(paths, tmp_path / "out", tokenizer="bytes", val_fraction=0.5)
+    assert manifest.source == f"{paths[0]}, {paths[1]}, {paths[2]} and 47 more"
+
+
+def test_progress_goes_through_both_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", 5)
+    told: list[tuple[str, int, int | None]] = []
+    prepare_documents(
+        Source("text", lambda: ["ab", "cde", "fghi", "jk"]),
+        tmp_path / "out",
+        tokenizer="bytes",
+        val_fraction=0.5,
+        progress=lambda phase, done, total: told.append((phase, done, total)),
+    )
+    assert told == [
+        ("reading", 5, None),
+        ("reading", 11, None),
+        ("writing", 0, 11),
+        ("writing", 5, 11),
+        ("writing", 11, 11),
+    ]
+
+
+def test_a_full_disk_is_named_and_nothing_stays(small_disk: Callable[[str], Path]):
+    disk = small_disk("size=256k")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        prepare_documents(Source("t", lambda: ["x" * 10**6]), disk / "out", tokenizer="bytes", val_fraction=0.1)
+    assert str(disk) in caught.value.filename
+    assert not any(disk.iterdir())
+
+
+def test_a_disk_that_fills_up_while_overwriting_keeps_the_old_folder(small_disk: Callable[[str], Path]):
+    disk = small_disk("size=512k")
+    options = {"tokenizer": "bytes", "val_fraction": 0.5, "overwrite": True}
+    prepare_documents(Source("old", lambda: ["x" * 50_000]), disk / "out", **options)
+    with pytest.raises(OSError, match="No space left on device"):
+        prepare_documents(Source("new", lambda: ["x" * 400_000]), disk / "out", **options)
+    assert all(result.problem is None for result in verify(disk / "out"))
+    assert names_in(disk) == ["out"]
+
+
+def test_a_read_only_disk_is_named(small_disk: Callable[[str], Path]):
+    disk = small_disk("ro,size=64k")
+    with pytest.raises(OSError, match="Read-only file system") as caught:
+        prepare_documents(Source("t", lambda: ["text"]), disk / "out", tokenizer="bytes", val_fraction=0.5)
+    assert str(disk) in caught.value.filename
+    assert not any(disk.iterdir())
+
+
+def test_a_manifest_of_other_shards_does_not_open_the_way_for_overwrite(tmp_path: Path):
+    source = Source("text", lambda: ["some text"])
+    prepare_documents(source, tmp_path / "a", tokenizer="bytes", val_fraction=0.5)
+    (tmp_path / "b").mkdir()
+    write_manifest(tmp_path / "b", load_manifest(tmp_path / "a"))
+    (tmp_path / "b" / "shard_000009.bin").write_bytes(b"of somebody else")
+    with pytest.raises(UsageError, match=r"it also holds shard_000009\.bin"):
+        prepare_documents(source, tmp_path / "b", tokenizer="bytes", val_fraction=0.5, overwrite=True)

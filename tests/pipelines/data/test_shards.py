@@ -1,0 +1,125 @@
+import hashlib
+import struct
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.data.manifest import shard_name
+from pipelines.data.shards import ShardWriter, open_shard
+from pipelines.errors import AsgoError
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write(folder: Path, documents: list[list[int]], shard_tokens: int) -> list:
+    files = (folder / shard_name(index) for index in range(1, 100))
+    with ShardWriter(files, shard_tokens=shard_tokens) as writer:
+        for index, tokens in enumerate(documents):
+            writer.write(np.array(tokens, dtype=np.uint16), index)
+        return writer.finish()
+
+
+def parse(path: Path) -> tuple[tuple[int, ...], list[int]]:
+    content = path.read_bytes()
+    header = struct.unpack("<256i", content[:1024])
+    return header, list(struct.unpack(f"<{(len(content) - 1024) // 2}H", content[1024:]))
+
+
+def test_header_and_tokens_are_the_bytes_that_the_ecosystem_reads(tmp_path: Path):
+    write(tmp_path, [[50256, 1, 258, 65535]], shard_tokens=100)
+    header, tokens = parse(tmp_path / "shard_000001.bin")
+    assert header == (20240520, 1, 4, *[0] * 253)
+    assert tokens == [50256, 1, 258, 65535]
+
+
+def test_documents_go_on_in_the_next_shard_and_every_cut_is_exact(tmp_path: Path):
+    documents = [[9] + [n] * size for n, size in enumerate([3, 0, 11, 2, 1, 30])]
+    entries = write(tmp_path, documents, shard_tokens=7)
+    stream = list(chain(*documents))
+    shards = [parse(tmp_path / entry.file) for entry in entries]
+    assert [len(tokens) for _, tokens in shards] == [7] * (len(stream) // 7) + [len(stream) % 7]
+    assert list(chain(*(tokens for _, tokens in shards))) == stream
+    for entry, (header, tokens) in zip(entries, shards, strict=True):
+        assert header[2] == entry.tokens == len(tokens)
+        assert entry.documents == tokens.count(9)
+        assert entry.sha256 == hashlib.sha256((tmp_path / entry.file).read_bytes()).hexdigest()
+
+
+def test_the_next_start_is_where_the_next_shard_really_starts(tmp_path: Path):
+    documents = [[9] + [n] * size for n, size in enumerate([3, 0, 11, 2, 1, 30])]
+    entries = write(tmp_path, documents, shard_tokens=7)
+    stream = list(chain(*documents))
+    read = 0
+    for entry in entries:
+        read += entry.tokens
+        before = sum(len(document) for document in documents[: entry.next_start.document])
+        assert before + entry.next_start.token == read
+        assert entry.next_start.document == len(documents) or entry.next_start.token < len(
+            documents[entry.next_start.document]
+        )
+    assert read == len(stream)
+
+
+def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path: Path):
+    entries = write(tmp_path, [[9] * 14], shard_tokens=7)
+    assert [entry.tokens for entry in entries] == [7, 7]
+    assert names_in(tmp_path) == ["shard_000001.bin", "shard_000002.bin"]
+
+
+def test_running_out_of_files_is_an_error(tmp_path: Path):
+    with ShardWriter([tmp_path / "one.bin"], shard_tokens=4) as writer, pytest.raises(AsgoError, match="do not fit"):
+        writer.write(np.arange(5, dtype=np.uint16), 0)
+
+
+def test_a_writer_that_does_not_finish_leaves_no_shard(tmp_path: Path):
+    with ShardWriter([tmp_path / "one.bin"], shard_tokens=4) as writer:
+        writer.write(np.arange(3, dtype=np.uint16), 0)
+    assert not any(tmp_path.iterdir())
+
+
+def test_tokens_come_back_without_being_read_into_memory(tmp_path: Path):
+    tokens = np.random.default_rng(0).integers(0, 50257, 3000, dtype=np.uint16)
+    write(tmp_path, [tokens.tolist()], shard_tokens=3000)
+    shard = open_shard(tmp_path / "shard_000001.bin", 50257)
+    assert isinstance(shard, np.memmap)
+    np.testing.assert_array_equal(shard, tokens)
+    with pytest.raises(ValueError, match="read-only"):
+        shard[0] = 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda raw: raw[:1000], "truncated: 1,000 bytes are less than the header's 1,024"),
+        (lambda raw: b"", "truncated: 0 bytes"),
+        (lambda raw: raw[:-1], "1,043 bytes, but 10 tokens with the header take 1,044"),
+        (lambda raw: raw + b"\0\0", "1,046 bytes, but 10 tokens"),
+        (lambda raw: b"\0\0\0\0" + raw[4:], "not a token shard: it starts with 0, not 20240520"),
+        (lambda raw: raw[:4] + struct.pack("<i", 2) + raw[8:], "token shard of version 2, and only 1"),
+        (lambda raw: raw[:8] + struct.pack("<i", -1) + raw[12:], "the header claims -1 tokens"),
+        (lambda raw: raw[:8] + struct.pack("<i", 0) + raw[12:1024], "the header claims 0 tokens"),
+        (lambda raw: raw[:-2] + struct.pack("<H", 257), "token 257 is beyond the vocabulary of 257"),
+    ],
+)
+def test_a_shard_that_is_not_as_it_should_be_is_refused(
+    tmp_path: Path, damage: Callable[[bytes], bytes], expected: str
+):
+    write(tmp_path, [list(range(10))], shard_tokens=10)
+    path = tmp_path / "shard_000001.bin"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(AsgoError) as caught:
+        open_shard(path, 257)
+    message = str(caught.value)
+    assert expected in message
+    assert message.startswith(f"{path}: ")
+    assert "make the folder again" in message
+
+
+def test_the_largest_token_of_the_vocabulary_is_accepted(tmp_path: Path):
+    write(tmp_path, [[0, 256]], shard_tokens=10)
+    assert open_shard(tmp_path / "shard_000001.bin", 257)[1] == 256
