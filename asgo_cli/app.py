@@ -57,8 +57,11 @@ def main() -> None:
 
 
 def _report(error: Exception) -> int:
-    from pipelines.errors import AsgoError
+    from pipelines.errors import AsgoError, RunInterrupted
 
+    if isinstance(error, RunInterrupted):
+        console.say(f"stopped: {error}")
+        return error.exit_code
     if isinstance(error, AsgoError):
         console.fail(str(error))
         return error.exit_code

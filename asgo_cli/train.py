@@ -97,8 +97,9 @@ def _resolve(
 
     continues = resumed is not None and preset is None and config is None
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
-    layers: list[Layer] = [base or preset_layer("gpt", preset or _DEFAULT_PRESET)]
-    layers += [file_layer(config)] if config is not None else []
+    files = [file_layer(config)] if config is not None else []
+    named = preset or next((layer.values["preset"] for layer in files if "preset" in layer.values), _DEFAULT_PRESET)
+    layers: list[Layer] = [base or preset_layer("gpt", str(named)), *files]
     layers += [Layer(flag, {key: value}) for flag, (key, value) in flags.items() if value is not None]
     return resolve([*layers, assignment_layer(assignments)])
 

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.config import OptimizerSettings, RunConfig, ScheduleSettings, flatten
@@ -32,7 +32,7 @@ class Layer:
 
     def for_optimizer(self, name: str) -> dict[str, Any]:
         """The settings without the `optimizers` tables, but with those of `name` laid over them."""
-        general = {key: value for key, value in self.values.items() if not key.startswith("optimizers.")}
+        general = {key: value for key, value in self.values.items() if key.split(".")[0] != "optimizers"}
         specific = {}
         prefix = f"optimizers.{name}."
         for key, value in self.values.items():
@@ -153,9 +153,13 @@ def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[s
 
 def _table_problems(layer: Layer, chosen: str) -> list[str]:
     """What is wrong in the tables of the optimizers that are not chosen: a typo there would wait for another day."""
-    problems = []
-    names = dict.fromkeys(key.split(".")[1] for key in layer.values if key.startswith("optimizers."))
-    for name in names:
+    tables = [key for key in layer.values if key.split(".")[0] == "optimizers"]
+    problems = [
+        f"{layer.source}: {key} = {layer.values[key]!r}: should be a table of settings"
+        for key in tables
+        if key.count(".") < 2
+    ]
+    for name in dict.fromkeys(key.split(".")[1] for key in tables if key.count(".") >= 2):
         prefix = f"optimizers.{name}"
         if name not in _MODEL_BY_OPTIMIZER:
             problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, _MODEL_BY_OPTIMIZER)}")
@@ -165,17 +169,17 @@ def _table_problems(layer: Layer, chosen: str) -> list[str]:
 
 
 def _problems_in_table(layer: Layer, name: str, prefix: str) -> list[str]:
-    table = _nest({key: layer.values[key] for key in layer.values if key.startswith(f"{prefix}.")}, {})[0]
+    values = {key: value for key, value in layer.values.items() if key.startswith(f"{prefix}.")}
+    table, problems = _nest(values, dict.fromkeys(values, layer.source))
     settings = table["optimizers"][name]
     schedule = settings.pop("schedule", {})
-    checks: tuple[tuple[Any, type[BaseModel], dict[str, Any], str], ...] = (
-        (_MODEL_BY_OPTIMIZER[name], _MODEL_BY_OPTIMIZER[name], {"name": name, **settings}, prefix),
-        (ScheduleSettings, ScheduleSettings, schedule, f"{prefix}.schedule"),
+    checks: tuple[tuple[type[BaseModel], Any, str], ...] = (
+        (_MODEL_BY_OPTIMIZER[name], {"name": name, **settings}, prefix),
+        (ScheduleSettings, schedule, f"{prefix}.schedule"),
     )
-    problems = []
-    for kind, model, values, place in checks:
+    for model, content, place in checks:
         try:
-            TypeAdapter(kind).validate_python(values)
+            model.model_validate(content)
         except ValidationError as error:
             found = [details for details in error.errors() if details["type"] != "missing"]
             problems += [_explain(details, {}, model, layer.source, f"{place}.") for details in found]

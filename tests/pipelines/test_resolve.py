@@ -1,0 +1,164 @@
+"""Settings from presets, files, flags and --set become one configuration, or a line for every problem."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from optim import OPTIMIZER_NAMES, optimizer_class
+from pipelines.config import RunConfig, differences
+from pipelines.errors import UsageError
+from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, preset_names, read_preset, resolve
+
+TINY = preset_layer("gpt", "tiny")
+
+
+def problems_of(*layers: Layer) -> list[str]:
+    with pytest.raises(UsageError) as error:
+        resolve([TINY, *layers])
+    return str(error.value).splitlines()
+
+
+def given(source: str, values: Mapping[str, Any]) -> Layer:
+    return Layer(source, values)
+
+
+@pytest.mark.parametrize("preset", preset_names("gpt"))
+@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+def test_every_preset_has_settings_that_its_optimizers_take(preset: str, name: str) -> None:
+    config = resolve([preset_layer("gpt", preset), given("--optimizer", {"optimizer.name": name})])
+    accepted = inspect.signature(optimizer_class(name)[0]).parameters
+    assert config.optimizer.name == name
+    assert set(config.optimizer_keywords()) <= set(accepted)
+    assert f"optimizers.{name}.lr" in preset_layer("gpt", preset).values, "a rate of its own"
+
+
+@pytest.mark.parametrize("name", ["asgo", "dasgo", "muon", "shampoo", "asro", "accasro"])
+def test_settings_have_the_keywords_and_defaults_of_the_constructor(name: str) -> None:
+    from pipelines.resolve import _MODEL_BY_OPTIMIZER
+
+    fields = {key: field for key, field in _MODEL_BY_OPTIMIZER[name].model_fields.items() if key != "name"}
+    accepted = dict(inspect.signature(optimizer_class(name)[0]).parameters)
+    for key in ("params", "total_steps"):
+        accepted.pop(key, None)
+    assert list(fields) == list(accepted)
+    for key, field in fields.items():
+        required = accepted[key].default is inspect.Parameter.empty
+        assert field.is_required() == required
+        assert required or field.default == accepted[key].default
+
+
+def test_the_papers_settings() -> None:
+    accasro = resolve([preset_layer("gpt", "asro-gpt")])
+    lr = accasro.optimizer.lr
+    keywords = accasro.optimizer_keywords()
+    assert (lr, lr * keywords["max_scale"], lr * keywords["min_scale"]) == pytest.approx((7.5e-5, 1e-3, 1e-5))
+    assert (keywords["increment"], keywords["decrement"], keywords["betas"]) == (5e-2, 2e-4, (0.9, 0.95))
+    assert (accasro.training.steps, accasro.training.batch_size, accasro.training.max_grad_norm) == (48005, 40, None)
+    assert (accasro.schedule.kind, accasro.schedule.warmup_steps) == ("constant", 2)
+    asgo = resolve([preset_layer("gpt", "asgo-gpt2")])
+    assert asgo.optimizer_keywords() == {
+        "lr": 1e-2, "momentum": 0.9, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto",
+        "root_steps": 10, "precond_frequency": 1,
+    }  # fmt: skip
+    assert (asgo.training.batch_size, asgo.training.micro_batch_size, asgo.training.max_grad_norm) == (256, 32, 1.0)
+    assert (asgo.schedule.kind, asgo.schedule.warmup_fraction, asgo.schedule.final_lr_fraction) == ("cosine", 0.1, 0.02)
+
+
+def test_later_layers_win_and_an_optimizers_table_wins_over_the_general_one() -> None:
+    file = given("my.toml", {"optimizer.lr": 0.5, "optimizers.asgo.lr": 0.25, "optimizers.muon.lr": 0.125})
+    asgo = given("--optimizer", {"optimizer.name": "asgo"})
+    assert resolve([TINY, file, asgo]).optimizer.lr == 0.25
+    assert resolve([TINY, file, given("--optimizer", {"optimizer.name": "adamw"})]).optimizer.lr == 0.5
+    assert resolve([TINY, file, asgo, given("--lr", {"optimizer.lr": 1.0})]).optimizer.lr == 1.0
+    assert resolve([TINY, file, asgo, assignment_layer(["optimizer.lr=2"])]).optimizer.lr == 2.0
+
+
+def test_an_optimizers_table_may_hold_its_schedule() -> None:
+    assert resolve([TINY]).schedule.kind == "constant"
+    assert resolve([TINY, given("--optimizer", {"optimizer.name": "asgo"})]).schedule.kind == "cosine"
+
+
+def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
+    config = resolve([TINY, assignment_layer(["training.max_grad_norm=0.5", "optimizer.betas=[0.8, 0.9]"])])
+    path = tmp_path / "printed.toml"
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    assert resolve([preset_layer("gpt", str(file_layer(path).values["preset"])), file_layer(path)]) == config
+
+
+def test_all_problems_are_told_at_once_with_their_places_and_the_nearest_names() -> None:
+    file = given("my.toml", {"modle.n_layers": 2, "training.stepz": 9, "schedule.kind": "cosin", "seed": -1})
+    assert sorted(problems_of(file, assignment_layer(["training.batch_size=many", "model.n_heads=3"]))) == [
+        "--set: model: n_heads=3 does not divide d_model=128",
+        "--set: training.batch_size = 'many': should be a valid integer, unable to parse string as an integer",
+        "my.toml: modle: unknown key; did you mean 'model'?",
+        "my.toml: schedule.kind = 'cosin': should be 'constant', 'cosine' or 'linear'; did you mean 'cosine'?",
+        "my.toml: seed = -1: should be greater than or equal to 0",
+        "my.toml: training.stepz: unknown key; did you mean 'steps'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"optimizer.name": "accasr"}, "here: unknown optimizer 'accasr'; did you mean 'accasro'?"),
+        ({"optimizer.decrment": 1}, "here: optimizer.decrment: unknown key; did you mean 'decrement'?"),
+        ({"optimizers.mun.lr": 1}, "here: optimizers.mun: unknown optimizer; did you mean 'muon'?"),
+        ({"optimizers.muon.ns_step": 1}, "here: optimizers.muon.ns_step: unknown key; did you mean 'ns_steps'?"),
+        ({"optimizers.muon.lr": -1}, "here: optimizers.muon.lr = -1: should be greater than or equal to 0"),
+        ({"optimizer.max_scale": 0.01}, "here: optimizer: min_scale=0.1 is above max_scale=0.01"),
+        ({"optimizer.lr": float("nan")}, "here: optimizer.lr = nan: should be a finite number"),
+        ({"schedule.warmup_fraction": 0.5}, "here: schedule: give warmup_steps or warmup_fraction, not both"),
+        ({"training.micro_batch_size": 3}, "here: training: micro_batch_size=3 does not divide batch_size=16"),
+        ({"runtime.device": "x"}, "here: runtime.device = 'x': should be 'auto', 'cuda', 'mps' or 'cpu'"),
+        ({"optimizers.muon": 3}, "here: optimizers.muon = 3: should be a table of settings"),
+        ({"optimizers.accasro": 3}, "here: optimizers.accasro = 3: should be a table of settings"),
+        ({"optimizers": 3}, "here: optimizers = 3: should be a table of settings"),
+    ],
+)  # fmt: skip
+def test_one_problem_is_one_line(values: dict[str, Any], problem: str) -> None:
+    assert problems_of(given("here", values)) == [problem]
+
+
+def test_a_value_where_a_table_belongs_and_the_reverse_are_named() -> None:
+    assert any("training" in line for line in problems_of(given("here", {"training": 3})))
+    assert any("seed" in line for line in problems_of(given("here", {"seed.x": 3})))
+
+
+def test_assignments_without_a_value_are_all_named() -> None:
+    with pytest.raises(UsageError) as error:
+        assignment_layer(["a", "=3", "seed=1"])
+    assert len(str(error.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize("content", [b"a = ", b"\xff\xfe", b"[a]\n[a]"])
+def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "my.toml").write_bytes(content)
+    with pytest.raises(UsageError, match=r"my\.toml: not valid TOML"):
+        file_layer(tmp_path / "my.toml")
+    with pytest.raises(UsageError, match=r"absent\.toml: No such file"):
+        file_layer(tmp_path / "absent.toml")
+
+
+def test_an_unknown_preset_gets_the_nearest_name() -> None:
+    with pytest.raises(UsageError, match="unknown preset 'asgo-gpt'; did you mean"):
+        preset_layer("gpt", "asgo-gpt")
+
+
+def test_differences_leave_out_what_may_change() -> None:
+    saved = resolve([TINY])
+    asked = resolve([TINY, assignment_layer(["runtime.compile=true", "data.folder='x'", "checkpoint.keep=9"])])
+    assert differences(saved, asked) == []
+    asked = resolve([TINY, given("--optimizer", {"optimizer.name": "asgo"})])
+    assert "optimizer.name is accasro in the run, asgo now" in differences(saved, asked)
+
+
+def test_presets_are_complete_without_any_other_setting() -> None:
+    for name in preset_names("gpt"):
+        assert isinstance(resolve([preset_layer("gpt", name)]), RunConfig)
+        assert read_preset(name)["task"] == "gpt"
