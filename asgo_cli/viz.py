@@ -116,21 +116,15 @@ def _parse_start(text: str) -> tuple[float, float]:
 def _run(
     names: list[str], settings: list[TrajectorySettings], start: tuple[float, float] | None, steps: int | None
 ) -> list[list[Trajectory]]:
-    from models.functions import FUNCTIONS
-    from pipelines.analysis.trajectories import run_trajectory
+    from pipelines.analysis.trajectories import run_panels
 
-    panels = []
     with Progress(console=console.words, transient=True, disable=not console.words.is_terminal) as progress:
-        lengths = {name: steps or FUNCTIONS[name].steps for name in names}
-        bar = progress.add_task("", total=sum(lengths.values()) * len(settings))
-        for name in names:
-            trajectories = []
-            for setting in settings:
-                progress.update(bar, description=f"{name}: {setting.label}")
-                trajectories.append(run_trajectory(FUNCTIONS[name], setting, start, lengths[name]))
-                progress.advance(bar, lengths[name])
-            panels.append(trajectories)
-    return panels
+        bar = progress.add_task("", total=None)
+
+        def show(name: str, done: int, total: int) -> None:
+            progress.update(bar, description=name, completed=done, total=total)
+
+        return run_panels(names, settings, start, steps, show)
 
 
 def _show(trajectories: list[Trajectory]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State
+from optim.base import Group, State, new_step
 from optim.keywords import RootMethod
 from optim.matrix_functions import inverse_sqrt
 from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, move_average, with_norm
@@ -87,7 +87,7 @@ class ASGO(MatrixOptimizer):
         """Momentum (m, n) and preconditioner (p, p), zeros."""
         side = min(matrix.shape)
         return {
-            "step": torch.zeros(()),
+            "step": new_step(),
             "exp_avg": torch.zeros_like(matrix),
             "preconditioner": matrix.new_zeros(side, side),
         }

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from optim.adam import adam_direction, update_moments
-from optim.base import BaseOptimizer, Group, State, apply_update, gradient, state_dtype
+from optim.base import BaseOptimizer, Group, State, apply_update, gradient, new_step, state_dtype
 
 
 def asro_update(
@@ -86,7 +86,7 @@ class Asro(BaseOptimizer):
         for param in params:
             state = self.state[param]
             if not state:
-                state["step"] = torch.zeros(())
+                state["step"] = new_step()
                 for key in ("exp_avg", "exp_avg_sq"):
                     state[key] = torch.zeros_like(param, dtype=state_dtype(param))
                 state["scale"] = torch.ones_like(param, dtype=state_dtype(param))

@@ -45,16 +45,20 @@ class BaseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_sparse_gradients()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if params:
+                self.update_group(group, params)
+        return loss
+
+    def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:
             for index, param in enumerate(group["params"]):
                 if param.grad is not None and param.grad.is_sparse:
                     raise ValueError(
                         f"{type(self).__name__} cannot use the sparse gradient of {describe(group, index)}"
                     )
-            params = [param for param in group["params"] if param.grad is not None]
-            if params:
-                self.update_group(group, params)
-        return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with any keyword of the constructor overridden for them.
@@ -90,8 +94,8 @@ class BaseOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor) and key != "step":
-                    self.state[param][key] = value.to(device=param.device, copy=True)
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.to(device=self.state[param][key].device, copy=True)
 
 
 def describe(group: Group, index: int) -> str:
@@ -104,6 +108,11 @@ def describe(group: Group, index: int) -> str:
 def state_dtype(param: Tensor) -> torch.dtype:
     """The precision in which a parameter's state is kept and its update computed."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def new_step() -> Tensor:
+    """A parameter's count of steps, zero; on the host, in float32 whatever the default dtype: bfloat16 ends at 256."""
+    return torch.zeros((), dtype=torch.float32, device="cpu")
 
 
 def gradient(param: Tensor) -> Tensor:

@@ -8,21 +8,25 @@ from torch import Tensor, nn
 
 from optim.matrix_optimizer import ADAM_RULE
 
+_NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
 NamedParams = list[tuple[str, Tensor]]
 
 
 def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Hidden weight matrices in a group for the matrix rule; everything else in a group for Adam.
 
-    Hidden matrices are the two-dimensional parameters and the convolution kernels, without embeddings and the output
-    head. Embeddings (also tied to the head, also positional), the head, biases and gains take Adam.
+    Hidden matrices are the two-dimensional parameters and convolution kernels named `weight` or `..._weight`, as all
+    of PyTorch's layers name theirs, without those of embeddings, normalizations and the output head. Embeddings (also
+    tied to the head, also positional), the head, biases and gains take Adam.
     """
-    excluded = {id(param) for param in _embeddings_and_head(model)}
+    excluded = {id(param) for module in _without_matrices(model) for param in module.parameters(recurse=False)}
     kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
     matrices: NamedParams = []
     others: NamedParams = []
     for name, param in _trainable(model):
-        is_matrix = (param.ndim == 2 or id(param) in kernels) and id(param) not in excluded
+        is_weight = name.endswith("weight") and id(param) not in excluded
+        is_matrix = is_weight and (param.ndim == 2 or id(param) in kernels)
         (matrices if is_matrix else others).append((name, param))
     return _not_empty({"params": matrices}, {"params": others, **ADAM_RULE})
 
@@ -44,10 +48,10 @@ def output_head(model: nn.Module) -> nn.Module | None:
     return linears[-1] if linears else None
 
 
-def _embeddings_and_head(model: nn.Module) -> list[Tensor]:
+def _without_matrices(model: nn.Module) -> list[nn.Module]:
+    """Embeddings, normalizations and the output head."""
     head = output_head(model)
-    modules = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
-    return [param for module in (*modules, *([head] if head else [])) for param in module.parameters()]
+    return [module for module in model.modules() if isinstance(module, _NO_MATRICES) or module is head]
 
 
 def _trainable(model: nn.Module) -> NamedParams:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -17,22 +18,18 @@ _Rule = tuple[str, Callable[[Any], bool]]
 def _is_number(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.numel() == 1 and value.is_floating_point()
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_decay(value: Any) -> bool:
     return _is_number(value) and 0.0 <= value < 1.0
 
 
-# A learning rate may be a tensor on a device: comparing it with zero would wait for the device.
-_NOT_NEGATIVE: _Rule = (
-    "a finite number >= 0",
-    lambda value: _is_number(value) and (isinstance(value, torch.Tensor) or value >= 0.0),
-)
+_NOT_NEGATIVE: _Rule = ("a finite number >= 0", lambda value: _is_number(value) and value >= 0.0)
 _DECAY: _Rule = ("a number in [0, 1)", _is_decay)
 _POSITIVE_COUNT: _Rule = ("a whole number >= 1", lambda value: _is_whole(value) and value >= 1)
 _SCALE: _Rule = ("a finite number > 0", lambda value: _is_number(value) and value > 0.0)
@@ -76,6 +73,6 @@ def check_keywords(values: Mapping[str, Any]) -> None:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
     return ValueError(f"unknown {kind}: {name!r}; {hint}")

@@ -138,10 +138,15 @@ def _polar_express(steps: int) -> list[tuple[float, float, float]]:
 
 
 def _coupled_inverse_sqrt(matrix: Tensor, coefficients: list[tuple[float, float, float]], eps: float) -> Tensor:
-    """`Z` of the coupled iteration `T = Z Y; Y ← Y p(T); Z ← p(T) Z`, which tends to `V^{-1/2}` from `Z = I`."""
+    """`Z` of the coupled iteration `T = Z Y; Y ← Y p(T); Z ← p(T) Z`, which tends to `V^{-1/2}` from `Z = I`.
+
+    In exact arithmetic all iterates commute; in floating point, `Z p(T)` would let rounding errors grow without bound.
+    """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    scale = 1.01 * torch.linalg.matrix_norm(matrix + eps * identity)[..., None, None]
-    y, z = matrix / scale, identity.expand_as(matrix)
+    scale = 1.01 * _frobenius_norm(matrix + eps * identity)
+    # Rounding can leave a zero eigenvalue below zero, and the iteration would send that to minus infinity.
+    rounding = torch.finfo(matrix.dtype).eps * math.sqrt(matrix.shape[-1])
+    y, z = matrix / scale + rounding * identity, identity.expand_as(matrix)
     with full_float32_products():
         for index, (a, b, c) in enumerate(coefficients):
             t = y if index == 0 else z @ y
@@ -149,13 +154,20 @@ def _coupled_inverse_sqrt(matrix: Tensor, coefficients: list[tuple[float, float,
             is_last = index == len(coefficients) - 1
             if not is_last:
                 y = a * y + y @ polynomial
-            z = a * identity + polynomial if index == 0 else a * z + z @ polynomial
+            z = a * identity + polynomial if index == 0 else a * z + polynomial @ z
     root: Tensor = _symmetrized(z) / scale.sqrt()
     return root
 
 
 def _symmetrized(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT) / 2
+
+
+def _frobenius_norm(matrix: Tensor) -> Tensor:
+    """Shape (..., 1, 1), above zero, and finite where the squares of a finite matrix are not."""
+    largest = _largest(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
+    norm: Tensor = largest * torch.linalg.matrix_norm(matrix / largest, keepdim=True).clamp_min(1.0)
+    return norm
 
 
 def _largest(matrix: Tensor) -> Tensor:

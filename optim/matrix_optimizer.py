@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optim.adam import adam_direction, update_moments
-from optim.base import BaseOptimizer, Group, State, apply_update, describe, gradient, state_dtype
+from optim.base import BaseOptimizer, Group, State, apply_update, describe, gradient, new_step, state_dtype
 
 UPDATE_RMS = 0.2
 """Root mean square of an update's entries: about AdamW's, so its learning rates carry over (arXiv 2502.16982)."""
@@ -86,6 +86,9 @@ class MatrixOptimizer(BaseOptimizer):
         rule = param_group.get("rule", "matrix")
         if rule not in ("matrix", "adam"):
             raise ValueError(f"invalid rule: {rule!r}; it must be 'matrix' or 'adam'")
+        for key in param_group:
+            if rule == "matrix" and key in ADAM_RULE and key not in self.defaults:
+                raise ValueError(f"parameter group key {key!r} goes with rule='adam'; {type(self).__name__} has none")
         super().add_param_group({**ADAM_RULE, **param_group} if rule == "adam" else param_group)
 
     def check_param(self, group: Group, index: int, param: Tensor) -> None:
@@ -121,7 +124,7 @@ class MatrixOptimizer(BaseOptimizer):
     def _update_with_adam(self, param: Tensor, group: Group) -> None:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = new_step()
             state["exp_avg"] = torch.zeros_like(param, dtype=state_dtype(param))
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=state_dtype(param))
         update_moments(gradient(param), state, group["betas"])

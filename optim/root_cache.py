@@ -24,7 +24,8 @@ def refreshed_roots(
     due = []
     for index, state in enumerate(states):
         state["step"] += 1
-        if (int(state["step"]) - 1) % frequency == 0:
+        is_missing = any(root not in state for root in keys.values())
+        if (int(state["step"]) - 1) % frequency == 0 or is_missing:
             due.append(index)
     return [_roots(states, factor, root, due, frequency, compute) for factor, root in keys.items()]
 

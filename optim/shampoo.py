@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State
+from optim.base import Group, State, new_step
 from optim.matrix_functions import inverse_fourth_root
 from optim.matrix_optimizer import MatrixOptimizer, move_average, with_norm
 from optim.root_cache import refreshed_roots
@@ -72,7 +72,7 @@ class Shampoo(MatrixOptimizer):
         """Momentum and squares (m, n), left factor (m, m) and right factor (n, n), zeros."""
         m, n = matrix.shape
         return {
-            "step": torch.zeros(()),
+            "step": new_step(),
             "exp_avg": torch.zeros_like(matrix),
             "exp_avg_sq": torch.zeros_like(matrix),
             "left_factor": matrix.new_zeros(m, m),

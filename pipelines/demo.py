@@ -14,7 +14,7 @@ from typing import Literal
 from models.functions import FUNCTIONS
 from pipelines.analysis.export import records, write_csv
 from pipelines.analysis.loss_figure import LossCurve, draw_losses
-from pipelines.analysis.trajectories import default_settings, run_trajectory
+from pipelines.analysis.trajectories import default_settings, run_trajectories
 from pipelines.analysis.trajectory_figure import draw_trajectories
 from pipelines.config import RunConfig
 from pipelines.data.prepare import prepare_text
@@ -68,7 +68,7 @@ def run_demo(out: Path, report: Callable[[str], AbstractContextManager[Reporter]
     _export(out / "runs", out / "metrics.csv")
     draw_losses([run.curve() for run in runs], out / "losses.png")
     rosenbrock = FUNCTIONS["rosenbrock"]
-    draw_trajectories([[run_trajectory(rosenbrock, setting) for setting in default_settings()]], out / "rosenbrock.png")
+    draw_trajectories([run_trajectories(rosenbrock, default_settings())], out / "rosenbrock.png")
     return runs
 
 

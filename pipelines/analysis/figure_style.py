@@ -67,7 +67,7 @@ def line_style(index: int) -> dict[str, Any]:
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
     """One legend for the whole figure, in as few rows as its width has room for."""
-    width = sum(0.5 + 0.066 * len(str(handle.get_label())) for handle in handles)  # inches, at 8 points
+    width = sum(0.55 + 0.07 * len(str(handle.get_label())) for handle in handles)  # inches, at 8 points
     rows = math.ceil(width / figure.get_figwidth())
     figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows))
 

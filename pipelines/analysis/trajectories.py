@@ -5,15 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from models.functions import Point, TestFunction
+from models.functions import FUNCTIONS, Point, TestFunction
 from optim.keywords import unknown_name
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.registry import optimizer_class
@@ -21,6 +22,7 @@ from pipelines.errors import UsageError
 from pipelines.resolve import read_preset
 
 _PRESET = "asro-functions"
+_STEPS_A_REPORT = 50
 REACH = 0.1  # a trajectory has reached the optimum when it stays within this distance of it
 
 _TITLES = {
@@ -118,44 +120,71 @@ def parse_settings(text: str) -> TrajectorySettings:
     return settings
 
 
-def run_trajectory(
-    function: TestFunction, settings: TrajectorySettings, start: Point | None = None, steps: int | None = None
-) -> Trajectory:
-    """Run an optimizer on a function in double precision; start and steps are the function's own where left out.
+def run_trajectories(
+    function: TestFunction,
+    settings: Sequence[TrajectorySettings],
+    start: Point | None = None,
+    steps: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """Run each setting on a function in double precision; start and steps are the function's own where left out.
 
     A trajectory that jumps from wall to wall of a valley amplifies errors of rounding: on Rosenbrock, Adam at lr 0.2
     and AccAsro end within about 0.04 of the same place on another machine or with another version of PyTorch.
 
-    Raises `UsageError` if the function is not finite at the start.
+    `progress` is called with the number of steps just taken. Raises `UsageError` if the function is not finite at the
+    start.
     """
     start, steps = start or function.start, steps or function.steps
-    point = torch.tensor(start, dtype=torch.float64)
-    if not function.evaluate(*point).isfinite():
+    if not function.evaluate(*torch.tensor(start, dtype=torch.float64)).isfinite():
         raise UsageError(f"{function.name} is not finite at {start}: start nearer to the optimum, {function.optimum}")
-    optimizer = _build(settings, point, total_steps=steps)
-    points = [start]
-    for _ in range(steps):
-        point.grad = torch.tensor(_gradient(function, points[-1]), dtype=torch.float64)
-        optimizer.step()
-        x, y = point.tolist()
-        points.append((x, y))
-        if not (math.isfinite(x) and math.isfinite(y)):
-            break
-    places = torch.tensor(points, dtype=torch.float64)
-    values = function.evaluate(places[:, 0], places[:, 1])
-    not_finite = torch.nonzero(~(torch.isfinite(values) & torch.isfinite(places).all(dim=1))).flatten().tolist()
+    # All settings side by side, because autograd takes as long for one point as for a few.
+    points = torch.tensor([start] * len(settings), dtype=torch.float64, requires_grad=True)
+    rows = points.detach().unbind()
+    optimizers = [_build(setting, row, steps) for setting, row in zip(settings, rows, strict=True)]
+    path = [points.tolist()]
+    for step in range(steps):
+        (gradient,) = torch.autograd.grad(function.evaluate(*points.unbind(-1)).sum(), points)
+        for row, row_gradient, optimizer in zip(rows, gradient, optimizers, strict=True):
+            row.grad = row_gradient
+            optimizer.step()
+        path.append(points.tolist())
+        if progress is not None and (step + 1) % _STEPS_A_REPORT == 0:
+            progress(_STEPS_A_REPORT)
+    places = torch.tensor(path, dtype=torch.float64).unbind(1)
+    return [_finite_part(function, setting, steps, place) for setting, place in zip(settings, places, strict=True)]
+
+
+def run_panels(
+    names: Sequence[str],
+    settings: Sequence[TrajectorySettings],
+    start: Point | None,
+    steps: int | None,
+    progress: Callable[[str, int, int], None],
+) -> list[list[Trajectory]]:
+    """`run_trajectories` on the functions of these names; `progress` gets a name, steps taken and steps in all."""
+    functions = [FUNCTIONS[name] for name in names]
+    total, done = sum(steps or function.steps for function in functions), 0
+    panels = []
+    for function in functions:
+
+        def report(more: int, name: str = function.name) -> None:
+            nonlocal done
+            done += more
+            progress(name, done, total)
+
+        panels.append(run_trajectories(function, settings, start, steps, report))
+    return panels
+
+
+def _finite_part(function: TestFunction, settings: TrajectorySettings, steps: int, points: Tensor) -> Trajectory:
+    values = function.evaluate(points[:, 0], points[:, 1])
+    not_finite = torch.nonzero(~(values.isfinite() & points.isfinite().all(dim=1))).flatten().tolist()
     end = not_finite[0] if not_finite else None
-    return Trajectory(function, settings, steps, places[:end].numpy(), values[:end].numpy(), diverged_at=end)
+    return Trajectory(function, settings, steps, points[:end].numpy(), values[:end].numpy(), diverged_at=end)
 
 
-def _gradient(function: TestFunction, point: Point) -> Point:
-    try:
-        return function.gradient(*point)
-    except OverflowError:
-        return math.inf, math.inf
-
-
-def _build(settings: TrajectorySettings, point: torch.Tensor, total_steps: int) -> torch.optim.Optimizer:
+def _build(settings: TrajectorySettings, point: Tensor, total_steps: int) -> torch.optim.Optimizer:
     cls, fixed = optimizer_class(settings.optimizer)
     keywords = {**fixed, **settings.keywords}
     if "total_steps" in inspect.signature(cls).parameters:

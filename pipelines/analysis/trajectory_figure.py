@@ -152,13 +152,14 @@ def _landmarks(trajectories: Sequence[Trajectory]) -> Array:
 
 
 def _enclose(trajectories: Sequence[Trajectory]) -> Window:
-    """Start, optima and trajectories with a margin; of an overshoot, at most one and a half times their extent."""
+    """Start, optima and trajectories with a margin; without trajectories that overshoot far, or diverge."""
     landmarks = _landmarks(trajectories)
     low, high = landmarks.min(axis=0), landmarks.max(axis=0)
     span = np.maximum(high - low, max(float((high - low).max()) / 3, 1e-3))
-    points = np.concatenate([trajectory.points for trajectory in trajectories])
-    low = np.minimum(low, np.maximum(points.min(axis=0), low - 1.5 * span))
-    high = np.maximum(high, np.minimum(points.max(axis=0), high + 1.5 * span))
+    limit = Window(low - 2 * span, high + 2 * span)
+    near = [item.points for item in trajectories if limit.count(item.points) == len(item.points)]
+    shown = np.concatenate([landmarks, *near])
+    low, high = shown.min(axis=0), shown.max(axis=0)
     margin = 0.1 * np.maximum(high - low, span)
     return Window(low - margin, high + margin)
 

@@ -1,5 +1,6 @@
 """Trajectories against runs that are written here from the formulas, in plain Python floats."""
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from models.functions import FUNCTIONS, PAPER_FUNCTIONS
-from pipelines.analysis.trajectories import Trajectory, default_settings, parse_settings, run_trajectory
+from pipelines.analysis.trajectories import Trajectory, default_settings, parse_settings, run_trajectories
 from pipelines.errors import UsageError
 
 Points = npt.NDArray[np.float64]
@@ -87,10 +88,15 @@ def reference_run(name: str, setting: int, error: float = 0.0) -> Points:
     return np.array(points)
 
 
+@functools.cache
+def default_runs(name: str) -> list[Trajectory]:
+    return run_trajectories(FUNCTIONS[name], default_settings())
+
+
 @pytest.mark.parametrize("setting", range(3), ids=["adam_0.01", "adam_0.2", "accasro"])
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_trajectories_agree_with_an_independent_run(name: str, setting: int) -> None:
-    ours, reference = run_trajectory(FUNCTIONS[name], default_settings()[setting]).points, reference_run(name, setting)
+    ours, reference = default_runs(name)[setting].points, reference_run(name, setting)
     # On Rosenbrock, where the fast two jump from wall to wall of the valley, errors of rounding grow a billionfold:
     # the end is not determined by the formulas, and is compared as far as a second reference agrees with the first.
     determined = len(reference)
@@ -117,7 +123,7 @@ def test_the_default_settings_are_the_papers() -> None:
 
 def test_every_point_of_a_trajectory_has_its_value_and_distance() -> None:
     function = FUNCTIONS["himmelblau"]
-    trajectory = run_trajectory(function, parse_settings("adam:lr=0.2"), steps=70)
+    (trajectory,) = run_trajectories(function, [parse_settings("adam:lr=0.2")], steps=70)
     assert trajectory.points.shape == (71, 2)
     assert trajectory.points.dtype == trajectory.values.dtype == np.float64
     assert tuple(trajectory.points[0]) == function.start
@@ -129,7 +135,7 @@ def test_every_point_of_a_trajectory_has_its_value_and_distance() -> None:
 
 
 def test_start_and_steps_can_be_chosen() -> None:
-    trajectory = run_trajectory(FUNCTIONS["abs_sum"], parse_settings("adam:lr=0.5"), start=(1.0, -1.0), steps=1)
+    (trajectory,) = run_trajectories(FUNCTIONS["abs_sum"], [parse_settings("adam:lr=0.5")], start=(1.0, -1.0), steps=1)
     assert trajectory.points == pytest.approx(np.array([(1, -1), (0.5, -0.5)]), abs=1e-7)
 
 
@@ -148,14 +154,14 @@ def test_steps_to_reach_counts_from_where_the_trajectory_stays() -> None:
 
 def test_accasro_is_told_how_many_steps_there_are() -> None:
     settings = parse_settings("accasro")
-    short, long = (run_trajectory(FUNCTIONS["abs_sum"], settings, steps=steps) for steps in (20, 100))
+    (short,), (long,) = (run_trajectories(FUNCTIONS["abs_sum"], [settings], steps=steps) for steps in (20, 100))
     assert not np.allclose(short.points[:20], long.points[:20])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd-momentum:lr=1", "radam", "sgd-nesterov:lr=1e300"])
 @pytest.mark.parametrize("name", ["beale", "rosenbrock", "goldstein_price", "three_hump_camel"])
 def test_a_divergence_ends_the_trajectory(name: str, optimizer: str) -> None:
-    trajectory = run_trajectory(FUNCTIONS[name], parse_settings(optimizer), start=(-9.0, -9.0), steps=100)
+    (trajectory,) = run_trajectories(FUNCTIONS[name], [parse_settings(optimizer)], start=(-9.0, -9.0), steps=100)
     if trajectory.diverged_at is None:
         assert optimizer == "radam"
         assert len(trajectory.points) == 101
@@ -167,7 +173,7 @@ def test_a_divergence_ends_the_trajectory(name: str, optimizer: str) -> None:
 
 def test_a_start_without_a_finite_value_is_refused() -> None:
     with pytest.raises(UsageError, match=r"beale is not finite at \(1e\+160, 3.0\)"):
-        run_trajectory(FUNCTIONS["beale"], parse_settings("adam"), start=(1e160, 3.0))
+        run_trajectories(FUNCTIONS["beale"], [parse_settings("adam")], start=(1e160, 3.0))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +202,7 @@ def test_settings_are_read(text: str, label: str, keywords: dict[str, object]) -
     ["asro", "accasro", "adam", "adamw", "amsgrad", "radam", "rmsprop", "adagrad", "sgd-momentum", "sgd-nesterov"],
 )
 def test_every_elementwise_optimizer_runs_by_its_name_alone(name: str) -> None:
-    trajectory = run_trajectory(FUNCTIONS["inseparable_l2"], parse_settings(name), steps=30)
+    (trajectory,) = run_trajectories(FUNCTIONS["inseparable_l2"], [parse_settings(name)], steps=30)
     assert trajectory.final_value < trajectory.values[0]
 
 

@@ -1,0 +1,141 @@
+"""`asgo viz` through the command line."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from asgo_cli import app, viz
+from models.functions import FUNCTIONS, PAPER_FUNCTIONS
+from pipelines.analysis import trajectories
+from pipelines.analysis.trajectories import default_settings, parse_settings, run_trajectories
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def asgo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs `asgo viz ...` in an empty folder; returns exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["asgo", "viz", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            app.main()
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def test_the_names_in_the_help_are_those_of_the_functions() -> None:
+    assert tuple(FUNCTIONS) == viz.FUNCTION_NAMES
+    assert tuple(function.name for function in PAPER_FUNCTIONS) == viz.PAPER_FUNCTIONS
+
+
+def test_the_command_is_imported_without_torch() -> None:
+    heavy = "{'torch', 'numpy', 'matplotlib', 'pydantic'}"
+    code = f"import sys, asgo_cli.viz; sys.exit(len({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_table_gives_the_numbers_of_the_trajectories(asgo: Run, tmp_path: Path) -> None:
+    code, out, err = asgo("abs_sum")
+    assert code == 0
+    runs = run_trajectories(FUNCTIONS["abs_sum"], default_settings())
+    for run in runs:
+        (row,) = [line for line in out.splitlines() if run.settings.label in line]
+        x, y = run.final_point
+        reached = f"{run.steps_to_reach}" if run.steps_to_reach is not None else "never"
+        expected = [f"{x:.4f}, {y:.4f}", f"{run.final_value:.3g}", f"{run.distance:.3g}", reached]
+        assert [cell.strip() for cell in row.split("│")[2:-1]] == expected
+    assert (tmp_path / "abs_sum.png").read_bytes().startswith(b"\x89PNG")
+    assert "abs_sum.png: trajectories on abs_sum" in err
+    assert "asgo viz abs_sum --optimizer" in err
+
+
+def test_json_gives_the_full_floats(asgo: Run) -> None:
+    code, out, _ = asgo("booth", "--optimizer", "adam:lr=0.3", "--start", "-1.5,2", "--steps", "40", "--json")
+    assert code == 0
+    printed = json.loads(out)
+    (run,) = run_trajectories(FUNCTIONS["booth"], [parse_settings("adam:lr=0.3")], (-1.5, 2.0), 40)
+    (function,) = printed["functions"]
+    assert (function["function"], function["start"], function["steps"]) == ("booth", [-1.5, 2], 40)
+    (row,) = function["trajectories"]
+    assert row == {
+        "label": "Adam, lr 0.3",
+        "optimizer": "adam",
+        "keywords": {"lr": 0.3},
+        "final_point": list(run.final_point),
+        "final_value": run.final_value,
+        "distance": run.distance,
+        "steps_to_reach": run.steps_to_reach,
+        "diverged_at": None,
+    }
+    assert printed["figure"] == "booth.png"
+
+
+def test_all_is_one_figure_of_the_papers_six_functions(asgo: Run, tmp_path: Path) -> None:
+    code, out, err = asgo("all", "--steps", "3", "--json")
+    assert code == 0
+    assert [function["function"] for function in json.loads(out)["functions"]] == list(viz.PAPER_FUNCTIONS)
+    assert struct.unpack(">II", (tmp_path / "functions.png").read_bytes()[16:24]) == (1620, 1260)
+    assert "asgo viz all --optimizer" in err
+
+
+def test_several_functions_are_panels_of_one_figure(asgo: Run, tmp_path: Path) -> None:
+    code, out, _ = asgo("matyas", "ackley", "matyas", "--steps", "3", "--start", "-2,-4", "--out", "a/b.svg")
+    assert code == 0
+    assert out.count("from (-2, -4) to (0, 0) in 3 steps") == 2
+    svg = (tmp_path / "a/b.svg").read_text(encoding="utf-8")
+    assert svg.count(">Matyas<") == svg.count(">Ackley<") == 1
+
+
+def test_a_divergence_is_said_in_the_table_and_is_a_step_in_json(asgo: Run) -> None:
+    arguments = ("rosenbrock", "--optimizer", "sgd-momentum:lr=1", "--optimizer", "adam", "--steps", "50")
+    code, out, _ = asgo(*arguments)
+    assert code == 0
+    assert "diverged" in out
+    code, out, _ = asgo(*arguments, "--json")
+    assert code == 0
+    diverged, converging = json.loads(out)["functions"][0]["trajectories"]
+    assert 0 < diverged["diverged_at"] < 50
+    assert diverged["steps_to_reach"] is None
+    assert converging["diverged_at"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rosenbrok",), "unknown function 'rosenbrok'; did you mean 'rosenbrock'? `asgo viz --help` lists them"),
+        (("abs_sum", "xyzzy"), "unknown function 'xyzzy'; `asgo viz --help` lists them"),
+        (("abs_sum", "--out", "a.jpg"), "a.jpg: the name of a figure must end in .png, .pdf, .svg"),
+        (("abs_sum", "--optimizer", "adm"), "unknown optimizer: 'adm'; did you mean 'adam'?"),
+        (("abs_sum", "--optimizer", "adam", "--optimizer", "muon"), "muon updates matrices"),
+        (("abs_sum", "--start", "1"), "--start 1: it takes two finite numbers, as in --start -1.5,2"),
+        (("abs_sum", "--start", "1,2,3"), "--start 1,2,3: it takes two finite numbers"),
+        (("abs_sum", "--start", "inf,0"), "--start inf,0: it takes two finite numbers"),
+        (("beale", "--start", "1e160,3"), "beale is not finite at"),
+        (("abs_sum", "--steps", "0"), "--steps"),
+        ((), "FUNCTION"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    asgo: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    code, out, err = asgo(*arguments)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_arguments_are_checked_before_the_work(asgo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectories, "run_panels", lambda *_: pytest.fail("ran before the check"))
+    for arguments in (("abs_sum", "--out", "a.gif"), ("abs_sum", "--optimizer", "adam", "--optimizer", "adm")):
+        assert asgo(*arguments)[0] == 2

@@ -1,0 +1,295 @@
+"""`build_optimizer`: one optimizer for a whole model, each parameter under the rule that fits it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from optim import OPTIMIZER_NAMES, build_optimizer, optimizer_class
+
+from . import reference
+from .cases import DESCRIPTIONS, noise, relative_error, set_gradient
+
+MATRIX = ["asgo", "dasgo", "muon", "shampoo"]
+ELEMENTWISE = ["asro", "accasro"]
+BASELINES = ["adam", "adamw", "amsgrad", "radam", "rmsprop", "adagrad", "sgd-momentum", "sgd-nesterov"]
+NAMES = [*MATRIX, *ELEMENTWISE, *BASELINES]
+SETTINGS = {
+    "asro": {"decrement": 0.1, "min_scale": 0.5},
+    "accasro": {"increment": 0.1, "decrement": 0.1, "max_scale": 2.0, "min_scale": 0.5},
+}
+every_name = pytest.mark.parametrize("name", NAMES)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.query, self.up = nn.Linear(8, 8), nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8, bias=False)
+
+
+class Decoder(nn.Module):
+    """A small GPT's parameters, with a head that is tied or not."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(11, 8), nn.Embedding(6, 8)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 11, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+
+class Vision(nn.Module):
+    """Convolutions, a raw positional table, norms of one and two dimensions, attention, and a head with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.batch_norm = nn.BatchNorm2d(8)
+        self.class_token = nn.Parameter(torch.randn(1, 1, 8))
+        self.pos_embedding = nn.Parameter(torch.randn(1, 5, 8))
+        self.attention = nn.MultiheadAttention(8, 2)
+        self.plane_norm = nn.LayerNorm((5, 8))
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.classifier = nn.Sequential(nn.Dropout(0.1), nn.Linear(8, 4))
+
+
+DECODER_HIDDEN = {f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("query", "up", "down")}
+VISION_HIDDEN = {
+    "stem.weight", "depthwise.weight", "attention.in_proj_weight", "attention.out_proj.weight",
+}  # fmt: skip
+
+
+def build(model: nn.Module, name: str, **settings: object) -> torch.optim.Optimizer:
+    return build_optimizer(model, name, 10, **{"lr": 0.1, **SETTINGS.get(name, {}), **settings})
+
+
+def names_of(optimizer: torch.optim.Optimizer, model: nn.Module, wanted: dict[str, object]) -> set[str]:
+    """Names of the parameters in the groups that hold all of `wanted`."""
+    names = {param: name for name, param in model.named_parameters()}
+    groups = [g for g in optimizer.param_groups if all(g.get(key) == value for key, value in wanted.items())]
+    return {names[param] for group in groups for param in group["params"]}
+
+
+def train(optimizer: torch.optim.Optimizer, model: nn.Module, steps: int = 3) -> None:
+    for step in range(steps):
+        for index, param in enumerate(model.parameters()):
+            if param.requires_grad:
+                set_gradient(param, noise(tuple(param.shape), 1, 100 * step + index)[0])
+        optimizer.step()
+
+
+def test_the_names_are_those_of_the_command_line():
+    assert list(OPTIMIZER_NAMES) == NAMES
+    assert sorted({optimizer_class(name)[0].__name__ for name in MATRIX + ELEMENTWISE}) == sorted(
+        case.name for case in DESCRIPTIONS
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "defaults"),
+    [
+        ("adam", torch.optim.Adam, {"amsgrad": False}),
+        ("adamw", torch.optim.AdamW, {"amsgrad": False}),
+        ("amsgrad", torch.optim.Adam, {"amsgrad": True}),
+        ("radam", torch.optim.RAdam, {}),
+        ("rmsprop", torch.optim.RMSprop, {}),
+        ("adagrad", torch.optim.Adagrad, {}),
+        ("sgd-momentum", torch.optim.SGD, {"momentum": 0.9, "nesterov": False}),
+        ("sgd-nesterov", torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_baselines_are_torchs(name, cls, defaults):
+    optimizer = build(Decoder(), name)
+    assert type(optimizer) is cls
+    assert defaults.items() <= optimizer.defaults.items()
+
+
+@every_name
+def test_every_trainable_parameter_is_in_exactly_one_group(name):
+    for model in (Decoder(), Decoder(tied=True), Vision()):
+        optimizer = build(model, name)
+        params = [id(param) for group in optimizer.param_groups for param in group["params"]]
+        assert sorted(params) == sorted({id(param) for param in model.parameters()})
+
+
+@every_name
+def test_frozen_parameters_are_left_out(name):
+    model = Decoder()
+    model.blocks[0].requires_grad_(False)
+    before = {key: param.clone() for key, param in model.blocks[0].named_parameters()}
+    optimizer = build(model, name)
+    train(optimizer, model)
+    assert not any(p is q for g in optimizer.param_groups for p in g["params"] for q in model.blocks[0].parameters())
+    assert all(torch.equal(param, before[key]) for key, param in model.blocks[0].named_parameters())
+
+
+@every_name
+def test_one_optimizer_and_one_state_dict_resume_a_model(name):
+    torch.manual_seed(0)
+    whole = Decoder(tied=True)
+    first = Decoder(tied=True)
+    first.load_state_dict(whole.state_dict())
+    optimizers = build(whole, name), build(first, name)
+    for optimizer, model in zip(optimizers, (whole, first), strict=True):
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        train(optimizer, model)
+    second = Decoder(tied=True)
+    second.load_state_dict(first.state_dict())
+    resumed = build(second, name)
+    resumed.load_state_dict(optimizers[1].state_dict())
+    train(optimizers[0], whole)
+    train(resumed, second)
+    for mine, other in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", MATRIX)
+def test_hidden_matrices_of_a_decoder_take_the_matrix_rule(name, tied):
+    model = Decoder(tied)
+    optimizer = build(model, name)
+    hidden = names_of(optimizer, model, {"rule": "matrix"})
+    assert hidden == DECODER_HIDDEN
+    assert names_of(optimizer, model, {"rule": "adam"}) == set(dict(model.named_parameters())) - hidden
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_hidden_kernels_and_projections_of_a_vision_model_take_the_matrix_rule(name):
+    model = Vision()
+    assert names_of(build(model, name), model, {"rule": "matrix"}) == VISION_HIDDEN
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_positional_table_without_a_batch_dimension_takes_adam(name):
+    model = nn.Module()
+    model.body, model.head = nn.Linear(8, 8), nn.Linear(8, 4)
+    model.pos_embedding = nn.Parameter(torch.randn(5, 8))
+    assert names_of(build(model, name), model, {"rule": "matrix"}) == {"body.weight"}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_each_parameter_moves_by_its_rule_at_the_same_learning_rate(name):
+    """Behaviour, not group keys: hidden matrices follow the reference with weight decay, the others Adam without."""
+    case = next(case for case in DESCRIPTIONS if case.name.lower() == name)
+    model = Decoder(tied=True).double()
+    optimizer = build(model, name, lr=0.07, weight_decay=0.3)
+    refers: dict[str, reference.Reference] = {}
+    for key, param in model.named_parameters():
+        w = param.detach().numpy()
+        hidden = key in DECODER_HIDDEN
+        refers[key] = (
+            case.reference(w, lr=0.07, weight_decay=0.3)
+            if hidden
+            else reference.Adam(w, lr=0.07, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+        )
+    for step in range(4):
+        for index, (key, param) in enumerate(model.named_parameters()):
+            gradient = noise(tuple(param.shape), 1, 100 * step + index)[0]
+            set_gradient(param, gradient)
+            refers[key].step(gradient)
+        optimizer.step()
+    for key, param in model.named_parameters():
+        assert relative_error(param, refers[key].parameter) < 1e-9, key
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_a_scheduler_drives_both_rules(name):
+    optimizer = build(Decoder(), name)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *BASELINES])
+def test_weight_decay_is_for_two_dimensions_and_more(name):
+    model = Vision()
+    optimizer = build(model, name, weight_decay=0.3)
+    decayed = names_of(optimizer, model, {"weight_decay": 0.3})
+    assert decayed == {key for key, param in model.named_parameters() if param.ndim >= 2}
+    assert names_of(optimizer, model, {"weight_decay": 0.0}) == set(dict(model.named_parameters())) - decayed
+
+
+@every_name
+def test_settings_reach_the_groups(name):
+    group = build(Decoder(), name, lr=0.03, weight_decay=0.25).param_groups[0]
+    assert (group["lr"], group["weight_decay"]) == (0.03, 0.25)
+
+
+def test_total_steps_reach_accasro():
+    assert build(Decoder(), "accasro").param_groups[0]["total_steps"] == 10
+
+
+@every_name
+def test_a_model_of_one_rule_only_has_no_empty_group(name):
+    optimizer = build(nn.LayerNorm(5), name)
+    assert all(group["params"] for group in optimizer.param_groups)
+
+
+@pytest.mark.parametrize(("typed", "nearest"), [("asgoo", "asgo"), ("AccAsro", "accasro"), ("adamW", "adamw")])
+def test_an_unknown_name_is_refused_with_the_nearest_one(typed, nearest):
+    for refuse in (lambda: build_optimizer(Decoder(), typed, 10, lr=0.1), lambda: optimizer_class(typed)):
+        with pytest.raises(ValueError, match=rf"{typed}.*\b{nearest}\b"):
+            refuse()
+
+
+@every_name
+def test_an_unknown_setting_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=r"wieght_decay.*weight_decay"):
+        build(Decoder(), name, wieght_decay=0.1)
+
+
+@pytest.mark.parametrize("name", MATRIX + ELEMENTWISE)
+def test_a_bad_setting_is_refused_by_name_and_value(name):
+    with pytest.raises(ValueError, match=r"lr.*-0\.5"):
+        build(Decoder(), name, lr=-0.5)
+
+
+@pytest.mark.parametrize("name", MATRIX + ELEMENTWISE)
+def test_an_error_at_a_step_names_the_parameter_as_the_model_does(name):
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4), nn.Linear(4, 2))
+    optimizer = build(model, name)
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=r"'?0\.weight"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "head"), [("resnet18", "fc"), ("efficientnet_b0", "classifier.1"), ("vit_b_32", "heads.head")]
+)
+def test_the_head_of_a_torchvision_model_takes_adam(architecture, head):
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    with torch.device("meta"):  # the parameters' shapes are enough
+        model = models.get_model(architecture, weights=None)
+    optimizer = build(model, "asgo")
+    hidden = names_of(optimizer, model, {"rule": "matrix"})
+    layers = {
+        f"{key}.weight"
+        for key, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and key != head
+    } | {key for key, _ in model.named_parameters() if key.endswith("in_proj_weight")}
+    assert hidden == layers
+
+
+def test_a_torchvision_model_trains():
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    torch.manual_seed(0)
+    model = models.resnet18(weights=None, num_classes=10)
+    optimizer = build(model, "dasgo", lr=1e-2)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0]
