@@ -13,7 +13,7 @@ from asgo_cli import console, data, demo, export, generate, train, viz
 
 app = typer.Typer(
     help="Train with, and compare, neural-network optimizers.",
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Prepare and check data.",
-    rich_markup_mode="markdown",
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -81,7 +81,10 @@ def shakespeare(
     ),
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Shakespeare by characters: the first nine tenths train, the last one validates."""
+    """Make shards of Shakespeare by characters.
+
+    The first nine tenths train, the last one validates.
+    """
     from pipelines.data.shakespeare import prepare_shakespeare
 
     with _progress() as progress:
@@ -95,7 +98,10 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
-    """Check that a data folder holds, byte for byte, what was written."""
+    """Check shards against their manifest.
+
+    Finds any altered byte, and missing or foreign shards.
+    """
     from dataclasses import asdict
 
     from pipelines.data.verify import verify as verify_folder

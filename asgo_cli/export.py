@@ -18,7 +18,10 @@ def export_metrics(
     path: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a folder of runs.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write; - for stdout.")] = Path("metrics.csv"),
 ) -> None:
-    """Write recorded losses, learning rates and times as CSV, a row a recorded step."""
+    """Write recorded metrics as CSV.
+
+    One row a recorded step: losses, learning rates and times, of a checkpoint, a run, or a folder of runs.
+    """
     from pipelines.analysis.export import records, write_csv
     from pipelines.storage import write_atomically
 

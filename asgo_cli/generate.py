@@ -23,7 +23,10 @@ def generate(
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     device: Device = None,
 ) -> None:
-    """Continue a prompt with the model of a checkpoint; the text goes to stdout."""
+    """Continue a prompt with a trained GPT.
+
+    The text goes to stdout; a checkpoint is all it needs.
+    """
     from pipelines import generation
     from pipelines.config import RuntimeSettings
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipelines.config import RunConfig
     from pipelines.resolve import Layer
 
-app = typer.Typer(help="Train a model with one of the optimizers.", rich_markup_mode="markdown")
+app = typer.Typer(help="Train a model with one of the optimizers.", rich_markup_mode=None)
 
 _DEFAULT_PRESET = "asro-gpt"
 _EXAMPLES = (

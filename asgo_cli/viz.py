@@ -64,7 +64,10 @@ def viz(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Draw trajectories of optimizers on two-dimensional test functions, and print where they end."""
+    """Draw optimizers on 2-D test functions.
+
+    Prints where each trajectory ends, and when it has come within 0.1 of an optimum for good.
+    """
     names = _function_names(functions)
     begin = _parse_start(start) if start is not None else None
     path = out or Path(f"{names[0]}.png" if len(names) == 1 else "functions.png")
