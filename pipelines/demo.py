@@ -59,7 +59,7 @@ def run_demo(out: Path, report: Callable[[str], AbstractContextManager[Reporter]
     """
     data = out / "data"
     if not data.exists():
-        prepare_text(library_sources(), data, tokenizer="bytes", val_fraction=0.01)
+        prepare_text(library_sources(), data, tokenizer="bytes", val_fraction=0.02)
     runs = []
     for name in OPTIMIZERS:
         folder = out / "runs" / name
