@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.adam import adam_direction, update_moments
-from optim.base import BaseOptimizer, Group, State, apply_update, gradient, new_step, state_dtype
+from optim.adam import adam_direction, adam_state, update_moments
+from optim.base import Group, State, state_dtype
+from optim.elementwise import ElementwiseOptimizer
 
 
 def accasro_update(
@@ -41,7 +42,7 @@ def accasro_update(
     return adam_direction(state, betas, eps).mul_(state["scale"])
 
 
-class AccAsro(BaseOptimizer):
+class AccAsro(ElementwiseOptimizer):
     """Adam with a scale a weight, which grows while the gradient keeps its sign and falls back when it flips.
 
     From step `scale_start_step` on, after Adam's moments have moved, in this order::
@@ -104,28 +105,23 @@ class AccAsro(BaseOptimizer):
             },
         )
 
-    def update_group(self, group: Group, params: list[Tensor]) -> None:
-        """Update each parameter on its own."""
-        for param in params:
-            state = self.state[param]
-            if not state:
-                state["step"] = new_step()
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(param, dtype=state_dtype(param))
-                for key in ("scale", "saved_scale"):
-                    state[key] = torch.ones_like(param, dtype=state_dtype(param))
-                # Only the sign of the last gradient is ever used: one byte holds it.
-                state["last_sign"] = torch.zeros_like(param, dtype=torch.int8)
-            update = accasro_update(
-                gradient(param),
-                state,
-                increment=group["increment"],
-                decrement=group["decrement"],
-                max_scale=group["max_scale"],
-                min_scale=group["min_scale"],
-                total_steps=group["total_steps"],
-                scale_start_step=group["scale_start_step"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
-            apply_update(param, update, group["lr"], group["weight_decay"])
+    def new_state(self, param: Tensor) -> State:
+        """Adam's, both scales, ones, and the sign of the last gradient, zeros."""
+        scales = {key: torch.ones_like(param, dtype=state_dtype(param)) for key in ("scale", "saved_scale")}
+        # Only the sign of the last gradient is ever used: one byte holds it.
+        return {**adam_state(param), **scales, "last_sign": torch.zeros_like(param, dtype=torch.int8)}
+
+    def param_update(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """The rules above on one parameter."""
+        return accasro_update(
+            grad,
+            state,
+            increment=group["increment"],
+            decrement=group["decrement"],
+            max_scale=group["max_scale"],
+            min_scale=group["min_scale"],
+            total_steps=group["total_steps"],
+            scale_start_step=group["scale_start_step"],
+            betas=group["betas"],
+            eps=group["eps"],
+        )

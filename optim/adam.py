@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from optim.base import State
+from optim.base import State, new_step, state_dtype
+
+
+def adam_state(param: Tensor) -> State:
+    """Both moments, zeros in the shape of the parameter, and the count of steps."""
+    moments = {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in ("exp_avg", "exp_avg_sq")}
+    return {"step": new_step(), **moments}
 
 
 def update_moments(grad: Tensor, state: State, betas: tuple[float, float]) -> None:

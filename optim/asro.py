@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.adam import adam_direction, update_moments
-from optim.base import BaseOptimizer, Group, State, apply_update, gradient, new_step, state_dtype
+from optim.adam import adam_direction, adam_state, update_moments
+from optim.base import Group, State, state_dtype
+from optim.elementwise import ElementwiseOptimizer
 
 
 def asro_update(
@@ -30,7 +31,7 @@ def asro_update(
     return adam_direction(state, betas, eps).mul_(scale)
 
 
-class Asro(BaseOptimizer):
+class Asro(ElementwiseOptimizer):
     """Adam with a scale a weight, which starts at 1 and falls at every sign change of the first moment.
 
     At step `t`, with gradient `G`::
@@ -81,22 +82,18 @@ class Asro(BaseOptimizer):
             },
         )
 
-    def update_group(self, group: Group, params: list[Tensor]) -> None:
-        """Update each parameter on its own."""
-        for param in params:
-            state = self.state[param]
-            if not state:
-                state["step"] = new_step()
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(param, dtype=state_dtype(param))
-                state["scale"] = torch.ones_like(param, dtype=state_dtype(param))
-            update = asro_update(
-                gradient(param),
-                state,
-                decrement=group["decrement"],
-                min_scale=group["min_scale"],
-                scale_start_step=group["scale_start_step"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
-            apply_update(param, update, group["lr"], group["weight_decay"])
+    def new_state(self, param: Tensor) -> State:
+        """Adam's, and the scale, ones."""
+        return {**adam_state(param), "scale": torch.ones_like(param, dtype=state_dtype(param))}
+
+    def param_update(self, grad: Tensor, state: State, group: Group) -> Tensor:
+        """Algorithm 1 on one parameter."""
+        return asro_update(
+            grad,
+            state,
+            decrement=group["decrement"],
+            min_scale=group["min_scale"],
+            scale_start_step=group["scale_start_step"],
+            betas=group["betas"],
+            eps=group["eps"],
+        )

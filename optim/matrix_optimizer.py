@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.adam import adam_direction, update_moments
-from optim.base import BaseOptimizer, Group, State, apply_update, describe, gradient, new_step, state_dtype
+from optim.adam import adam_direction, adam_state, update_moments
+from optim.base import BaseOptimizer, Group, State, apply_update, describe, gradient
 
 UPDATE_RMS = 0.2
 """Root mean square of an update's entries: about AdamW's, so its learning rates carry over (arXiv 2502.16982)."""
@@ -124,9 +124,7 @@ class MatrixOptimizer(BaseOptimizer):
     def _update_with_adam(self, param: Tensor, group: Group) -> None:
         state = self.state[param]
         if not state:
-            state["step"] = new_step()
-            state["exp_avg"] = torch.zeros_like(param, dtype=state_dtype(param))
-            state["exp_avg_sq"] = torch.zeros_like(param, dtype=state_dtype(param))
+            state.update(adam_state(param))
         update_moments(gradient(param), state, group["betas"])
         update = adam_direction(state, group["betas"], group["eps"])
         apply_update(param, update, group["lr"], group["weight_decay"])

@@ -45,10 +45,14 @@ class GPTTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of a micro-batch, shape ()."""
-        inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
+        inputs, targets = (self._to_device(part) for part in batch)
         with autocast(self._device, self._dtype):
             logits = self.model(inputs)
         return next_token_loss(logits, targets)
+
+    def _to_device(self, part: Tensor) -> Tensor:
+        # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
+        return (part.pin_memory() if self._device.type == "cuda" else part).to(self._device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:

@@ -154,8 +154,8 @@ def _clip(run: Run) -> Tensor:
 
 def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -> None:
     """`AsgoError` before the weights change; gradients that overflow under a loss scale are skipped by the scaler."""
-    scaling = run.state.scaler.is_enabled() and run.state.scaler.get_scale() >= 1.0
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or scaling):
+    scaler = run.state.scaler
+    if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1.0)):
         return
     lr = run.state.optimizer.param_groups[0]["initial_lr"] * factor
     names = [
