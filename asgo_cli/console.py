@@ -48,7 +48,15 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str
     data.print(table)
 
 
+def show_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Names and texts on stdout, a line each."""
+    grid = Table.grid(padding=(0, 3))
+    for name, text in facts:
+        grid.add_row(f"[bold]{escape(name)}[/]", escape(text))
+    data.print(grid)
+
+
 def show_json(value: object) -> None:
-    """One JSON document on stdout; figures read back as the same floats, not-finite ones as null."""
+    """One JSON document on stdout; figures read back as the same floats. `ValueError` for one that is not finite."""
     json.dump(value, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")

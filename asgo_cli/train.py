@@ -115,17 +115,17 @@ def _show_plan(settings: RunConfig, folder: Path) -> None:
 
     planned = plan(settings)
     training = settings.training
-    rows = [
+    facts = [
         ("run folder", str(folder)),
         ("model", f"GPT, {planned.parameters:,} parameters"),
         ("optimizer", f"{settings.optimizer.name}, lr {settings.optimizer.lr:g}, {settings.schedule.kind}"),
         ("data", settings.data.folder),
-        ("step", f"{planned.tokens_per_step:,} tokens in {planned.micro_batches} micro-batches"),
+        ("step", f"{planned.tokens_per_step:,} tokens, accumulated over {planned.micro_batches} micro-batches"),
         ("steps", f"{training.steps:,}"),
         ("tokens", f"{training.steps * planned.tokens_per_step:,} ({planned.epochs:.2f} epochs)"),
         ("device", f"{planned.device}, {planned.precision}"),
     ]
-    console.show_table(("plan", ""), rows)
+    console.show_facts(facts)
     console.say("dry run: nothing was written")
 
 

@@ -81,9 +81,9 @@ def _sibling(target: Path, state: str) -> Path:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of the disk: the system's own, from an open file, does not."""
+    """Name the file in an error of the disk: the system names none for an open file, or only its hidden sibling."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = str(path)
         raise

@@ -68,36 +68,32 @@ def save_checkpoint(
 ) -> Path:
     """Write `parent/step-<step>`, prune older ones, and return its path.
 
-    Raises `AsgoError` or `OSError` if the disk refuses; then the checkpoints that were there still are.
+    Raises `AsgoError` if the disk refuses; then the checkpoints that were there still are.
     """
     target = parent / f"{_PREFIX}{state.step:08d}"
     optimizer_tensors, scalars = state.optimizer_tensors()
-    with staged_folder(target, replace=True) as folder:
-        try:
+    content = {
+        "format": 1,
+        "step": state.step,
+        "samples": samples,
+        "tokens": tokens,
+        "epoch": epoch,
+        "elapsed_s": state.clock.elapsed_s,
+        "config": config.model_dump(mode="json"),
+        "data": description,
+        "optimizer_scalars": scalars,
+        "loss_scale": state.scaler.state_dict(),
+    }
+    try:
+        with staged_folder(target, replace=True) as folder:
             _save_tensors(folder / _MODEL, state.model_tensors())
             _save_tensors(folder / _OPTIMIZER, optimizer_tensors)
             _save_tensors(folder / _RANDOM, random_state(state.clock.device))
             safetensors.numpy.save_file(rows_to_columns(state.rows), folder / _HISTORY)
-        except SafetensorError as error:
-            raise AsgoError(f"{target}: could not be written: {error}") from None
-        content = {
-            "format": 1,
-            "step": state.step,
-            "samples": samples,
-            "tokens": tokens,
-            "epoch": epoch,
-            "elapsed_s": state.clock.elapsed_s,
-            "config": config.model_dump(mode="json"),
-            "data": description,
-            "optimizer_scalars": scalars,
-            "loss_scale": state.scaler.state_dict(),
-            "files": {
-                path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-                for path in sorted(folder.iterdir())
-            },
-        }
-        (folder / _STATE).write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1), encoding="utf-8")
-    _prune(parent, state.step, config.checkpoint.keep)
+            _write_state(folder, content)
+        _prune(parent, state.step, config.checkpoint.keep)
+    except (OSError, SafetensorError) as error:
+        raise AsgoError(f"{target}: could not be saved: {getattr(error, 'strerror', None) or error}") from error
     return target
 
 
@@ -162,6 +158,12 @@ def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
 def _save_tensors(path: Path, tensors: Tensors) -> None:
     # A transposed or channels-last tensor is saved by its values: loading copies them into the tensor's own layout.
     safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _write_state(folder: Path, content: dict[str, Any]) -> None:
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
+    whole = {**content, "files": files}
+    (folder / _STATE).write_text(json.dumps({**whole, "sha256": _digest(whole)}, indent=1), encoding="utf-8")
 
 
 def _digest(content: dict[str, Any]) -> str:

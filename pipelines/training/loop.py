@@ -51,9 +51,8 @@ def fit(run: Run) -> None:
         if run.stop or (state.step > 0 and _due(state.step, config.checkpoint.every, config)):
             save(run)
         if run.stop:
-            raise RunInterrupted(
-                f"{run.stop.signal_name} at step {state.step}: saved; continue with --resume --out {run.folder.path}"
-            )
+            command = f"asgo train {config.task} --resume --out {run.folder.path}"
+            raise RunInterrupted(f"{run.stop.signal_name} at step {state.step}: saved; continue with: {command}")
         if state.step == config.training.steps:
             return
         state.clock.run()
@@ -90,10 +89,8 @@ def save(run: Run) -> None:
             tokens=row["tokens"],
             epoch=row["epoch"],
         )
-    except OSError as error:
-        raise AsgoError(
-            f"{run.folder.checkpoints}: could not save step {run.state.step}: {error.strerror}; {_last_good(run)}"
-        ) from error
+    except AsgoError as error:
+        raise AsgoError(f"{error}; {_last_good(run)}; make room, then --resume") from error
     run.saved = now
 
 

@@ -249,4 +249,4 @@ def test_a_signal_ends_a_real_command_with_75(token_folder: Path, tmp_path: Path
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
     line = err.decode().splitlines()[-1]
-    assert re.fullmatch(r"stopped: SIGTERM at step \d+: saved; continue with --resume --out run", line)
+    assert re.fullmatch(r"stopped: SIGTERM at step \d+: saved; continue with: asgo train gpt --resume --out run", line)
