@@ -47,8 +47,8 @@ def _root(
 
 def main() -> None:
     """Run the command line and turn every error into one line and an exit code."""
-    # OpenMP threads that wait for each other spin, by default 300,000 times: beside any other work on the same cores,
-    # training on two of them fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000 and loses nothing alone.
+    # OpenMP threads that wait for each other spin, by default 300,000 times: with other work on the same two cores,
+    # training fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000, and alone it loses nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         code = app(standalone_mode=False)
