@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
 from pipelines.storage import sha256_of, staged_folder, undo_exchange
-from pipelines.training.metrics import Row, columns_to_rows, rows_to_columns
+from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
 from pipelines.training.state import Tensors, TrainState, random_state, set_random_state
 
 _PREFIX = "step-"
@@ -58,13 +58,7 @@ def read_history(folder: Path) -> list[Row]:
 
 
 def save_checkpoint(
-    parent: Path,
-    state: TrainState,
-    config: RunConfig,
-    description: dict[str, Any],
-    samples: int,
-    tokens: int,
-    epoch: float,
+    parent: Path, state: TrainState, config: RunConfig, description: dict[str, Any], counts: Counts
 ) -> Path:
     """Write `parent/step-<step>`, prune older ones, and return its path.
 
@@ -74,11 +68,7 @@ def save_checkpoint(
     optimizer_tensors, scalars = state.optimizer_tensors()
     content = {
         "format": 1,
-        "step": state.step,
-        "samples": samples,
-        "tokens": tokens,
-        "epoch": epoch,
-        "elapsed_s": state.clock.elapsed_s,
+        **counts,
         "config": config.model_dump(mode="json"),
         "data": description,
         "optimizer_scalars": scalars,

@@ -14,11 +14,10 @@ from pipelines.training.device import synchronize
 
 @dataclass
 class Lap:
-    """Means over the steps since the last lap, in milliseconds, and the seconds of all of them together."""
+    """Means over the steps since the last lap, in milliseconds."""
 
     step_ms: float
     optimizer_ms: float
-    seconds: float
 
 
 @dataclass
@@ -75,7 +74,6 @@ class StepClock:
         lap = Lap(
             step_ms=1e3 * seconds / self._steps,
             optimizer_ms=(1e3 * self._optimizer_s + milliseconds) / self._steps,
-            seconds=seconds,
         )
         self._lap_start_s, self._steps, self._optimizer_s, self._events = self.elapsed_s, 0, 0.0, []
         return lap

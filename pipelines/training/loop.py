@@ -12,7 +12,7 @@ from torch import Tensor
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, RunInterrupted
 from pipelines.training.checkpoint import checkpoint_folders, save_checkpoint
-from pipelines.training.metrics import Row, Split
+from pipelines.training.metrics import Counts, Row
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.schedule import lr_factor
@@ -66,10 +66,13 @@ def evaluate(run: Run) -> None:
     """Record the validation figures of the model as it is, unless told to stop meanwhile."""
     run.state.clock.pause()
     figures = run.task.evaluate(lambda: bool(run.stop))
-    if figures is not None:
-        row = _row(run, "val", **figures)
-        _record(run, row)
-        run.reporter.validated(row)
+    if figures is None:
+        return
+    if not math.isfinite(figures["loss"]):
+        raise AsgoError(f"step {run.state.step}: the validation loss is {figures['loss']}; {_last_good(run)}")
+    row = Row(**_counts(run), split="val", **figures)  # type: ignore[typeddict-item]
+    _record(run, row)
+    run.reporter.validated(row)
 
 
 def save(run: Run) -> None:
@@ -78,17 +81,8 @@ def save(run: Run) -> None:
     now = (run.state.step, len(run.state.rows))
     if now == run.saved:
         return
-    row = _row(run, "train")
     try:
-        save_checkpoint(
-            run.folder.checkpoints,
-            run.state,
-            run.config,
-            run.task.description(),
-            samples=row["samples"],
-            tokens=row["tokens"],
-            epoch=row["epoch"],
-        )
+        save_checkpoint(run.folder.checkpoints, run.state, run.config, run.task.description(), _counts(run))
     except AsgoError as error:
         raise AsgoError(f"{error}; {_last_good(run)}; make room, then --resume") from error
     run.saved = now
@@ -126,10 +120,18 @@ def accumulate_gradients(run: Run) -> Tensor:
 def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     """Record the step just made."""
     lap = run.state.clock.lap()
-    row = _row(run, "train", loss=loss, lr=lr, step_ms=lap.step_ms, optimizer_ms=lap.optimizer_ms)
+    tokens_a_step = run.config.training.batch_size * run.task.tokens_per_sample
+    row = Row(
+        **_counts(run),  # type: ignore[typeddict-item]
+        split="train",
+        loss=loss,
+        lr=lr,
+        step_ms=lap.step_ms,
+        optimizer_ms=lap.optimizer_ms,
+        throughput=tokens_a_step / (lap.step_ms / 1e3),
+    )
     if math.isfinite(grad_norm):
         row["grad_norm"] = grad_norm
-    row["throughput"] = run.config.training.batch_size * run.task.tokens_per_sample / (lap.step_ms / 1e3)
     _record(run, row)
     run.reporter.trained(row)
 
@@ -173,17 +175,15 @@ def _last_good(run: Run) -> str:
     return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
 
 
-def _row(run: Run, split: Split, **figures: float) -> Row:
+def _counts(run: Run) -> Counts:
     samples = run.state.step * run.config.training.batch_size
-    counts = Row(
+    return Counts(
         step=run.state.step,
         tokens=samples * run.task.tokens_per_sample,
         samples=samples,
-        split=split,
         epoch=run.task.epoch_at(run.state.step),
         elapsed_s=run.state.clock.elapsed_s,
     )
-    return Row(**{**counts, **figures})  # type: ignore[typeddict-item]
 
 
 def _record(run: Run, row: Row) -> None:

@@ -17,19 +17,25 @@ INTEGERS = ("step", "tokens", "samples")
 FIGURES = ("epoch", "loss", "accuracy", "lr", "grad_norm", "step_ms", "optimizer_ms", "throughput", "elapsed_s")
 
 
-class Row(TypedDict, total=False):
-    """One record. A `train` row is the update that made `step`; a `val` row is the model after `step` updates.
-
-    `epoch` counts passes over the data; `loss` is in nats a token; `accuracy` a share; `step_ms` and `optimizer_ms` are
-    means since the last training row, without evaluation and saving; `throughput` is in tokens (or images) a second
-    over the same time; `elapsed_s` is the time spent in training steps since the run began, over all resumes.
-    """
+class Counts(TypedDict):
+    """How far a run has come: passes over the data in `epoch`, seconds spent in training steps in `elapsed_s`."""
 
     step: int
     tokens: int
     samples: int
-    split: Split
     epoch: float
+    elapsed_s: float
+
+
+class Row(Counts, total=False):
+    """One record. A `train` row is the update that made `step`; a `val` row is the model after `step` updates.
+
+    `loss` is in nats a token; `accuracy` a share; `step_ms` and `optimizer_ms` are means since the last training row,
+    without evaluation and saving; `throughput` is in tokens (or images) a second over the same time. `elapsed_s` counts
+    over all resumes.
+    """
+
+    split: Split
     loss: float
     accuracy: float
     lr: float
@@ -37,7 +43,6 @@ class Row(TypedDict, total=False):
     step_ms: float
     optimizer_ms: float
     throughput: float
-    elapsed_s: float
 
 
 def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
@@ -54,7 +59,7 @@ def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
 
 def columns_to_rows(columns: dict[str, np.ndarray[Any, Any]]) -> list[Row]:
     """The inverse of `rows_to_columns`."""
-    rows: list[Row] = [{"split": SPLITS[code]} for code in columns["split"]]
+    rows = [cast(Row, {"split": SPLITS[code]}) for code in columns["split"]]
     for key in (*INTEGERS, *FIGURES):
         for row, value in zip(rows, columns[key].tolist(), strict=True):
             if value == value:  # not NaN

@@ -124,3 +124,12 @@ def test_a_device_that_is_not_there_is_refused(small_config: Make, tmp_path: Pat
     with pytest.raises(UsageError, match="--device cuda: not on this machine, which has cpu"):
         train(small_config(runtime__device="cuda"), tmp_path / "run", reporter)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_loss_that_is_not_finite_is_not_recorded(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GPTTask, "evaluate", lambda *_: {"loss": float("nan")})
+    with pytest.raises(AsgoError, match="step 0: the validation loss is nan; there is no checkpoint yet"):
+        train(small_config(), tmp_path / "run", reporter)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
