@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors.numpy
 import safetensors.torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from pipelines.config import RunConfig
@@ -19,6 +20,7 @@ from pipelines.storage import sha256_of, staged_folder, undo_exchange
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
 from pipelines.training.state import Tensors, TrainState, random_state, set_random_state
 
+_FORMAT = 1
 _PREFIX = "step-"
 _STATE = "state.json"
 _MODEL = "model.safetensors"
@@ -40,8 +42,11 @@ class Checkpoint:
         return int(self.state["step"])
 
     def config(self) -> RunConfig:
-        """The configuration of the run."""
-        return RunConfig.model_validate(self.state["config"])
+        """The configuration of the run; `AsgoError` if this version of asgo cannot read it."""
+        try:
+            return RunConfig.model_validate(self.state["config"])
+        except ValidationError:
+            raise AsgoError(f"{self.folder}: its configuration is of another version of asgo") from None
 
     def model_tensors(self) -> Tensors:
         """Weights by parameter name, on the CPU."""
@@ -67,7 +72,7 @@ def save_checkpoint(
     target = parent / f"{_PREFIX}{state.step:08d}"
     optimizer_tensors, scalars = state.optimizer_tensors()
     content = {
-        "format": 1,
+        "format": _FORMAT,
         **counts,
         "config": config.model_dump(mode="json"),
         "data": description,
@@ -126,6 +131,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise AsgoError(f"{path}: damaged: not valid JSON with a checksum") from None
     if recorded != _digest(state):
         raise AsgoError(f"{path}: damaged: its content is not what was saved")
+    if state["format"] != _FORMAT:
+        raise AsgoError(f"{path}: a checkpoint of format {state['format']}; this version of asgo reads {_FORMAT}")
     return state
 
 

@@ -61,14 +61,14 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
     folder = RunFolder(out)
     continues = resume and folder.exists()
     if continues:
-        _require_same_config(folder, config)
+        _require_same_config(out, folder.config(), config)
     else:
         refuse_existing(folder)
     device = pick_device(config.runtime)
     torch.manual_seed(config.seed)
     task = GPTTask(config, device)
     state = _fresh_state(task, config, device)
-    checkpoint = _find_checkpoint(folder, task, reporter) if continues else None
+    checkpoint = _find_checkpoint(folder, config, task, reporter) if continues else None
     if checkpoint is not None:
         restore(checkpoint, state)
     if not continues:
@@ -95,14 +95,15 @@ def _fresh_state(task: Task, config: RunConfig, device: torch.device) -> TrainSt
     return TrainState(task.model, optimizer, scaler, StepClock(device))
 
 
-def _require_same_config(folder: RunFolder, config: RunConfig) -> None:
-    changed = differences(folder.config(), config)
+def _require_same_config(place: Path, saved: RunConfig, config: RunConfig) -> None:
+    changed = differences(saved, config)
     if changed:
-        lines = [f"{folder.path}: cannot be resumed with another configuration: {line}" for line in changed]
-        raise UsageError("\n".join(lines))
+        raise UsageError(
+            "\n".join(f"{place}: cannot be resumed with another configuration: {line}" for line in changed)
+        )
 
 
-def _find_checkpoint(folder: RunFolder, task: Task, reporter: Reporter) -> Checkpoint | None:
+def _find_checkpoint(folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter) -> Checkpoint | None:
     folder.checkpoints.mkdir(exist_ok=True)
     remove_leftovers(folder.checkpoints)
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)
@@ -111,6 +112,7 @@ def _find_checkpoint(folder: RunFolder, task: Task, reporter: Reporter) -> Check
     if checkpoint is None:
         reporter.note(f"{folder.path}: no checkpoint yet: starting from the beginning")
         return None
+    _require_same_config(checkpoint.folder, checkpoint.config(), config)
     if checkpoint.state["data"]["fingerprint"] != task.description()["fingerprint"]:
         raise UsageError(f"{folder.path}: was trained on other data than --data holds now; give it the same shards")
     reporter.note(f"resuming from {checkpoint.folder}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config import RunConfig
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import checkpoint_folders, newest_checkpoint, open_checkpoint
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
@@ -105,6 +105,19 @@ def test_what_a_kill_left_is_removed_and_never_taken_for_a_checkpoint(
     assert "not a checkpoint" in skipped[0]
     train(small_config(checkpoint__keep=3), run, reporter, resume=True)
     assert not list(checkpoints.glob(".*"))
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(
+    run: Path, small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    other = small_config(optimizer__name="asgo", model__d_ff=8, training__steps=8)
+    train(other, tmp_path / "other", reporter)
+    shutil.copytree(tmp_path / "other/checkpoints/step-00000008", run / "checkpoints/step-00000008")
+    with pytest.raises(UsageError) as error:
+        train(small_config(), run, reporter, resume=True)
+    lines = str(error.value).splitlines()
+    assert all(line.startswith(f"{run}/checkpoints/step-00000008: cannot be resumed") for line in lines)
+    assert any("model.d_ff is 8 in the run, 32 now" in line for line in lines)
 
 
 def test_weights_of_another_model_are_named(run: Path, small_config: Make, reporter: SilentReporter) -> None:
