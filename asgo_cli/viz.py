@@ -31,7 +31,7 @@ FUNCTION_NAMES = PAPER_FUNCTIONS + USUAL_FUNCTIONS
 
 EXAMPLES = (
     "Examples: `asgo viz rosenbrock`; `asgo viz all --out figure.pdf`; "
-    "`asgo viz beale --optimizer radam --optimizer accasro:lr=0.02,increment=0.1 --steps 5000`."
+    "`asgo viz rosenbrock --optimizer adam:lr=0.05 --optimizer accasro:lr=0.02,increment=0.1 --start -1.5,2`."
 )
 
 
@@ -186,5 +186,5 @@ def _as_json(trajectories: list[Trajectory]) -> dict[str, Any]:
 
 
 def _next_commands(functions: list[str]) -> list[str]:
-    other = f"asgo viz {' '.join(functions)} --optimizer accasro:lr=0.02 --optimizer radam"
+    other = f"asgo viz {' '.join(functions)} --optimizer accasro:lr=0.02 --optimizer amsgrad"
     return [other] if functions == ["all"] else [other, "asgo viz all"]
