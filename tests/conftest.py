@@ -16,6 +16,15 @@ from pipelines.resolve import Layer, preset_layer, resolve
 
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "all", "was", "well", "with", "its", "tail")
 
 SMALL: dict[str, Any] = {

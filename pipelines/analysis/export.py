@@ -9,6 +9,7 @@ from typing import IO
 
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.metrics import Row
+from pipelines.training.run_folder import RunFolder
 
 COLUMNS = (
     "run", "optimizer", "step", "epoch", "tokens", "samples", "split", "loss", "accuracy", "lr", "grad_norm",
@@ -36,8 +37,6 @@ def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
 
 
 def _records(path: Path) -> Iterator[dict[str, object]]:
-    from pipelines.training.run_folder import RunFolder
-
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a checkpoint, a run, or a folder of runs")
     if (path / "state.json").is_file():
@@ -56,7 +55,7 @@ def _configs(path: Path) -> list[Path]:
 
 
 def _checkpoint_records(folder: Path) -> Iterator[dict[str, object]]:
-    from pipelines.training.checkpoint import open_checkpoint
+    from pipelines.training.checkpoint import open_checkpoint  # imports torch, which a run's export can do without
 
     checkpoint = open_checkpoint(folder)
     # <run>/checkpoints/step-00000100; a checkpoint copied elsewhere goes by its own name.

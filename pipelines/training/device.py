@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from typing import Literal
 
 import torch
 
@@ -43,8 +42,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device by the name on its box."""
+    """The device by the name on its box, or the processor and how many threads compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    kind: Literal["GPU", "CPU"] = "GPU" if device.type == "mps" else "CPU"
-    return f"{platform.machine()} {kind}, {torch.get_num_threads()} threads" if kind == "CPU" else "Apple GPU"
+    if device.type == "mps":
+        return "Apple GPU"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
