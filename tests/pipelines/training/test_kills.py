@@ -98,6 +98,7 @@ def test_a_signal_saves_the_step_it_came_in(number: signal.Signals, small_config
     process = start(config, tmp_path / "run")
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not metrics.is_file() or metrics.read_text().count("\n") < 5:
+        assert process.is_alive()
         time.sleep(0.01)
     assert process.pid is not None
     os.kill(process.pid, number)
