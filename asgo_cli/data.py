@@ -41,7 +41,9 @@ def _root(context: typer.Context) -> None:
 def text(
     inputs: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="Files ending in .txt, .jsonl, .jsonl.gz, .parquet, or folders of them."),
+        typer.Argument(
+            metavar="FILE...", help="Files ending in .txt, .jsonl, .jsonl.gz, .parquet, or folders of them."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")],
     tokenizer: Annotated[Literal["gpt2", "bytes", "chars"], typer.Option(help="How text becomes tokens.")] = "gpt2",

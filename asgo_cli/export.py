@@ -15,7 +15,7 @@ EXAMPLES = "Example: `asgo export-metrics runs/ --out metrics.csv`; `--out -` wr
 
 
 def export_metrics(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a folder of runs.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, a run, or a folder of runs.")],
     out: Annotated[Path, typer.Option(help="The CSV file to write; - for stdout.")] = Path("metrics.csv"),
 ) -> None:
     """Write recorded metrics as CSV.

@@ -9,7 +9,7 @@ import typer
 
 from asgo_cli.options import Device
 
-EXAMPLES = "Example: `asgo generate runs/tiny-accasro --prompt 'def ' --tokens 200 --temperature 0.8`"
+EXAMPLES = "Example: `asgo generate runs/tiny-accasro-s42 --prompt 'def ' --tokens 200 --temperature 0.8`"
 
 
 def generate(

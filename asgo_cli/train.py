@@ -21,7 +21,7 @@ app = typer.Typer(help="Train a model with one of the optimizers.", rich_markup_
 _DEFAULT_PRESET = "asro-gpt"
 _EXAMPLES = (
     "Examples: `asgo train gpt --preset tiny --data data/text --optimizer asgo`; "
-    "`asgo train gpt --resume --out runs/tiny-asgo`; `--set schedule.kind=linear` sets any key of `--print-config`."
+    "`asgo train gpt --resume --out runs/tiny-asgo-s42`; `--set schedule.kind=linear` sets any key of `--print-config`."
 )
 
 
