@@ -63,16 +63,6 @@ class Manifest(_Frozen):
                 raise ValueError(f"shard {index} must be the file {shard_name(index)}, not {shard.file}")
         return self
 
-    @property
-    def validation_tokens(self) -> int:
-        """Tokens in the validation shard."""
-        return self.shards[0].tokens
-
-    @property
-    def training_tokens(self) -> int:
-        """Tokens in all training shards together."""
-        return sum(shard.tokens for shard in self.shards[1:])
-
 
 def fingerprint(manifest: Manifest) -> str:
     """SHA-256 over the shards' digests and the tokenizer: equal for equal data, wherever the folder lies."""

@@ -79,11 +79,12 @@ def refuse_existing(folder: RunFolder) -> None:
     """`UsageError` if a new run cannot begin in the folder."""
     if folder.exists():
         raise UsageError(f"{folder.path}: holds a run already; continue it with --resume, or choose another --out")
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        # A run killed before its first record leaves an empty `checkpoints`, or a configuration half-written.
-        left = {path.name for path in folder.path.iterdir()} if folder.path.is_dir() else {"a file"}
-        if not left <= {"checkpoints", ".config.json.partial"}:
-            raise UsageError(f"{folder.path}: exists and is not a run; choose another --out")
+    # A run killed before its first record leaves an empty `checkpoints`, or a configuration half-written.
+    leftovers = {"checkpoints", ".config.json.partial"}
+    if folder.path.is_dir() and {path.name for path in folder.path.iterdir()} <= leftovers:
+        return
+    if folder.path.exists():
+        raise UsageError(f"{folder.path}: exists and is not a run; choose another --out")
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from optim import build_optimizer
 from pipelines.config import RunConfig, differences
-from pipelines.errors import UsageError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, remove_leftovers, restore
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
@@ -109,6 +109,8 @@ def _find_checkpoint(folder: RunFolder, config: RunConfig, task: Task, reporter:
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)
     for line in skipped:
         reporter.note(line)
+    if checkpoint is None and skipped:
+        raise AsgoError(f"{folder.path}: no checkpoint is good, so nothing was touched; train again in another --out")
     if checkpoint is None:
         reporter.note(f"{folder.path}: no checkpoint yet: starting from the beginning")
         return None

@@ -262,7 +262,7 @@ def test_a_file_in_the_way_is_refused_and_an_empty_folder_is_used(tmp_path: Path
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     prepare_documents(source, Path(), tokenizer="bytes", val_fraction=0.5)
-    assert load_manifest(tmp_path / "empty").training_tokens == 5
+    assert sum(shard.tokens for shard in load_manifest(tmp_path / "empty").shards[1:]) == 5
 
 
 def test_the_revision_tells_other_documents_of_the_same_text_apart(tmp_path: Path):

@@ -92,6 +92,19 @@ def test_loading_takes_the_newest_good_one_and_names_the_skipped(
     assert skipped[0] in reporter.notes
 
 
+def test_a_run_without_a_good_checkpoint_is_left_as_it_is(
+    run: Path, small_config: Make, reporter: SilentReporter
+) -> None:
+    """Beginning again in its folder would throw its records away."""
+    for folder in checkpoint_folders(run / "checkpoints"):
+        (folder / "model.safetensors").unlink()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(AsgoError, match="no checkpoint is good, so nothing was touched"):
+        train(small_config(), run, reporter, resume=True)
+    assert len(reporter.notes) == 3
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_what_a_kill_left_is_removed_and_never_taken_for_a_checkpoint(
     run: Path, small_config: Make, reporter: SilentReporter
 ) -> None:
