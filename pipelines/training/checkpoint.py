@@ -86,7 +86,7 @@ def save_checkpoint(
             _save_tensors(folder / _RANDOM, random_state(state.clock.device))
             safetensors.numpy.save_file(rows_to_columns(state.rows), folder / _HISTORY)
             _write_state(folder, content)
-        _prune(parent, state.step, config.checkpoint.keep)
+        prune(parent, state.step, config.checkpoint.keep)
     except (OSError, SafetensorError) as error:
         raise AsgoError(f"{target}: could not be saved: {getattr(error, 'strerror', None) or error}") from error
     return target
@@ -167,8 +167,8 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _prune(parent: Path, newest_step: int, keep: int) -> None:
-    """Keep the newest ones up to the step just saved; later ones are of a run that this one replaces."""
+def prune(parent: Path, newest_step: int, keep: int) -> None:
+    """Keep the newest `keep` checkpoints up to a good one; later ones are damaged, and will be replaced."""
     steps = [path for path in checkpoint_folders(parent) if path.name <= f"{_PREFIX}{newest_step:08d}"]
     for path in steps[:-keep]:
         # Under a hidden name it is no checkpoint any more, however far its removal gets.

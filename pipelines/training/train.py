@@ -10,7 +10,7 @@ import torch
 from optim import build_optimizer
 from pipelines.config import RunConfig, differences
 from pipelines.errors import AsgoError, UsageError
-from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, remove_leftovers, restore
+from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
 from pipelines.training.gpt_task import GPTTask
@@ -117,5 +117,6 @@ def _find_checkpoint(folder: RunFolder, config: RunConfig, task: Task, reporter:
     _require_same_config(checkpoint.folder, checkpoint.config(), config)
     if checkpoint.state["data"]["fingerprint"] != task.description()["fingerprint"]:
         raise UsageError(f"{folder.path}: was trained on other data than --data holds now; give it the same shards")
+    prune(folder.checkpoints, checkpoint.step, config.checkpoint.keep)  # a kill may have come before its turn
     reporter.note(f"resuming from {checkpoint.folder}")
     return checkpoint

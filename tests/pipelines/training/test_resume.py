@@ -165,6 +165,15 @@ def test_only_the_newest_checkpoints_stay(small_config: Make, tmp_path: Path, re
     assert names == ["step-00000004", "step-00000005", "step-00000006"]
 
 
+def test_a_kill_between_saving_and_pruning_leaves_no_checkpoint_too_many(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """It leaves what a run that keeps more leaves; after the last save, no other would prune it."""
+    train(small_config(checkpoint__keep=3), tmp_path / "run", reporter)
+    train(small_config(checkpoint__keep=1), tmp_path / "run", reporter, resume=True)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000006"]
+
+
 def test_a_stop_during_validation_saves_and_repeats_the_validation(
     small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
