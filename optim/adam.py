@@ -5,26 +5,88 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.base import State, new_step, state_dtype
+from optim.base import Group, Scalar, State, gradient, on_host, state_dtype
+from optim.elementwise import add_scaled_, as_vectors, is_dense
 
 
-def adam_state(param: Tensor) -> State:
-    """Both moments, zeros in the shape of the parameter, and the count of steps."""
-    moments = {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in ("exp_avg", "exp_avg_sq")}
-    return {"step": new_step(), **moments}
+def zero_moments(param: Tensor) -> State:
+    """Both moments, zeros in the layout of the parameter."""
+    return {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in ("exp_avg", "exp_avg_sq")}
 
 
-def update_moments(grad: Tensor, state: State, betas: tuple[float, float]) -> None:
-    """Count the step and move both moments of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), in place."""
-    beta1, beta2 = betas
-    state["step"] += 1
-    state["exp_avg"].lerp_(grad, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+def adam_scalars(group: Group, step: Scalar) -> dict[str, Scalar]:
+    """The numbers of Adam's step `t`: `keep` of the weight, bias corrections within `step_size` and `eps`.
+
+    `m̂ / (√v̂ + eps) = √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps √(1 − β₂ᵗ))`
+    """
+    if isinstance(step, Tensor):
+        step = step.double()
+    lr, (beta1, beta2) = on_host(group["lr"]), group["betas"]
+    root = (1 - beta2**step) ** 0.5
+    return {
+        "keep": 1 - lr * group["weight_decay"],
+        "step_size": lr * root / (1 - beta1**step),
+        "eps": group["eps"] * root,
+        "weight1": 1 - beta1,
+        "weight2": 1 - beta2,
+    }
 
 
-def adam_direction(state: State, betas: tuple[float, float], eps: float) -> Tensor:
-    """`m̂ / (√v̂ + eps)` with bias corrections, in the shape of the parameter."""
-    beta1, beta2 = betas
-    step = state["step"].item()
-    denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(eps)
-    return (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
+def move_moments(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight1: float | Tensor, weight2: float | Tensor
+) -> None:
+    """Both moments of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), in place."""
+    exp_avg.lerp_(grad, weight1)
+    exp_avg_sq.lerp_(grad.square(), weight2)
+
+
+def scaled_adam_step(
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
+    *,
+    keep: Scalar,
+    step_size: Scalar,
+    eps: Scalar,
+) -> None:
+    """Adam's step times a scale an element, in place, with decoupled weight decay; numbers as in `adam_scalars`."""
+    update = (exp_avg * scale).div_(exp_avg_sq.sqrt().add_(eps))
+    add_scaled_(weight.mul_(keep), update, -step_size)
+
+
+def update_with_adam(params: list[Tensor], states: list[State], group: Group) -> None:
+    """One step of Adam with decoupled weight decay, by PyTorch's fused kernel; parameters of one device and dtype."""
+    steps = [state["step"] for state in states]
+    torch._foreach_add_(steps, 1.0)
+    weights = [_dense(param) for param in params]
+    rows = [
+        as_vectors((weight, gradient(param, group["maximize"]), state["exp_avg"], state["exp_avg_sq"]))
+        for weight, param, state in zip(weights, params, states, strict=True)
+    ]
+    vectors, grads, exp_avgs, exp_avg_sqs = (list(column) for column in zip(*rows, strict=True))
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        vectors,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=on_host(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+    for param, weight in zip(params, weights, strict=True):
+        if weight is not param:
+            param.copy_(weight)
+
+
+def _dense(param: Tensor) -> Tensor:
+    """The parameter in the precision of its state and without gaps in memory, which a fused kernel would not see."""
+    weight = param.to(state_dtype(param))
+    return weight if is_dense(weight) else weight.clone()

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State, new_step
+from optim.base import Group
+from optim.blocks import Stack
 from optim.keywords import RootMethod
 from optim.matrix_functions import inverse_sqrt
-from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, move_average, with_norm
-from optim.root_cache import refreshed_roots
+from optim.matrix_optimizer import UPDATE_RMS, with_norm
+from optim.preconditioned import PreconditionedOptimizer
 
 
 def asgo_update(momenta: Tensor, roots: Tensor) -> Tensor:
-    """`V^{-1/2} M` on the smaller side with a root mean square of 0.2; `momenta` (k, m, n), `roots` (k, p, p)."""
-    m, n = momenta.shape[-2:]
-    updates = roots @ momenta if m < n else momenta @ roots
-    return with_norm(updates, UPDATE_RMS * math.sqrt(m * n))
+    """`V^{-1/2} M` with a root mean square of 0.2; `momenta` (k, p, q) with `p ≤ q`, `roots` (k, p, p)."""
+    return with_norm(roots @ momenta, UPDATE_RMS * math.sqrt(momenta[0].numel()))
 
 
-def smaller_gram(grads: Tensor) -> Tensor:
-    """`G Gᵀ` where `m < n`, else `Gᵀ G`; `grads` (k, m, n) → (k, p, p) with `p = min(m, n)`."""
-    return grads @ grads.mT if grads.shape[-2] < grads.shape[-1] else grads.mT @ grads
-
-
-class ASGO(MatrixOptimizer):
+class ASGO(PreconditionedOptimizer):
     """Adaptive Structured Gradient Optimization: one preconditioner, on the smaller side of each matrix.
 
     At each step, for a gradient `G` of shape (m, n)::
@@ -52,10 +45,14 @@ class ASGO(MatrixOptimizer):
         root_method: how the inverse square root is computed; see `optim.matrix_functions.inverse_sqrt`.
         root_steps: iterations of `polar_express` and `newton_schulz`.
         precond_frequency: steps from one inverse root to the next.
+        maximize: climb the gradient instead of descending.
+        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
 
     Raises:
         ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
     """
+
+    factors = ("preconditioner",)
 
     def __init__(
         self,
@@ -68,6 +65,9 @@ class ASGO(MatrixOptimizer):
         root_method: RootMethod = "auto",
         root_steps: int = 10,
         precond_frequency: int = 1,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -80,26 +80,17 @@ class ASGO(MatrixOptimizer):
                 "root_method": root_method,
                 "root_steps": root_steps,
                 "precond_frequency": precond_frequency,
+                "maximize": maximize,
+                "capturable": capturable,
             },
         )
 
-    def matrix_state(self, matrix: Tensor, group: Group) -> State:
-        """Momentum (m, n) and preconditioner (p, p), zeros."""
-        side = min(matrix.shape)
-        return {
-            "step": new_step(),
-            "exp_avg": torch.zeros_like(matrix),
-            "preconditioner": matrix.new_zeros(side, side),
-        }
+    def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
+        """`V^{-1/2}`, by the method that the group names."""
+        return inverse_sqrt(factors, group["root_method"], group["root_steps"], ridges)
 
-    def matrix_updates(self, grads: Tensor, states: list[State], names: list[str], group: Group) -> Tensor:
-        """Algorithm 2 on a stack of matrices of equal shape."""
-
-        def compute(preconditioners: Tensor, due: list[int]) -> Tensor:
-            roots = inverse_sqrt(preconditioners, group["root_method"], group["root_steps"], group["eps"])
-            return self.finite_or_identity(roots, [names[index] for index in due])
-
-        momenta = move_average(states, "exp_avg", grads, 1 - group["momentum"])
-        move_average(states, "preconditioner", smaller_gram(grads), 1 - group["beta2"])
-        (roots,) = refreshed_roots(states, {"preconditioner": "inverse_root"}, group["precond_frequency"], compute)
-        return asgo_update(momenta, roots)
+    def updates(
+        self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: list[Tensor], group: Group
+    ) -> Tensor:
+        """Algorithm 2 on a stack of matrices of equal shape, transposed where they are tall."""
+        return asgo_update(momenta, roots[0])

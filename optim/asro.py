@@ -6,29 +6,38 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.adam import adam_direction, adam_state, update_moments
-from optim.base import Group, State, state_dtype
-from optim.elementwise import ElementwiseOptimizer
+from optim.adam import adam_scalars, move_moments, scaled_adam_step, zero_moments
+from optim.base import Group, Scalar, State, state_dtype
+from optim.elementwise import ElementwiseOptimizer, add_scaled_
 
 
 def asro_update(
+    weight: Tensor,
     grad: Tensor,
-    state: State,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scale: Tensor,
     *,
-    decrement: float,
-    min_scale: float,
-    scale_start_step: int,
-    betas: tuple[float, float],
-    eps: float,
-) -> Tensor:
-    """Move the state of one parameter by one step and return its update `U`, in the shape of `grad`."""
-    old_sign = state["exp_avg"].sign()
-    update_moments(grad, state, betas)
-    scale = state["scale"]
-    if state["step"] >= scale_start_step:
-        flipped = old_sign.mul_(state["exp_avg"].sign()) < 0
-        scale.add_(flipped, alpha=-decrement).clamp_(min_scale, 1.0)
-    return adam_direction(state, betas, eps).mul_(scale)
+    weight1: float | Tensor,
+    weight2: float | Tensor,
+    decrement: Scalar,
+    min_scale: Scalar,
+    max_scale: Scalar,
+    **step: Scalar,
+) -> None:
+    """Move a weight and its state by one step, in place; all tensors of one shape. `step`: see `scaled_adam_step`."""
+    flipped = exp_avg.sign()
+    move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2)
+    flipped.mul_(exp_avg).sign_().clamp_max_(0)  # −1 where the sign flipped, else 0
+    add_scaled_(scale, flipped, decrement).clamp_(min_scale, max_scale)  # type: ignore[arg-type]
+    scaled_adam_step(weight, exp_avg, exp_avg_sq, scale, **step)
+
+
+def since(start: int, step: Scalar, value: float | Tensor, before: float) -> Scalar:
+    """`value` from step `start` on, and `before` until then; decided on the device where the step is there."""
+    if isinstance(step, Tensor):
+        return torch.where(step >= start, value, before)
+    return value if step >= start else before
 
 
 class Asro(ElementwiseOptimizer):
@@ -53,10 +62,16 @@ class Asro(ElementwiseOptimizer):
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay, a share of `lr`.
+        maximize: climb the gradient instead of descending.
+        capturable: count steps on the parameter's device, for a step inside a CUDA graph; needs `lr` as a tensor there
+            if it changes.
 
     Raises:
         ValueError: a keyword out of range, a complex parameter, a sparse gradient.
     """
+
+    update = staticmethod(asro_update)
+    kernel = "asro"
 
     def __init__(
         self,
@@ -68,6 +83,9 @@ class Asro(ElementwiseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -79,21 +97,21 @@ class Asro(ElementwiseOptimizer):
                 "betas": betas,
                 "eps": eps,
                 "weight_decay": weight_decay,
+                "maximize": maximize,
+                "capturable": capturable,
             },
         )
 
     def new_state(self, param: Tensor) -> State:
-        """Adam's, and the scale, ones."""
-        return {**adam_state(param), "scale": torch.ones_like(param, dtype=state_dtype(param))}
+        """Adam's moments, and the scale, ones."""
+        return {**zero_moments(param), "scale": torch.ones_like(param, dtype=state_dtype(param))}
 
-    def param_update(self, grad: Tensor, state: State, group: Group) -> Tensor:
-        """Algorithm 1 on one parameter."""
-        return asro_update(
-            grad,
-            state,
-            decrement=group["decrement"],
-            min_scale=group["min_scale"],
-            scale_start_step=group["scale_start_step"],
-            betas=group["betas"],
-            eps=group["eps"],
-        )
+    def scalars(self, group: Group, step: Scalar) -> dict[str, Scalar]:
+        """Adam's, and those of the scale, which leave it at 1 before `scale_start_step`."""
+        start = group["scale_start_step"]
+        return {
+            **adam_scalars(group, step),
+            "decrement": since(start, step, group["decrement"], 0.0),
+            "min_scale": since(start, step, group["min_scale"], 1.0),
+            "max_scale": since(start, step, 1.0, 1.0),
+        }

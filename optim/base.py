@@ -13,6 +13,8 @@ from optim.keywords import check_keywords, unknown_name
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
+Scalar = float | Tensor
+"""A number, or a tensor of one element on the device where it is used."""
 
 
 class BaseOptimizer(torch.optim.Optimizer):
@@ -25,8 +27,15 @@ class BaseOptimizer(torch.optim.Optimizer):
         check_keywords(defaults)
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give groups that were saved before a keyword existed its default."""
+        super().__setstate__(state)
+        defaults = {key: value for key, value in self.defaults.items() if key != "differentiable"}  # the base's own
+        for group in self.param_groups:
+            group.update({key: value for key, value in defaults.items() if key not in group})
+
     def update_group(self, group: Group, params: list[Tensor]) -> None:
-        """Update `params`, those of `group` that have a gradient, in place."""
+        """Update `params`, those of `group` that have a gradient and any element, in place."""
         raise AssertionError("a subclass implements this")
 
     @overload
@@ -47,7 +56,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
+            params = [param for param in group["params"] if param.grad is not None and param.numel() > 0]
             if params:
                 self.update_group(group, params)
         return loss
@@ -87,15 +96,36 @@ class BaseOptimizer(torch.optim.Optimizer):
         if not param.is_floating_point():
             raise ValueError(f"{type(self).__name__} takes real parameters; {describe(group, index)} is {param.dtype}")
 
+    def step_device(self, group: Group, param: Tensor) -> torch.device:
+        """Where a parameter's count of steps lives: on the host, unless the step is to be captured in a CUDA graph."""
+        return param.device if group["capturable"] else torch.device("cpu")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; unlike the base class, keep each tensor's own dtype (int8 signs, float32 moments)."""
-        super().load_state_dict(state_dict)
-        saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for saved_id, param in zip(saved_ids, params, strict=True):
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = value.to(device=self.state[param][key].device, copy=True)
+        saved: dict[str, Any] = {}
+        # Last before and first after the base class does its work, so that hooks of others have their say.
+        before = self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final))
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore_tensors(saved), prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
+
+    def _restore_tensors(self, saved: dict[str, Any]) -> None:
+        for group, saved_group in zip(self.param_groups, saved["param_groups"], strict=True):
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                for key, value in saved["state"].get(saved_id, {}).items():
+                    device = self.step_device(group, param) if key == "step" else param.device
+                    self.state[param][key] = _restored(value, param, device)
+
+
+def _restored(value: Tensor | float, param: Tensor, device: torch.device) -> Tensor:
+    """A copy of what was saved, in its own dtype; laid out in memory as the parameter, where it has its shape."""
+    tensor = torch.as_tensor(value)
+    if tensor.shape != param.shape:
+        return tensor.to(device=device, copy=True)
+    return torch.empty_like(param, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def describe(group: Group, index: int) -> str:
@@ -110,22 +140,18 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def new_step() -> Tensor:
-    """A parameter's count of steps, zero; on the host, in float32 whatever the default dtype: bfloat16 ends at 256."""
-    return torch.zeros((), dtype=torch.float32, device="cpu")
+def new_step(device: torch.device) -> Tensor:
+    """A parameter's count of steps, zero; in float32 whatever the default dtype: bfloat16 ends at 256."""
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
-def gradient(param: Tensor) -> Tensor:
-    """The gradient of a parameter, in the precision of its state."""
+def gradient(param: Tensor, maximize: bool) -> Tensor:
+    """What to descend along: the gradient of a parameter, in the precision of its state, negated to maximize."""
     assert param.grad is not None
-    return param.grad.to(state_dtype(param))
+    grad = param.grad.to(state_dtype(param))
+    return -grad if maximize else grad
 
 
-def apply_update(param: Tensor, update: Tensor, lr: float | Tensor, weight_decay: float) -> None:
-    """`W ← (1 − lr · weight_decay) W − lr · U`, rounded once where the parameter has a lower precision than `U`."""
-    weight = param.to(update.dtype)
-    if weight_decay != 0:
-        weight.mul_(1 - lr * weight_decay)
-    weight.sub_(update.mul_(lr))
-    if weight is not param:
-        param.copy_(weight)
+def on_host(value: Scalar) -> Scalar:
+    """A tensor of one element as a number, unless it is on a device, for which reading it would make the host wait."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value

@@ -3,19 +3,54 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State
-from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, move_average, with_norm
+from optim import native
+from optim.base import Group, Scalar, State, gradient, on_host
+from optim.blocks import blocks_of
+from optim.elementwise import NATIVE_FROM
+from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, of_one_kind
 
 
-def dasgo_update(momenta: Tensor, column_squares: Tensor, eps: float) -> Tensor:
-    """`M / √(v + eps)` with a root mean square of 0.2; `momenta` (k, m, n), `column_squares` (k, n)."""
-    m, n = momenta.shape[-2:]
-    updates = momenta * (column_squares + eps).rsqrt()[:, None, :]
-    return with_norm(updates, UPDATE_RMS * math.sqrt(m * n))
+def dasgo_factors(
+    grad_squares: Sequence[Tensor],
+    momentum_squares: Sequence[Tensor],
+    column_rms: Sequence[Tensor],
+    sizes: Sequence[int],
+    *,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
+    """Move `√v` of each matrix; the factors by which the columns of its momentum become the update, shape (n,).
+
+    The squares are summed over the rows, in double precision where the device has it; `sizes` counts the elements.
+    """
+    lengths = [squares.numel() for squares in grad_squares]
+    squares = torch.cat(list(grad_squares))
+    v = torch.cat([rms.flatten() for rms in column_rms]).to(squares.dtype).square_().lerp_(squares, 1 - beta2)
+    torch._foreach_copy_(list(column_rms), list(torch.split(v.sqrt(), lengths)))
+    inverse = torch.where(v + eps > 0, (v + eps).rsqrt(), 0.0)
+    norms = torch.stack(torch._foreach_norm(torch.split(torch.cat(list(momentum_squares)).sqrt_() * inverse, lengths)))
+    to_unit = torch.where(norms > 0, 1 / norms, 0.0)
+    factors = [columns * unit for columns, unit in zip(torch.split(inverse, lengths), to_unit, strict=True)]
+    torch._foreach_mul_(factors, [UPDATE_RMS * math.sqrt(size) for size in sizes])
+    return [factor.to(rms.dtype) for factor, rms in zip(factors, column_rms, strict=True)]
+
+
+def column_squares(matrix: Tensor) -> Tensor:
+    """Sums of squares over the first dimension, flattened; in double precision, whose range they cannot leave."""
+    if matrix.device.type == "mps":  # has no double precision
+        return matrix.square().sum(0).flatten()
+    if matrix.device.type == "cpu":
+        squares = matrix.square().sum(0)
+        if 1e-20 < squares.max() < 1e30:  # several times faster, and as good away from the ends of float32
+            return squares.double().flatten()
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
+    return norms.square().flatten()
 
 
 class DASGO(MatrixOptimizer):
@@ -38,6 +73,8 @@ class DASGO(MatrixOptimizer):
         beta2: decay rate of the column squares.
         eps: added to the column squares under the root.
         weight_decay: decoupled weight decay, a share of `lr`.
+        maximize: climb the gradient instead of descending.
+        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
 
     Raises:
         ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
@@ -51,20 +88,76 @@ class DASGO(MatrixOptimizer):
         beta2: float = 0.95,
         eps: float = 1e-8,
         weight_decay: float = 0.1,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
-            params, {"lr": lr, "momentum": momentum, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "beta2": beta2,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "maximize": maximize,
+                "capturable": capturable,
+            },
         )
 
-    def matrix_state(self, matrix: Tensor, group: Group) -> State:
-        """Momentum (m, n) and column squares (n,), zeros."""
-        return {
-            "exp_avg": matrix.new_zeros(matrix.shape),
-            "column_squares": matrix.new_zeros(matrix.shape[1]),
-        }
+    def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
+        """Roots of the averaged column squares (n,), zeros: a float32 holds them for any gradient that it holds."""
+        return {"column_rms": like.new_zeros(shape[1])}
 
-    def matrix_updates(self, grads: Tensor, states: list[State], names: list[str], group: Group) -> Tensor:
-        """Algorithm 4 on a stack of matrices of equal shape."""
-        momenta = move_average(states, "exp_avg", grads, 1 - group["momentum"])
-        squares = move_average(states, "column_squares", grads.square().sum(-2), 1 - group["beta2"])
-        return dasgo_update(momenta, squares, group["eps"])
+    def update_matrices(self, params: list[Tensor], group: Group) -> None:
+        """Algorithm 4 on each block, where it lies in memory."""
+        for alike in of_one_kind(params):
+            blocks = [block for param in alike for block in blocks_of(param, group["row_blocks"])]
+            grads = {param: gradient(param, group["maximize"]) for param in alike}
+            weights = [block.param[block.rows] for block in blocks]
+            gradients = [grads[block.param][block.rows] for block in blocks]
+            momenta = [self.state[block.param]["exp_avg"][block.rows] for block in blocks]
+            column_rms = [self.state[block.param][block.key("column_rms")] for block in blocks]
+            _update(weights, gradients, momenta, column_rms, group)
+
+
+def _update(
+    weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], column_rms: list[Tensor], group: Group
+) -> None:
+    """One step on matrices of one dtype and device; the first three lists hold tensors of the parameters' shape."""
+    lr, sizes = on_host(group["lr"]), [weight.numel() for weight in weights]
+    keep = 1 - lr * group["weight_decay"]
+    is_native = _is_native(weights, grads, momenta)
+    if is_native:
+        weights, grads, momenta = ([tensor.flatten(1) for tensor in tensors] for tensors in (weights, grads, momenta))
+        sums = native.dasgo_moments(grads, momenta, 1 - group["momentum"])
+    else:
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        sums = [(column_squares(grad), column_squares(momentum)) for grad, momentum in zip(grads, momenta, strict=True)]
+    grad_squares, momentum_squares = zip(*sums, strict=True)
+    factors = dasgo_factors(grad_squares, momentum_squares, column_rms, sizes, beta2=group["beta2"], eps=group["eps"])
+    steps = [factor.mul_(-lr) for factor in factors]
+    if is_native:
+        native.dasgo_step(weights, momenta, steps, keep)
+    else:
+        _step(weights, momenta, steps, keep)
+
+
+def _is_native(*lists: list[Tensor]) -> bool:
+    weights = lists[0]
+    return (
+        weights[0].device.type == "cpu"
+        and sum(weight.numel() for weight in weights) >= NATIVE_FROM
+        and all(tensor.is_contiguous() and tensor.dtype is torch.float32 for tensors in lists for tensor in tensors)
+        and native.library() is not None
+    )
+
+
+def _step(weights: list[Tensor], momenta: list[Tensor], steps: list[Tensor], keep: Scalar) -> None:
+    """`W ← keep · W + M diag(steps)`, rounded once where a weight has a lower precision than its momentum."""
+    wide = [weight.to(momentum.dtype) for weight, momentum in zip(weights, momenta, strict=True)]
+    torch._foreach_mul_(wide, keep)
+    for weight, momentum, step in zip(wide, momenta, steps, strict=True):
+        weight.addcmul_(momentum, step.view(momentum.shape[1:]))
+    if wide[0] is not weights[0]:
+        torch._foreach_copy_(weights, wide)

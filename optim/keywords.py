@@ -29,10 +29,16 @@ def _is_decay(value: Any) -> bool:
     return _is_number(value) and 0.0 <= value < 1.0
 
 
+def _is_blocks(value: Any) -> bool:
+    sizes = value if isinstance(value, tuple | list) else [value]
+    return value is None or (len(sizes) > 0 and all(_is_whole(size) and size >= 1 for size in sizes))
+
+
 _NOT_NEGATIVE: _Rule = ("a finite number >= 0", lambda value: _is_number(value) and value >= 0.0)
 _DECAY: _Rule = ("a number in [0, 1)", _is_decay)
 _POSITIVE_COUNT: _Rule = ("a whole number >= 1", lambda value: _is_whole(value) and value >= 1)
 _SCALE: _Rule = ("a finite number > 0", lambda value: _is_number(value) and value > 0.0)
+_FLAG: _Rule = ("True or False", lambda value: isinstance(value, bool))
 
 _RULES: dict[str, _Rule] = {
     "lr": _NOT_NEGATIVE,
@@ -48,7 +54,10 @@ _RULES: dict[str, _Rule] = {
         "two numbers in [0, 1)",
         lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_is_decay, value)),
     ),
-    "nesterov": ("True or False", lambda value: isinstance(value, bool)),
+    "nesterov": _FLAG,
+    "maximize": _FLAG,
+    "capturable": _FLAG,
+    "row_blocks": ("a number of equal blocks of rows, or the rows of each block", _is_blocks),
     "ns_steps": _POSITIVE_COUNT,
     "root_steps": _POSITIVE_COUNT,
     "precond_frequency": _POSITIVE_COUNT,
@@ -68,6 +77,8 @@ def check_keywords(values: Mapping[str, Any]) -> None:
         min_scale, max_scale = values["min_scale"], values.get("max_scale", 1.0)
         if min_scale > max_scale:
             raise ValueError(f"invalid min_scale: {min_scale!r} is above max_scale, {max_scale!r}")
+    if values.get("capturable") and values.get("precond_frequency", 1) != 1:
+        raise ValueError("invalid precond_frequency: a CUDA graph repeats one step, so capturable=True needs 1")
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:

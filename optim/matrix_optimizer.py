@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.adam import adam_direction, adam_state, update_moments
-from optim.base import BaseOptimizer, Group, State, apply_update, describe, gradient
+from optim.adam import update_with_adam, zero_moments
+from optim.base import BaseOptimizer, Group, State, describe, gradient, new_step, state_dtype
+from optim.blocks import Stack, blocks_of, stacks_of
+from optim.matrix_functions import largest
 
 UPDATE_RMS = 0.2
 """Root mean square of an update's entries: about AdamW's, so its learning rates carry over (arXiv 2502.16982)."""
@@ -32,6 +34,8 @@ class RootMonitor:
         if finite.device.type != "cuda":
             self._warn(finite, names)
             return
+        if torch.cuda.is_current_stream_capturing():
+            return  # nothing may be read from within a CUDA graph
         arriving = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
         arriving.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -56,7 +60,7 @@ class RootMonitor:
 
 
 class MatrixOptimizer(BaseOptimizer):
-    """Template: a subclass implements `matrix_state` and `matrix_updates`; stacking, Adam and weight decay are here.
+    """Template: a subclass implements `block_state` and `update_matrices`; the momentum, blocks and Adam are here.
 
     A parameter of three or more dimensions is a matrix of shape (first dimension, all others).
     """
@@ -67,14 +71,14 @@ class MatrixOptimizer(BaseOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._monitor = RootMonitor()
-        super().__init__(params, {**defaults, "rule": "matrix"})
+        super().__init__(params, {**defaults, "rule": "matrix", "row_blocks": None})
 
-    def matrix_state(self, matrix: Tensor, group: Group) -> State:
-        """The state of a parameter before its first step; `matrix` is its gradient, shape (m, n)."""
-        raise AssertionError("a subclass implements this")
+    def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
+        """The state of a block of (rows, columns) before its first step, on the device of `like` in its precision."""
+        return {}
 
-    def matrix_updates(self, grads: Tensor, states: list[State], names: list[str], group: Group) -> Tensor:
-        """Move the states by one step and return the updates `U`; `grads` and they are stacks, shape (k, m, n)."""
+    def update_matrices(self, params: list[Tensor], group: Group) -> None:
+        """Update parameters of the matrix rule, in place."""
         raise AssertionError("a subclass implements this")
 
     def known_group_keys(self) -> set[str]:
@@ -82,77 +86,106 @@ class MatrixOptimizer(BaseOptimizer):
         return {*super().known_group_keys(), *ADAM_RULE}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; with `rule="adam"` they take Adam (betas 0.9, 0.95, eps 1e-8, no weight decay)."""
+        """Add parameters; two keys are for groups alone.
+
+        With `rule="adam"` they take Adam (betas 0.9, 0.95, eps 1e-8, no weight decay). With `row_blocks`, a number of
+        equal blocks or the rows of each, every block of a parameter's rows is a matrix of its own: `row_blocks=heads`
+        for the query and key projections of attention, as the ASGO paper does.
+        """
         rule = param_group.get("rule", "matrix")
         if rule not in ("matrix", "adam"):
             raise ValueError(f"invalid rule: {rule!r}; it must be 'matrix' or 'adam'")
+        if rule == "adam" and param_group.get("row_blocks") is not None:
+            raise ValueError("parameter group key 'row_blocks' goes with rule='matrix'; Adam has no matrices")
         for key in param_group:
             if rule == "matrix" and key in ADAM_RULE and key not in self.defaults:
                 raise ValueError(f"parameter group key {key!r} goes with rule='adam'; {type(self).__name__} has none")
         super().add_param_group({**ADAM_RULE, **param_group} if rule == "adam" else param_group)
 
     def check_param(self, group: Group, index: int, param: Tensor) -> None:
-        """The matrix rule needs two dimensions or more."""
+        """The matrix rule needs two dimensions or more, and blocks that add up to the rows."""
         super().check_param(group, index, param)
-        if group["rule"] == "matrix" and param.ndim < 2:
+        if group["rule"] == "adam":
+            return
+        if param.ndim < 2:
             raise ValueError(
                 f"{type(self).__name__} takes matrices; {describe(group, index)} is none: "
                 "give it a parameter group with rule='adam'"
             )
+        _check_row_blocks(group, index, param)
+
+    def step_device(self, group: Group, param: Tensor) -> torch.device:
+        """PyTorch's fused Adam wants the count of steps beside the parameter."""
+        return param.device if group["rule"] == "adam" else super().step_device(group, param)
 
     def update_group(self, group: Group, params: list[Tensor]) -> None:
-        """Update all matrices of equal shape, dtype and device together, or each other parameter with Adam."""
-        if group["rule"] == "adam":
-            for param in params:
-                self._update_with_adam(param, group)
+        """Update the group's matrices, or each other parameter with Adam."""
+        for param in params:
+            if not self.state[param]:
+                self.state[param].update(self._new_state(param, group))
+        if group["rule"] == "matrix":
+            self._monitor.poll()
+            self.update_matrices(params, group)
             return
-        self._monitor.poll()
-        names = {param: describe(group, index) for index, param in enumerate(group["params"])}
-        for bucket in _alike(params):
-            self._update_matrices(bucket, [names[param] for param in bucket], group)
+        for alike in of_one_kind(params):
+            update_with_adam(alike, [self.state[param] for param in alike], group)
 
-    def _update_matrices(self, params: list[Tensor], names: list[str], group: Group) -> None:
-        grads = torch.stack([gradient(param).flatten(1) for param in params])
-        states = [self.state[param] for param in params]
-        for grad, state in zip(grads, states, strict=True):
-            if not state:
-                state.update(self.matrix_state(grad, group))
-        updates = self.matrix_updates(grads, states, names, group)
-        for param, update in zip(params, updates, strict=True):
-            apply_update(param, update.reshape(param.shape), group["lr"], group["weight_decay"])
+    def _new_state(self, param: Tensor, group: Group) -> State:
+        if group["rule"] == "adam":
+            return {"step": new_step(self.step_device(group, param)), **zero_moments(param)}
+        like = param.new_zeros((), dtype=state_dtype(param))
+        state = {"exp_avg": torch.zeros_like(param, dtype=like.dtype), **self.param_state(param, group)}
+        for block in blocks_of(param, group["row_blocks"]):
+            for key, value in self.block_state(block.shape, like).items():
+                state[block.key(key)] = value
+        return state
 
-    def _update_with_adam(self, param: Tensor, group: Group) -> None:
-        state = self.state[param]
-        if not state:
-            state.update(adam_state(param))
-        update_moments(gradient(param), state, group["betas"])
-        update = adam_direction(state, group["betas"], group["eps"])
-        apply_update(param, update, group["lr"], group["weight_decay"])
+    def param_state(self, param: Tensor, group: Group) -> State:
+        """The state of a parameter before its first step that does not depend on its blocks, besides the momentum."""
+        return {}
+
+    def stacks(self, params: list[Tensor], group: Group) -> list[Stack]:
+        """The parameters' blocks, in stacks of equal shape."""
+        return stacks_of([block for param in params for block in blocks_of(param, group["row_blocks"])])
+
+    def moved_momenta(self, params: list[Tensor], group: Group) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
+        """Each parameter's gradient, and its momentum `M ← lerp(M, G, 1 − momentum)`, moved by this step."""
+        grads = {param: gradient(param, group["maximize"]) for param in params}
+        momenta = {param: self.state[param]["exp_avg"] for param in params}
+        for alike in of_one_kind(params):
+            torch._foreach_lerp_([momenta[p] for p in alike], [grads[p] for p in alike], 1 - group["momentum"])
+        return grads, momenta
 
     def finite_or_identity(self, roots: Tensor, names: list[str]) -> Tensor:
-        """Inverse roots (k, m, m) with the identity where one is not finite, which the user is told once."""
+        """Inverse roots (k, p, p) with the identity where one is not finite, which the user is told once."""
         finite = torch.isfinite(roots).all(-1).all(-1)
         self._monitor.watch(finite, names)
         identity = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
         return torch.where(finite[:, None, None], roots, identity)
 
 
-def _alike(params: list[Tensor]) -> list[list[Tensor]]:
-    """Parameters in buckets of equal shape, dtype and device, in order of appearance."""
-    buckets: dict[object, list[Tensor]] = defaultdict(list)
-    for param in params:
-        buckets[param.shape, param.dtype, param.device].append(param)
-    return list(buckets.values())
-
-
-def move_average(states: list[State], key: str, values: Tensor, weight: float) -> Tensor:
-    """Move `state[key]` towards `values`, shape (k, ...), by `lerp` with `weight`; returns the averages as a stack."""
-    averages = [state[key] for state in states]
-    torch._foreach_lerp_(averages, list(values), weight)
-    return torch.stack(averages)
-
-
 def with_norm(updates: Tensor, norm: float | Tensor) -> Tensor:
     """Each of the updates, shape (k, m, n), scaled to a Frobenius norm; a zero update stays zero."""
-    current = torch.linalg.matrix_norm(updates)[:, None, None]
-    return updates * torch.where(current > 0, norm / current, 0.0)
+    unit = updates / largest(updates).clamp_min(torch.finfo(updates.dtype).tiny)
+    return unit.mul_(norm / torch.linalg.matrix_norm(unit, keepdim=True).clamp_min(1.0))
+
+
+def _check_row_blocks(group: Group, index: int, param: Tensor) -> None:
+    row_blocks, rows = group["row_blocks"], param.shape[0]
+    fits = (
+        row_blocks is None
+        or (isinstance(row_blocks, int) and rows % row_blocks == 0)
+        or (not isinstance(row_blocks, int) and sum(row_blocks) == rows)
+    )
+    if not fits:
+        raise ValueError(
+            f"invalid row_blocks: {row_blocks!r} does not divide the {rows} rows of {describe(group, index)}"
+        )
+
+
+def of_one_kind(params: list[Tensor]) -> list[list[Tensor]]:
+    """Parameters in lists of one dtype and device, in order of appearance."""
+    kinds: dict[object, list[Tensor]] = defaultdict(list)
+    for param in params:
+        kinds[param.dtype, param.device].append(param)
+    return list(kinds.values())

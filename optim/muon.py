@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State
+from optim.base import Group, on_host
 from optim.matrix_functions import orthogonalize
-from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, move_average
+from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer
 
 
 def muon_update(momenta: Tensor, steps: int) -> Tensor:
@@ -38,6 +37,8 @@ class Muon(MatrixOptimizer):
         nesterov: whether the update looks one step of momentum ahead.
         ns_steps: Newton–Schulz steps.
         weight_decay: decoupled weight decay, a share of `lr`.
+        maximize: climb the gradient instead of descending.
+        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
 
     Raises:
         ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
@@ -51,6 +52,9 @@ class Muon(MatrixOptimizer):
         nesterov: bool = False,
         ns_steps: int = 5,
         weight_decay: float = 0.1,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -60,16 +64,16 @@ class Muon(MatrixOptimizer):
                 "nesterov": nesterov,
                 "ns_steps": ns_steps,
                 "weight_decay": weight_decay,
+                "maximize": maximize,
+                "capturable": capturable,
             },
         )
 
-    def matrix_state(self, matrix: Tensor, group: Group) -> State:
-        """Momentum (m, n), zeros."""
-        return {"momentum_buffer": torch.zeros_like(matrix)}
-
-    def matrix_updates(self, grads: Tensor, states: list[State], names: list[str], group: Group) -> Tensor:
-        """Orthogonalize a stack of momenta of equal shape."""
-        momenta = move_average(states, "momentum_buffer", grads, 1 - group["momentum"])
-        if group["nesterov"]:
-            momenta = grads.lerp(momenta, group["momentum"])
-        return muon_update(momenta, group["ns_steps"])
+    def update_matrices(self, params: list[Tensor], group: Group) -> None:
+        """Orthogonalize the momenta, those of equal shape together."""
+        grads, momenta = self.moved_momenta(params, group)
+        for stack in self.stacks(params, group):
+            inputs = stack.of(momenta)
+            if group["nesterov"]:
+                inputs = stack.of(grads).lerp(inputs, group["momentum"])
+            stack.subtract(muon_update(inputs, group["ns_steps"]), on_host(group["lr"]), group["weight_decay"])

@@ -6,19 +6,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State, new_step
-from optim.matrix_functions import inverse_fourth_root
-from optim.matrix_optimizer import MatrixOptimizer, move_average, with_norm
-from optim.root_cache import refreshed_roots
+from optim.base import Group, State, state_dtype
+from optim.blocks import Stack
+from optim.matrix_functions import frobenius_norm, inverse_fourth_root
+from optim.matrix_optimizer import with_norm
+from optim.preconditioned import PreconditionedOptimizer
 
 
-def shampoo_update(momenta: Tensor, exp_avg_sqs: Tensor, left: Tensor, right: Tensor, eps: float) -> Tensor:
-    """`L^{-1/4} M R^{-1/4}` with the norm of `M / √(v + eps)`; (k, m, n), (k, m, n), (k, m, m), (k, n, n)."""
-    grafted_norm = torch.linalg.matrix_norm(momenta * (exp_avg_sqs + eps).rsqrt())[:, None, None]
+def shampoo_update(momenta: Tensor, rms: Tensor, left: Tensor, right: Tensor, eps: float) -> Tensor:
+    """`L^{-1/4} M R^{-1/4}` with the norm of `M / √(v + eps)`, `rms = √v`; (k, p, q) twice, (k, p, p), (k, q, q)."""
+    grafted_norm = frobenius_norm(momenta / torch.hypot(rms, rms.new_tensor(eps**0.5)))
     return with_norm(left @ momenta @ right, grafted_norm)
 
 
-class Shampoo(MatrixOptimizer):
+class Shampoo(PreconditionedOptimizer):
     """Two preconditioners a matrix, averaged exponentially, and Adam's step length grafted on.
 
     At each step, for a gradient `G` of shape (m, n)::
@@ -41,10 +42,14 @@ class Shampoo(MatrixOptimizer):
         eps: added to the squares and to the factors' diagonals.
         weight_decay: decoupled weight decay, a share of `lr`.
         precond_frequency: steps from one pair of inverse roots to the next.
+        maximize: climb the gradient instead of descending.
+        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
 
     Raises:
         ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
     """
+
+    factors = ("short_factor", "long_factor")
 
     def __init__(
         self,
@@ -55,6 +60,9 @@ class Shampoo(MatrixOptimizer):
         eps: float = 1e-10,
         weight_decay: float = 0.1,
         precond_frequency: int = 1,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
     ) -> None:
         super().__init__(
             params,
@@ -65,35 +73,26 @@ class Shampoo(MatrixOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "precond_frequency": precond_frequency,
+                "maximize": maximize,
+                "capturable": capturable,
             },
         )
 
-    def matrix_state(self, matrix: Tensor, group: Group) -> State:
-        """Momentum and squares (m, n), left factor (m, m) and right factor (n, n), zeros."""
-        m, n = matrix.shape
-        return {
-            "step": new_step(),
-            "exp_avg": torch.zeros_like(matrix),
-            "exp_avg_sq": torch.zeros_like(matrix),
-            "left_factor": matrix.new_zeros(m, m),
-            "right_factor": matrix.new_zeros(n, n),
-        }
+    def param_state(self, param: Tensor, group: Group) -> State:
+        """The count of steps, and the root mean squares of the gradient, whose squares a float32 could not hold."""
+        return {**super().param_state(param, group), "exp_avg_rms": torch.zeros_like(param, dtype=state_dtype(param))}
 
-    def matrix_updates(self, grads: Tensor, states: list[State], names: list[str], group: Group) -> Tensor:
-        """Both factors and their roots on a stack of matrices of equal shape."""
+    def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
+        """`(A + eps I)^{-1/4}` of a factor `A`."""
+        return inverse_fourth_root(factors, ridges)
 
-        def compute(factors: Tensor, due: list[int]) -> Tensor:
-            roots = inverse_fourth_root(factors, group["eps"])
-            return self.finite_or_identity(roots, [names[index] for index in due])
-
-        momenta = move_average(states, "exp_avg", grads, 1 - group["momentum"])
-        exp_avg_sqs = move_average(states, "exp_avg_sq", grads.square(), 1 - group["beta2"])
-        move_average(states, "left_factor", grads @ grads.mT, 1 - group["beta2"])
-        move_average(states, "right_factor", grads.mT @ grads, 1 - group["beta2"])
-        left, right = refreshed_roots(
-            states,
-            {"left_factor": "left_root", "right_factor": "right_root"},
-            group["precond_frequency"],
-            compute,
-        )
-        return shampoo_update(momenta, exp_avg_sqs, left, right, group["eps"])
+    def updates(
+        self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: list[Tensor], group: Group
+    ) -> Tensor:
+        """Both sides of a stack of matrices of equal shape, transposed where they are tall."""
+        state = {param: self.state[param]["exp_avg_rms"] for param in grads}
+        beta2 = group["beta2"]
+        rms = torch.hypot(stack.of(state) * beta2**0.5, stack.of(grads) * (1 - beta2) ** 0.5)
+        stack.store(rms, state)
+        left, right = roots
+        return shampoo_update(momenta, rms, left, right, group["eps"])

@@ -42,7 +42,10 @@ REFUSED = [
 @pytest.mark.parametrize("optimizer", CONSTRUCTORS, ids=lambda optimizer: optimizer.__name__)
 def test_the_constructor_has_the_published_keywords_and_defaults(optimizer):
     parameters = list(inspect.signature(optimizer).parameters.values())
-    assert [(p.name, p.default) for p in parameters[1:]] == list(CONSTRUCTORS[optimizer].items())
+    published, own = parameters[1:-2], parameters[-2:]
+    assert [(p.name, p.default) for p in published] == list(CONSTRUCTORS[optimizer].items())
+    assert [(p.name, p.default) for p in own] == [("maximize", False), ("capturable", False)]
+    assert all(p.kind is p.KEYWORD_ONLY for p in own)
 
 
 def assert_names(error: pytest.ExceptionInfo[ValueError], keyword: str, value: object) -> None:

@@ -1,0 +1,132 @@
+/* Asro and AccAsro in one pass over memory; see native.py, which compiles this file, and asro.py and accasro.py, which
+   hold the same formulas in PyTorch. Every operation is rounded as written, so that results do not depend on how the
+   work is divided among threads. */
+#include <math.h>
+#include <stdint.h>
+
+#define API __attribute__((visibility("default")))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+
+typedef struct {
+    float keep, step_size, eps, weight1, weight2, decrement, min_scale, max_scale, increment;
+} Scalars;
+
+typedef float *restrict Floats;
+typedef const float *restrict Inputs;
+
+/* Whether two values are of opposite signs, none of them zero. */
+static inline int flipped(float a, float b) { return ((a < 0) & (b > 0)) | ((a > 0) & (b < 0)); }
+
+static inline float lerp(float a, float b, float weight) { return a + weight * (b - a); }
+
+static inline float clamp(float s, const Scalars *c) { return MIN(MAX(s, c->min_scale), c->max_scale); }
+
+static inline float stepped(float p, float m, float v, float s, const Scalars *c) {
+    return p * c->keep - c->step_size * (m * s / (sqrtf(v) + c->eps));
+}
+
+static void asro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Floats s, const Scalars *c) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float moment = lerp(m[i], g[i], c->weight1);
+        float square = lerp(v[i], g[i] * g[i], c->weight2);
+        float scale = s[i];
+        scale = flipped(m[i], moment) ? scale - c->decrement : scale;
+        scale = clamp(scale, c);
+        m[i] = moment;
+        v[i] = square;
+        s[i] = scale;
+        p[i] = stepped(p[i], moment, square, scale, c);
+    }
+}
+
+static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Floats s, Floats saved,
+                          int8_t *restrict last_sign, const Scalars *c) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; i++) {
+        float moment = lerp(m[i], g[i], c->weight1);
+        float square = lerp(v[i], g[i] * g[i], c->weight2);
+        int sign = (g[i] > 0) - (g[i] < 0);
+        int grad_flipped = sign * last_sign[i] < 0;
+        int moment_flipped = flipped(m[i], moment);
+        float scale = s[i], old = saved[i];
+        scale = grad_flipped ? old : scale;
+        scale = moment_flipped ? scale - c->decrement : scale;
+        saved[i] = moment_flipped ? scale : old;
+        scale = grad_flipped ? scale : scale + c->increment;
+        scale = clamp(scale, c);
+        m[i] = moment;
+        v[i] = square;
+        s[i] = scale;
+        last_sign[i] = (int8_t)sign;
+        p[i] = stepped(p[i], moment, square, scale, c);
+    }
+}
+
+/* Elements begin..end of all tensors, counted through, of which tensor k has lengths[k]. `tensors` holds the pointers
+   of the first tensor's row (parameter, gradient, state...), then those of the second's, and so on. */
+#define FOR_EACH_ROW(columns, call)                                                  \
+    int64_t offset = 0;                                                              \
+    for (int64_t k = 0; k < rows && offset < end; offset += lengths[k++]) {          \
+        int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, lengths[k]); \
+        void *const *row = tensors + k * (columns);                                  \
+        if (first < stop) call;                                                      \
+    }
+
+#define F(column) ((float *)row[column] + first)
+
+API void asro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t begin, int64_t end,
+              const Scalars *c) {
+    FOR_EACH_ROW(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), c))
+}
+
+API void accasro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t begin, int64_t end,
+                 const Scalars *c) {
+    FOR_EACH_ROW(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5), (int8_t *)row[6] + first, c))
+}
+
+/* DASGO's first pass over rows begin..end of all matrices, counted through: the momentum moves towards the gradient,
+   and the squares of both add up a column, in double precision, whose range no square of a float leaves. Matrix k is
+   shapes[2k] x shapes[2k + 1], tensors[2k] its gradient, tensors[2k + 1] its momentum; `sums` has two numbers a column
+   of all matrices: the gradient's squares of a matrix, then the momentum's, then the next matrix's. */
+API void dasgo_moments(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t begin, int64_t end,
+                       float weight, double *sums) {
+    int64_t offset = 0;
+    for (int64_t k = 0; k < matrices && offset < end; k++) {
+        int64_t rows = shapes[2 * k], columns = shapes[2 * k + 1];
+        int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, rows);
+        double *restrict grad_squares = sums, *restrict momentum_squares = sums + columns;
+        for (int64_t i = first; i < stop; i++) {
+            Inputs g = (const float *)tensors[2 * k] + i * columns;
+            Floats m = (float *)tensors[2 * k + 1] + i * columns;
+#pragma omp simd
+            for (int64_t j = 0; j < columns; j++) {
+                float moment = lerp(m[j], g[j], weight);
+                grad_squares[j] += (double)g[j] * g[j];
+                momentum_squares[j] += (double)moment * moment;
+                m[j] = moment;
+            }
+        }
+        offset += rows;
+        sums += 2 * columns;
+    }
+}
+
+/* DASGO's second pass: W = keep W + M diag(factors), a factor a column. tensors[3k...]: weight, momentum, factors. */
+API void dasgo_step(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t begin, int64_t end,
+                    float keep) {
+    int64_t offset = 0;
+    for (int64_t k = 0; k < matrices && offset < end; k++) {
+        int64_t rows = shapes[2 * k], columns = shapes[2 * k + 1];
+        int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, rows);
+        Inputs factors = tensors[3 * k + 2];
+        for (int64_t i = first; i < stop; i++) {
+            Floats w = (float *)tensors[3 * k] + i * columns;
+            Inputs m = (const float *)tensors[3 * k + 1] + i * columns;
+#pragma omp simd
+            for (int64_t j = 0; j < columns; j++) w[j] = w[j] * keep + m[j] * factors[j];
+        }
+        offset += rows;
+    }
+}
