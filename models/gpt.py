@@ -127,6 +127,18 @@ class GPT(nn.Module):
         """The output head, under the name that Hugging Face models give it."""
         return self.head
 
+    def attention_row_blocks(self) -> dict[str, int]:
+        """Heads of the query and key weights, by parameter name: each head's rows are one block of `d_head` rows.
+
+        Optimizers that treat weights as matrices may take each block as a matrix of its own (arXiv 2503.20762).
+        """
+        return {
+            f"{name}.{part}.weight": module.n_heads
+            for name, module in self.named_modules()
+            if isinstance(module, CausalSelfAttention)
+            for part in ("query", "key")
+        }
+
     def _initialize(self) -> None:
         residual_std = _INIT_STD / math.sqrt(2 * len(self.blocks))
         for name, param in self.named_parameters():

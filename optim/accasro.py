@@ -85,6 +85,7 @@ class AccAsro(ElementwiseOptimizer):
 
     update = staticmethod(accasro_update)
     kernel = "accasro"
+    state_keys = ("exp_avg", "exp_avg_sq", "scale", "saved_scale", "last_sign")
 
     def __init__(
         self,

@@ -72,6 +72,7 @@ class Asro(ElementwiseOptimizer):
 
     update = staticmethod(asro_update)
     kernel = "asro"
+    state_keys = ("exp_avg", "exp_avg_sq", "scale")
 
     def __init__(
         self,

@@ -48,12 +48,19 @@ def blocks_of(param: Tensor, row_blocks: int | Sequence[int] | None) -> list[Blo
     """The blocks of a parameter; `row_blocks` counts equal ones or gives the rows of each."""
     if row_blocks is None:
         return [Block(param, slice(0, param.shape[0]), "")]
-    sizes = [param.shape[0] // row_blocks] * row_blocks if isinstance(row_blocks, int) else row_blocks
+    sizes = block_sizes(param.shape[0], row_blocks)
     ends = list(itertools.accumulate(sizes))
     return [
         Block(param, slice(end - size, end), f".{index}")
         for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
     ]
+
+
+def block_sizes(rows: int, row_blocks: int | Sequence[int]) -> list[int]:
+    """The rows of each block, where `row_blocks` counts equal blocks or is the answer."""
+    if isinstance(row_blocks, Sequence):
+        return list(row_blocks)
+    return [rows // row_blocks] * row_blocks
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,12 @@ class ElementwiseOptimizer(BaseOptimizer):
 
     update: Update
     kernel: str
+    """The same in native.c."""
+    state_keys: tuple[str, ...]
+    """The state besides the count of steps, in the order in which `update` takes it."""
 
     def new_state(self, param: Tensor) -> State:
-        """The state of a parameter before its first step, in the order in which `update` takes it."""
+        """The state of a parameter before its first step, besides the count of steps."""
         raise AssertionError("a subclass implements this")
 
     def scalars(self, group: Group, step: Scalar) -> dict[str, Scalar]:
@@ -70,7 +73,8 @@ class ElementwiseOptimizer(BaseOptimizer):
             yield on_host(self.state[bucket[0]]["step"]), bucket
 
     def _row(self, param: Tensor, group: Group) -> Row:
-        state = [value for key, value in self.state[param].items() if key != "step"]
+        # By name: a loaded state may hold its tensors in another order.
+        state = [self.state[param][key] for key in self.state_keys]
         return (param, gradient(param, group["maximize"]), *state)
 
     def _run(self, rows: list[Row], scalars: dict[str, Scalar]) -> None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from optim.keywords import unknown_name
 from optim.matrix_optimizer import ADAM_RULE
 
 _NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 
 NamedParams = list[tuple[str, Tensor]]
+RowBlocks = Mapping[str, int | Sequence[int]]
 
 
-def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Hidden weight matrices in a group for the matrix rule; everything else in a group for Adam.
+def matrix_groups(model: nn.Module, row_blocks: RowBlocks | None = None) -> list[dict[str, Any]]:
+    """Hidden weight matrices in groups for the matrix rule; everything else in a group for Adam.
 
     Hidden matrices are the two-dimensional parameters and convolution kernels named `weight` or `..._weight`, as all
     of PyTorch's layers name theirs, without those of embeddings, normalizations and the output head. Embeddings (also
     tied to the head, also positional), the head, biases and gains take Adam.
+
+    The matrices that `row_blocks` names come after the others, a group for each way of splitting, in the order of the
+    model. Raises `ValueError` for a name that is not the model's, or whose parameter takes Adam; one that needs no
+    gradient is left out, as without blocks.
     """
     excluded = {id(param) for module in _without_matrices(model) for param in module.parameters(recurse=False)}
     kernels = {id(module.weight) for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd)}
@@ -28,7 +35,10 @@ def matrix_groups(model: nn.Module) -> list[dict[str, Any]]:
         is_weight = name.endswith("weight") and id(param) not in excluded
         is_matrix = is_weight and (param.ndim == 2 or id(param) in kernels)
         (matrices if is_matrix else others).append((name, param))
-    return _not_empty({"params": matrices}, {"params": others, **ADAM_RULE})
+    blocks = row_blocks or {}
+    _check_names(model, blocks, [name for name, _ in matrices])
+    whole = [(name, param) for name, param in matrices if name not in blocks]
+    return _not_empty({"params": whole}, *_split_groups(matrices, blocks), {"params": others, **ADAM_RULE})
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -52,6 +62,29 @@ def _without_matrices(model: nn.Module) -> list[nn.Module]:
     """Embeddings, normalizations and the output head."""
     head = output_head(model)
     return [module for module in model.modules() if isinstance(module, _NO_MATRICES) or module is head]
+
+
+def _check_names(model: nn.Module, row_blocks: RowBlocks, matrices: list[str]) -> None:
+    params = dict(model.named_parameters())
+    for name in row_blocks:
+        if name not in params:
+            raise unknown_name("parameter in row_blocks", name, matrices)
+        if params[name].requires_grad and name not in matrices:
+            raise ValueError(f"row_blocks: parameter {name!r} takes Adam, not the matrix rule, so it is not split")
+
+
+def _split_groups(matrices: NamedParams, row_blocks: RowBlocks) -> list[dict[str, Any]]:
+    """A group for all matrices of equal blocks."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, param in matrices:
+        if name in row_blocks:
+            blocks = row_blocks[name]
+            if isinstance(blocks, Sequence) and not isinstance(blocks, str):
+                blocks = tuple(blocks)
+            # By their text, since True equals 1, and the group has to refuse the one and take the other.
+            group = groups.setdefault(repr(blocks), {"params": [], "row_blocks": blocks})
+            group["params"].append((name, param))
+    return list(groups.values())
 
 
 def _trainable(model: nn.Module) -> NamedParams:

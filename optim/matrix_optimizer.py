@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optim.adam import update_with_adam, zero_moments
 from optim.base import BaseOptimizer, Group, State, describe, gradient, new_step, state_dtype
-from optim.blocks import Stack, blocks_of, stacks_of
+from optim.blocks import Stack, block_sizes, blocks_of, stacks_of
 from optim.matrix_functions import largest
 
 UPDATE_RMS = 0.2
@@ -172,12 +172,7 @@ def with_norm(updates: Tensor, norm: float | Tensor) -> Tensor:
 
 def _check_row_blocks(group: Group, index: int, param: Tensor) -> None:
     row_blocks, rows = group["row_blocks"], param.shape[0]
-    fits = (
-        row_blocks is None
-        or (isinstance(row_blocks, int) and rows % row_blocks == 0)
-        or (not isinstance(row_blocks, int) and sum(row_blocks) == rows)
-    )
-    if not fits:
+    if row_blocks is not None and sum(block_sizes(rows, row_blocks)) != rows:
         raise ValueError(
             f"invalid row_blocks: {row_blocks!r} does not divide the {rows} rows of {describe(group, index)}"
         )

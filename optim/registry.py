@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from optim.accasro import AccAsro
 from optim.asgo import ASGO
 from optim.asro import Asro
 from optim.dasgo import DASGO
-from optim.groups import decay_groups, matrix_groups
+from optim.groups import RowBlocks, decay_groups, matrix_groups
 from optim.keywords import unknown_name
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.muon import Muon
@@ -45,7 +45,15 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     return _CLASSES[name]
 
 
-def build_optimizer(model: nn.Module, name: str, total_steps: int, **settings: Any) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    total_steps: int,
+    *,
+    row_blocks: RowBlocks | None = None,
+    by_heads: bool = False,
+    **settings: Any,
+) -> torch.optim.Optimizer:
     """One optimizer for all trainable parameters of a model, each under the rule that fits it.
 
     Matrix optimizers (`asgo`, `dasgo`, `muon`, `shampoo`) take the hidden weight matrices and leave the rest to Adam
@@ -56,10 +64,19 @@ def build_optimizer(model: nn.Module, name: str, total_steps: int, **settings: A
         model: any module; parameters that need no gradient are left out.
         name: one of `OPTIMIZER_NAMES`.
         total_steps: steps of the whole training; read by `accasro` alone.
+        row_blocks: for matrix optimizers, by parameter name, weights whose blocks of rows are matrices of their own:
+            the number of equal blocks, or the rows of each block. A head's query and key can so be preconditioned on
+            their own, as arXiv 2503.20762 does in practice, also where they share a weight with the values:
+            `row_blocks={"transformer.h.0.attn.c_attn.weight": (64,) * 24 + (768,)}` takes the queries and keys of
+            nanoGPT's 12 heads one by one and the values whole. Rows are outputs, as in `nn.Linear`; Hugging Face's
+            GPT-2 stores that weight transposed, so its heads are columns and cannot be split like this.
+        by_heads: split what `model.attention_row_blocks()` names, as `models.gpt.GPT` has it; `row_blocks` comes on
+            top.
         settings: keywords of the optimizer's constructor.
 
     Raises:
-        ValueError: an unknown name, or a keyword that the optimizer does not have or that is out of range.
+        ValueError: an unknown name, a keyword that the optimizer does not have or that is out of range, or blocks for
+            a parameter or an optimizer that has none.
     """
     cls, fixed = optimizer_class(name)
     keywords = {**fixed, **settings}
@@ -69,5 +86,22 @@ def build_optimizer(model: nn.Module, name: str, total_steps: int, **settings: A
             raise unknown_name(f"keyword of {name}", key, [key for key in accepted if key != "params"])
     if "total_steps" in accepted:
         keywords["total_steps"] = total_steps
-    groups = matrix_groups(model) if issubclass(cls, MatrixOptimizer) else decay_groups(model)
-    return cls(groups, **keywords)
+    if issubclass(cls, MatrixOptimizer):
+        heads = _attention_row_blocks(model) if by_heads else {}
+        return cls(matrix_groups(model, {**heads, **(row_blocks or {})}), **keywords)
+    if by_heads or row_blocks is not None:
+        raise _no_matrices(name, "by_heads" if by_heads else "row_blocks")
+    return cls(decay_groups(model), **keywords)
+
+
+def _attention_row_blocks(model: nn.Module) -> RowBlocks:
+    if not hasattr(model, "attention_row_blocks"):
+        raise ValueError(
+            f"by_heads: {type(model).__name__} has no attention_row_blocks(); name its blocks in row_blocks"
+        )
+    return cast(RowBlocks, cast(Any, model).attention_row_blocks())
+
+
+def _no_matrices(name: str, keyword: str) -> ValueError:
+    takers = ", ".join(other for other, (cls, _) in _CLASSES.items() if issubclass(cls, MatrixOptimizer))
+    return ValueError(f"{keyword}: {name} does not treat weights as matrices; these do: {takers}")

@@ -18,7 +18,7 @@ class Settings(BaseModel):
 
 
 class ASGOSettings(Settings):
-    """Keywords of `optim.ASGO`."""
+    """Keywords of `optim.ASGO`, and how its matrices are made."""
 
     name: Literal["asgo"]
     lr: NonNegativeFloat = 1e-2
@@ -29,10 +29,12 @@ class ASGOSettings(Settings):
     root_method: Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"] = "auto"
     root_steps: PositiveInt = 10
     precond_frequency: PositiveInt = 1
+    by_heads: bool = False
+    """Whether the query and key of each attention head are matrices of their own."""
 
 
 class DASGOSettings(Settings):
-    """Keywords of `optim.DASGO`."""
+    """Keywords of `optim.DASGO`, and how its matrices are made."""
 
     name: Literal["dasgo"]
     lr: NonNegativeFloat = 1e-2
@@ -40,10 +42,12 @@ class DASGOSettings(Settings):
     beta2: Decay = 0.95
     eps: NonNegativeFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.1
+    by_heads: bool = False
+    """Whether the query and key of each attention head are matrices of their own."""
 
 
 class MuonSettings(Settings):
-    """Keywords of `optim.Muon`."""
+    """Keywords of `optim.Muon`, and how its matrices are made."""
 
     name: Literal["muon"]
     lr: NonNegativeFloat = 1e-2
@@ -51,10 +55,12 @@ class MuonSettings(Settings):
     nesterov: bool = False
     ns_steps: PositiveInt = 5
     weight_decay: NonNegativeFloat = 0.1
+    by_heads: bool = False
+    """Whether the query and key of each attention head are matrices of their own."""
 
 
 class ShampooSettings(Settings):
-    """Keywords of `optim.Shampoo`."""
+    """Keywords of `optim.Shampoo`, and how its matrices are made."""
 
     name: Literal["shampoo"]
     lr: NonNegativeFloat = 5e-3
@@ -63,6 +69,8 @@ class ShampooSettings(Settings):
     eps: NonNegativeFloat = 1e-10
     weight_decay: NonNegativeFloat = 0.1
     precond_frequency: PositiveInt = 1
+    by_heads: bool = False
+    """Whether the query and key of each attention head are matrices of their own."""
 
 
 class AsroSettings(Settings):
@@ -264,7 +272,7 @@ class RunConfig(Settings):
     runtime: RuntimeSettings = RuntimeSettings()
 
     def optimizer_keywords(self) -> dict[str, Any]:
-        """The optimizer's settings as keywords of its constructor."""
+        """The optimizer's settings as keywords of `optim.build_optimizer`."""
         return self.optimizer.model_dump(exclude={"name"})
 
 

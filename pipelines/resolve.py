@@ -200,8 +200,8 @@ def _explain(
     if kind == "missing":
         return f"{place}{key} is missing: set it with --set {place}{key}=VALUE or in a --config file"
     if kind == "extra_forbidden":
-        siblings = _fields_beside(model, loc, details["loc"])
-        return f"{where}: unknown key; {_hint(loc[-1], siblings)}"
+        table = _table_of(model, loc, details["loc"])
+        return f"{where}: {_unknown_key(loc[-1], table)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name", "") if isinstance(value, dict) else value
         hint = _hint(str(name), _MODEL_BY_OPTIMIZER)
@@ -219,14 +219,21 @@ def _origin(key: str, sources: Mapping[str, str]) -> str:
     return found[-1] if found else "configuration"
 
 
-def _fields_beside(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | str, ...]) -> list[str]:
-    """The keys that the table of an unknown key does have."""
+def _table_of(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model of the table that an unknown key is in."""
     for part in loc[:-1]:
         if part == "optimizer":
             model = _MODEL_BY_OPTIMIZER[str(raw_loc[1])]
         else:
             model = cast(type[BaseModel], model.model_fields[part].annotation)
-    return [name for name in model.model_fields if name not in ("name", "preset", "task")]
+    return model
+
+
+def _unknown_key(key: str, table: type[BaseModel]) -> str:
+    takers = [name for name, other in _MODEL_BY_OPTIMIZER.items() if key in other.model_fields]
+    if table in _OPTIMIZER_MODELS and takers:
+        return f"unknown key of this optimizer; these have it: {', '.join(takers)}"
+    return f"unknown key; {_hint(key, [name for name in table.model_fields if name not in ('name', 'preset', 'task')])}"
 
 
 def _nearest_literal(details: ErrorDetails, value: object) -> str:

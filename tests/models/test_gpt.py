@@ -128,6 +128,37 @@ def test_heads_must_divide_the_width() -> None:
         make(n_heads=5)
 
 
+def test_row_blocks_are_the_heads_of_every_query_and_key() -> None:
+    model = make()
+    assert model.attention_row_blocks() == {
+        "blocks.0.attention.query.weight": 3,
+        "blocks.0.attention.key.weight": 3,
+        "blocks.1.attention.query.weight": 3,
+        "blocks.1.attention.key.weight": 3,
+    }
+    assert list(model.attention_row_blocks()) == [
+        name for name, _ in model.named_parameters() if name.endswith(("query.weight", "key.weight"))
+    ]
+
+
+def test_a_row_block_is_one_head_and_no_other() -> None:
+    """Zeros in the rows of a block change what its head puts out, and nothing else."""
+    model = make(bias=False)
+    attention, blocks = model.blocks[0].attention, model.attention_row_blocks()
+    x = torch.randn(1, 5, SHAPE["d_model"], dtype=torch.float64)
+    with torch.no_grad():
+        attention.output.weight.copy_(torch.eye(SHAPE["d_model"]))
+        before = attention(x)
+        for name in ("blocks.0.attention.query.weight", "blocks.0.attention.key.weight"):
+            for rows in torch.arange(SHAPE["d_model"]).chunk(blocks[name]):
+                weight = model.get_parameter(name)
+                kept = weight.clone()
+                weight[rows] = 0
+                moved = (attention(x) - before).abs().amax((0, 1)) > 1e-9
+                weight.copy_(kept)
+                assert moved.nonzero().flatten().tolist() == rows.tolist()
+
+
 def draw(model: GPT, seed: int = 0, **changes: Any) -> list[int]:
     options: dict[str, Any] = {"new_tokens": 30, "vocab_size": 11, "temperature": 1.0, "top_k": None, **changes}
     generator = torch.Generator().manual_seed(seed)

@@ -293,3 +293,139 @@ def test_a_torchvision_model_trains():
         losses.append(loss.item())
     assert np.isfinite(losses).all()
     assert losses[-1] < losses[0]
+
+
+# --- Blocks of rows
+
+SPLIT = {"blocks.0.query.weight": 2, "blocks.1.query.weight": 2, "blocks.1.up.weight": [4, 4, 8]}
+
+
+def groups_of(optimizer: torch.optim.Optimizer) -> list[tuple[object, list[str]]]:
+    """Each group's blocks (None: not split; "adam": no matrices), with the names of its parameters."""
+    return [
+        ("adam" if group["rule"] == "adam" else group.get("row_blocks"), group["param_names"])
+        for group in optimizer.param_groups
+    ]
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_without_blocks_there_is_a_group_of_matrices_and_one_of_the_rest(name):
+    model = Decoder()
+    others = [key for key, _ in model.named_parameters() if key not in DECODER_HIDDEN]
+    expected = [(None, [key for key, _ in model.named_parameters() if key in DECODER_HIDDEN]), ("adam", others)]
+    assert groups_of(build(model, name)) == expected
+    assert groups_of(build(model, name, row_blocks={})) == expected
+    assert groups_of(build(model, name, row_blocks=None, by_heads=False)) == expected
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_matrices_of_equal_blocks_share_a_group_in_the_order_of_the_model(name):
+    model = Decoder()
+    expected = [
+        (None, ["blocks.0.up.weight", "blocks.0.down.weight", "blocks.1.down.weight"]),
+        (2, ["blocks.0.query.weight", "blocks.1.query.weight"]),
+        ((4, 4, 8), ["blocks.1.up.weight"]),
+        ("adam", [key for key, _ in model.named_parameters() if key not in DECODER_HIDDEN]),
+    ]
+    assert groups_of(build(model, name, row_blocks=SPLIT)) == expected
+    assert groups_of(build(model, name, row_blocks=dict(reversed(SPLIT.items())))) == expected
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_split_weights_move_as_separate_matrices_and_all_others_as_before(name):
+    case = next(case for case in DESCRIPTIONS if case.name.lower() == name)
+    models = Decoder().double(), Decoder().double()
+    models[1].load_state_dict(models[0].state_dict())
+    split = build(models[0], name, row_blocks={"blocks.0.query.weight": (3, 5)}, weight_decay=0.3)
+    whole = build(models[1], name, weight_decay=0.3)
+    query = models[0].blocks[0].query.weight
+    refers = [case.reference(part.numpy(), lr=0.1, weight_decay=0.3) for part in query.detach().split([3, 5])]
+    for step in range(4):
+        for index, params in enumerate(zip(*(model.parameters() for model in models), strict=True)):
+            gradient = noise(tuple(params[0].shape), 1, 100 * step + index)[0]
+            for param in params:
+                set_gradient(param, gradient)
+            if params[0] is query:
+                for refer, part in zip(refers, np.split(gradient, [3]), strict=True):
+                    refer.step(part)
+        split.step()
+        whole.step()
+    assert relative_error(query, np.concatenate([refer.parameter for refer in refers])) < 1e-6
+    for (key, mine), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(mine, other) == (key != "blocks.0.query.weight"), key
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_blocks_and_one_state_dict_resume_a_model(name):
+    torch.manual_seed(0)
+    whole, first, second = Decoder(), Decoder(), Decoder()
+    first.load_state_dict(whole.state_dict())
+    optimizers = [build(model, name, row_blocks=SPLIT) for model in (whole, first)]
+    for optimizer, model in zip(optimizers, (whole, first), strict=True):
+        train(optimizer, model)
+    second.load_state_dict(first.state_dict())
+    resumed = build(second, name, row_blocks=SPLIT)
+    resumed.load_state_dict(optimizers[1].state_dict())
+    train(optimizers[0], whole)
+    train(resumed, second)
+    assert all(torch.equal(mine, other) for mine, other in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_blocks_of_frozen_parameters_are_left_out():
+    model = Decoder()
+    model.blocks[0].requires_grad_(False)
+    blocks = [blocks for blocks, _ in groups_of(build(model, "dasgo", row_blocks=SPLIT))]
+    assert blocks == [None, 2, (4, 4, 8), "adam"]
+    model.blocks.requires_grad_(False)
+    assert [blocks for blocks, _ in groups_of(build(model, "dasgo", row_blocks=SPLIT))] == ["adam"]
+
+
+@pytest.mark.parametrize(
+    ("row_blocks", "message"),
+    [
+        ({"blocks.0.qurey.weight": 2}, r"row_blocks: 'blocks\.0\.qurey\.weight'.*'blocks\.0\.query\.weight'"),
+        ({"tokens.weight": 2}, r"row_blocks.*'tokens\.weight' takes Adam"),
+        ({"head.weight": 2}, r"row_blocks.*'head\.weight' takes Adam"),
+        ({"blocks.0.query.bias": 2}, r"row_blocks.*'blocks\.0\.query\.bias' takes Adam"),
+        ({"blocks.0.query.weight": 3}, r"(?=.*row_blocks)(?=.*blocks\.0\.query\.weight)"),
+        ({"blocks.0.query.weight": "2"}, "row_blocks.*'2'"),
+        ({"blocks.0.query.weight": [4, 5]}, r"(?=.*row_blocks)(?=.*blocks\.0\.query\.weight)"),
+        ({"blocks.0.query.weight": 1, "blocks.1.query.weight": True}, "row_blocks.*True"),
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("name", MATRIX)
+def test_blocks_that_do_not_fit_are_refused_in_one_line(name, row_blocks, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build(Decoder(), name, row_blocks=row_blocks)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*ELEMENTWISE, *BASELINES])
+def test_blocks_are_refused_by_an_optimizer_without_matrices(name):
+    for keyword, value in {"row_blocks": {"blocks.0.query.weight": 2}, "by_heads": True}.items():
+        with pytest.raises(ValueError, match=rf"{keyword}: {name} .*: asgo, dasgo, muon, shampoo$"):
+            build(Decoder(), name, **{keyword: value})
+
+
+class DecoderWithHeads(Decoder):
+    def attention_row_blocks(self) -> dict[str, int]:
+        return {"blocks.0.query.weight": 4, "blocks.1.query.weight": 4}
+
+
+def test_by_heads_splits_what_the_model_names_under_what_is_given():
+    model = DecoderWithHeads()
+    queries = ["blocks.0.query.weight", "blocks.1.query.weight"]
+    assert groups_of(build(model, "asgo", by_heads=True))[1:-1] == [(4, queries)]
+    assert groups_of(build(model, "asgo", by_heads=True, row_blocks={queries[1]: 2, "blocks.0.up.weight": 4}))[
+        1:-1
+    ] == [
+        (4, [queries[0], "blocks.0.up.weight"]),
+        (2, queries[1:]),
+    ]
+    assert groups_of(build(model, "asgo", by_heads=False)) == groups_of(build(Decoder(), "asgo"))
+
+
+def test_by_heads_of_a_model_that_does_not_tell_is_refused():
+    with pytest.raises(ValueError, match=r"by_heads: Vision has no attention_row_blocks\(\)"):
+        build(Vision(), "asgo", by_heads=True)

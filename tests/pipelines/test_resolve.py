@@ -16,6 +16,10 @@ from pipelines.errors import UsageError
 from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, preset_names, read_preset, resolve
 
 TINY = preset_layer("gpt", "tiny")
+BUILD_KEYWORDS = ("by_heads",)
+"""Settings that `build_optimizer` takes for itself."""
+MATRIX_ONLY = "unknown key of this optimizer; these have it: asgo, dasgo, muon, shampoo"
+MATRIX = ["asgo", "dasgo", "muon", "shampoo"]
 
 
 def problems_of(*layers: Layer) -> list[str]:
@@ -32,7 +36,7 @@ def given(source: str, values: Mapping[str, Any]) -> Layer:
 @pytest.mark.parametrize("name", OPTIMIZER_NAMES)
 def test_every_preset_has_settings_that_its_optimizers_take(preset: str, name: str) -> None:
     config = resolve([preset_layer("gpt", preset), given("--optimizer", {"optimizer.name": name})])
-    accepted = inspect.signature(optimizer_class(name)[0]).parameters
+    accepted = [*inspect.signature(optimizer_class(name)[0]).parameters, *BUILD_KEYWORDS]
     assert config.optimizer.name == name
     assert set(config.optimizer_keywords()) <= set(accepted)
     assert f"optimizers.{name}.lr" in preset_layer("gpt", preset).values, "a rate of its own"
@@ -42,9 +46,10 @@ def test_every_preset_has_settings_that_its_optimizers_take(preset: str, name: s
 def test_settings_have_the_keywords_and_defaults_of_the_constructor(name: str) -> None:
     from pipelines.resolve import _MODEL_BY_OPTIMIZER
 
-    fields = {key: field for key, field in _MODEL_BY_OPTIMIZER[name].model_fields.items() if key != "name"}
+    own = ("name", *BUILD_KEYWORDS)
+    fields = {key: field for key, field in _MODEL_BY_OPTIMIZER[name].model_fields.items() if key not in own}
     accepted = dict(inspect.signature(optimizer_class(name)[0]).parameters)
-    for key in ("params", "total_steps"):
+    for key in ("params", "total_steps", "maximize", "capturable"):  # the last two are for other people's loops
         accepted.pop(key, None)
     assert list(fields) == list(accepted)
     for key, field in fields.items():
@@ -64,7 +69,7 @@ def test_the_papers_settings() -> None:
     asgo = resolve([preset_layer("gpt", "asgo-gpt2")])
     assert asgo.optimizer_keywords() == {
         "lr": 1e-2, "momentum": 0.9, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto",
-        "root_steps": 10, "precond_frequency": 1,
+        "root_steps": 10, "precond_frequency": 1, "by_heads": False,
     }  # fmt: skip
     assert (asgo.training.batch_size, asgo.training.micro_batch_size, asgo.training.max_grad_norm) == (256, 32, 1.0)
     assert (asgo.schedule.kind, asgo.schedule.warmup_fraction, asgo.schedule.final_lr_fraction) == ("cosine", 0.1, 0.02)
@@ -82,6 +87,27 @@ def test_later_layers_win_and_an_optimizers_table_wins_over_the_general_one() ->
 def test_an_optimizers_table_may_hold_its_schedule() -> None:
     assert resolve([TINY]).schedule.kind == "constant"
     assert resolve([TINY, given("--optimizer", {"optimizer.name": "asgo"})]).schedule.kind == "cosine"
+
+
+@pytest.mark.parametrize("preset", preset_names("gpt"))
+@pytest.mark.parametrize("name", MATRIX)
+def test_every_preset_takes_weights_whole_until_it_is_told_to_take_heads(preset: str, name: str) -> None:
+    layers = [preset_layer("gpt", preset), given("--optimizer", {"optimizer.name": name})]
+    assert resolve(layers).optimizer_keywords()["by_heads"] is False
+    for asked in (
+        assignment_layer(["optimizer.by_heads=true"]),
+        given("my.toml", {f"optimizers.{name}.by_heads": True}),
+    ):
+        assert resolve([*layers, asked]).optimizer_keywords()["by_heads"] is True
+
+
+def test_by_heads_in_the_table_of_one_optimizer_leaves_the_others_alone() -> None:
+    file = given("my.toml", {"optimizers.asgo.by_heads": True})
+    assert resolve([TINY, file]).optimizer.name == "accasro"
+    assert (
+        resolve([TINY, file, given("--optimizer", {"optimizer.name": "muon"})]).optimizer_keywords()["by_heads"]
+        is False
+    )
 
 
 def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
@@ -111,6 +137,11 @@ def test_all_problems_are_told_at_once_with_their_places_and_the_nearest_names()
         ({"optimizers.mun.lr": 1}, "here: optimizers.mun: unknown optimizer; did you mean 'muon'?"),
         ({"optimizers.muon.ns_step": 1}, "here: optimizers.muon.ns_step: unknown key; did you mean 'ns_steps'?"),
         ({"optimizers.muon.lr": -1}, "here: optimizers.muon.lr = -1: should be greater than or equal to 0"),
+        ({"optimizer.by_heads": True}, f"here: optimizer.by_heads: {MATRIX_ONLY}"),
+        ({"optimizers.adamw.by_heads": True}, f"here: optimizers.adamw.by_heads: {MATRIX_ONLY}"),
+        ({"optimizers.asgo.by_heads": "some"}, "here: optimizers.asgo.by_heads = 'some': should be a valid boolean, "
+         "unable to interpret input"),
+        ({"optimizers.asgo.by_head": True}, "here: optimizers.asgo.by_head: unknown key; did you mean 'by_heads'?"),
         ({"optimizer.max_scale": 0.01}, "here: optimizer: min_scale=0.1 is above max_scale=0.01"),
         ({"optimizer.lr": float("nan")}, "here: optimizer.lr = nan: should be a finite number"),
         ({"schedule.warmup_fraction": 0.5}, "here: schedule: give warmup_steps or warmup_fraction, not both"),
