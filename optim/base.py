@@ -44,12 +44,15 @@ class BaseOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step with the gradients at hand; returns the loss of `closure` where one is given.
 
-        Raises `ValueError` for a sparse gradient.
+        `torch.compile` leaves it as it is, kernels and all. Raises `ValueError` for a sparse gradient, and
+        `RuntimeError` inside a CUDA graph without `capturable=True`.
         """
+        self._refuse_wrong_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -60,6 +63,12 @@ class BaseOptimizer(torch.optim.Optimizer):
             if params:
                 self.update_group(group, params)
         return loss
+
+    def _refuse_wrong_capture(self) -> None:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing and not all(group["capturable"] for group in self.param_groups):
+            name = type(self).__name__
+            raise RuntimeError(f"{name} counts its steps on the host, which a CUDA graph misses; use capturable=True")
 
     def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:

@@ -168,7 +168,7 @@ def parameter(w: np.ndarray, dtype: torch.dtype = torch.float64) -> torch.nn.Par
 
 
 def set_gradient(param: Tensor, gradient: np.ndarray | None) -> None:
-    param.grad = None if gradient is None else torch.tensor(gradient, dtype=param.dtype)
+    param.grad = None if gradient is None else torch.tensor(gradient, dtype=param.dtype, device=param.device)
 
 
 def relative_error(param: Tensor, expected: np.ndarray) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,6 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from .cases import (
-    Description,
-    assert_follows,
     every_keyword,
     every_optimizer,
     full_rank,
@@ -25,159 +21,7 @@ from .cases import (
     set_gradient,
     start,
 )
-
-SHAPES = [(4, 3), (3, 4), (4, 3), (2, 3, 2, 2)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def make_params(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
-    return [parameter(start(shape, seed), dtype) for seed, shape in enumerate(SHAPES)]
-
-
-def run(optimizer: torch.optim.Optimizer, steps: range) -> None:
-    """Steps with gradients that depend on the step and the position alone; the third parameter lacks some."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for step in steps:
-        for index, param in enumerate(params):
-            missing = index == 2 and step % 3 == 0
-            set_gradient(param, None if missing else noise(tuple(param.shape), 1, 100 * step + index)[0])
-        optimizer.step()
-
-
-def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param.detach() for group in optimizer.param_groups for param in group["params"]]
-
-
-def assert_identical(left: torch.optim.Optimizer, right: torch.optim.Optimizer) -> None:
-    """Weights and state are equal to the last bit, dtypes included."""
-    for one, other in zip(weights(left), weights(right), strict=True):
-        assert torch.equal(one, other)
-    one_state, other_state = left.state_dict()["state"], right.state_dict()["state"]
-    assert one_state.keys() == other_state.keys()
-    for index, entries in one_state.items():
-        assert entries.keys() == other_state[index].keys()
-        for key, value in entries.items():
-            assert value.dtype == other_state[index][key].dtype, key
-            assert torch.equal(value, other_state[index][key]), key
-
-
-def with_fallback(case: Description, params: list[Any]) -> list[dict[str, Any]]:
-    """Two groups; for a matrix optimizer the second takes its fallback rule."""
-    return [{"params": params[:2]}, {"params": params[2:], **({"rule": "adam"} if case.matrix else {})}]
-
-
-# --- State
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@every_optimizer
-def test_a_saved_and_loaded_state_continues_bit_for_bit(case, dtype):
-    keywords = {"precond_frequency": 3} if "precond_frequency" in case.overrides else {}
-    whole = case.build(make_params(dtype), **keywords)
-    run(whole, range(8))
-
-    first = case.build(make_params(dtype), **keywords)
-    run(first, range(5))
-    saved = copy.deepcopy(first.state_dict())
-    second = case.build([torch.nn.Parameter(w.clone()) for w in weights(first)], **keywords)
-    second.load_state_dict(saved)
-    assert_identical(first, second)
-    run(second, range(5, 8))
-    assert_identical(whole, second)
-
-
-@every_optimizer
-def test_a_loaded_state_is_a_copy(case):
-    first, second = case.build(make_params()), case.build(make_params())
-    run(first, range(3))
-    saved = first.state_dict()
-    before = copy.deepcopy(saved["state"])
-    second.load_state_dict(saved)
-    run(second, range(3, 5))
-    for index, entries in before.items():
-        for key, value in entries.items():
-            assert torch.equal(value, first.state_dict()["state"][index][key]), key
-
-
-@every_optimizer
-def test_a_state_with_groups_and_their_settings_round_trips(case):
-    whole = case.build(with_fallback(case, make_params()))
-    run(whole, range(5))
-    first = case.build(with_fallback(case, make_params()))
-    run(first, range(3))
-    second = case.build(with_fallback(case, [torch.nn.Parameter(w.clone()) for w in weights(first)]), lr=9.0)
-    second.load_state_dict(first.state_dict())
-    assert [group["lr"] for group in second.param_groups] == [0.1, 0.1]
-    run(second, range(3, 5))
-    assert_identical(whole, second)
-
-
-@every_optimizer
-def test_a_state_of_another_number_of_parameters_is_refused(case):
-    first, second = case.build(make_params()), case.build(make_params()[:2])
-    run(first, range(1))
-    with pytest.raises(ValueError, match="parameter group"):
-        second.load_state_dict(first.state_dict())
-
-
-@every_optimizer
-def test_state_is_made_at_the_first_step_of_a_parameter(case):
-    optimizer = case.build(make_params())
-    assert not optimizer.state_dict()["state"]
-    run(optimizer, range(1))  # the third parameter has no gradient at step 0
-    assert set(optimizer.state_dict()["state"]) == {0, 1, 3}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_optimizer
-def test_low_precision_parameters_have_a_float32_state(case, dtype):
-    optimizer = case.build(with_fallback(case, make_params(dtype)))
-    run(optimizer, range(2))
-    dtypes = {value.dtype for entries in optimizer.state.values() for value in entries.values()}
-    # of the last gradient AccAsro keeps the sign alone, in a byte
-    assert dtypes == ({torch.float32, torch.int8} if case.name == "AccAsro" else {torch.float32})
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@every_optimizer
-def test_a_low_precision_parameter_moves_by_the_float32_update_rounded_once(case, dtype):
-    low, full = parameter(start((4, 3)), dtype), parameter(start((4, 3)), torch.float32)
-    with torch.no_grad():
-        full.copy_(low)
-    pair = case.build([low], weight_decay=0.1), case.build([full], weight_decay=0.1)
-    set_gradient(low, noise((4, 3), 1)[0])
-    full.grad = low.grad.float()
-    for optimizer in pair:
-        optimizer.step()
-    assert torch.equal(low, full.to(dtype))
-
-
-@every_optimizer
-def test_steps_are_counted_exactly_under_a_low_precision_default(case):
-    """bfloat16 cannot count beyond 256."""
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        optimizer = case.build(with_fallback(case, make_params(torch.bfloat16)))
-        run(optimizer, range(1))
-    finally:
-        torch.set_default_dtype(torch.float32)
-    counts = [entries["step"] for entries in optimizer.state.values() if "step" in entries]
-    assert counts
-    assert all(count.dtype in (torch.float32, torch.int64) for count in counts)
-
-
-@every_optimizer
-def test_a_deep_copy_continues_the_same_and_on_its_own(case):
-    original = case.build(with_fallback(case, make_params()))
-    run(original, range(3))
-    clone = copy.deepcopy(original)
-    assert_identical(original, clone)
-    at_copy = [w.clone() for w in weights(original)]
-    run(clone, range(3, 6))
-    assert all(torch.equal(w, old) for w, old in zip(weights(original), at_copy, strict=True))
-    run(original, range(3, 6))
-    assert_identical(original, clone)
-
+from .steps import assert_identical, make_params, parameters, run, set_gradients, weights, with_fallback
 
 # --- The loop
 
@@ -198,6 +42,32 @@ def test_a_closure_is_called_with_gradients_on_and_its_loss_returned(case):
     assert optimizer.step(closure) is calls[0]
     assert len(calls) == 1
     assert not torch.equal(param, torch.ones_like(param))
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad], ids=lambda f: f.__name__)
+@every_optimizer
+def test_a_closure_makes_its_own_gradients_wherever_the_step_stands(case, outside):
+    """As Lightning steps: forward, backward and `zero_grad` all in the closure, which may return a number."""
+    params, others = make_params(), make_params()
+    stepped, looped = case.build(params), case.build(others)
+
+    def loss_of(weights: list[Any]) -> Tensor:
+        return sum((weight**2).sum() for weight in weights)
+
+    def closure() -> float:
+        stepped.zero_grad()
+        loss = loss_of(params)
+        loss.backward()
+        return loss.item()
+
+    for _ in range(3):
+        expected = loss_of(others)
+        looped.zero_grad()
+        expected.backward()
+        looped.step()
+        with outside():
+            assert stepped.step(closure=closure) == expected.item()
+    assert_identical(stepped, looped)
 
 
 @every_optimizer
@@ -223,6 +93,22 @@ def test_a_step_leaves_the_gradients_as_they_are(case):
 
 
 @every_optimizer
+def test_gradients_that_carry_a_graph_leave_none_behind(case):
+    """After `backward(create_graph=True)` a gradient requires one itself."""
+    param, plain = parameter(start((3, 4))), parameter(start((3, 4)))
+    optimizers = case.build([param]), case.build([plain])
+    for _ in range(3):
+        for each, graph in ((param, True), (plain, False)):
+            each.grad = torch.autograd.grad((each**3).sum(), each, create_graph=graph)[0]
+        assert param.grad.requires_grad
+        for optimizer in optimizers:
+            optimizer.step()
+    assert param.is_leaf
+    assert not any(value.requires_grad for value in optimizers[0].state[param].values())
+    assert_identical(*optimizers)
+
+
+@every_optimizer
 def test_parameters_without_a_gradient_are_untouched(case):
     moving, resting = parameter(start((3, 4))), parameter(start((3, 4)))
     optimizer = case.build([moving, resting], weight_decay=0.5)
@@ -232,6 +118,110 @@ def test_parameters_without_a_gradient_are_untouched(case):
     assert torch.equal(resting, parameter(start((3, 4))))
     assert resting not in optimizer.state
     assert case.build([resting]).step() is None  # nobody has a gradient
+
+
+@every_optimizer
+def test_zero_grad_makes_gradients_none_or_zero(case):
+    """A parameter that the loss does not reach then rests, or takes a step with a gradient of zeros."""
+    gradients = noise((3, 4), 5)
+    for set_to_none in (True, False):
+        used, unused = parameter(start((3, 4))), parameter(start((3, 4)))
+        optimizer = case.build([used, unused])
+        refers = [case.refer(start((3, 4))) for _ in range(2)]
+        for step, gradient in enumerate(gradients):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            assert used.grad is None if set_to_none or step == 0 else not used.grad.any()
+            reached = [used, unused] if step == 0 else [used]
+            sum((param * torch.tensor(gradient)).sum() for param in reached).backward()
+            optimizer.step()
+            refers[0].step(gradient)
+            if step == 0 or not set_to_none:
+                refers[1].step(gradient if step == 0 else np.zeros((3, 4)))
+        for param, refer in zip((used, unused), refers, strict=True):
+            assert relative_error(param, refer.parameter) < 1e-9
+
+
+@every_optimizer
+def test_a_parameter_may_be_frozen_and_thawed(case):
+    params = make_params(torch.float64)
+    optimizer = case.build(params)
+    refers = [case.refer(param.detach().numpy().copy()) for param in params]
+    for step in range(6):
+        params[1].requires_grad_(step not in (0, 3, 4))
+        optimizer.zero_grad()
+        gradients = [noise(tuple(param.shape), 1, 10 * step + index)[0] for index, param in enumerate(params)]
+        sum((param * torch.tensor(g)).sum() for param, g in zip(params, gradients, strict=True)).backward()
+        optimizer.step()
+        for param, refer, gradient in zip(params, refers, gradients, strict=True):
+            if param.requires_grad:
+                refer.step(gradient)
+    assert max(relative_error(p, r.parameter) for p, r in zip(params, refers, strict=True)) < 1e-9
+
+
+@every_optimizer
+def test_a_step_inside_the_backward_pass(case):
+    """One optimizer a parameter, stepped as soon as its gradient is there, so that no gradient need be kept."""
+    early, late = make_params(), make_params()
+    optimizers = {param: case.build([param]) for param in early}
+    after = [case.build([param]) for param in late]
+
+    def step_and_free(param: Tensor) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in early:
+        param.register_post_accumulate_grad_hook(step_and_free)
+    for _ in range(3):
+        for params in (early, late):
+            sum((param**3).sum() for param in params).backward()
+        for optimizer in after:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(param.grad is None for param in early)
+    for optimizer, expected in zip(optimizers.values(), after, strict=True):
+        assert_identical(optimizer, expected)
+
+
+@every_optimizer
+def test_the_gradient_scaler_skips_a_step_with_an_infinite_gradient(case):
+    """All other steps are those without a scaler, to the last bit: scales are powers of two."""
+    scaled, plain = (case.build(with_fallback(case, make_params())) for _ in range(2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(6):
+        set_gradients(plain, step)
+        wanted = [param.grad for param in parameters(plain)]
+        pairs = [(p, g) for p, g in zip(parameters(scaled), wanted, strict=True) if g is not None]
+        scaled.zero_grad()
+        scaler.scale(sum((param * gradient).sum() for param, gradient in pairs)).backward()
+        overflows = step == 2
+        if overflows:
+            parameters(scaled)[3].grad[0, 0, 0, 0] = float("inf")
+        else:
+            plain.step()
+        scaler.unscale_(scaled)
+        scaler.step(scaled)
+        scaler.update()
+        assert scaler.get_scale() == (1024.0 if step < 2 else 512.0)
+        assert_identical(scaled, plain)
+
+
+@every_optimizer
+def test_it_trains_under_autocast_with_a_gradient_scaler(case):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Tanh(), torch.nn.Linear(16, 4, bias=False))
+    inputs, targets = torch.randn(64, 8), torch.randn(64, 4)
+    optimizer = case.build(list(model.named_parameters()), lr=0.02, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = torch.nn.functional.mse_loss(model(inputs), targets)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @every_optimizer
@@ -288,6 +278,28 @@ def test_a_group_added_later_starts_fresh(case):
 
 
 @every_optimizer
+def test_a_group_added_later_is_saved_and_scheduled_with_the_rest(case):
+    def build(params: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, lr_scheduler.LRScheduler]:
+        optimizer = case.build(params[:2])
+        run(optimizer, range(2))
+        optimizer.add_param_group({"params": params[2:], "lr": 0.02, **({"rule": "adam"} if case.matrix else {})})
+        return optimizer, lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    (whole, scheduler), (second, _) = build(make_params()), build(make_params())
+    for step in (2, 3):
+        run(whole, [step])
+        scheduler.step()
+    assert [group["lr"] for group in whole.param_groups] == pytest.approx([0.025, 0.005])
+    with torch.no_grad():
+        for param, weight in zip(parameters(second), weights(whole), strict=True):
+            param.copy_(weight)
+    second.load_state_dict(whole.state_dict())
+    run(whole, [4])
+    run(second, [4])
+    assert_identical(whole, second)
+
+
+@every_optimizer
 def test_named_parameters_keep_their_names(case):
     params = make_params()
     optimizer = case.build([(f"layer.{index}", param) for index, param in enumerate(params)])
@@ -296,73 +308,6 @@ def test_named_parameters_keep_their_names(case):
     other = case.build([(f"layer.{index}", param) for index, param in enumerate(make_params())])
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["param_names"] == optimizer.param_groups[0]["param_names"]
-
-
-# --- Schedulers
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: min(1.0, step / 2)),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.5),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10, eta_min=0.01),
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=12),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.2, step_size_up=3),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 0.1, 1.0, 3), lr_scheduler.ExponentialLR(o, 0.9)], [3]
-    ),
-    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.5),
-}
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
-@every_optimizer
-def test_learning_rate_schedulers(case, scheduler, tensor_lr):
-    """What a scheduler writes into a group is what the next step uses: learning rate, and momentum where it cycles."""
-    made: list[Any] = []
-    rates = []
-
-    def follow(index: int, optimizer: torch.optim.Optimizer, refer: Any) -> None:
-        if index == 0:
-            made.append(SCHEDULERS[scheduler](optimizer))
-        else:
-            made[0].step(*([1.0] if scheduler == "ReduceLROnPlateau" else []))
-        group = optimizer.param_groups[0]
-        refer.lr = float(group["lr"])
-        rates.append(refer.lr)
-        if "momentum" in group:
-            refer.momentum = group["momentum"]
-        if "betas" in group:
-            refer.betas = group["betas"]
-
-    lr = torch.tensor(0.125, dtype=torch.float64) if tensor_lr else 0.125
-    gradients = full_rank((3, 4)) if case.matrix else noise((3, 4))
-    assert_follows(case, gradients, lr=lr, before_step=follow)
-    assert len(set(rates)) > 2
-
-
-@every_optimizer
-def test_a_scheduler_and_its_optimizer_resume_together(case):
-    """Schedulers add keys of their own to the groups; a saved state holds them."""
-
-    def build() -> tuple[torch.optim.Optimizer, Any]:
-        optimizer = case.build(make_params())
-        return optimizer, lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=10)
-
-    def train(pair: tuple[torch.optim.Optimizer, Any], steps: range) -> None:
-        for step in steps:
-            run(pair[0], range(step, step + 1))
-            pair[1].step()
-
-    whole, first, second = build(), build(), build()
-    train(whole, range(8))
-    train(first, range(5))
-    with torch.no_grad():
-        for mine, other in zip(weights(second[0]), weights(first[0]), strict=True):
-            mine.copy_(other)
-    for mine, other in zip(second, first, strict=True):
-        mine.load_state_dict(other.state_dict())
-    train(second, range(5, 8))
-    assert_identical(whole[0], second[0])
 
 
 # --- Refused parameters and gradients
@@ -387,6 +332,41 @@ def test_the_fallback_refuses_a_sparse_gradient_too(case):
     table(torch.tensor([1, 2])).sum().backward()
     with pytest.raises((ValueError, TypeError, RuntimeError), match=r"sparse.*emb\.weight"):
         optimizer.step()
+
+
+REFUSED = {
+    "a lone parameter": (lambda a, b: a, TypeError, "iterable"),
+    "an unordered set": (lambda a, b: [{"params": {a, b}}], TypeError, "ordered"),
+    "no tensor": (lambda a, b: [a, 3.0], TypeError, "can only optimize Tensors"),
+    "a result": (lambda a, b: [a, b * 2], ValueError, "non-leaf"),
+    "names for some": (lambda a, b: [("a", a), b], ValueError, "with/without names"),
+    "groups with and without names": (
+        lambda a, b: [{"params": [("a", a)]}, {"params": [b]}],
+        ValueError,
+        "with/without names",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+@every_optimizer
+def test_what_torch_refuses_is_refused(case, kind):
+    make, error, words = REFUSED[kind]
+    with pytest.raises(error, match=words):
+        case.build(make(*make_params()[:2]))
+
+
+@every_optimizer
+def test_a_learning_rate_of_two_numbers_is_refused(case):
+    with pytest.raises(ValueError, match="lr"):
+        case.build(make_params(), lr=torch.tensor([0.1, 0.2]))
+
+
+@every_optimizer
+def test_a_parameter_twice_in_a_group_is_warned_of(case):
+    param = parameter(start((3, 4)))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        case.build([param, param])
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
