@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optim.base import Group, Scalar, State, gradient, on_host, state_dtype
-from optim.elementwise import add_scaled_, as_vectors, is_dense
+from optim.rows import add_scaled_, as_vectors, is_dense
 
 
 def zero_moments(param: Tensor) -> State:

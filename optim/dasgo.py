@@ -12,7 +12,6 @@ from torch.optim.optimizer import ParamsT
 from optim import native
 from optim.base import Group, Scalar, State, gradient, on_host
 from optim.blocks import blocks_of
-from optim.elementwise import NATIVE_FROM
 from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, of_one_kind
 
 
@@ -147,7 +146,7 @@ def _is_native(*lists: list[Tensor]) -> bool:
     weights = lists[0]
     return (
         weights[0].device.type == "cpu"
-        and sum(weight.numel() for weight in weights) >= NATIVE_FROM
+        and sum(weight.numel() for weight in weights) >= native.WORTH_FROM
         and all(tensor.is_contiguous() and tensor.dtype is torch.float32 for tensors in lists for tensor in tensors)
         and native.library() is not None
     )

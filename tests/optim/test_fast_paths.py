@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from optim import DASGO, AccAsro, Asro, elementwise, native
+from optim import DASGO, AccAsro, Asro, compiled, elementwise, native, rows
 
 from .cases import DESCRIPTIONS, Description, noise, parameter, relative_error, set_gradient, start
 
 BY_NAME = {case.name: case for case in DESCRIPTIONS}
 SHAPES = [(260, 130), (130, 7), (5, 1), (3, 16, 3, 3)]
-"""Above `NATIVE_FROM` in all; sizes that no vector width divides; a single column; a convolution."""
+"""Above `native.WORTH_FROM` in all; sizes that no vector width divides; a single column; a convolution."""
 
 needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
 every_fast = pytest.mark.parametrize("name", ["Asro", "AccAsro", "DASGO"])
@@ -94,7 +94,7 @@ def test_native_results_do_not_depend_on_the_number_of_threads(name):
 @needs_compiler
 def test_pieces_that_fit_in_the_cache_change_nothing(no_compiler, monkeypatch):
     whole = trained(BY_NAME["AccAsro"])
-    monkeypatch.setattr(elementwise, "PIECE", 100)
+    monkeypatch.setattr(rows, "PIECE", 100)
     torch.testing.assert_close(trained(BY_NAME["AccAsro"]), whole, rtol=0, atol=0)
 
 
@@ -155,9 +155,7 @@ class TestCompiledGraph:
         monkeypatch.setattr(
             elementwise.ElementwiseOptimizer,
             "_run",
-            lambda self, rows, scalars: (
-                elementwise._run_compiled(type(self).update, rows, scalars) or pytest.fail("not compiled")
-            ),
+            lambda self, rows, scalars: compiled.run(type(self).update, rows, scalars) or pytest.fail("not compiled"),
         )
 
     @needs_compiler
@@ -167,7 +165,7 @@ class TestCompiledGraph:
         import torch._dynamo
 
         torch._dynamo.reset()
-        elementwise._graph.cache_clear()
+        compiled._graphs.clear()
         case = BY_NAME[name]
         params = [parameter(start(shape), torch.float32) for shape in SHAPES[1:]]
         references = [case.refer(param.detach().numpy()) for param in params]
@@ -191,11 +189,11 @@ class TestCompiledGraph:
             raise Unsupported("no compiler on this machine", None, "test")
 
         monkeypatch.undo()
-        monkeypatch.setattr(elementwise, "_graph", lambda update: broken)
-        monkeypatch.setattr(elementwise, "_BROKEN", set())
+        monkeypatch.setattr(compiled, "_compile", lambda update: broken)
+        monkeypatch.setattr(compiled, "_graphs", {})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            results = [elementwise._run_compiled(Asro.update, [[torch.ones(2)] * 2], {}) for _ in range(3)]
+            results = [compiled.run(Asro.update, [[torch.ones(2)] * 2], {}) for _ in range(3)]
         assert results == [False] * 3
         assert len(caught) == 1
         assert "not compiled" in str(caught[0].message)
