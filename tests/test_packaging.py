@@ -23,7 +23,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
-def test_the_wheel_holds_the_four_rooms_with_presets_and_vocabulary(wheel: Path) -> None:
+def test_the_wheel_holds_the_four_rooms_with_presets_vocabulary_and_kernels(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packages = {name.split("/")[0] for name in names}
     assert {name for name in packages if not name.endswith(".dist-info")} == {
@@ -34,7 +34,8 @@ def test_the_wheel_holds_the_four_rooms_with_presets_and_vocabulary(wheel: Path)
     }
     presets = {f"pipelines/presets/{path.name}" for path in (ROOT / "pipelines" / "presets").glob("*.toml")}
     assert len(presets) >= 5
-    assert names >= {*presets, "pipelines/data/gpt2.tiktoken.xz", "pipelines/data/gpt2.tiktoken.LICENSE"}
+    vocabulary = {"pipelines/data/gpt2.tiktoken.xz", "pipelines/data/gpt2.tiktoken.LICENSE"}
+    assert names >= {*presets, *vocabulary, "optim/native.c"}
 
 
 def test_an_installed_wheel_works_away_from_its_source(wheel: Path, tmp_path: Path) -> None:
