@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from asgo_cli import console, data, demo, export, generate, train, viz
+from asgo_cli import bench, console, data, demo, export, generate, train, viz
 
 app = typer.Typer(
     help="Train with, and compare, neural-network optimizers.",
@@ -22,6 +22,7 @@ app.add_typer(train.app, name="train")
 app.command("viz", epilog=viz.EXAMPLES)(viz.viz)
 app.command("export-metrics", epilog=export.EXAMPLES)(export.export_metrics)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
+app.add_typer(bench.app, name="bench")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
 
 

@@ -1,0 +1,193 @@
+"""`asgo bench`: the optimizers beside what else can be installed."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from asgo_cli import console
+from asgo_cli.options import Device
+
+if TYPE_CHECKING:
+    from pipelines.benchmarks.report import Measurement, Report
+
+app = typer.Typer(
+    help="Measure side by side with what is installed of the peers.",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# As in pipelines.benchmarks.shapes, which cannot be imported here: it would import torch.
+MODEL_NAMES = ("gpt2-layer", "gpt2", "asro-gpt", "nanogpt", "tiny")
+OPTIMIZERS_EXAMPLES = (
+    "Examples: `asgo bench optimizers`; `asgo bench optimizers --model gpt2 --optimizer asgo --optimizer torch.Muon`; "
+    "`asgo bench optimizers --optimizer asgo:root_method=polar_express --optimizer heavyball.SOAP --json > bench.json`."
+)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())  # noqa: T201
+
+
+@app.command("optimizers", epilog=OPTIMIZERS_EXAMPLES)
+def optimizers(
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help=f"Whose parameters to update: {', '.join(MODEL_NAMES)}, or a classifier of torchvision such as "
+            "efficientnet_b1. gpt2-layer is the six weight matrices of one layer of GPT-2.",
+            autocompletion=lambda: list(MODEL_NAMES),
+        ),
+    ] = "gpt2-layer",
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:key=value,...]",
+            help="asgo, dasgo, muon, shampoo, asro, accasro; torch.CLASS, pytorch_optimizer.CLASS, heavyball.CLASS; "
+            "with keywords of the constructor; may be given several times. Without it: ours, and some of each library "
+            "that is installed.",
+        ),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each optimizer after the first.")] = 10,
+    budget: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="An optimizer whose steps have taken this long takes no more."),
+    ] = 20.0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Threads of the CPU.", show_default="torch's own choice")
+    ] = None,
+    device: Device = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, each step's time too, as JSON.")] = False,
+) -> None:
+    """Time a step of each optimizer, interleaved, and weigh its state.
+
+    In each round every optimizer takes one step with the same gradients; times are medians over the rounds. The
+    yardstick is the fused AdamW of torch. On a whole model, the matrix optimizers of ours and the Muons of torch and
+    pytorch_optimizer take the hidden matrices, and Adam or AdamW the rest; all others take everything. gpt2-layer is
+    nothing but matrices, and each optimizer takes all of them.
+    """
+    from pipelines.benchmarks.optimizers import BenchSettings, bench_optimizers
+    from pipelines.config import RuntimeSettings
+
+    settings = BenchSettings(model, optimizer or (), repeats, budget, threads, RuntimeSettings(device=device or "auto"))
+    with _Progress() as progress:
+        report = bench_optimizers(settings, progress)
+    if as_json:
+        console.show_json(report.as_json())
+    else:
+        _show(report)
+    console.suggest_next(*_next_commands(model, optimizer or [], as_json))
+
+
+class _Progress:
+    """A bar of the turns on a terminal, and a line now and then elsewhere; a context manager."""
+
+    def __init__(self) -> None:
+        self._last_line_s = time.monotonic()
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console.words,
+            transient=True,
+            disable=not console.words.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def note(self, message: str) -> None:
+        """Write a line above the bar."""
+        console.say(message)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Show what is being measured."""
+        self._bar.update(self._task, description=what, completed=done, total=total)
+        now = time.monotonic()
+        if not console.words.is_terminal and now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
+            self._last_line_s = now
+            console.say(f"{what} ({done} of {total} done)")
+
+
+def _show(report: Report) -> None:
+    muon, has_peak = report.torch_muon, report.device_type == "cuda"
+    console.show_table(
+        [
+            "",
+            "step\nms",
+            "±\n%",
+            "×\nAdamW",
+            *["×\nMuon"] * (muon is not None),
+            "first\nms",
+            "state\nbytes",
+            *["peak\nMB"] * has_peak,
+            "error",
+            "n",
+        ],
+        [_row(report, each, has_peak) for each in report.measurements],
+        title=f"{report.model}, {report.parameters:,} parameters; {report.device}; torch {report.torch_version}",
+    )
+    console.say(
+        "step: the median of n; ±: half of what lies between the quartiles; × AdamW: how many times longer than the "
+        "fused one of torch, the median over the rounds; first: the first step, with what compiling others took; "
+        f"state: bytes a parameter; error: of the update, relative to float64, after {report.error_steps} steps where "
+        f"G Gᵀ has condition {report.error_condition:,.0f}, empty without a reference"
+    )
+    if any(each.only_sample_s is not None for each in report.measurements):
+        console.say("n = 1*: it had no time for more than its first step")
+    for each in report.measurements:
+        if each.failed:
+            console.warn(f"{each.name} failed: {each.failed}")
+
+
+def _row(report: Report, each: Measurement, has_peak: bool) -> list[str]:
+    state = None if each.state_bytes is None else each.state_bytes / report.parameters
+    peak = None if each.peak_bytes is None else each.peak_bytes / 1e6
+    return [
+        each.name,
+        "failed" if each.failed else _figure(each.median_s, 1e3),
+        "" if each.spread is None else f"{100 * each.spread:.0f}",
+        _figure(each.ratio_to(report.baseline)),
+        *([] if report.torch_muon is None else [_figure(each.ratio_to(report.torch_muon))]),
+        _figure(each.first_step_s, 1e3),
+        _figure(state),
+        *[_figure(peak)] * has_peak,
+        "" if each.error is None else f"{each.error:.0e}",
+        "" if each.failed else f"{len(each.samples)}" if each.samples else "1*",
+    ]
+
+
+def _figure(value: float | None, scale: float = 1.0) -> str:
+    """Three digits, two below 1."""
+    if value is None:
+        return ""
+    scaled = scale * value
+    if scaled < 1:
+        return f"{scaled:.2g}"
+    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.1f}" if scaled >= 10 else f"{scaled:.2f}"
+
+
+def _next_commands(model: str, names: list[str], as_json: bool) -> list[str]:
+    chosen = "".join(f" --optimizer {shlex.quote(name)}" for name in names)
+    other = "gpt2" if model == "gpt2-layer" else "gpt2-layer"
+    commands = [f"asgo bench optimizers --model {other}{chosen}"]
+    if not as_json:
+        commands.append(f"asgo bench optimizers --model {shlex.quote(model)}{chosen} --json > bench.json")
+    return commands

@@ -1,0 +1,222 @@
+"""Which optimizers a benchmark compares, and how each is built for a model."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optim import OPTIMIZER_NAMES, build_optimizer
+from optim.groups import matrix_groups
+from pipelines.benchmarks.shapes import Matrices
+from pipelines.errors import UsageError
+
+OURS = "asgo"
+_MODULES = {"torch": "torch.optim", "pytorch_optimizer": "pytorch_optimizer", "heavyball": "heavyball"}
+PEER_LIBRARIES = ("pytorch_optimizer", "heavyball")
+
+BASELINE = "torch.AdamW:fused=true"
+DEFAULT_NAMES = (
+    "asgo",
+    "dasgo",
+    "muon",
+    "shampoo",
+    "asro",
+    "accasro",
+    "torch.AdamW:foreach=true",
+    "torch.RAdam",
+    "torch.Adafactor",
+    "torch.SGD:fused=true,momentum=0.9",
+    "torch.Muon",
+    "pytorch_optimizer.AdamW",
+    "pytorch_optimizer.Lion",
+    "pytorch_optimizer.Muon",
+    "pytorch_optimizer.Shampoo",
+    "pytorch_optimizer.SOAP",
+    "pytorch_optimizer.Kron",
+    "heavyball.AdamW",
+    "heavyball.Muon",
+    "heavyball.SOAP",
+)
+"""What is measured if nobody says what: of the many classes of the peers, those that are rivals of ours.
+
+heavyball's PSGD is not among them: on a CPU it compiles for minutes.
+"""
+
+_MOST_NAMES_IN_A_LINE = 20
+_TOTAL_STEPS = 10_000
+# Those of ours that have no defaults: the authors' settings for a language model, from the first step on.
+_OUR_KEYWORDS: dict[str, dict[str, Any]] = {
+    "asro": {"lr": 1e-3, "decrement": 2e-4, "min_scale": 0.01},
+    "accasro": {"lr": 7.5e-5, "increment": 5e-2, "decrement": 2e-4, "max_scale": 13.3, "min_scale": 0.13},
+}
+# These want to be told which group of parameters is for Muon, and give the others to their own AdamW.
+_FLAGGED_MUONS = ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer to measure: `name` as it is typed, the library and the name there, keywords of the constructor."""
+
+    name: str
+    library: str
+    optimizer: str
+    keywords: Mapping[str, Any]
+
+    def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """The optimizer for all parameters of a model; two that step in turn where one cannot take them all.
+
+        Ours are built by `optim.build_optimizer`. The Muons of torch and pytorch_optimizer get the same matrices as
+        ours, where they can take them, and AdamW the rest. All other optimizers get every parameter in one group.
+        """
+        if self.library == OURS:
+            keywords = {**_OUR_KEYWORDS.get(self.optimizer, {}), **self.keywords}
+            return [build_optimizer(model, self.optimizer, total_steps=_TOTAL_STEPS, **keywords)]
+        cls = getattr(importlib.import_module(_MODULES[self.library]), self.optimizer)
+        if (self.library, self.optimizer) == ("torch", "Muon"):
+            matrices, others = _split(model, max_dims=2)
+            muon = cls(matrices, **self.keywords)
+            return [muon, torch.optim.AdamW(others, fused=True)] if others else [muon]
+        if self.library == "pytorch_optimizer" and self.optimizer in _FLAGGED_MUONS:
+            matrices, others = _split(model)
+            groups = [{"params": matrices, "use_muon": True}, {"params": others, "use_muon": False}]
+            return [cls([group for group in groups if group["params"]], **self.keywords)]
+        return [cls(list(model.parameters()), **self.keywords)]
+
+
+def choose(names: Sequence[str]) -> tuple[list[Choice], list[str]]:
+    """The optimizers to measure, the baseline first, and a line for each that is left out.
+
+    Without names these are the default ones, as far as they are installed. Raises `UsageError` for a name, a keyword or
+    a value that cannot be, or a library that is not here.
+    """
+    choices, left_out = {BASELINE: parse_choice(BASELINE)}, []
+    wanted = () if names else PEER_LIBRARIES  # one that nobody asks for is not even imported
+    missing = {library: problem for library in wanted if (problem := _import_problem(library)) is not None}
+    for name in names or DEFAULT_NAMES:
+        library = name.partition(".")[0]
+        if library in missing:
+            continue
+        try:
+            choices[name] = parse_choice(name)
+        except UsageError as error:
+            if names or library not in PEER_LIBRARIES:
+                raise
+            left_out.append(str(error).removeprefix("--optimizer "))  # another version of the library
+    left_out += [f"{problem}; its optimizers are left out" for problem in missing.values()]
+    return list(choices.values()), left_out
+
+
+def parse_choice(text: str) -> Choice:
+    """Read `NAME` or `NAME:key=value,key=value`; NAME is one of ours, or `library.Class`.
+
+    Raises `UsageError` for what cannot be built.
+    """
+    name, _, listed = text.partition(":")
+    library, dot, optimizer = name.partition(".")
+    try:
+        if not dot:
+            library, optimizer = OURS, name
+            if name not in OPTIMIZER_NAMES:
+                raise _unknown("optimizer", name, [*OPTIMIZER_NAMES, *(f"{each}.CLASS" for each in _MODULES)])
+        else:
+            _check_class(library, optimizer)
+        choice = Choice(text, library, optimizer, _parse_keywords(listed))
+        if choice.keywords:
+            choice.build(Matrices({"only": (2, 2)}))
+    except Exception as error:  # a peer's constructor may raise anything
+        raise UsageError(f"--optimizer {text}: {error}") from None
+    return choice
+
+
+def versions(choices: Sequence[Choice]) -> dict[str, str]:
+    """The version of each peer library among the choices."""
+    found = {}
+    for library in dict.fromkeys(choice.library for choice in choices if choice.library in PEER_LIBRARIES):
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            found[library] = "unknown"
+    return found
+
+
+def _check_class(library: str, optimizer: str) -> None:
+    if library not in _MODULES:
+        raise _unknown("library", library, list(_MODULES))
+    problem = _import_problem(library) if library in PEER_LIBRARIES else None
+    if problem is not None:
+        raise ValueError(f"{problem}; pip install {library}, or choose another")
+    module = importlib.import_module(_MODULES[library])
+    names = _optimizer_names(module)
+    if optimizer not in names:
+        raise _unknown(f"optimizer of {_MODULES[library]}", optimizer, names)
+
+
+def _optimizer_names(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    ]
+
+
+def _unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
+    lowered = {other.lower(): other for other in known}
+    nearest = difflib.get_close_matches(name.lower(), lowered, n=1)
+    all_known = (
+        f"known: {', '.join(known)}" if len(known) <= _MOST_NAMES_IN_A_LINE else f"there are {len(known)} others"
+    )
+    hint = f"did you mean {lowered[nearest[0]]!r}?" if nearest else all_known
+    return ValueError(f"unknown {kind}: {name!r}; {hint}")
+
+
+def _import_problem(library: str) -> str | None:
+    """Why a peer library cannot be used here, or None."""
+    try:
+        importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        return f"{library} is not installed" if error.name == library else f"{library} does not import: {error}"
+    except Exception as error:  # what a library does when it is imported is not in our hands
+        return f"{library} does not import: {error}"
+    return None
+
+
+def _split(model: nn.Module, max_dims: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters to which our own matrix optimizers give the matrix rule, and all others."""
+    groups = matrix_groups(model)
+    hidden = {id(param) for group in groups if group.get("rule") != "adam" for _, param in group["params"]}
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for param in model.parameters():
+        fits = id(param) in hidden and (max_dims is None or param.ndim <= max_dims)
+        (matrices if fits else others).append(param)
+    return matrices, others
+
+
+def _parse_keywords(listed: str) -> dict[str, Any]:
+    keywords = {}
+    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
+    for item in re.split(r",(?=[^,=]*=)", listed) if listed else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ValueError(f"{item!r} is not key=value")
+        keywords[key] = _parse_value(value)
+    return keywords
+
+
+def _parse_value(text: str) -> Any:
+    """A number, true or false, several of them with commas between, or else the text itself."""
+    try:
+        values = tomllib.loads(f"values = [{text}]")["values"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return values[0] if len(values) == 1 else tuple(values)
