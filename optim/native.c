@@ -5,6 +5,8 @@
 #include <stdint.h>
 
 #define API __attribute__((visibility("default")))
+/* A loop that is inlined loses the promise that its pointers do not overlap, and with it its vector instructions. */
+#define NOINLINE __attribute__((noinline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
@@ -20,47 +22,46 @@ static inline int flipped(float a, float b) { return ((a < 0) & (b > 0)) | ((a >
 
 static inline float lerp(float a, float b, float weight) { return a + weight * (b - a); }
 
-static inline float clamp(float s, const Scalars *c) { return MIN(MAX(s, c->min_scale), c->max_scale); }
-
-static inline float stepped(float p, float m, float v, float s, const Scalars *c) {
-    return p * c->keep - c->step_size * (m * s / (sqrtf(v) + c->eps));
+static inline float clamp(float s, float low, float high) {
+    float raised = s < low ? low : s;
+    return raised > high ? high : raised;
 }
 
-static void asro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Floats s, const Scalars *c) {
+NOINLINE static void asro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Floats s, const Scalars c) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float moment = lerp(m[i], g[i], c->weight1);
-        float square = lerp(v[i], g[i] * g[i], c->weight2);
+        float moment = lerp(m[i], g[i], c.weight1);
+        float square = lerp(v[i], g[i] * g[i], c.weight2);
         float scale = s[i];
-        scale = flipped(m[i], moment) ? scale - c->decrement : scale;
-        scale = clamp(scale, c);
+        scale = flipped(m[i], moment) ? scale - c.decrement : scale;
+        scale = clamp(scale, c.min_scale, c.max_scale);
         m[i] = moment;
         v[i] = square;
         s[i] = scale;
-        p[i] = stepped(p[i], moment, square, scale, c);
+        p[i] = p[i] * c.keep - c.step_size * (moment * scale / (sqrtf(square) + c.eps));
     }
 }
 
-static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Floats s, Floats saved,
-                          int8_t *restrict last_sign, const Scalars *c) {
+NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Floats s, Floats saved,
+                                   int8_t *restrict last_sign, const Scalars c) {
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
-        float moment = lerp(m[i], g[i], c->weight1);
-        float square = lerp(v[i], g[i] * g[i], c->weight2);
+        float moment = lerp(m[i], g[i], c.weight1);
+        float square = lerp(v[i], g[i] * g[i], c.weight2);
         int sign = (g[i] > 0) - (g[i] < 0);
         int grad_flipped = sign * last_sign[i] < 0;
         int moment_flipped = flipped(m[i], moment);
         float scale = s[i], old = saved[i];
         scale = grad_flipped ? old : scale;
-        scale = moment_flipped ? scale - c->decrement : scale;
+        scale = moment_flipped ? scale - c.decrement : scale;
         saved[i] = moment_flipped ? scale : old;
-        scale = grad_flipped ? scale : scale + c->increment;
-        scale = clamp(scale, c);
+        scale = grad_flipped ? scale : scale + c.increment;
+        scale = clamp(scale, c.min_scale, c.max_scale);
         m[i] = moment;
         v[i] = square;
         s[i] = scale;
         last_sign[i] = (int8_t)sign;
-        p[i] = stepped(p[i], moment, square, scale, c);
+        p[i] = p[i] * c.keep - c.step_size * (moment * scale / (sqrtf(square) + c.eps));
     }
 }
 
@@ -78,12 +79,12 @@ static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floats v, Flo
 
 API void asro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t begin, int64_t end,
               const Scalars *c) {
-    FOR_EACH_ROW(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), c))
+    FOR_EACH_ROW(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), *c))
 }
 
 API void accasro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t begin, int64_t end,
                  const Scalars *c) {
-    FOR_EACH_ROW(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5), (int8_t *)row[6] + first, c))
+    FOR_EACH_ROW(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5), (int8_t *)row[6] + first, *c))
 }
 
 /* DASGO's first pass over rows begin..end of all matrices, counted through: the momentum moves towards the gradient,
