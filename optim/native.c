@@ -1,6 +1,6 @@
 /* Asro and AccAsro in one pass over memory; see native.py, which compiles this file, and asro.py and accasro.py, which
    hold the same formulas in PyTorch. Every operation is rounded as written, so that results do not depend on how the
-   work is divided among threads. */
+   work is divided among threads. Without OpenMP one thread does it all. */
 #include <math.h>
 #include <stdint.h>
 
@@ -65,69 +65,99 @@ NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floa
     }
 }
 
-/* Elements begin..end of all tensors, counted through, of which tensor k has lengths[k]. `tensors` holds the pointers
-   of the first tensor's row (parameter, gradient, state...), then those of the second's, and so on. */
-#define FOR_EACH_ROW(columns, call)                                                  \
-    int64_t offset = 0;                                                              \
-    for (int64_t k = 0; k < rows && offset < end; offset += lengths[k++]) {          \
+/* Calls `body` with shares `begin`..`end` of 0..total, one a thread. */
+#define IN_SHARES(total, threads, body)                                   \
+    _Pragma("omp parallel for num_threads(threads) schedule(static, 1)")  \
+    for (int64_t thread = 0; thread < (threads); thread++) {              \
+        int64_t begin = (total) * thread / (threads);                     \
+        int64_t end = (total) * (thread + 1) / (threads);                 \
+        body;                                                             \
+    }
+
+/* Calls `body` with the part `first`..`stop` of each tensor k that lies in begin..end, all elements counted through;
+   tensor k has lengths[k]. `tensors` holds the pointers of the first tensor's row (parameter, gradient, state...),
+   then those of the second's, and so on. */
+#define IN_ROWS(columns, body)                                                        \
+    int64_t offset = 0;                                                               \
+    for (int64_t k = 0; k < rows && offset < end; offset += lengths[k++]) {           \
         int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, lengths[k]); \
-        void *const *row = tensors + k * (columns);                                  \
-        if (first < stop) call;                                                      \
+        void *const *row = tensors + k * (columns);                                   \
+        if (first < stop) body;                                                       \
     }
 
 #define F(column) ((float *)row[column] + first)
 
-API void asro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t begin, int64_t end,
-              const Scalars *c) {
-    FOR_EACH_ROW(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), *c))
+static int64_t sum(int64_t count, const int64_t *values, int64_t stride) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i++) total += values[i * stride];
+    return total;
 }
 
-API void accasro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t begin, int64_t end,
-                 const Scalars *c) {
-    FOR_EACH_ROW(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5), (int8_t *)row[6] + first, *c))
+API void asro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t threads, const Scalars *c) {
+    int64_t total = sum(rows, lengths, 1);
+    IN_SHARES(total, threads, IN_ROWS(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), *c)))
 }
 
-/* DASGO's first pass over rows begin..end of all matrices, counted through: the momentum moves towards the gradient,
-   and the squares of both add up a column, in double precision, whose range no square of a float leaves. Matrix k is
-   shapes[2k] x shapes[2k + 1], tensors[2k] its gradient, tensors[2k + 1] its momentum; `sums` has two numbers a column
-   of all matrices: the gradient's squares of a matrix, then the momentum's, then the next matrix's. */
-API void dasgo_moments(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t begin, int64_t end,
-                       float weight, double *sums) {
-    int64_t offset = 0;
-    for (int64_t k = 0; k < matrices && offset < end; k++) {
-        int64_t rows = shapes[2 * k], columns = shapes[2 * k + 1];
-        int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, rows);
-        double *restrict grad_squares = sums, *restrict momentum_squares = sums + columns;
-        for (int64_t i = first; i < stop; i++) {
-            Inputs g = (const float *)tensors[2 * k] + i * columns;
-            Floats m = (float *)tensors[2 * k + 1] + i * columns;
+API void accasro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t threads, const Scalars *c) {
+    int64_t total = sum(rows, lengths, 1);
+    IN_SHARES(total, threads, IN_ROWS(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5),
+                                                       (int8_t *)row[6] + first, *c)))
+}
+
+/* A matrix's rows first..stop - 1: the momentum moves towards the gradient, and the squares of both add up a column. */
+NOINLINE static void moments_of_rows(int64_t first, int64_t stop, int64_t columns, const float *grad, float *momentum,
+                                     float weight, double *restrict grad_squares, double *restrict momentum_squares) {
+    for (int64_t i = first; i < stop; i++) {
+        Inputs g = grad + i * columns;
+        Floats m = momentum + i * columns;
 #pragma omp simd
-            for (int64_t j = 0; j < columns; j++) {
-                float moment = lerp(m[j], g[j], weight);
-                grad_squares[j] += (double)g[j] * g[j];
-                momentum_squares[j] += (double)moment * moment;
-                m[j] = moment;
-            }
+        for (int64_t j = 0; j < columns; j++) {
+            float moment = lerp(m[j], g[j], weight);
+            grad_squares[j] += (double)g[j] * g[j];
+            momentum_squares[j] += (double)moment * moment;
+            m[j] = moment;
         }
-        offset += rows;
-        sums += 2 * columns;
     }
 }
 
-/* DASGO's second pass: W = keep W + M diag(factors), a factor a column. tensors[3k...]: weight, momentum, factors. */
-API void dasgo_step(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t begin, int64_t end,
-                    float keep) {
-    int64_t offset = 0;
-    for (int64_t k = 0; k < matrices && offset < end; k++) {
-        int64_t rows = shapes[2 * k], columns = shapes[2 * k + 1];
-        int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, rows);
-        Inputs factors = tensors[3 * k + 2];
-        for (int64_t i = first; i < stop; i++) {
-            Floats w = (float *)tensors[3 * k] + i * columns;
-            Inputs m = (const float *)tensors[3 * k + 1] + i * columns;
+/* A matrix's rows first..stop - 1: W = keep W + M diag(factors). */
+NOINLINE static void step_rows(int64_t first, int64_t stop, int64_t columns, float *weight, const float *momentum,
+                               Inputs factors, float keep) {
+    for (int64_t i = first; i < stop; i++) {
+        Floats w = weight + i * columns;
+        Inputs m = momentum + i * columns;
 #pragma omp simd
-            for (int64_t j = 0; j < columns; j++) w[j] = w[j] * keep + m[j] * factors[j];
-        }
-        offset += rows;
+        for (int64_t j = 0; j < columns; j++) w[j] = w[j] * keep + m[j] * factors[j];
     }
+}
+
+/* Calls `body` with the rows `first`..`stop` of each matrix k that lie in begin..end, the rows of all counted through;
+   matrix k is shapes[2k] x shapes[2k + 1], and `column` counts the columns of those before it. */
+#define IN_MATRICES(body)                                                                \
+    int64_t offset = 0, column = 0;                                                      \
+    for (int64_t k = 0; k < matrices && offset < end; k++) {                             \
+        int64_t rows = shapes[2 * k], columns = shapes[2 * k + 1];                       \
+        int64_t first = MAX(begin - offset, 0), stop = MIN(end - offset, rows);          \
+        if (first < stop) body;                                                          \
+        offset += rows;                                                                  \
+        column += columns;                                                               \
+    }
+
+/* DASGO's first pass. tensors[2k...]: gradient, momentum. `sums`, zeros, has two numbers a column of all matrices for
+   each thread, in double precision, whose range no square of a float leaves: all gradients' squares, all momenta's. */
+API void dasgo_moments(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t threads, float weight,
+                       double *sums) {
+    int64_t total = sum(matrices, shapes, 2), all_columns = sum(matrices, shapes + 1, 2);
+    IN_SHARES(total, threads, {
+        double *own = sums + 2 * all_columns * thread;
+        IN_MATRICES(moments_of_rows(first, stop, columns, tensors[2 * k], tensors[2 * k + 1], weight, own + column,
+                                    own + all_columns + column))
+    })
+}
+
+/* DASGO's second pass. tensors[3k...]: weight, momentum, factors, one a column. */
+API void dasgo_step(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t threads, float keep) {
+    int64_t total = sum(matrices, shapes, 2);
+    IN_SHARES(total, threads, IN_MATRICES(step_rows(first, stop, columns, tensors[3 * k], tensors[3 * k + 1],
+                                                    tensors[3 * k + 2], keep)))
 }
