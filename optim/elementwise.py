@@ -66,13 +66,20 @@ class ElementwiseOptimizer(BaseOptimizer):
         if device == "cuda" and elements >= compiled.WORTH_FROM and compiled.run(update, rows, scalars):
             return
         if device == "cpu" and elements >= native.WORTH_FROM:
-            rows = [as_vectors(row) for row in rows]
             if native.library() is not None:
-                native.update(self.kernel, [row for row in rows if _is_native(row)], scalars)
-                rows = [row for row in rows if not _is_native(row)]
-            rows = [piece for row in rows for piece in in_pieces(row)]
+                rows = self._run_native(rows, scalars)
+            rows = [piece for row in rows for piece in in_pieces(as_vectors(row))]
         update_rows(update, rows, scalars)
 
-
-def _is_native(row: Row) -> bool:
-    return row[0].ndim == 1 and row[0].dtype is torch.float32 and all(tensor.is_contiguous() for tensor in row)
+    def _run_native(self, rows: list[Row], scalars: dict[str, Scalar]) -> list[Row]:
+        """Update the rows that a kernel can take; the others are returned."""
+        fitting: list[Row] = []
+        left: list[Row] = []
+        for row in rows:
+            if native.fits(row):
+                fitting.append(row)
+            else:
+                vectors = as_vectors(row)
+                (fitting if native.fits(vectors) else left).append(vectors)
+        native.update(self.kernel, fitting, scalars)
+        return left

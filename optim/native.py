@@ -62,8 +62,13 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(target))
 
 
+def fits(row: Sequence[Tensor]) -> bool:
+    """Whether a kernel can take a row: a float32 parameter, everything contiguous."""
+    return row[0].dtype is torch.float32 and all(tensor.is_contiguous() for tensor in row)
+
+
 def update(kernel: str, rows: Sequence[Sequence[Tensor]], scalars: dict[str, Any]) -> None:
-    """Run `asro` or `accasro` on rows (parameter, gradient, state...) of vectors, float32 but for the sign's int8."""
+    """Run `asro` or `accasro` on rows (parameter, gradient, state...) that fit: float32, but int8 for the sign."""
     constants = (ctypes.c_float * len(_SCALARS))(*[scalars.get(name, 0.0) for name in _SCALARS])
     _call(kernel, _int64s([row[0].numel() for row in rows]), rows, constants)
 
