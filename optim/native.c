@@ -22,6 +22,14 @@ static inline int flipped(float a, float b) { return ((a < 0) & (b > 0)) | ((a >
 
 static inline float lerp(float a, float b, float weight) { return a + weight * (b - a); }
 
+/* a where the condition holds, else b; by bits, since gcc would make a branch of a condition on what is stored. */
+static inline float pick(int condition, float a, float b) {
+    union { float value; uint32_t bits; } x = {a}, y = {b};
+    uint32_t mask = -(uint32_t)condition;
+    x.bits = (x.bits & mask) | (y.bits & ~mask);
+    return x.value;
+}
+
 static inline float clamp(float s, float low, float high) {
     float raised = s < low ? low : s;
     return raised > high ? high : raised;
@@ -33,7 +41,7 @@ NOINLINE static void asro_range(int64_t n, Floats p, Inputs g, Floats m, Floats 
         float moment = lerp(m[i], g[i], c.weight1);
         float square = lerp(v[i], g[i] * g[i], c.weight2);
         float scale = s[i];
-        scale = flipped(m[i], moment) ? scale - c.decrement : scale;
+        scale = pick(flipped(m[i], moment), scale - c.decrement, scale);
         scale = clamp(scale, c.min_scale, c.max_scale);
         m[i] = moment;
         v[i] = square;
@@ -48,19 +56,18 @@ NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floa
     for (int64_t i = 0; i < n; i++) {
         float moment = lerp(m[i], g[i], c.weight1);
         float square = lerp(v[i], g[i] * g[i], c.weight2);
-        int sign = (g[i] > 0) - (g[i] < 0);
-        int grad_flipped = sign * last_sign[i] < 0;
+        int grad_flipped = flipped(g[i], last_sign[i]);
         int moment_flipped = flipped(m[i], moment);
         float scale = s[i], old = saved[i];
-        scale = grad_flipped ? old : scale;
-        scale = moment_flipped ? scale - c.decrement : scale;
-        saved[i] = moment_flipped ? scale : old;
-        scale = grad_flipped ? scale : scale + c.increment;
+        scale = pick(grad_flipped, old, scale);
+        scale = pick(moment_flipped, scale - c.decrement, scale);
+        saved[i] = pick(moment_flipped, scale, old);
+        scale = pick(grad_flipped, scale, scale + c.increment);
         scale = clamp(scale, c.min_scale, c.max_scale);
         m[i] = moment;
         v[i] = square;
         s[i] = scale;
-        last_sign[i] = (int8_t)sign;
+        last_sign[i] = (int8_t)((g[i] > 0) - (g[i] < 0));
         p[i] = p[i] * c.keep - c.step_size * (moment * scale / (sqrtf(square) + c.eps));
     }
 }
