@@ -36,14 +36,14 @@ def accasro_update(
     """
     moment_flipped = exp_avg.sign()
     move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2)
-    moment_flipped.mul_(exp_avg).sign_().clamp_max_(0)  # −1 where the sign flipped, else 0
+    moment_flipped.mul_(exp_avg).lt_(0)  # 1 where the sign flipped, else 0
     grad_sign = grad.sign()
-    grad_kept = last_sign.to(grad.dtype).mul_(grad_sign).clamp_max_(0).add_(1)  # 0 where the sign flipped, else 1
+    grad_kept = last_sign.to(grad.dtype).mul_(grad_sign).ge_(0)  # 0 where the sign flipped, else 1
     last_sign.copy_(grad_sign)
 
     torch.lerp(saved_scale, scale, grad_kept, out=scale)
-    add_scaled_(scale, moment_flipped, decrement)
-    saved_scale.lerp_(scale, moment_flipped.neg_())
+    add_scaled_(scale, moment_flipped, -decrement)
+    saved_scale.lerp_(scale, moment_flipped)
     add_scaled_(scale, grad_kept, increment).clamp_(min_scale, max_scale)  # type: ignore[arg-type]
     scaled_adam_step(weight, exp_avg, exp_avg_sq, scale, **step)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from optim.base import Group, Scalar, State, gradient, on_host, state_dtype
-from optim.rows import add_scaled_, as_vectors, is_dense
+from optim.rows import as_vectors, is_dense
 
 
 def zero_moments(param: Tensor) -> State:
@@ -51,8 +51,12 @@ def scaled_adam_step(
     eps: Scalar,
 ) -> None:
     """Adam's step times a scale an element, in place, with decoupled weight decay; numbers as in `adam_scalars`."""
-    update = (exp_avg * scale).div_(exp_avg_sq.sqrt().add_(eps))
-    add_scaled_(weight.mul_(keep), update, -step_size)
+    numerator, denominator = exp_avg * scale, exp_avg_sq.sqrt().add_(eps)
+    weight.mul_(keep)
+    if isinstance(step_size, Tensor):
+        weight.sub_(numerator.div_(denominator).mul_(step_size))
+    else:
+        weight.addcdiv_(numerator, denominator, value=-step_size)
 
 
 def update_with_adam(params: list[Tensor], states: list[State], group: Group) -> None:

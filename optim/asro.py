@@ -29,8 +29,8 @@ def asro_update(
     """Move a weight and its state by one step, in place; all tensors of one shape. `step`: see `scaled_adam_step`."""
     flipped = exp_avg.sign()
     move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2)
-    flipped.mul_(exp_avg).sign_().clamp_max_(0)  # −1 where the sign flipped, else 0
-    add_scaled_(scale, flipped, decrement).clamp_(min_scale, max_scale)  # type: ignore[arg-type]
+    flipped.mul_(exp_avg).lt_(0)  # 1 where the sign flipped, else 0
+    add_scaled_(scale, flipped, -decrement).clamp_(min_scale, max_scale)  # type: ignore[arg-type]
     scaled_adam_step(weight, exp_avg, exp_avg_sq, scale, **step)
 
 
