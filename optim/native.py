@@ -1,7 +1,8 @@
 """The sign optimizers and DASGO on a CPU in a pass or two over memory: native.c, compiled at first use.
 
-On a layer of GPT-2, two cores, AccAsro so takes 1.5 times as long as fused AdamW, 6 to 6.5 times as PyTorch operations in
-cache-sized pieces, and 2.2 times as compiled by TorchInductor, which unpacks the byte of sign element by element.
+On a layer of GPT-2, two cores, AccAsro takes 1.5 times as long as fused AdamW in this way, 6 to 6.5 times as PyTorch
+operations in cache-sized pieces, and 2.2 times as compiled by TorchInductor, which unpacks the byte of sign element by
+element.
 """
 
 from __future__ import annotations
