@@ -44,6 +44,8 @@ class RootMonitor:
 
     def poll(self) -> None:
         """Warn about what has arrived from the device since the last call."""
+        if not self.in_flight or torch.cuda.is_current_stream_capturing():
+            return
         arrived = [entry for entry in self.in_flight if entry[0].query()]  # type: ignore[no-untyped-call]
         self.in_flight = [entry for entry in self.in_flight if entry not in arrived]
         for _, finite, names in arrived:

@@ -1,5 +1,5 @@
-/* Asro and AccAsro in one pass over memory; see native.py, which compiles this file, and asro.py and accasro.py, which
-   hold the same formulas in PyTorch. Every operation is rounded as written, so that results do not depend on how the
+/* Asro and AccAsro in one pass over memory, DASGO in two; see native.py, which compiles this file, and asro.py,
+   accasro.py and dasgo.py, which hold the same formulas in PyTorch. Every operation is rounded as written, so that results do not depend on how the
    work is divided among threads. Without OpenMP one thread does it all. */
 #include <math.h>
 #include <stdint.h>
