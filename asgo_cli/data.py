@@ -14,7 +14,7 @@ import typer
 from asgo_cli import console
 
 if TYPE_CHECKING:
-    from pipelines.data.manifest import Manifest
+    from pipelines.data.manifest import DocumentCounts, Manifest
 
 app = typer.Typer(
     help="Prepare and check data.",
@@ -136,8 +136,20 @@ def _summarize(manifest: Manifest, out: Path) -> None:
         tokens, documents = (sum(getattr(shard, what) for shard in shards) for what in ("tokens", "documents"))
         rows.append((part, f"{len(shards):,}", f"{documents:,}", f"{tokens:,}"))
     console.show_table(("part", "shards", "documents", "tokens"), rows, title=str(out))
-    if manifest.empty_documents:
-        console.warn(f"{manifest.empty_documents:,} empty documents were left out")
+    _tell_counts(manifest.documents)
+
+
+def _tell_counts(documents: DocumentCounts) -> None:
+    """Say what in the source was not plain text, and what became of it."""
+    fates = {
+        "empty": "empty: left out",
+        "not_text": "not text: left out",
+        "repaired": "not valid Unicode: each bad byte or lone surrogate became U+FFFD",
+        "literal_end_of_text": 'with a literal "<|endoftext|>": kept as ordinary text',
+    }
+    for name, fate in fates.items():
+        if count := getattr(documents, name):
+            console.warn(f"{count:,} of {documents.read:,} documents were {fate}")
 
 
 @contextlib.contextmanager

@@ -42,18 +42,38 @@ class ShardEntry(_Frozen):
     next_start: SourcePosition
 
 
+class DocumentCounts(_Frozen):
+    """What was met in the source: every row or file, and among them those that are not plain text.
+
+    `empty` (blank counts too) and `not_text` ones were left out. Of `repaired` ones each lone surrogate or invalid
+    byte became U+FFFD. A literal "<|endoftext|>" is ordinary text, and `literal_end_of_text` counts who holds one.
+    """
+
+    read: NonNegativeInt = 0
+    empty: NonNegativeInt = 0
+    not_text: NonNegativeInt = 0
+    repaired: NonNegativeInt = 0
+    literal_end_of_text: NonNegativeInt = 0
+
+    def __add__(self, other: DocumentCounts) -> DocumentCounts:
+        sums = {name: getattr(self, name) + getattr(other, name) for name in DocumentCounts.model_fields}
+        return DocumentCounts(**sums)
+
+
 class Manifest(_Frozen):
     """A folder of shards: the first one validates, the rest train.
 
     `tokenizer` is what `build_tokenizer` takes. `revision` says which state of the source this is; of text files
-    it is the digest of their documents. `empty_documents` were in the source and left out.
+    it is the digest of their documents. `recipe` holds the options of a command that can tell by them that its work
+    is done already; it is empty for others.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     source: str
     revision: str
+    recipe: dict[str, str | int] = {}
     tokenizer: dict[str, str]
-    empty_documents: NonNegativeInt
+    documents: DocumentCounts
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=2, strict=False)]
 
     @model_validator(mode="after")

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pipelines.data.documents import find_files, read_documents
 from pipelines.data.manifest import (
     MANIFEST,
+    DocumentCounts,
     Manifest,
     SourcePosition,
     load_manifest,
@@ -25,6 +26,7 @@ from pipelines.data.manifest import (
 from pipelines.data.permutation import frozen_permutation
 from pipelines.data.shards import MAX_SHARD_TOKENS, ShardWriter
 from pipelines.data.tokenizers import (
+    END_OF_TEXT,
     BytesTokenizer,
     CharsTokenizer,
     Gpt2Tokenizer,
@@ -51,6 +53,7 @@ class Source:
 @dataclass(frozen=True)
 class _Scan:
     lengths: NDArray[np.int64]  # characters of each document, shape (documents,)
+    counts: DocumentCounts
     alphabet: str
     digest: str
 
@@ -197,9 +200,10 @@ def _scan(source: Source, progress: Progress, *, with_alphabet: bool) -> _Scan:
     lengths: list[int] = []
     alphabet: set[str] = set()
     digest = hashlib.sha256()
-    done = reported = 0
+    done = reported = literals = 0
     for text in source.read():
         lengths.append(len(text))
+        literals += END_OF_TEXT in text
         _add(digest, text)
         if with_alphabet:
             alphabet.update(text)
@@ -209,7 +213,8 @@ def _scan(source: Source, progress: Progress, *, with_alphabet: bool) -> _Scan:
             reported = done
     if not done:
         raise AsgoError(f"{source.name}: there is no text in it")
-    return _Scan(np.array(lengths, dtype=np.int64), "".join(sorted(alphabet)), digest.hexdigest())
+    counts = DocumentCounts(read=len(lengths), empty=lengths.count(0), literal_end_of_text=literals)
+    return _Scan(np.array(lengths, dtype=np.int64), counts, "".join(sorted(alphabet)), digest.hexdigest())
 
 
 def _add(digest: hashlib._Hash, text: str) -> None:
@@ -251,7 +256,7 @@ def _write_shards(
         source=source.name,
         revision=f"sha256:{scan.digest}",
         tokenizer=tokenizer.describe(),
-        empty_documents=int((scan.lengths == 0).sum()),
+        documents=scan.counts,
         shards=tuple(shards),
     )
 

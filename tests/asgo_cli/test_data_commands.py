@@ -88,7 +88,7 @@ def test_verify_gives_json_and_nothing_else_on_stdout(text: Path, tmp_path: Path
 def test_empty_documents_are_counted_aloud(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "some text"}\n{"text": " "}\n')
     result = asgo_data("text", tmp_path / "a.jsonl", "--val-fraction", "0.5", "--out", tmp_path / "out")
-    assert "2 empty documents were left out" in result.stderr
+    assert "2 of 3 documents were empty: left out" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["text", "--out", "x"], ["text", "a", "--tokenizer", "words", "--out", "x"]])

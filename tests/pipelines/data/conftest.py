@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.data.manifest import Manifest, shard_name, write_manifest
+from pipelines.data.manifest import DocumentCounts, Manifest, shard_name, write_manifest
 from pipelines.data.shards import ShardWriter
 
 MakeFolder = Callable[..., Path]
@@ -31,7 +31,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
             source="made by hand",
             revision="1",
             tokenizer={"name": tokenizer},
-            empty_documents=0,
+            documents=DocumentCounts(),
             shards=tuple(entries),
         )
         write_manifest(folder, manifest)

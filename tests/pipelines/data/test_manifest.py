@@ -38,7 +38,7 @@ def test_source_and_revision_do_not_change_the_fingerprint(make_folder: Callable
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda fields: fields.update(format_version=2), "format_version: Input should be 1"),
+        (lambda fields: fields.update(format_version=1), "format_version: Input should be 2"),
         (lambda fields: fields.update(colour="red"), "colour: Extra inputs are not permitted"),
         (lambda fields: fields.pop("source"), "source: Field required"),
         (lambda fields: fields.update(shards=fields["shards"][:1]), "shards: "),

@@ -116,7 +116,7 @@ def test_the_manifest_says_where_in_the_source_each_shard_starts(tmp_path: Path)
     path = write_rows(tmp_path / "a.jsonl", texts)
     manifest = prepare_text([path], tmp_path / "out", tokenizer="bytes", val_fraction=0.1, shard_tokens=100)
     assert manifest == load_manifest(tmp_path / "out")
-    assert manifest.empty_documents == 2
+    assert manifest.documents.empty == 2
     for shard, following in zip(manifest.shards, manifest.shards[1:], strict=False):
         start = shard.next_start
         raw = (tmp_path / "out" / following.file).read_bytes()[1024:]
