@@ -21,28 +21,33 @@ def shard_name(index: int) -> str:
     return f"shard_{index:06d}.bin"
 
 
-class _Frozen(BaseModel):
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Frozen(BaseModel):
+    """Plain facts as JSON: unknown keys and other types are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class SourcePosition(_Frozen):
+class SourcePosition(Frozen):
     """A place in the source: a document's number, and how many of its tokens (end-of-text included) come before."""
 
     document: NonNegativeInt
     token: NonNegativeInt
 
 
-class ShardEntry(_Frozen):
+class ShardEntry(Frozen):
     """One shard file. `documents` counts those that start in it, `next_start` is where the next shard starts."""
 
     file: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     tokens: PositiveInt
     documents: NonNegativeInt
     next_start: SourcePosition
 
 
-class DocumentCounts(_Frozen):
+class DocumentCounts(Frozen):
     """What was met in the source: every row or file, and among them those that are not plain text.
 
     `empty` (blank counts too) and `not_text` ones were left out. Of `repaired` ones each lone surrogate or invalid
@@ -60,7 +65,7 @@ class DocumentCounts(_Frozen):
         return DocumentCounts(**sums)
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """A folder of shards: the first one validates, the rest train.
 
     `tokenizer` is what `build_tokenizer` takes. `revision` says which state of the source this is; of text files

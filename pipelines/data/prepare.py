@@ -40,6 +40,7 @@ Progress = Callable[[str, int, int | None], None]
 """Called as (what is being done, characters done, characters in total or None if not known yet)."""
 
 _BATCH_CHARACTERS = 1 << 22
+_FIRST = np.zeros(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ def _write_shards(
             encoded = tokenizer.encode_batch([piece.text for piece in batch])
             for piece, tokens in zip(batch, encoded, strict=True):
                 writer = validation if piece.validates else training
-                writer.write(np.concatenate((start, tokens)), piece.document)
+                whole = np.concatenate((start, tokens))
+                if writer.write(whole, _FIRST, np.array([piece.document])) < len(whole):
+                    raise AsgoError(f"more than {MAX_SHARD_TOKENS:,} tokens do not fit in one validation shard")
             done += sum(len(piece.text) for piece in batch)
             progress("writing", done, total)
         shards = [*validation.finish(), *training.finish()]

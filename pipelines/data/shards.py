@@ -11,15 +11,16 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Annotated, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, NonNegativeInt
 
-from pipelines.data.manifest import ShardEntry, SourcePosition
+from pipelines.data.manifest import Frozen, Sha256, ShardEntry, SourcePosition
 from pipelines.data.tokenizers import Tokens
 from pipelines.errors import AsgoError
-from pipelines.storage import naming, sha256_of
+from pipelines.storage import naming, sha256_of, sync
 
 MAGIC = 20240520
 VERSION = 1
@@ -29,33 +30,78 @@ _TOKEN = np.dtype("<u2")
 _TOKENS_AT_ONCE = 1 << 24
 
 
+class OpenShardState(Frozen):
+    """A shard that is not full yet: how much of its hidden file counts, and the digest of that much."""
+
+    file: str
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    sha256: Sha256
+
+
+class WriterState(Frozen):
+    """How far a `ShardWriter` has come, for another one to go on from."""
+
+    entries: Annotated[tuple[ShardEntry, ...], Field(strict=False)] = ()
+    open_shard: OpenShardState | None = None
+    end: SourcePosition = SourcePosition(document=0, token=0)
+
+
 class ShardWriter:
     """Streams documents into shard files of exactly `shard_tokens` tokens; the last one may be shorter.
 
-    A document that does not fit goes on in the next file. `files` gives the paths in order; when they run out,
-    `AsgoError` is raised. Leaving the context without `finish` abandons the shard that is being written.
+    A document that does not fit goes on in the next file. `files` gives the paths in order; when they run out, no
+    more is taken. A shard has a hidden name until it is complete; leaving the context without `finish` leaves it so,
+    and with the `state` that `checkpoint` gave, another writer goes on from there.
     """
 
-    def __init__(self, files: Iterable[Path], *, shard_tokens: int) -> None:
+    def __init__(self, files: Iterable[Path], *, shard_tokens: int, state: WriterState | None = None) -> None:
+        """Raises `AsgoError` when what `state` tells of is not on the disk any more."""
+        state = state or WriterState()
         self._files = iter(files)
         self._shard_tokens = shard_tokens
+        self._entries = list(state.entries)
+        self._end = state.end
+        for entry in state.entries:
+            _require_size(next(self._files).with_name(entry.file), entry.tokens)
         self._shard: _OpenShard | None = None
-        self._entries: list[ShardEntry] = []
-        self._end = SourcePosition(document=0, token=0)
+        if state.open_shard is not None:
+            self._shard = _OpenShard.reopen(next(self._files), shard_tokens, state.open_shard)
 
-    def write(self, tokens: Tokens, document: int) -> None:
-        """Append a document's tokens, end-of-text first; `document` is its number in the source."""
-        written = 0
-        while written < len(tokens):
-            shard = self._shard = self._shard or self._open()
-            shard.documents += written == 0
-            part = tokens[written : written + shard.room]
-            shard.append(part)
-            written += len(part)
-            done = written == len(tokens)
-            self._end = SourcePosition(document=document + done, token=0 if done else written)
+    @property
+    def entries(self) -> list[ShardEntry]:
+        """The complete shards."""
+        return self._entries
+
+    @property
+    def tokens(self) -> int:
+        """Tokens written so far, into complete shards and the one that is open."""
+        return sum(entry.tokens for entry in self._entries) + (self._shard.tokens if self._shard else 0)
+
+    def write(self, tokens: Tokens, starts: NDArray[np.int64], documents: NDArray[np.int64]) -> int:
+        """Append whole documents, `tokens` (tokens,); each begins with its end-of-text token.
+
+        `starts` (documents,) are the places in `tokens` where they begin, ascending from 0; `documents` (documents,)
+        are their numbers in the source. Returns how many tokens were taken: fewer when the files are used up.
+        """
+        taken = 0
+        while taken < len(tokens):
+            self._shard = shard = self._shard or self._open()
+            if shard is None:
+                break
+            part = slice(taken, taken + shard.room)
+            first, last = np.searchsorted(starts, (taken, taken + shard.room))
+            shard.append(tokens[part], documents=int(last - first))
+            taken = min(part.stop, len(tokens))
+            self._end = _position(taken, len(tokens), starts, documents)
             if not shard.room:
                 self._close(shard)
+        return taken
+
+    def checkpoint(self) -> WriterState:
+        """Flush to disk all that was written, and say how far that is."""
+        open_shard = None if self._shard is None else self._shard.checkpoint()
+        return WriterState(entries=tuple(self._entries), open_shard=open_shard, end=self._end)
 
     def finish(self) -> list[ShardEntry]:
         """Complete the last shard and return one entry for each file."""
@@ -63,11 +109,9 @@ class ShardWriter:
             self._close(self._shard)
         return self._entries
 
-    def _open(self) -> _OpenShard:
+    def _open(self) -> _OpenShard | None:
         path = next(self._files, None)
-        if path is None:
-            raise AsgoError(f"more than {self._shard_tokens:,} tokens do not fit in one validation shard")
-        return _OpenShard(path, self._shard_tokens)
+        return None if path is None else _OpenShard.create(path, self._shard_tokens)
 
     def _close(self, shard: _OpenShard) -> None:
         self._entries.append(shard.finish(self._end))
@@ -78,57 +122,116 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._shard is not None:
-            self._shard.abandon()
+            self._shard.close()
 
 
 class _OpenShard:
     """One shard file under a hidden name until it is complete."""
 
-    def __init__(self, path: Path, capacity: int) -> None:
+    def __init__(self, path: Path, file: BinaryIO, digest: hashlib._Hash, capacity: int) -> None:
         self.path = path
-        self.documents = 0
-        self._tokens = 0
+        self.tokens = 0
+        self._documents = 0
+        self._file = file
+        self._digest = digest
         self._capacity = capacity
-        self._staged = path.with_name(f".{path.name}.partial")
-        self._file = self._staged.open("wb")
+
+    @classmethod
+    def create(cls, path: Path, capacity: int) -> _OpenShard:
+        """Begin an empty shard."""
+        with naming(path):
+            shard = cls(path, _staged(path).open("wb"), hashlib.sha256(), capacity)
         # The header of a full shard: the running digest is then right for every shard but a shorter last one.
-        self._digest = hashlib.sha256()
-        self._put(_header(capacity))
+        shard._put(_header(capacity))
+        return shard
+
+    @classmethod
+    def reopen(cls, path: Path, capacity: int, state: OpenShardState) -> _OpenShard:
+        """Go on with a shard as it was at a checkpoint; what was written after it is dropped."""
+        staged = _staged(path)
+        if path.exists():  # it was completed after the checkpoint
+            path.replace(staged)
+        size = HEADER_BYTES + state.tokens * _TOKEN.itemsize
+        if staged.exists() and staged.stat().st_size >= size:
+            os.truncate(staged, size)
+            with staged.open("r+b") as written:
+                written.write(_header(capacity))  # it may have been finished as a shorter one
+                written.seek(0)
+                digest = hashlib.file_digest(written, "sha256")
+            if digest.hexdigest() == state.sha256:
+                shard = cls(path, staged.open("ab"), digest, capacity)
+                shard.tokens, shard._documents = state.tokens, state.documents
+                return shard
+        raise AsgoError(f"{staged}: not what was written there; pass --overwrite to start again")
 
     @property
     def room(self) -> int:
-        return self._capacity - self._tokens
+        return self._capacity - self.tokens
 
-    def append(self, tokens: Tokens) -> None:
-        self._put(tokens.astype(_TOKEN, copy=False).tobytes())
-        self._tokens += len(tokens)
+    def append(self, tokens: Tokens, documents: int) -> None:
+        self._put(tokens.astype(_TOKEN, copy=False).data)
+        self.tokens += len(tokens)
+        self._documents += documents
 
-    def finish(self, next_start: SourcePosition) -> ShardEntry:
-        with naming(self.path), self._file:
-            if self.room:
-                self._file.seek(0)
-                self._file.write(_header(self._tokens))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        digest = sha256_of(self._staged) if self.room else self._digest.hexdigest()
-        self._staged.rename(self.path)
-        return ShardEntry(
-            file=self.path.name,
-            sha256=digest,
-            tokens=self._tokens,
-            documents=self.documents,
-            next_start=next_start,
+    def checkpoint(self) -> OpenShardState:
+        self._sync()
+        return OpenShardState(
+            file=self.path.name, tokens=self.tokens, documents=self._documents, sha256=self._digest.hexdigest()
         )
 
-    def abandon(self) -> None:
+    def finish(self, next_start: SourcePosition) -> ShardEntry:
+        self._sync()
+        digest = self._digest.hexdigest()
+        self.close()
+        staged = _staged(self.path)
+        if self.room:
+            digest = _correct_header(staged, self.tokens)
+        staged.rename(self.path)
+        sync(self.path.parent)
+        return ShardEntry(
+            file=self.path.name, sha256=digest, tokens=self.tokens, documents=self._documents, next_start=next_start
+        )
+
+    def close(self) -> None:
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._file.close()
-        self._staged.unlink(missing_ok=True)
 
-    def _put(self, content: bytes) -> None:
+    def _sync(self) -> None:
+        with naming(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _put(self, content: bytes | memoryview) -> None:
         with naming(self.path):
             self._file.write(content)
         self._digest.update(content)
+
+
+def _staged(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _correct_header(path: Path, tokens: int) -> str:
+    """Write the true count of a shorter shard, and return the file's digest."""
+    with naming(path), path.open("r+b") as file:
+        file.write(_header(tokens))
+        file.flush()
+        os.fsync(file.fileno())
+    return sha256_of(path)
+
+
+def _position(taken: int, tokens: int, starts: NDArray[np.int64], documents: NDArray[np.int64]) -> SourcePosition:
+    """The place in the source after `taken` of `tokens` tokens."""
+    if taken == tokens:
+        return SourcePosition(document=int(documents[-1]) + 1, token=0)
+    inside = int(np.searchsorted(starts, taken, side="right")) - 1
+    return SourcePosition(document=int(documents[inside]), token=taken - int(starts[inside]))
+
+
+def _require_size(path: Path, tokens: int) -> None:
+    size = HEADER_BYTES + tokens * _TOKEN.itemsize
+    if not path.exists() or path.stat().st_size != size:
+        raise AsgoError(f"{path}: this finished shard is missing or has changed; pass --overwrite to start again")
 
 
 def open_shard(path: Path, vocab_size: int) -> np.memmap[tuple[int], np.dtype[np.uint16]]:

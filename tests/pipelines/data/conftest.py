@@ -25,7 +25,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
         entries = []
         for index, tokens in enumerate(shards):
             with ShardWriter([folder / shard_name(index)], shard_tokens=max(1, len(tokens))) as writer:
-                writer.write(np.asarray(tokens, dtype=np.uint16), index)
+                writer.write(np.asarray(tokens, dtype=np.uint16), np.array([0]), np.array([index]))
                 entries += writer.finish()
         manifest = Manifest(
             source="made by hand",

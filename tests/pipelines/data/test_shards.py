@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.data.manifest import shard_name
-from pipelines.data.shards import ShardWriter, open_shard
+from pipelines.data.manifest import SourcePosition, shard_name
+from pipelines.data.shards import ShardWriter, WriterState, open_shard
 from pipelines.errors import AsgoError
 
 
@@ -20,8 +20,12 @@ def write(folder: Path, documents: list[list[int]], shard_tokens: int) -> list:
     files = (folder / shard_name(index) for index in range(1, 100))
     with ShardWriter(files, shard_tokens=shard_tokens) as writer:
         for index, tokens in enumerate(documents):
-            writer.write(np.array(tokens, dtype=np.uint16), index)
+            write_document(writer, tokens, index)
         return writer.finish()
+
+
+def write_document(writer: ShardWriter, tokens: list[int], number: int) -> int:
+    return writer.write(np.array(tokens, dtype=np.uint16), np.array([0]), np.array([number]))
 
 
 def parse(path: Path) -> tuple[tuple[int, ...], list[int]]:
@@ -71,15 +75,70 @@ def test_a_stream_that_ends_with_a_shard_leaves_no_empty_one(tmp_path: Path):
     assert names_in(tmp_path) == ["shard_000001.bin", "shard_000002.bin"]
 
 
-def test_running_out_of_files_is_an_error(tmp_path: Path):
-    with ShardWriter([tmp_path / "one.bin"], shard_tokens=4) as writer, pytest.raises(AsgoError, match="do not fit"):
-        writer.write(np.arange(5, dtype=np.uint16), 0)
+def test_nothing_is_taken_when_the_files_have_run_out(tmp_path: Path):
+    with ShardWriter([tmp_path / "one.bin"], shard_tokens=4) as writer:
+        assert write_document(writer, [9, 1, 2, 3, 4], 0) == 4
+        assert write_document(writer, [9, 1], 1) == 0
+        (entry,) = writer.finish()
+    assert (entry.tokens, entry.next_start) == (4, SourcePosition(document=0, token=4))
 
 
 def test_a_writer_that_does_not_finish_leaves_no_shard(tmp_path: Path):
     with ShardWriter([tmp_path / "one.bin"], shard_tokens=4) as writer:
-        writer.write(np.arange(3, dtype=np.uint16), 0)
-    assert not any(tmp_path.iterdir())
+        write_document(writer, [9, 1, 2], 0)
+    assert names_in(tmp_path) == [".one.bin.partial"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_many_documents_at_once_and_a_stop_anywhere_change_no_byte(tmp_path: Path, seed: int):
+    """Batches of documents, checkpoints, and work after them that is lost and done again."""
+    rng = np.random.default_rng(seed)
+    documents = [[9, *rng.integers(0, 8, rng.integers(0, 40)).tolist()] for _ in range(60)]
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    expected = write(tmp_path / "whole", documents, shard_tokens=50)
+    files = [tmp_path / "parts" / shard_name(index) for index in range(1, 100)]
+    done, state = 0, WriterState()
+    while True:
+        with ShardWriter(files, shard_tokens=50, state=state) as writer:
+            for _ in range(rng.integers(1, 4)):
+                done = write_batch(writer, documents, done, int(rng.integers(1, 6)))
+            state = WriterState.model_validate_json(writer.checkpoint().model_dump_json())
+            lost = write_batch(writer, documents, done, int(rng.integers(0, 20)))
+            if lost == len(documents) and rng.random() < 0.7:
+                writer.finish()  # and then killed before it could tell
+        if done == len(documents):
+            break
+    with ShardWriter(files, shard_tokens=50, state=state) as writer:
+        assert writer.finish() == expected
+    for entry in expected:
+        assert (tmp_path / "parts" / entry.file).read_bytes() == (tmp_path / "whole" / entry.file).read_bytes()
+    assert names_in(tmp_path / "parts") == names_in(tmp_path / "whole")
+
+
+def write_batch(writer: ShardWriter, documents: list[list[int]], first: int, count: int) -> int:
+    batch = documents[first : first + count]
+    if batch:
+        lengths = np.array([len(document) for document in batch])
+        tokens = np.array(list(chain(*batch)), dtype=np.uint16)
+        numbers = np.arange(first, first + len(batch))
+        assert writer.write(tokens, np.cumsum(lengths) - lengths, numbers) == len(tokens)
+    return first + len(batch)
+
+
+@pytest.mark.parametrize("damage", ["finished", "open"])
+def test_a_writer_does_not_go_on_from_what_has_changed(tmp_path: Path, damage: str):
+    files = [tmp_path / "one.bin", tmp_path / "two.bin"]
+    with ShardWriter(files, shard_tokens=4) as writer:
+        write_document(writer, [9, 1, 2, 3, 4, 5], 0)
+        state = writer.checkpoint()
+    if damage == "finished":
+        (tmp_path / "one.bin").write_bytes(b"")
+    else:
+        path = tmp_path / ".two.bin.partial"
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(AsgoError, match="pass --overwrite to start again"):
+        ShardWriter(files, shard_tokens=4, state=state)
 
 
 def test_tokens_come_back_without_being_read_into_memory(tmp_path: Path):
