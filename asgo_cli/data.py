@@ -1,4 +1,4 @@
-"""`asgo data`: text into token shards, and a check of them."""
+"""`asgo data`: text into token shards; what looks at them is in data_folder.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from asgo_cli import console
-
-if TYPE_CHECKING:
-    from pipelines.data.manifest import DocumentCounts, Manifest
+from asgo_cli import console, corpus, data_folder
 
 app = typer.Typer(
     help="Prepare and check data.",
@@ -24,7 +21,6 @@ app = typer.Typer(
 
 TEXT_EXAMPLES = "Example: `asgo data text articles.jsonl.gz books/ --tokenizer gpt2 --out data/mine`"
 SHAKESPEARE_EXAMPLES = "Example: `asgo data shakespeare`, or offline `asgo data shakespeare --input input.txt`"
-VERIFY_EXAMPLES = "Example: `asgo data verify data/mine`"
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -68,7 +64,7 @@ def text(
             overwrite=overwrite,
             progress=progress,
         )
-    _summarize(manifest, out)
+    data_folder.summarize(manifest, out)
     console.suggest_next(f"asgo train gpt --preset tiny --data {_quoted(out)}")
 
 
@@ -91,65 +87,12 @@ def shakespeare(
 
     with _progress() as progress:
         manifest = prepare_shakespeare(text_input, out, overwrite=overwrite, progress=progress)
-    _summarize(manifest, out)
+    data_folder.summarize(manifest, out)
     console.suggest_next(f"asgo train gpt --preset asgo-nanogpt --data {_quoted(out)}")
-
-
-@app.command("verify", epilog=VERIFY_EXAMPLES)
-def verify(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
-) -> None:
-    """Check shards against their manifest.
-
-    Finds any altered byte, and missing or foreign shards.
-    """
-    from dataclasses import asdict
-
-    from pipelines.data.verify import verify as verify_folder
-    from pipelines.errors import AsgoError
-
-    results = verify_folder(folder)
-    if as_json:
-        console.show_json([asdict(result) for result in results])
-    else:
-        console.show_table(
-            ("file", "tokens", "documents", "state"),
-            [(r.file, f"{r.tokens:,}", f"{r.documents:,}", r.problem or "good") for r in results],
-        )
-    bad = [result.file for result in results if result.problem]
-    if bad:
-        raise AsgoError(
-            f"{folder}: {len(bad)} of {len(results)} shards are bad, the first is {bad[0]}; "
-            "make the folder again, or copy the bad ones again"
-        )
-    console.suggest_next(f"asgo train gpt --data {_quoted(folder)}")
 
 
 def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
-
-
-def _summarize(manifest: Manifest, out: Path) -> None:
-    rows = []
-    for part, shards in (("training", manifest.shards[1:]), ("validation", manifest.shards[:1])):
-        tokens, documents = (sum(getattr(shard, what) for shard in shards) for what in ("tokens", "documents"))
-        rows.append((part, f"{len(shards):,}", f"{documents:,}", f"{tokens:,}"))
-    console.show_table(("part", "shards", "documents", "tokens"), rows, title=str(out))
-    _tell_counts(manifest.documents)
-
-
-def _tell_counts(documents: DocumentCounts) -> None:
-    """Say what in the source was not plain text, and what became of it."""
-    fates = {
-        "empty": "empty: left out",
-        "not_text": "not text: left out",
-        "repaired": "not valid Unicode: each bad byte or lone surrogate became U+FFFD",
-        "literal_end_of_text": 'with a literal "<|endoftext|>": kept as ordinary text',
-    }
-    for name, fate in fates.items():
-        if count := getattr(documents, name):
-            console.warn(f"{count:,} of {documents.read:,} documents were {fate}")
 
 
 @contextlib.contextmanager
@@ -181,3 +124,9 @@ def _lines() -> Callable[[str, int, int | None], None]:
         console.say(f"{phase}: {done:,}{f' of {total:,}' if total else ''} characters")
 
     return show
+
+
+app.command("fineweb", epilog=corpus.FINEWEB_EXAMPLES)(corpus.fineweb)
+app.command("openwebtext", epilog=corpus.OPENWEBTEXT_EXAMPLES)(corpus.openwebtext)
+app.command("info", epilog=data_folder.INFO_EXAMPLES)(data_folder.info)
+app.command("verify", epilog=data_folder.VERIFY_EXAMPLES)(data_folder.verify)

@@ -60,13 +60,15 @@ def _expand(path: Path) -> list[Path]:
         raise UsageError(f"{path}: no such file or folder")
     if not path.is_dir():
         raise UsageError(f"{path}: neither a file nor a folder (text is read twice, so it cannot come from a pipe)")
-    files = list(_walk(path))
+    files = list(walk_files(path, _FOLDER_SUFFIXES))
     if not files:
         raise UsageError(f"{path}: no file in this folder ends in {', '.join(_FOLDER_SUFFIXES)}; name files one by one")
     return files
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The files below `folder` that end so, sorted by folder and name, hidden ones left out."""
+
     def refuse(error: OSError) -> None:
         raise error
 
@@ -74,7 +76,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(parent, name)
-            if name.lower().endswith(_FOLDER_SUFFIXES) and not name.startswith(".") and path.is_file():
+            if name.lower().endswith(suffixes) and not name.startswith(".") and path.is_file():
                 yield path
 
 

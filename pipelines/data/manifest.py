@@ -9,10 +9,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 
 MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"
+"""Stands in for the manifest as long as a resumable command has not finished the folder."""
+
 _REMAKE = "remove the folder and make it again"
 
 
@@ -101,11 +104,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`. Raises `AsgoError` when it is missing, malformed, or not as it was written."""
+    """The manifest of `folder`.
+
+    Raises `UsageError` when there is no such folder, and `AsgoError` when the folder is unfinished, or its manifest
+    missing, malformed, or not as it was written.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such data folder")
     path = folder / MANIFEST
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
+        if (folder / UNFINISHED).exists():
+            raise AsgoError(f"{folder}: unfinished; the command that began it, given again, goes on") from None
         raise AsgoError(f"{folder}: no {MANIFEST}, so this is not a folder of token shards") from None
     try:
         fields = json.loads(raw)

@@ -47,6 +47,9 @@ class WriterState(Frozen):
     end: SourcePosition = SourcePosition(document=0, token=0)
 
 
+_BEGINNING = WriterState()
+
+
 class ShardWriter:
     """Streams documents into shard files of exactly `shard_tokens` tokens; the last one may be shorter.
 
@@ -55,13 +58,13 @@ class ShardWriter:
     and with the `state` that `checkpoint` gave, another writer goes on from there.
     """
 
-    def __init__(self, files: Iterable[Path], *, shard_tokens: int, state: WriterState | None = None) -> None:
+    def __init__(self, files: Iterable[Path], *, shard_tokens: int, state: WriterState = _BEGINNING) -> None:
         """Raises `AsgoError` when what `state` tells of is not on the disk any more."""
-        state = state or WriterState()
         self._files = iter(files)
         self._shard_tokens = shard_tokens
         self._entries = list(state.entries)
-        self._end = state.end
+        self.end = state.end
+        """Where the source goes on after what is written."""
         for entry in state.entries:
             _require_size(next(self._files).with_name(entry.file), entry.tokens)
         self._shard: _OpenShard | None = None
@@ -93,7 +96,7 @@ class ShardWriter:
             first, last = np.searchsorted(starts, (taken, taken + shard.room))
             shard.append(tokens[part], documents=int(last - first))
             taken = min(part.stop, len(tokens))
-            self._end = _position(taken, len(tokens), starts, documents)
+            self.end = _position(taken, len(tokens), starts, documents)
             if not shard.room:
                 self._close(shard)
         return taken
@@ -101,7 +104,7 @@ class ShardWriter:
     def checkpoint(self) -> WriterState:
         """Flush to disk all that was written, and say how far that is."""
         open_shard = None if self._shard is None else self._shard.checkpoint()
-        return WriterState(entries=tuple(self._entries), open_shard=open_shard, end=self._end)
+        return WriterState(entries=tuple(self._entries), open_shard=open_shard, end=self.end)
 
     def finish(self) -> list[ShardEntry]:
         """Complete the last shard and return one entry for each file."""
@@ -114,7 +117,7 @@ class ShardWriter:
         return None if path is None else _OpenShard.create(path, self._shard_tokens)
 
     def _close(self, shard: _OpenShard) -> None:
-        self._entries.append(shard.finish(self._end))
+        self._entries.append(shard.finish(self.end))
         self._shard = None
 
     def __enter__(self) -> Self:
@@ -242,11 +245,16 @@ def open_shard(path: Path, vocab_size: int) -> np.memmap[tuple[int], np.dtype[np
     problem = shard_problem(path, vocab_size)
     if problem is not None:
         raise AsgoError(f"{path}: {problem}; make the folder again, or copy this file again")
-    return _tokens_of(path)
+    return map_tokens(path, HEADER_BYTES)
 
 
 def shard_problem(path: Path, vocab_size: int) -> str | None:
     """What is wrong with a shard file, or None. A file that cannot be opened raises `OSError`."""
+    return header_problem(path) or vocabulary_problem(_largest(map_tokens(path, HEADER_BYTES)), vocab_size)
+
+
+def header_problem(path: Path) -> str | None:
+    """What is wrong with the header of a shard file or, by the header, with its size; the tokens are not read."""
     with path.open("rb") as file:
         raw = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
@@ -264,14 +272,17 @@ def shard_problem(path: Path, vocab_size: int) -> str | None:
             f"{size:,} bytes, but {tokens:,} tokens with the header take "
             f"{HEADER_BYTES + tokens * _TOKEN.itemsize:,}: truncated or altered"
         )
-    largest = _largest(_tokens_of(path))
-    if largest >= vocab_size:
-        return f"token {largest:,} is beyond the vocabulary of {vocab_size:,}"
     return None
 
 
-def _tokens_of(path: Path) -> np.memmap[tuple[int], np.dtype[np.uint16]]:
-    return np.memmap(path, dtype=_TOKEN, mode="r", offset=HEADER_BYTES)
+def vocabulary_problem(largest: int, vocab_size: int) -> str | None:
+    """What is wrong with a shard whose largest token this is, or None."""
+    return f"token {largest:,} is beyond the vocabulary of {vocab_size:,}" if largest >= vocab_size else None
+
+
+def map_tokens(path: Path, offset: int) -> np.memmap[tuple[int], np.dtype[np.uint16]]:
+    """The tokens of a file from byte `offset` to its end, mapped from disk, shape (tokens,)."""
+    return np.memmap(path, dtype=_TOKEN, mode="r", offset=offset)
 
 
 def _largest(tokens: NDArray[np.uint16]) -> int:

@@ -175,16 +175,21 @@ def _not_unicode(error: UnicodeEncodeError) -> AsgoError:
     return AsgoError(f"lone surrogate U+{code:04X} at character {error.start:,} is not valid Unicode text")
 
 
+def gpt2_table() -> bytes:
+    """GPT-2's symbols and their ranks, in tiktoken's text form. Raises `AsgoError` if the package's file is damaged."""
+    table = lzma.decompress(_GPT2_TABLE.read_bytes())
+    if hashlib.sha256(table).hexdigest() != _GPT2_SHA256:
+        raise AsgoError(f"{_GPT2_TABLE}: the vocabulary is damaged; install asgo again")
+    return table
+
+
 @functools.cache
 def _gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding; built once a process, because decompressing and indexing the table takes 0.2 s."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 
-    table = lzma.decompress(_GPT2_TABLE.read_bytes())
-    if hashlib.sha256(table).hexdigest() != _GPT2_SHA256:
-        raise AsgoError(f"{_GPT2_TABLE}: the vocabulary is damaged; install asgo again")
-    ranks = {base64.b64decode(symbol): int(rank) for symbol, rank in map(bytes.split, table.splitlines())}
+    ranks = {base64.b64decode(symbol): int(rank) for symbol, rank in map(bytes.split, gpt2_table().splitlines())}
     return tiktoken.Encoding(
         "gpt2",
         pat_str=r50k_pat_str,

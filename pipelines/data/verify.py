@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from pipelines.data.manifest import ShardEntry, load_manifest
-from pipelines.data.shards import shard_problem
+from pipelines.data.shards import HEADER_BYTES, MAGIC, VERSION, shard_problem
 from pipelines.data.tokenizers import build_tokenizer
-from pipelines.errors import UsageError
-from pipelines.storage import sha256_of
+from pipelines.errors import RunInterrupted
+
+Progress = Callable[[int, int], None]
+"""Called as (bytes checked, bytes in total), by one thread at a time, though not always the same one."""
+
+_BYTES_AT_ONCE = 1 << 20  # stays in a core's cache between the digest and the maximum
 
 
 @dataclass(frozen=True)
@@ -22,30 +34,110 @@ class ShardResult:
     problem: str | None
 
 
-def verify(folder: Path) -> list[ShardResult]:
+def verify(folder: Path, progress: Progress | None = None) -> list[ShardResult]:
     """Check each shard of `folder` against the manifest: header, size, largest token, digest, presence.
 
-    A shard that the manifest does not know is a problem too. Raises `AsgoError` when the manifest itself is missing
-    or was altered, `UsageError` when there is no such folder.
+    Shards are read once each, several at a time; results come in the manifest's order. After them, as problems too,
+    come files that look like shards and are not in the manifest, and the hidden remains of an interrupted writer.
+    Raises `AsgoError` when the folder is unfinished or the manifest itself is missing or was altered, `UsageError`
+    when there is no such folder.
     """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such data folder")
     manifest = load_manifest(folder)
     vocab_size = build_tokenizer(manifest.tokenizer).vocab_size
-    results = [
-        ShardResult(shard.file, shard.tokens, shard.documents, _problem(folder, shard, vocab_size))
-        for shard in manifest.shards
-    ]
-    known = {shard.file for shard in manifest.shards}
-    extra = sorted(path.name for path in folder.glob("*.bin") if path.name not in known)
-    return results + [ShardResult(name, 0, 0, "not in the manifest") for name in extra]
+    tally = _Tally(sum(_file_bytes(shard) for shard in manifest.shards), progress)
+
+    def check(shard: ShardEntry) -> ShardResult:
+        return ShardResult(shard.file, shard.tokens, shard.documents, _problem(folder, shard, vocab_size, tally))
+
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(manifest.shards))) as pool:
+        try:
+            results = list(pool.map(check, manifest.shards))
+        except BaseException:
+            tally.stopped = True  # leaving the pool waits for its threads, and a shard may have gigabytes
+            raise
+    return results + _foreign(folder, {shard.file for shard in manifest.shards})
 
 
-def _problem(folder: Path, shard: ShardEntry, vocab_size: int) -> str | None:
+class _Tally:
+    """Counts the bytes that all threads have checked, and tells the threads to stop."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.stopped = False
+        self._done = 0
+        self._total = total
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        if self.stopped:
+            raise RunInterrupted("the check was stopped")
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+class _Content(NamedTuple):
+    header: bytes
+    sha256: str
+    largest_token: int
+
+
+def _file_bytes(shard: ShardEntry) -> int:
+    return HEADER_BYTES + 2 * shard.tokens
+
+
+def _problem(folder: Path, shard: ShardEntry, vocab_size: int, tally: _Tally) -> str | None:
     path = folder / shard.file
-    if not path.exists():
+    try:
+        # Of another size it is bad, however long the reading would take: only its own header has to say why.
+        right_size = path.stat().st_size == _file_bytes(shard)
+        if right_size and _is_sound(_read(path, tally), shard, vocab_size):
+            return None
+        return shard_problem(path, vocab_size) or _difference(path, shard)
+    except FileNotFoundError:
         return "missing"
-    problem = shard_problem(path, vocab_size)
-    if problem is None and sha256_of(path) != shard.sha256:
-        return "altered: its SHA-256 is not the one in the manifest"
-    return problem
+    except OSError as error:  # a bad sector or a missing permission; the other shards are checked all the same
+        return f"cannot be read: {error.strerror}"
+
+
+def _read(path: Path, tally: _Tally) -> _Content:
+    """Header, digest and largest token of a shard, in one pass over its bytes."""
+    buffer = memoryview(bytearray(_BYTES_AT_ONCE))
+    largest = 0
+    with path.open("rb") as file:
+        header = file.read(HEADER_BYTES)
+        digest = hashlib.sha256(header)
+        tally.add(len(header))
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            tokens = np.frombuffer(buffer[: count // 2 * 2], dtype="<u2")
+            largest = max(largest, int(tokens.max(initial=0)))
+            tally.add(count)
+    return _Content(header, digest.hexdigest(), largest)
+
+
+def _is_sound(content: _Content, shard: ShardEntry, vocab_size: int) -> bool:
+    # The digest says that these are the bytes which were written, and the rest that what was written was right.
+    return (
+        content.sha256 == shard.sha256
+        and np.frombuffer(content.header, dtype="<i4")[:3].tolist() == [MAGIC, VERSION, shard.tokens]
+        and content.largest_token < vocab_size
+    )
+
+
+def _difference(path: Path, shard: ShardEntry) -> str:
+    """What is wrong with a file that is a proper shard, though not the one in the manifest."""
+    tokens = (path.stat().st_size - HEADER_BYTES) // 2
+    if tokens != shard.tokens:
+        return f"another shard: it has {tokens:,} tokens"
+    return "altered: its SHA-256 is not the one in the manifest"
+
+
+def _foreign(folder: Path, known: set[str]) -> list[ShardResult]:
+    unknown = sorted(path.name for path in folder.glob("*.bin") if path.name not in known)
+    remains = sorted(path.name for path in folder.glob(".*.bin.partial"))
+    return [
+        *(ShardResult(name, 0, 0, "not in the manifest") for name in unknown),
+        *(ShardResult(name, 0, 0, "left by an interrupted run: remove it") for name in remains),
+    ]

@@ -17,7 +17,7 @@ from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.schedule import lr_factor
 from pipelines.training.state import TrainState
-from pipelines.training.stopping import StopRequest
+from pipelines.stopping import StopRequest
 from pipelines.training.task import Task
 
 _NAMES_SHOWN = 5

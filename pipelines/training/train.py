@@ -19,7 +19,7 @@ from pipelines.training.metrics import Row
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder, refuse_existing
 from pipelines.training.state import TrainState
-from pipelines.training.stopping import stop_on_signals
+from pipelines.stopping import stop_on_signals
 from pipelines.training.task import Task
 
 

@@ -1,0 +1,173 @@
+"""`asgo data fineweb` and `asgo data openwebtext`: corpora of the Hugging Face hub, or local copies of their files."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Self
+
+import typer
+from rich.console import RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from asgo_cli import console
+from asgo_cli.data_folder import summarize
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pipelines.data.corpus.pipeline import Status
+    from pipelines.data.corpus.prepare import CorpusOptions
+    from pipelines.data.corpus.sources import Corpus
+
+FINEWEB_EXAMPLES = (
+    "Examples: `asgo data fineweb --shards 10`; `asgo data fineweb --subset CC-MAIN-2024-10`; from a copy of the files "
+    "`asgo data fineweb --source /data/fineweb-edu`."
+)
+OPENWEBTEXT_EXAMPLES = (
+    "Examples: `asgo data openwebtext --shards 10`; `asgo data openwebtext --source /data/openwebtext`."
+)
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+Shards = Annotated[int, typer.Option(metavar="N", help="Training shards; the validation shard comes on top.")]
+ShardTokens = Annotated[int, typer.Option(metavar="N", help="Tokens in a shard.")]
+Subset = Annotated[str | None, typer.Option(metavar="NAME", help="A subset (configuration) of the repository.")]
+SourceOption = Annotated[
+    str,
+    typer.Option(
+        "--source",
+        metavar="hub|FOLDER",
+        help="The hub (HF_ENDPOINT names a mirror of it), or a folder of the same files, .parquet or .jsonl.",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Tokenizer processes.", show_default="one a processor")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever is there.")]
+
+
+def fineweb(
+    shards: Shards = 10,
+    shard_tokens: ShardTokens = 100_000_000,
+    subset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A subset of FineWeb-Edu.", show_default="sample-10BT")
+    ] = None,
+    source: SourceOption = "hub",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/fineweb"),
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stream FineWeb-Edu into shards of GPT-2 tokens.
+
+    The first shard of the stream validates. Killed at any moment, the same command goes on where it was. A connection
+    that fails is tried again, eight times in a row with pauses of 1 to 60 seconds.
+    """
+    from pipelines.data.corpus.prepare import CorpusOptions
+    from pipelines.data.corpus.sources import FINEWEB
+
+    _prepare(FINEWEB, out, CorpusOptions(shards, shard_tokens, subset, source, workers), overwrite)
+    console.suggest_next(f"asgo train gpt --data {shlex.quote(str(out))}")
+
+
+def openwebtext(
+    shards: Shards = 10,
+    shard_tokens: ShardTokens = 100_000_000,
+    subset: Subset = None,
+    source: SourceOption = "hub",
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/openwebtext"),
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stream OpenWebText into shards of GPT-2 tokens.
+
+    Every 2,000th document validates, a fraction of 0.0005. Killed at any moment, the same command goes on where it
+    was. A connection that fails is tried again, eight times in a row with pauses of 1 to 60 seconds.
+    """
+    from pipelines.data.corpus.prepare import CorpusOptions
+    from pipelines.data.corpus.sources import OPENWEBTEXT
+
+    _prepare(OPENWEBTEXT, out, CorpusOptions(shards, shard_tokens, subset, source, workers), overwrite)
+    console.suggest_next(f"asgo train gpt --preset asgo-gpt2 --data {shlex.quote(str(out))}")
+
+
+def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool) -> None:
+    from pipelines.data.corpus.prepare import prepare_corpus
+
+    with _CorpusProgress(options.shards + 1, "network" if options.source == "hub" else "disk") as progress:
+        manifest = prepare_corpus(corpus, out, options, overwrite=overwrite, report=progress.show, notify=progress.note)
+    summarize(manifest, out)
+
+
+class _CorpusProgress:
+    """Two live lines on a terminal, a plain one now and then elsewhere; a context manager."""
+
+    def __init__(self, shards: int, medium: str) -> None:
+        self._shards = shards
+        self._medium = medium
+        self._last_line_s = time.monotonic()
+        self._bar = _TwoLines(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console.words,
+            transient=True,
+            disable=not console.words.is_terminal,
+        )
+        self._task = self._bar.add_task("opening", total=None, left="")
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def note(self, message: str) -> None:
+        """Write a line above the bar."""
+        console.say(f"{self._medium}: {message}")
+
+    def show(self, status: Status) -> None:
+        """Move the bar; without a terminal, write a line now and then."""
+        shard = f"shard {min(status.finished_shards + 1, self._shards)} of {self._shards}"
+        self._bar.below = self._figures(status)
+        self._bar.update(
+            self._task,
+            description=shard,
+            completed=status.tokens,
+            total=status.tokens_wanted,
+            left=_time_left(status.seconds_left),
+        )
+        now = time.monotonic()
+        if not console.words.is_terminal and now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
+            self._last_line_s = now
+            share = f"{status.tokens / status.tokens_wanted:.1%}"
+            console.say(f"{shard}, {share}: {self._figures(status)}; {_time_left(status.seconds_left)}")
+
+    def _figures(self, status: Status) -> str:
+        return (
+            f"{status.documents:,} documents, {status.tokens / 1e6:,.1f} M tokens, "
+            f"{status.tokens_per_s / 1e6:.2f} M tokens/s; waiting {status.reading_share:.0%} for the {self._medium}, "
+            f"{status.tokenizing_share:.0%} for the tokenizer"
+        )
+
+
+class _TwoLines(Progress):
+    """A progress bar with a line of figures below it."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.below, overflow="ellipsis", no_wrap=True)
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{datetime.timedelta(seconds=round(seconds))} left"

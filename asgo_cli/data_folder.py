@@ -1,0 +1,197 @@
+"""`asgo data info` and `asgo data verify`: what a data folder holds, and whether it still does."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.filesize import decimal
+
+from asgo_cli import console
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipelines.data.info import FolderInfo
+    from pipelines.data.manifest import DocumentCounts, Manifest, ShardEntry, SourcePosition
+
+INFO_EXAMPLES = "Examples: `asgo data info data/mine`; `asgo data info data/mine --lines 20`"
+VERIFY_EXAMPLES = "Example: `asgo data verify data/mine`"
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")]
+
+
+def info(
+    folder: FolderArgument,
+    lines: Annotated[int, typer.Option(min=0, metavar="N", help="Training documents to show a line of.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON on stdout.")] = False,
+) -> None:
+    """Show what a data folder holds.
+
+    Where it came from, its shards, and how the first documents begin. It takes the manifest's word and reads no more
+    than it shows, so that a large folder takes no longer.
+    """
+    from pipelines.data.info import describe
+
+    found = describe(folder, lines)
+    if as_json:
+        console.show_json(_as_json(found))
+    else:
+        console.show_facts(_facts(found))
+        console.show_table(
+            ("file", "tokens", "documents", "size"),
+            [
+                (shard.file, f"{shard.tokens:,}", f"{shard.documents:,}", "missing" if size is None else decimal(size))
+                for shard, size in zip(found.manifest.shards, found.sizes, strict=True)
+            ],
+        )
+        _show_lines("training", found.training)
+        _show_lines("validation", found.validation)
+    console.suggest_next(f"asgo data verify {shlex.quote(str(folder))}")
+
+
+def verify(
+    folder: FolderArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+) -> None:
+    """Check shards against their manifest.
+
+    Finds any altered byte, and missing or foreign shards.
+    """
+    from dataclasses import asdict
+
+    from pipelines.data.verify import verify as verify_folder
+    from pipelines.errors import AsgoError
+
+    with _progress() as progress:
+        results = verify_folder(folder, progress)
+    if as_json:
+        console.show_json([asdict(result) for result in results])
+    else:
+        console.show_table(
+            ("file", "tokens", "documents", "state"),
+            [(r.file, f"{r.tokens:,}", f"{r.documents:,}", r.problem or "good") for r in results],
+        )
+    bad = [result.file for result in results if result.problem]
+    if bad:
+        raise AsgoError(
+            f"{folder}: {len(bad)} of {len(results)} shards are bad, the first is {bad[0]}; copy the bad ones again, "
+            "remove those that are not in the manifest, or make the folder again"
+        )
+    console.suggest_next(f"asgo train gpt --data {shlex.quote(str(folder))}")
+
+
+def summarize(manifest: Manifest, out: Path) -> None:
+    """Show what was made, and warn of documents that were not plain text."""
+    rows = []
+    for part, shards in (("training", manifest.shards[1:]), ("validation", manifest.shards[:1])):
+        tokens, documents = (sum(getattr(shard, what) for shard in shards) for what in ("tokens", "documents"))
+        rows.append((part, f"{len(shards):,}", f"{documents:,}", f"{tokens:,}"))
+    console.show_table(("part", "shards", "documents", "tokens"), rows, title=str(out))
+    for line in _odd_documents(manifest.documents):
+        console.warn(f"of {manifest.documents.read:,} documents {line}")
+
+
+def _as_json(found: FolderInfo) -> dict[str, Any]:
+    manifest = found.manifest.model_dump(mode="json")
+    shards = [{**shard, "bytes": size} for shard, size in zip(manifest["shards"], found.sizes, strict=True)]
+    beginnings = {"training": found.training, "validation": found.validation}
+    return {**manifest, "vocab_size": found.vocab_size, "shards": shards, "beginnings": beginnings}
+
+
+def _facts(found: FolderInfo) -> Iterator[tuple[str, str]]:
+    manifest = found.manifest
+    yield "source", manifest.source
+    yield "revision", manifest.revision
+    if manifest.recipe:
+        yield "recipe", ", ".join(f"{name} {value}" for name, value in manifest.recipe.items())
+    yield "tokenizer", f"{manifest.tokenizer['name']}, vocabulary of {found.vocab_size:,}"
+    yield "training", _total(manifest.shards[1:])
+    yield "validation", _total(manifest.shards[:1])
+    yield "documents", _met(manifest.documents)
+    yield "shards end", _place(manifest.shards[-1].next_start)
+    yield "on disk", decimal(sum(size or 0 for size in found.sizes))
+
+
+def _total(shards: Sequence[ShardEntry]) -> str:
+    tokens, documents = (sum(getattr(shard, what) for shard in shards) for what in ("tokens", "documents"))
+    return f"{tokens:,} tokens, {_count(documents, 'document')}, {_count(len(shards), 'shard')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _met(documents: DocumentCounts) -> str:
+    """What was met in the source."""
+    return f"{documents.read:,} read, {', '.join(_odd_documents(documents)) or 'all of them plain text'}"
+
+
+def _odd_documents(documents: DocumentCounts) -> list[str]:
+    kinds = {
+        "empty": "empty and left out",
+        "not_text": "not text and left out",
+        "repaired": "not valid Unicode and repaired",
+        "literal_end_of_text": 'with a literal "<|endoftext|>", kept as text',
+    }
+    return [f"{count:,} {kind}" for name, kind in kinds.items() if (count := getattr(documents, name))]
+
+
+def _place(position: SourcePosition) -> str:
+    """Where more shards would go on in the source. Documents are counted from 0, as in the manifest."""
+    if position.token:
+        return f"in document {position.document:,} of the source, after {position.token:,} of its tokens"
+    return f"before document {position.document:,} of the source"
+
+
+def _show_lines(part: str, texts: Sequence[str]) -> None:
+    """How documents begin, each on one line of the terminal."""
+    from rich.text import Text
+
+    for number, text in enumerate(texts):
+        line = Text.assemble((f"{'' if number else part:<13}", "bold"), _visible(text))
+        console.data.print(line, no_wrap=True, overflow="ellipsis")
+
+
+def _visible(text: str) -> str:
+    """`text` on one line, and nothing in it that a terminal would obey: control characters become escapes."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """Shows (bytes checked, bytes in total): a bar on a terminal, now and then a line elsewhere."""
+    if not console.words.is_terminal:
+        yield _lines()
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console.words, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        yield show
+
+
+def _lines() -> Callable[[int, int], None]:
+    spoken_at = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal spoken_at
+        if time.monotonic() - spoken_at >= _SECONDS_BETWEEN_LINES:
+            spoken_at = time.monotonic()
+            console.say(f"checking: {decimal(done)} of {decimal(total)}")
+
+    return show

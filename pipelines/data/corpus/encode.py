@@ -1,0 +1,202 @@
+"""Rows of text to tokens, a batch at a time, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow
+from numpy.typing import NDArray
+
+from pipelines.data.corpus.reader import Batch
+from pipelines.data.manifest import DocumentCounts
+from pipelines.data.tokenizers import END_OF_TEXT, Gpt2Tokenizer, Tokens, gpt2_table
+from pipelines.errors import AsgoError
+
+Backend = Literal["tiktoken", "gigatoken"]
+Encode = Callable[[list[str]], tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]]
+"""Texts to all their tokens in a row, (tokens,), and how many each has, (texts,)."""
+
+_TOKENS_PER_CACHE = 100_000_000
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """The documents of a batch as tokens, (tokens,), each beginning with end-of-text.
+
+    `starts` (documents,) are the places where they begin; `documents` (documents,) their numbers among all that were
+    read, left-out ones included, of which `counts` tells.
+    """
+
+    tokens: Tokens
+    starts: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    counts: DocumentCounts
+
+
+def best_backend() -> Backend:
+    """gigatoken where it is installed: several times as fast, with the same tokens."""
+    return "gigatoken" if importlib.util.find_spec("gigatoken") else "tiktoken"
+
+
+class BatchEncoder:
+    """Encodes with GPT-2's byte pairs. What gigatoken gives is compared with tiktoken, one document of every batch."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._encode: Encode = _tiktoken_encode
+        self._room = 0  # tokens until the cache of gigatoken, which has no bound, is thrown away
+        self._batches = 0
+
+    def encode(self, batch: Batch) -> EncodedBatch:
+        """Raises `AsgoError` for a line that is not JSON, and when gigatoken gives other tokens than tiktoken."""
+        texts, numbers, counts = _plain_texts(_rows(batch))
+        if not texts:
+            return EncodedBatch(np.empty(0, np.uint16), np.empty(0, np.int64), np.empty(0, np.int64), counts)
+        if self._backend == "gigatoken" and self._room <= 0:
+            self._encode, self._room = _gigatoken_encode(), _TOKENS_PER_CACHE
+        flat, lengths = self._encode(texts)
+        self._room -= len(flat)
+        starts = np.cumsum(lengths) - lengths
+        if self._backend == "gigatoken":
+            self._compare(texts, flat, starts, lengths)
+        return EncodedBatch(_with_end_of_text(flat, starts), starts + np.arange(len(starts)), numbers, counts)
+
+    def _compare(
+        self, texts: list[str], flat: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> None:
+        self._batches += 1
+        chosen = self._batches * 7919 % len(texts)  # a prime, so that every place in a batch has its turn
+        got = flat[starts[chosen] : starts[chosen] + lengths[chosen]]
+        if not np.array_equal(got, Gpt2Tokenizer().encode(texts[chosen])):
+            raise AsgoError(
+                f"gigatoken {version('gigatoken')} gives other tokens than tiktoken for a text that begins with "
+                f"{texts[chosen][:40]!r}; uninstall it, and start again with --overwrite"
+            )
+
+
+def _rows(batch: Batch) -> Sequence[object]:
+    column = pyarrow.ipc.open_stream(batch.column).read_all().column("text")
+    if batch.layout == "lines":
+        lines = ((batch.first_row + index + 1, line) for index, line in enumerate(column.to_pylist()))
+        return [_text_of_line(line, f"{batch.file}, line {number}") for number, line in lines if line.strip()]
+    try:
+        rows: list[object] = column.to_pylist()
+    except UnicodeDecodeError:
+        rows = column.cast(pyarrow.large_binary()).to_pylist()
+    return rows
+
+
+def _text_of_line(line: str, where: str) -> object:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise AsgoError(f"{where}: not valid JSON ({error}); mend it, and start again with --overwrite") from None
+    return row.get("text") if isinstance(row, dict) else None
+
+
+def _plain_texts(rows: Sequence[object]) -> tuple[list[str], NDArray[np.int64], DocumentCounts]:
+    """The texts to encode, their numbers among the rows, and what was met."""
+    texts, numbers = [], []
+    empty = not_text = repaired = literal = 0
+    for number, row in enumerate(rows):
+        if not isinstance(row, (str, bytes)):
+            not_text += 1
+            continue
+        text, was_valid = _repair(row)
+        if not text or text.isspace():
+            empty += 1
+            continue
+        repaired += not was_valid
+        literal += END_OF_TEXT in text
+        texts.append(text)
+        numbers.append(number)
+    counts = DocumentCounts(
+        read=len(rows), empty=empty, not_text=not_text, repaired=repaired, literal_end_of_text=literal
+    )
+    return texts, np.array(numbers, dtype=np.int64), counts
+
+
+def _repair(row: str | bytes) -> tuple[str, bool]:
+    """The text with U+FFFD for each lone surrogate or invalid byte, and whether it was valid as it came.
+
+    Surrogates fare as in `tiktoken.Encoding.encode`: a pair of them becomes the character that it stands for.
+    """
+    try:
+        text = row.decode("utf-8", "surrogatepass") if isinstance(row, bytes) else row
+    except UnicodeDecodeError:
+        assert isinstance(row, bytes)
+        return row.decode("utf-8", "replace"), False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), False
+    return text, True
+
+
+def _tiktoken_encode(texts: list[str]) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    tokenizer = Gpt2Tokenizer()
+    encoded = [tokenizer.encode(text) for text in texts]
+    return np.concatenate(encoded), np.array([len(tokens) for tokens in encoded])
+
+
+def _gigatoken_encode() -> Encode:
+    from gigatoken import Tokenizer
+
+    with tempfile.TemporaryDirectory(prefix="asgo-") as folder:
+        table = Path(folder, "gpt2.tiktoken")
+        table.write_bytes(gpt2_table())
+        # With special tokens of its own it would take a literal "<|endoftext|>" for the end of the text.
+        tokenizer = Tokenizer.from_tiktoken(table, pretokenizer="gpt2", special_tokens={})
+
+    def encode(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
+        layout = tokenizer.encode_batch(texts, parallel=False).layout
+        offsets = np.asarray(layout.offsets.data)
+        return np.asarray(layout.content.data)[offsets[0] : offsets[-1]], np.diff(offsets)
+
+    return encode
+
+
+def _with_end_of_text(flat: NDArray[np.unsignedinteger[Any]], starts: NDArray[np.int64]) -> Tokens:
+    """`flat` (tokens,) as uint16 with the end-of-text token put in at `starts` (documents,)."""
+    tokens = np.empty(len(flat) + len(starts), dtype=np.uint16)
+    of_text = np.ones(len(tokens), dtype=bool)
+    of_text[starts + np.arange(len(starts))] = False
+    tokens[of_text] = flat
+    tokens[~of_text] = Gpt2Tokenizer.end_of_text
+    return tokens
+
+
+_encoder: BatchEncoder
+
+
+def begin_worker(backend: Backend) -> None:
+    """Set up a worker process: it leaves Ctrl-C to its parent, and ends when that is killed."""
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = BatchEncoder(backend)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def encode_in_worker(batch: Batch) -> EncodedBatch:
+    """`BatchEncoder.encode` with the worker's own encoder."""
+    return _encoder.encode(batch)

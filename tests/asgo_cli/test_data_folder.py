@@ -1,0 +1,111 @@
+import json
+from pathlib import Path
+
+import pytest
+from rich.cells import cell_len
+from typer.testing import CliRunner, Result
+
+from asgo_cli import data, data_folder
+from pipelines.data.manifest import DocumentCounts, SourcePosition, load_manifest, write_manifest
+from pipelines.data.prepare import prepare_text
+from pipelines.errors import AsgoError
+
+BEGINNING = "colour \x1b[31mred\x1b[0m, a\ttab, \u202e bidi, [bold]x[/bold]\r\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Shards of bytes: 1,801 tokens validate, 16,202 train."""
+    (tmp_path / "text.txt").write_bytes((BEGINNING + "日本語" * 2000).encode()[:18_000])
+    prepare_text([tmp_path / "text.txt"], tmp_path / "my data", tokenizer="bytes", val_fraction=0.1)
+    return tmp_path / "my data"
+
+
+def asgo_data(*arguments: object) -> Result:
+    return CliRunner().invoke(data.app, [str(argument) for argument in arguments])
+
+
+def write_byte(path: Path, place: int, value: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(value)
+
+
+def test_verify_shows_each_shard_and_fails_when_one_is_bad(folder: Path):
+    good = asgo_data("verify", folder)
+    assert good.exit_code == 0
+    assert good.stdout.count("good") == 2
+    assert f"next: asgo train gpt --data '{folder}'" in good.stderr
+    write_byte(folder / "shard_000001.bin", 1030, b"\x07")
+    bad = asgo_data("verify", folder)
+    assert isinstance(bad.exception, AsgoError)
+    assert "1 of 2 shards are bad, the first is shard_000001.bin" in str(bad.exception)
+    assert "altered" in bad.stdout
+
+
+def test_verify_gives_json_and_nothing_else_on_stdout(folder: Path):
+    (folder / "shard_000000.bin").unlink()
+    shards = load_manifest(folder).shards
+    assert json.loads(asgo_data("verify", folder, "--json").stdout) == [
+        {"file": "shard_000000.bin", "tokens": shards[0].tokens, "documents": 1, "problem": "missing"},
+        {"file": "shard_000001.bin", "tokens": shards[1].tokens, "documents": 1, "problem": None},
+    ]
+
+
+def test_a_long_check_says_now_and_then_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data_folder, "_SECONDS_BETWEEN_LINES", 0.0)
+    size = sum(path.stat().st_size for path in folder.glob("*.bin"))
+    assert f"checking: {size / 1000:.1f} kB of {size / 1000:.1f} kB" in asgo_data("verify", folder).stderr
+
+
+def test_info_shows_what_a_folder_holds_and_where_it_came_from(folder: Path):
+    manifest = load_manifest(folder)
+    documents = DocumentCounts(read=1200, empty=3, repaired=1)
+    last = manifest.shards[1].model_copy(update={"next_start": SourcePosition(document=1199, token=17)})
+    changes = {"documents": documents, "recipe": {"subset": "10BT", "shards": 1}, "shards": (manifest.shards[0], last)}
+    write_manifest(folder, manifest.model_copy(update=changes))
+    result = asgo_data("info", folder)
+    assert result.exit_code == 0, result.output
+    for fact in (
+        str(folder.parent / "text.txt")[:40],
+        "subset 10BT, shards 1",
+        "bytes, vocabulary of 257",
+        f"{last.tokens:,} tokens, 1 document, 1 shard",
+        "1,200 read, 3 empty and left out, 1 not valid Unicode and repaired",
+        "in document 1,199 of the source, after 17 of its tokens",
+        "shard_000001.bin",
+    ):
+        assert fact in result.stdout
+    assert f"next: asgo data verify '{folder}'" in result.stderr
+
+
+def test_info_shows_each_beginning_on_one_line_that_no_terminal_obeys(folder: Path):
+    lines = asgo_data("info", folder).stdout.splitlines()
+    training = next(line for line in lines if line.startswith("training     c"))
+    assert training.startswith(r"training     colour \x1b[31mred\x1b[0m, a\ttab, \u202e bidi, [bold]x[/bold]\r")
+    assert training.rstrip().endswith("…")
+    assert lines[lines.index(training) + 1].startswith("validation   ")
+    assert all(cell_len(line) <= 80 and line.isprintable() for line in lines)
+
+
+def test_info_says_which_shard_is_missing(folder: Path):
+    (folder / "shard_000001.bin").unlink()
+    result = asgo_data("info", folder)
+    assert result.exit_code == 0
+    assert "missing" in next(line for line in result.stdout.splitlines() if "shard_000001.bin" in line)
+
+
+def test_info_gives_json_and_nothing_else_on_stdout(folder: Path):
+    found = json.loads(asgo_data("info", folder, "--lines", "1", "--json").stdout)
+    assert found["vocab_size"] == 257
+    assert found["documents"]["read"] == 1
+    assert found["beginnings"]["training"][0].startswith(BEGINNING)
+    assert len(found["beginnings"]["validation"]) == 1
+    for shard in found["shards"]:
+        assert shard["bytes"] == (folder / shard["file"]).stat().st_size
+
+
+def test_the_makers_come_before_what_looks_at_a_folder():
+    listed = [line.split()[0] for line in asgo_data("--help").stdout.partition("Commands:")[2].splitlines() if line]
+    assert listed[0] == "text"
+    assert listed[-2:] == ["info", "verify"]

@@ -1,0 +1,44 @@
+"""How fast training batches are read."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.benchmarks.batches import measure_batches
+from pipelines.data.batches import TrainingBatches
+from pipelines.errors import AsgoError, UsageError
+
+
+def test_the_rate_counts_the_tokens_of_the_batches_that_were_read(
+    token_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    batch = TrainingBatches.batch
+
+    def counted(self: TrainingBatches, step: int) -> Any:
+        inputs, targets = batch(self, step)
+        read.append(inputs.numel())
+        return inputs, targets
+
+    monkeypatch.setattr(TrainingBatches, "batch", counted)
+    rate = measure_batches(token_folder, context_length=128, batch_size=16, seconds=0.2)
+    assert set(read) == {128 * 16}
+    assert rate * 0.2 == pytest.approx(sum(read[1:]), rel=0.5)  # the last batch may be slow on a busy machine
+
+
+def test_without_a_folder_made_up_tokens_are_read_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rate = measure_batches(None, context_length=1024, batch_size=32, seconds=0.3)
+    assert rate > 5e6  # a tenth of what a slow machine does
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_trained_on_is_an_error(tmp_path: Path, token_folder: Path) -> None:
+    with pytest.raises(UsageError, match="no such data folder"):
+        measure_batches(tmp_path / "none", 8, 4, 0.1)
+    with pytest.raises(AsgoError, match="one window of context length 100,000"):
+        measure_batches(token_folder, 100_000, 4, 0.1)
