@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.manifest import Manifest, ShardEntry, fingerprint, load_manifest
+from pipelines.data.foreign import open_foreign_tokens
+from pipelines.data.manifest import MANIFEST, UNFINISHED, ShardEntry, fingerprint, load_manifest
 from pipelines.data.permutation import frozen_permutation
 from pipelines.data.shards import open_shard
-from pipelines.data.tokenizers import Tokens, build_tokenizer
+from pipelines.data.tokenizers import Gpt2Tokenizer, Tokens, build_tokenizer
 from pipelines.errors import AsgoError, UsageError
 
 
@@ -23,36 +26,51 @@ from pipelines.errors import AsgoError, UsageError
 class TokenData:
     """A folder of token shards, open for reading.
 
-    `tokenizer` is what `build_tokenizer` takes; the shards are mapped from disk, each of shape (tokens,).
+    `tokenizer` is what `build_tokenizer` takes; the shards are mapped from disk, each of shape (tokens,). Equal data
+    has an equal `fingerprint`, wherever the folder lies.
     """
 
     folder: Path
-    manifest: Manifest
     tokenizer: dict[str, str]
     vocab_size: int
     fingerprint: str
     train: tuple[Tokens, ...]
-    validation: Tokens
+    validation: tuple[Tokens, ...]
 
 
 def open_token_data(folder: Path) -> TokenData:
-    """Open a folder that `asgo data` made.
+    """Open a folder that `asgo data`, llm.c, modded-nanogpt or nanoGPT made.
 
-    Raises `UsageError` if it does not exist, and `AsgoError` if the manifest or a shard is missing or damaged.
+    Raises `UsageError` if it does not exist, and `AsgoError` if it is unfinished, or if the manifest or a shard is
+    missing or damaged.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder; make it with: {_command_that_makes(folder)}")
+    if not any((folder / name).exists() for name in (MANIFEST, UNFINISHED)):
+        return _open_without_manifest(folder)
     manifest = load_manifest(folder)
     vocab_size = build_tokenizer(manifest.tokenizer).vocab_size
-    validation, *train = (_open(folder, shard, vocab_size) for shard in manifest.shards)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        validation, *train = pool.map(lambda shard: _open(folder, shard, vocab_size), manifest.shards)
     return TokenData(
         folder=folder,
-        manifest=manifest,
         tokenizer=manifest.tokenizer,
         vocab_size=vocab_size,
         fingerprint=fingerprint(manifest),
         train=tuple(train),
-        validation=validation,
+        validation=(validation,),
+    )
+
+
+def _open_without_manifest(folder: Path) -> TokenData:
+    tokens = open_foreign_tokens(folder)
+    return TokenData(
+        folder=folder,
+        tokenizer={"name": Gpt2Tokenizer.name},
+        vocab_size=Gpt2Tokenizer.vocab_size,
+        fingerprint=tokens.fingerprint,
+        train=tokens.train,
+        validation=tokens.validation,
     )
 
 
@@ -65,36 +83,31 @@ class TrainingBatches:
     micro-batches take slices of the same global batch, so their number does not change what is learned from.
     """
 
-    def __init__(self, data: TokenData, context_length: int, batch_size: int, seed: int) -> None:
-        """Raises `AsgoError` if no shard is long enough for one window."""
-        self._shards = data.train
-        self._context_length = context_length
+    def __init__(
+        self, data: TokenData, context_length: int, batch_size: int, seed: int, *, pinned: bool = False
+    ) -> None:
+        """With `pinned`, batches are in memory that a CUDA device can fetch them from while the program goes on.
+
+        Raises `AsgoError` if no shard is long enough for one window.
+        """
+        self._windows = _Windows(data.train, context_length, pinned)
         self._batch_size = batch_size
         self._seed = seed
         self._permutations: dict[int, NDArray[np.int64]] = {}
-        windows = [_windows_in(shard, context_length) for shard in self._shards]
-        self._first_window = np.cumsum([0, *windows])
-        self.windows_per_epoch = int(self._first_window[-1])
+        self.windows_per_epoch = self._windows.count
         if not self.windows_per_epoch:
-            raise _too_short(data, max(map(len, self._shards)), context_length, "training")
+            raise _too_short(data.folder, data.train, context_length, "training")
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some rows of global batch `step`: int64 tensors, (rows, context_length)."""
         first = step * self._batch_size
-        windows = self._windows(np.arange(first, first + self._batch_size)[rows])
-        shards = np.searchsorted(self._first_window, windows, side="right") - 1
-        starts = (windows - self._first_window[shards]) * self._context_length
-        tokens = np.empty((len(windows), self._context_length + 1), dtype=np.int64)
-        for shard in np.unique(shards):
-            here = shards == shard
-            tokens[here] = _gather(self._shards[shard], starts[here], self._context_length)
-        return _inputs_and_targets(tokens)
+        return self._windows.read(self._windows_at(np.arange(first, first + self._batch_size)[rows]))
 
     def epoch_at(self, step: int) -> float:
         """How many times the data has been gone through before global batch `step`."""
         return step * self._batch_size / self.windows_per_epoch
 
-    def _windows(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _windows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The windows at `positions` of the endless stream of permuted epochs; shapes (rows,)."""
         epochs, places = np.divmod(positions, self.windows_per_epoch)
         windows = np.empty_like(positions)
@@ -112,22 +125,47 @@ class TrainingBatches:
 
 
 def validation_batches(
-    data: TokenData, context_length: int, batch_size: int, batches: int | None
+    data: TokenData, context_length: int, batch_size: int, batches: int | None, *, pinned: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same windows each time, evenly spaced over the validation shard: (inputs, targets) as in `TrainingBatches`.
+    """The same windows each time, evenly spaced over the validation shards: (inputs, targets) as in `TrainingBatches`.
 
     `batches` batches of `batch_size` windows; all windows, and then a shorter last batch, if there are fewer or
-    `batches` is None. Raises `AsgoError`, at once, if the shard is too short for one window.
+    `batches` is None. Raises `AsgoError`, at once, if no shard is long enough for one window.
     """
-    available = _windows_in(data.validation, context_length)
-    if not available:
-        raise _too_short(data, len(data.validation), context_length, "validation")
-    count = available if batches is None else min(batches * batch_size, available)
-    starts = np.linspace(0, available - 1, count, dtype=np.int64) * context_length
-    return (
-        _inputs_and_targets(_gather(data.validation, starts[first : first + batch_size], context_length))
-        for first in range(0, count, batch_size)
-    )
+    windows = _Windows(data.validation, context_length, pinned)
+    if not windows.count:
+        raise _too_short(data.folder, data.validation, context_length, "validation")
+    count = windows.count if batches is None else min(batches * batch_size, windows.count)
+    chosen = np.linspace(0, windows.count - 1, count, dtype=np.int64)
+    return (windows.read(chosen[first : first + batch_size]) for first in range(0, count, batch_size))
+
+
+class _Windows:
+    """The windows of some shards, numbered from the first shard's beginning to the last one's end."""
+
+    def __init__(self, shards: Sequence[Tokens], context_length: int, pinned: bool) -> None:
+        # Views without the class: a slice of a memmap costs ten times that of an array.
+        self._shards = [np.asarray(shard) for shard in shards]
+        self._context_length = context_length
+        self._pinned = pinned
+        self._first = np.cumsum([0, *((len(shard) - 1) // context_length for shard in shards)])
+        self.count = int(self._first[-1])
+
+    def read(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the windows (rows,): int64 tensors (rows, context_length).
+
+        The tokens go from the map to their places in one step, and are nowhere else in between.
+        """
+        shards = np.searchsorted(self._first, windows, side="right") - 1
+        starts = (windows - self._first[shards]) * self._context_length
+        shape = (len(windows), self._context_length)
+        inputs, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(2))
+        places = zip(shards.tolist(), starts.tolist(), inputs.numpy(), targets.numpy(), strict=True)
+        for shard, start, input_row, target_row in places:
+            tokens = self._shards[shard][start : start + self._context_length + 1]
+            input_row[:] = tokens[:-1]
+            target_row[:] = tokens[1:]
+        return inputs, targets
 
 
 def _command_that_makes(folder: Path) -> str:
@@ -147,23 +185,8 @@ def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> Tokens:
     return tokens
 
 
-def _windows_in(shard: Tokens, context_length: int) -> int:
-    return (len(shard) - 1) // context_length
-
-
-def _gather(shard: Tokens, starts: NDArray[np.int64], context_length: int) -> NDArray[np.int64]:
-    """Windows of `context_length + 1` tokens from `starts`, (rows, context_length + 1), in one gather."""
-    windows = np.lib.stride_tricks.sliding_window_view(shard, context_length + 1)
-    return windows[starts].astype(np.int64)
-
-
-def _inputs_and_targets(tokens: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    windows = torch.from_numpy(tokens)
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-
-def _too_short(data: TokenData, tokens: int, context_length: int, part: str) -> AsgoError:
+def _too_short(folder: Path, shards: Sequence[Tokens], context_length: int, part: str) -> AsgoError:
     return AsgoError(
-        f"{data.folder}: the longest {part} shard has {tokens:,} tokens, and one window of context length "
+        f"{folder}: the longest {part} shard has {max(map(len, shards)):,} tokens, and one window of context length "
         f"{context_length:,} takes {context_length + 1:,}; give more text, or a shorter context"
     )

@@ -29,7 +29,11 @@ class GPTTask:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         training = config.training
         self.data = open_token_data(Path(config.data.folder))
-        self.batches = TrainingBatches(self.data, config.model.context_length, training.batch_size, config.seed)
+        # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
+        self._pinned = device.type == "cuda"
+        self.batches = TrainingBatches(
+            self.data, config.model.context_length, training.batch_size, config.seed, pinned=self._pinned
+        )
         self.model = build_gpt(config.model, self.data.vocab_size).to(device)
         self.tokens_per_sample = config.model.context_length
         self._micro_batch_size = training.micro_batch_size or training.batch_size
@@ -45,14 +49,10 @@ class GPTTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of a micro-batch, shape ()."""
-        inputs, targets = (self._to_device(part) for part in batch)
+        inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
             logits = self.model(inputs)
         return next_token_loss(logits, targets)
-
-    def _to_device(self, part: Tensor) -> Tensor:
-        # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
-        return (part.pin_memory() if self._device.type == "cuda" else part).to(self._device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -61,7 +61,7 @@ class GPTTask:
         total = total if self._device.type == "mps" else total.to(self._device)  # MPS has no float64
         self.model.eval()
         for batch in validation_batches(
-            self.data, self.tokens_per_sample, self._micro_batch_size, self._evaluation_batches
+            self.data, self.tokens_per_sample, self._micro_batch_size, self._evaluation_batches, pinned=self._pinned
         ):
             if should_stop():
                 self.model.train()

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, RunInterrupted
+from pipelines.stopping import StopRequest
 from pipelines.training.checkpoint import checkpoint_folders, save_checkpoint
 from pipelines.training.metrics import Counts, Row
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.schedule import lr_factor
 from pipelines.training.state import TrainState
-from pipelines.stopping import StopRequest
 from pipelines.training.task import Task
 
 _NAMES_SHOWN = 5

@@ -10,6 +10,7 @@ import torch
 from optim import build_optimizer
 from pipelines.config import RunConfig, differences
 from pipelines.errors import AsgoError, UsageError
+from pipelines.stopping import stop_on_signals
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
@@ -19,7 +20,6 @@ from pipelines.training.metrics import Row
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder, refuse_existing
 from pipelines.training.state import TrainState
-from pipelines.stopping import stop_on_signals
 from pipelines.training.task import Task
 
 

@@ -88,7 +88,7 @@ class BatchEncoder:
 
 def _rows(batch: Batch) -> Sequence[object]:
     column = pyarrow.ipc.open_stream(batch.column).read_all().column("text")
-    if batch.layout == "lines":
+    if batch.are_lines:
         lines = ((batch.first_row + index + 1, line) for index, line in enumerate(column.to_pylist()))
         return [_text_of_line(line, f"{batch.file}, line {number}") for number, line in lines if line.strip()]
     try:
@@ -98,10 +98,10 @@ def _rows(batch: Batch) -> Sequence[object]:
     return rows
 
 
-def _text_of_line(line: str, where: str) -> object:
+def _text_of_line(line: bytes, where: str) -> object:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise AsgoError(f"{where}: not valid JSON ({error}); mend it, and start again with --overwrite") from None
     return row.get("text") if isinstance(row, dict) else None
 

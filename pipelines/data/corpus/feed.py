@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,18 +11,16 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
+from pipelines.data.corpus.failure import Failure
 from pipelines.data.corpus.reader import (
     Batch,
-    BatchPosition,
     Contact,
     End,
-    Failure,
     Message,
     Notice,
-    Skipped,
     read_source,
 )
-from pipelines.data.corpus.sources import OpenSource, Source
+from pipelines.data.corpus.sources import OpenSource, Position, Source
 from pipelines.errors import AsgoError
 
 ATTEMPTS = 8
@@ -31,8 +30,12 @@ DAMAGED_ATTEMPTS = 3
 PAUSES_S = (1, 2, 4, 8, 16, 32, 60)
 NO_NETWORK_S = 12.0
 """How long a network that has never answered is waited for."""
-STALL_S = 60.0
-"""How long a reader may say nothing before it is taken for stuck."""
+STALL_S = 120.0
+"""How long a reader may bring nothing before it is taken for stuck."""
+LONGEST_WAIT_S = 300.0
+"""How much longer than that it may take when the server has asked to wait."""
+
+_ASKED_TO_WAIT = re.compile(r"Rate limited\. Waiting ([\d.]+)s")
 
 
 class Feed:
@@ -42,7 +45,7 @@ class Feed:
     told of every failure and of the pause before the next attempt.
     """
 
-    def __init__(self, source: Source, start: BatchPosition, notify: Callable[[str], None]) -> None:
+    def __init__(self, source: Source, start: Position, notify: Callable[[str], None]) -> None:
         self.source = source
         self.opened: OpenSource | None = None
         self.ended = False
@@ -52,8 +55,8 @@ class Feed:
         self._connection: Connection | None = None
         self._has_answered = source.folder is not None
         self._failures = 0
-        self._begun_at = self._heard_at = time.monotonic()
-        self._start_at = 0.0
+        self._begun_at = time.monotonic()
+        self._start_at = self._patience_ends = 0.0
 
     def open(self, timeout: float) -> OpenSource | None:
         """The files of the source, or None if they are not known within `timeout` seconds. Raises as `poll` does."""
@@ -116,31 +119,32 @@ class Feed:
         self._reader = context.Process(target=read_source, args=(other_end, self.source, self._next), daemon=True)
         self._reader.start()
         other_end.close()
-        self._heard_at = time.monotonic()
+        self._patience_ends = time.monotonic() + STALL_S
 
     def _heed(self, message: Message | None) -> None:
         now = time.monotonic()
         if message is None:
             self._check_patience(now)
             return
-        self._heard_at = now
+        if not isinstance(message, Notice):
+            self._patience_ends = now + STALL_S
         match message:
             case Contact():
                 self._has_answered = True
             case OpenSource():
                 self._check_unchanged(message)
-            case Batch(position=BatchPosition(file, batch)):
+            case Batch(position=position):
                 self._failures = 0
-                self._next = BatchPosition(file, batch + 1)
+                self._next = position._replace(batch=position.batch + 1)
             case Notice(text):
+                if wait := _ASKED_TO_WAIT.search(text):
+                    self._patience_ends = now + min(float(wait[1]), LONGEST_WAIT_S) + STALL_S
                 self._notify(text)
             case Failure():
                 self._has_answered |= message.kind in ("refused for now", "damaged")
                 self._fail(message)
             case End():
                 self.ended = True
-            case Skipped():
-                pass
 
     def _check_unchanged(self, opened: OpenSource) -> None:
         if self.opened is not None and opened != self.opened:
@@ -150,19 +154,20 @@ class Feed:
     def _check_patience(self, now: float) -> None:
         if not self._has_answered and now - self._begun_at > NO_NETWORK_S:
             raise self._no_network("no answer")
-        if now - self._heard_at > STALL_S:
+        if now > self._patience_ends:
             self._fail(Failure(f"nothing came for {STALL_S:.0f} s", "unreachable"))
 
     def _fail(self, failure: Failure) -> None:
         """Schedule another attempt, or give up."""
         self.close()
         self._failures += 1
+        place = failure.file or self.source.name
         if failure.kind == "lasting":
-            raise AsgoError(f"{self.source.name}: {failure.text}")
+            raise AsgoError(f"{place}: {failure.text}")
         allowed = DAMAGED_ATTEMPTS if failure.kind == "damaged" else ATTEMPTS
         if self._failures >= allowed:
             raise AsgoError(
-                f"{self.source.name}: given up after {allowed} attempts ({failure.text}); "
+                f"{place}: given up after {allowed} attempts ({failure.text}); "
                 "what is written is kept: the same command goes on"
             )
         now = time.monotonic()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
+from pipelines.data.corpus.sources import Position
 from pipelines.data.manifest import UNFINISHED, DocumentCounts, Frozen
 from pipelines.data.shards import WriterState
 from pipelines.errors import AsgoError
@@ -17,8 +18,14 @@ class LastBatch(Frozen):
     """The last batch of the source that is written: which one, and the CRC-32 of its tokens."""
 
     file: NonNegativeInt
+    group: NonNegativeInt
     batch: NonNegativeInt
     crc32: NonNegativeInt
+
+    @property
+    def position(self) -> Position:
+        """Where it is."""
+        return Position(self.file, self.group, self.batch)
 
 
 class Journal(Frozen):

@@ -134,9 +134,9 @@ class Pipeline:
         return True
 
     def _write(self, batch: Batch, encoded: EncodedBatch) -> None:
-        last = LastBatch(file=batch.position.file, batch=batch.position.batch, crc32=zlib.crc32(encoded.tokens.data))
+        last = LastBatch(**batch.position._asdict(), crc32=zlib.crc32(encoded.tokens.data))
         before = self._journal.last_batch
-        if before is not None and (last.file, last.batch) == (before.file, before.batch):
+        if before is not None and batch.position == before.position:
             if last != before:  # it is read again for this comparison, and is written already
                 raise AsgoError(f"{batch.file}: not the text that the shards were begun with; pass --overwrite")
             return

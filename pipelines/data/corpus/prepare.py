@@ -18,8 +18,7 @@ from pipelines.data.corpus.folder import (
 )
 from pipelines.data.corpus.journal import Journal, save_journal
 from pipelines.data.corpus.pipeline import Pipeline, Status
-from pipelines.data.corpus.reader import BatchPosition
-from pipelines.data.corpus.sources import HUB, Corpus, Source, build_source
+from pipelines.data.corpus.sources import HUB, Corpus, Position, Source, build_source
 from pipelines.data.corpus.split import SplitWriter
 from pipelines.data.manifest import UNFINISHED, Manifest, write_manifest
 from pipelines.data.shards import MAX_SHARD_TOKENS
@@ -95,13 +94,13 @@ def prepare_corpus(
 
 
 def _recipe(source: Source, options: CorpusOptions) -> dict[str, str | int]:
-    return {
+    recipe: dict[str, str | int] = {
         "corpus": source.corpus.name,
         "source": HUB if source.folder is None else str(source.folder),
-        "subset": source.subset or "",
         "shards": options.shards,
         "shard_tokens": options.shard_tokens,
     }
+    return recipe if source.subset is None else {**recipe, "subset": source.subset}
 
 
 def _pinned(source: Source, journal: Journal | None) -> Source:
@@ -109,9 +108,10 @@ def _pinned(source: Source, journal: Journal | None) -> Source:
     return source if journal is None or source.folder is not None else replace(source, revision=journal.revision)
 
 
-def _start(journal: Journal | None) -> BatchPosition:
+def _start(journal: Journal | None) -> Position:
+    """The last batch that is written: read once more, it shows whether the source is still the same."""
     last = journal and journal.last_batch
-    return BatchPosition(last.file, last.batch) if last else BatchPosition(0, 0)
+    return last.position if last else Position(0, 0, 0)
 
 
 def _open(feed: Feed, stop: StopRequest, out: Path) -> str:

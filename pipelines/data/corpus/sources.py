@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import BinaryIO, NamedTuple
+
+import pyarrow
+from pyarrow import parquet
 
 from pipelines.data.documents import walk_files
 from pipelines.errors import UsageError
-
-if TYPE_CHECKING:
-    import pyarrow
 
 HUB = "hub"
 ROWS_IN_BATCH = 256
 _LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
 _SUFFIXES = (".parquet", *_LINE_SUFFIXES)
 _CONTACT_TIMEOUT_S = 5
-_READ_BYTES = 8 << 20
+_READ_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def open_source(source: Source) -> OpenSource:
     else:
         files = [str(path) for path in walk_files(source.folder, _SUFFIXES)]
     if not files:
-        raise UsageError(f"{source.folder}: no file in this folder ends in {', '.join(_SUFFIXES)}")
+        raise UsageError(f"no file in this folder ends in {', '.join(_SUFFIXES)}")
     return OpenSource(_digest_of_listing(source.folder, files), tuple(files))
 
 
@@ -116,7 +118,7 @@ def _files_of_subset(location: str, subset: str | None, revision: str | None) ->
     except ValueError as error:
         if "BuilderConfig" not in str(error):
             raise
-        raise UsageError(f"{location}: no subset {subset}; {_after('Available:', str(error))}") from None
+        raise UsageError(f"no subset {subset}; {_after('Available:', str(error))}") from None
     files = (builder.config.data_files or {}).get("train", [])
     return sorted(str(file) for file in files if str(file).lower().endswith(_SUFFIXES))
 
@@ -131,43 +133,67 @@ def _digest_of_listing(folder: Path, files: list[str]) -> str:
     return "files:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
-def layout_of(file: str) -> Literal["rows", "lines"]:
-    """Whether the batches of a file are rows of text, or lines of JSON that hold it."""
-    return "lines" if file.lower().endswith(_LINE_SUFFIXES) else "rows"
+class Position(NamedTuple):
+    """A batch in a source: the file, its row group (0 in files of lines), and the batch in that."""
+
+    file: int
+    group: int
+    batch: int
 
 
-def read_batches(file: str) -> Iterator[pyarrow.ChunkedArray]:
-    """The column "text" of a Parquet file, or the lines of a JSON lines file: `ROWS_IN_BATCH` at once, then the rest.
+@dataclass(frozen=True)
+class Rows:
+    """Some of the column "text", or of the lines of a JSON lines file: (rows,), the first of them number `first`."""
 
-    `file` is a path or an hf:// address. Only that column is read, a few megabytes at a time, whatever the size of
-    the file's row groups. Raises `UsageError` when there is no such column of strings.
+    position: Position
+    first: int
+    column: pyarrow.Array
+
+
+def holds_lines(file: str) -> bool:
+    """Whether a file is one of JSON lines, and not Parquet."""
+    return file.lower().endswith(_LINE_SUFFIXES)
+
+
+def read_file(file: str, start: Position) -> Iterator[Rows]:
+    """The rows of a file, `ROWS_IN_BATCH` at once at most, from the batch `start` of it on.
+
+    `file` is a path or an hf:// address, opened as `datasets` opens what it streams. Of Parquet only the column "text"
+    is read, from the row group of `start` on and a few megabytes at a time, whatever the size of the groups: the
+    library's own way to go on inside a file is to read that again from its beginning. Raises `UsageError` when there
+    is no such column of strings.
     """
-    from datasets import load_dataset
+    from datasets.utils.file_utils import xopen
 
-    keywords: dict[str, object]
-    if layout_of(file) == "lines":
-        keywords = {"path": "text"}
-    else:
-        keywords = {"path": "parquet", "columns": ["text"], **_parquet_options()}
-    stream = load_dataset(data_files={"train": [file]}, split="train", streaming=True, **keywords)
-    _require_text(file, stream.features)
-    for table in stream.with_format("arrow").iter(batch_size=ROWS_IN_BATCH):
-        yield table.column("text")
+    with xopen(file, "rb") as opened:
+        yield from _read_lines(file, opened, start) if holds_lines(file) else _read_parquet(opened, start)
 
 
-def _parquet_options() -> dict[str, object]:
-    from pyarrow.dataset import ParquetFragmentScanOptions
+def _read_parquet(opened: BinaryIO, start: Position) -> Iterator[Rows]:
+    with parquet.ParquetFile(opened, buffer_size=_READ_BYTES) as table:
+        _require_text(table.schema_arrow)
+        first = sum(table.metadata.row_group(group).num_rows for group in range(start.group))
+        for group in range(start.group, table.num_row_groups):
+            batches = table.iter_batches(ROWS_IN_BATCH, row_groups=[group], columns=["text"])
+            for number, batch in enumerate(batches):
+                position = Position(start.file, group, number)
+                if position >= start:
+                    yield Rows(position, first, batch.column(0))
+                first += len(batch)
 
-    options = ParquetFragmentScanOptions(use_buffered_stream=True, buffer_size=_READ_BYTES, pre_buffer=False)
-    return {"batch_size": ROWS_IN_BATCH, "fragment_scan_options": options}
+
+def _require_text(schema: pyarrow.Schema) -> None:
+    kind = schema.field("text").type if "text" in schema.names else None
+    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        raise UsageError(f'no column "text" of strings; it has {", ".join(map(str, schema))}')
 
 
-def _require_text(file: str, features: object) -> None:
-    from datasets import Features, Value
-
-    if features is None:  # lines of text, not looked at yet
-        return
-    assert isinstance(features, Features)
-    kind = features.get("text")
-    if not isinstance(kind, Value) or kind.dtype not in ("string", "large_string", "string_view"):
-        raise UsageError(f'{file}: no column "text" that holds strings')
+def _read_lines(file: str, opened: BinaryIO, start: Position) -> Iterator[Rows]:
+    lines = gzip.GzipFile(fileobj=opened) if file.lower().endswith(".gz") else opened
+    for number in itertools.count():
+        batch = list(itertools.islice(lines, ROWS_IN_BATCH))
+        if not batch:
+            return
+        if number >= start.batch:
+            column = pyarrow.array(batch, type=pyarrow.large_binary())
+            yield Rows(Position(start.file, 0, number), number * ROWS_IN_BATCH, column)

@@ -1,4 +1,6 @@
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,27 @@ def test_targets_are_the_inputs_shifted_by_one(data: TokenData):
     assert inputs.is_contiguous()
     assert targets.is_contiguous()
     assert torch.equal(targets, inputs + 1)  # the stream counts upwards
+
+
+def test_a_batch_costs_no_memory_but_its_own(make_folder: Callable[..., Path]):
+    data = open_token_data(make_folder(range(2000), *[np.arange(20_000)] * 3))
+    batches = TrainingBatches(data, context_length=1000, batch_size=32, seed=0)
+    batches.batch(0)
+    tracemalloc.start()  # it sees what numpy takes, and not torch's memory: the batch itself
+    inputs, _ = batches.batch(1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < inputs.numel() / 2  # even as 16-bit numbers, the tokens would take four times as much
+
+
+@pytest.mark.gpu
+def test_a_gpu_fetches_batches_from_where_they_were_made(data: TokenData):
+    plain, pinned = (TrainingBatches(data, CONTEXT, batch_size=5, seed=3, pinned=pinned) for pinned in (False, True))
+    for part, same in zip(pinned.batch(4), plain.batch(4), strict=True):
+        assert part.is_pinned()
+        assert not same.is_pinned()
+        assert torch.equal(part, same)
+    assert all(part.is_pinned() for part in next(validation_batches(data, CONTEXT, 3, 2, pinned=True)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -139,6 +162,15 @@ def test_an_evenly_spaced_choice_never_takes_a_window_twice(data: TokenData):
         assert len(set(starts)) == count
 
 
+def test_several_validation_shards_are_used_like_one(data: TokenData):
+    several = replace(data, validation=data.train)
+    read = [row for batch in validation_batches(several, CONTEXT, batch_size=5, batches=None) for row in rows(*batch)]
+    assert len(read) == 25 + 11 + 19
+    assert set(read) == windows_of_an_epoch()
+    chosen = [row for batch in validation_batches(several, CONTEXT, batch_size=5, batches=1) for row in rows(*batch)]
+    assert [read.index(row) for row in chosen] == [0, 13, 27, 40, 54]
+
+
 def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenData):
     TrainingBatches(data, 200, batch_size=1, seed=0)
     with pytest.raises(AsgoError, match=r"longest training shard has 201 tokens, .* length 201 takes 202"):
@@ -149,8 +181,8 @@ def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenD
 
 
 def test_opening_gives_what_training_needs(data: TokenData):
-    assert [len(shard) for shard in (data.validation, *data.train)] == list(SIZES)
-    assert all(isinstance(shard, np.memmap) for shard in (data.validation, *data.train))
+    assert [len(shard) for shard in (*data.validation, *data.train)] == list(SIZES)
+    assert all(isinstance(shard, np.memmap) for shard in (*data.validation, *data.train))
     assert data.vocab_size == 50_257
     assert data.tokenizer == {"name": "gpt2"}
     assert len(data.fingerprint) == 64

@@ -52,9 +52,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def texts_of(folder: Path) -> tuple[str, str]:
     data = open_token_data(folder)
     tokenizer = build_tokenizer(data.tokenizer)
-    (train,) = data.train
-    assert train[0] == data.validation[0] == tokenizer.end_of_text
-    return tokenizer.decode(train[1:]), tokenizer.decode(data.validation[1:])
+    (train,), (validation,) = data.train, data.validation
+    assert train[0] == validation[0] == tokenizer.end_of_text
+    return tokenizer.decode(train[1:]), tokenizer.decode(validation[1:])
 
 
 def test_the_last_tenth_validates(tmp_path: Path, server: str):

@@ -1,0 +1,91 @@
+"""What an error met while reading means for whoever waits: try again, or tell the user."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pyarrow
+
+from pipelines.errors import AsgoError
+
+_NO_CONTENT = (pyarrow.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why reading ended, and in which file, if in one.
+
+    What is `lasting` would be the same if tried again; `damaged` content may yet arrive whole.
+    """
+
+    text: str
+    kind: Literal["lasting", "damaged", "unreachable", "refused for now"]
+    file: str | None = None
+
+
+def failure_of(error: Exception, *, file: str | None, remote: bool) -> Failure:
+    """What `error`, met in `file`, is to the one who waits for the batches of a remote or a local source."""
+    failure = _remote_failure(error) if remote else _local_failure(error)
+    return replace(failure, file=file)
+
+
+def _local_failure(error: Exception) -> Failure:
+    if isinstance(error, AsgoError):
+        return Failure(str(error), "lasting")
+    text = _described(error)
+    return Failure(f"damaged file ({text})" if isinstance(error, _NO_CONTENT) else text, "lasting")
+
+
+def _remote_failure(error: Exception) -> Failure:
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, AsgoError):
+        return Failure(str(error), "lasting")
+    for cause in _causes(error):
+        if isinstance(cause, OfflineModeIsEnabled):
+            return Failure("HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or pass --source", "lasting")
+        if isinstance(cause, HfHubHTTPError):
+            return _answered(cause.response.status_code, _first_line(cause))
+        if isinstance(cause, DatasetNotFoundError):
+            return Failure(_first_line(cause), "lasting")
+        if isinstance(cause, (ConnectionError, TimeoutError)) or _is_transport_error(cause):
+            return Failure(_first_line(cause) or type(cause).__name__, "unreachable")
+    if isinstance(error, FileNotFoundError):
+        # What datasets makes of any answer but a good one, as long as it looks for the files.
+        return Failure(_described(error), "refused for now")
+    return Failure(_described(error), "damaged" if isinstance(error, (*_NO_CONTENT, OSError)) else "lasting")
+
+
+def _answered(status: int, text: str) -> Failure:
+    if status == 416:  # the file is shorter than the listing says
+        return Failure(f"HTTP 416: {text}", "damaged")
+    if status in (408, 429) or status >= 500:
+        return Failure(f"HTTP {status}: {text}", "refused for now")
+    return Failure(f"HTTP {status}: {text}", "lasting")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and those that it came from; the first one, of the network, says most."""
+    found = []
+    while error is not None:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return reversed(found)
+
+
+def _is_transport_error(error: BaseException) -> bool:
+    """By name, because the hub's client has changed its HTTP library from httpx to httpx2."""
+    return any(base.__name__ == "TransportError" for base in type(error).__mro__)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]
