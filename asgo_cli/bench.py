@@ -1,9 +1,10 @@
-"""`asgo bench`: the optimizers beside what else can be installed."""
+"""`asgo bench`: optimizers and data preparation, beside what else there is."""
 
 from __future__ import annotations
 
 import shlex
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Self
 
@@ -14,6 +15,7 @@ from asgo_cli import console
 from asgo_cli.options import Device
 
 if TYPE_CHECKING:
+    from pipelines.benchmarks.corpus import CorpusReport
     from pipelines.benchmarks.report import Measurement, Report
 
 app = typer.Typer(
@@ -28,6 +30,8 @@ OPTIMIZERS_EXAMPLES = (
     "Examples: `asgo bench optimizers`; `asgo bench optimizers --model gpt2 --optimizer asgo --optimizer torch.Muon`; "
     "`asgo bench optimizers --optimizer asgo:root_method=polar_express --optimizer heavyball.SOAP --json > bench.json`."
 )
+
+DATA_EXAMPLES = "Examples: `asgo bench data`; `asgo bench data articles.jsonl --workers 8 --json`."
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -87,6 +91,37 @@ def optimizers(
     else:
         _show(report)
     console.suggest_next(*_next_commands(model, optimizer or [], as_json))
+
+
+@app.command("data", epilog=DATA_EXAMPLES)
+def data(
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILE...]",
+            help="Text files or folders of them, as for `asgo data text`; without them, Python's own standard library.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokenizer processes.", show_default="one a processor")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything, each round too, as JSON.")] = False,
+) -> None:
+    """Time how text becomes token shards, and how shards become batches.
+
+    From a Parquet file to tokens on the disk, in turns: a plain multiprocessing.Pool that encodes a document a call and
+    returns lists, as public scripts have it, and asgo with tiktoken and, where it is installed, gigatoken.
+    """
+    from pipelines.benchmarks.corpus import bench_corpus
+
+    with _Progress() as progress:
+        report = bench_corpus(inputs or (), workers, repeats, progress.advance)
+    if as_json:
+        console.show_json(report.as_json())
+    else:
+        _show_corpus(report)
+    console.suggest_next("asgo data fineweb --shards 10")
 
 
 class _Progress:
@@ -155,6 +190,28 @@ def _show(report: Report) -> None:
     for each in report.measurements:
         if each.failed:
             console.warn(f"{each.name} failed: {each.failed}")
+
+
+def _show_corpus(report: CorpusReport) -> None:
+    console.show_table(
+        ["", "M tokens/s", "± %", f"× {report.contestants[0].name}"],
+        [
+            [each.name, _figure(each.median, 1e-6), f"{100 * each.spread:.0f}", _figure(report.speedup(each))]
+            for each in report.contestants
+        ],
+        title=f"{report.documents:,} documents, {report.bytes / 1e6:,.1f} MB; {report.workers} workers",
+    )
+    if not report.same_tokens:
+        console.warn("the tokens are not the same")
+    console.say(
+        "medians over the rounds; ±: half of what lies between the quartiles; "
+        f"{report.contestants[0].tokens:,} tokens, {'the same' if report.same_tokens else 'NOT the same'} from all"
+    )
+    times = report.batches_per_s / report.h100_tokens_per_s
+    console.say(
+        f"training batches, one thread: {report.batches_per_s / 1e6:,.1f} M tokens/s, {times:,.0f} times what an H100 "
+        f"consumes with GPT-2 124 M ({report.h100_tokens_per_s:,} a second)"
+    )
 
 
 def _row(report: Report, each: Measurement, has_peak: bool) -> list[str]:

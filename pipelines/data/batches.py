@@ -169,7 +169,8 @@ class _Windows:
 
 
 def _command_that_makes(folder: Path) -> str:
-    what = "shakespeare" if folder.name == "shakespeare_char" else "text FILE..."
+    known = {"shakespeare_char": "shakespeare", "fineweb": "fineweb", "openwebtext": "openwebtext"}
+    what = known.get(folder.name, "text FILE...")
     return f"asgo data {what} --out {shlex.quote(str(folder))}"
 
 

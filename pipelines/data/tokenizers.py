@@ -75,7 +75,7 @@ class Gpt2Tokenizer(Tokenizer):
 
     def encode(self, text: str) -> Tokens:
         try:
-            return _gpt2_encoding().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+            return gpt2_encoding().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from None
 
@@ -85,7 +85,7 @@ class Gpt2Tokenizer(Tokenizer):
             return list(pool.map(self.encode, texts))
 
     def _decode(self, tokens: list[int]) -> str:
-        return _gpt2_encoding().decode(tokens, errors="replace")
+        return gpt2_encoding().decode(tokens, errors="replace")
 
 
 class BytesTokenizer(Tokenizer):
@@ -184,7 +184,7 @@ def gpt2_table() -> bytes:
 
 
 @functools.cache
-def _gpt2_encoding() -> tiktoken.Encoding:
+def gpt2_encoding() -> tiktoken.Encoding:
     """GPT-2's encoding; built once a process, because decompressing and indexing the table takes 0.2 s."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import math
-import multiprocessing
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from pipelines.data.corpus.encode import EncodedBatch, begin_worker, best_backend, encode_in_worker
+from pipelines.data.corpus.encode import EncodedBatch
 from pipelines.data.corpus.feed import Feed
 from pipelines.data.corpus.journal import Journal, LastBatch, save_journal
 from pipelines.data.corpus.reader import Batch
 from pipelines.data.corpus.split import SplitWriter
+from pipelines.data.corpus.tokenizer_pool import TokenizerPool
 from pipelines.errors import AsgoError, RunInterrupted
 from pipelines.stopping import StopRequest
 
@@ -48,22 +46,22 @@ class Status:
 
 
 class Pipeline:
-    """Runs the tokenizer processes and writes what they give, in the order of the source; a context manager."""
+    """Hands batches to the tokenizers and writes what they give, in the order of the source."""
 
     def __init__(
         self,
         feed: Feed,
+        pool: TokenizerPool,
         writer: SplitWriter,
-        workers: int,
         folder: Path,
         journal: Journal,
         report: Callable[[Status], None],
     ) -> None:
         self.documents = journal.documents
         self._feed = feed
+        self._pool = pool
         self._writer = writer
-        self._workers = workers
-        self._window = 2 * workers + 2
+        self._window = 2 * pool.size + 2
         self._folder = folder
         self._journal = journal
         self._report = report
@@ -72,9 +70,6 @@ class Pipeline:
         self._clock = _Clock(writer.tokens)
         self._saved_at = time.monotonic()
         self._saved_shards = writer.finished_shards
-        self._pool = ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), initializer=begin_worker, initargs=(best_backend(),)
-        )
 
     def run(self, stop: StopRequest) -> None:
         """Go on until the training shards are full or the source ends. Raises as `prepare_corpus` says."""
@@ -95,12 +90,6 @@ class Pipeline:
             raise
         self._save()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
     def _kept(self) -> str:
         return f"{self._writer.tokens:,} of {self._writer.tokens_wanted:,} tokens are written; the same command goes on"
 
@@ -114,7 +103,7 @@ class Pipeline:
         if batch is None:
             return False
         self._clock.begin()
-        self._pending.append((batch, self._pool.submit(encode_in_worker, batch)))
+        self._pending.append((batch, self._pool.submit(batch)))
         return True
 
     def _write_one(self) -> bool:
@@ -123,7 +112,7 @@ class Pipeline:
             return False
         batch, future = self._pending[0]
         # With fewer batches on the way than tokenizers, it is the source that keeps the writer waiting.
-        cause = "tokenizing" if len(self._pending) >= self._workers else "reading"
+        cause = "tokenizing" if len(self._pending) >= self._pool.size else "reading"
         try:
             with self._clock.waiting_for(cause):
                 encoded = future.result(_POLL_S)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.data.corpus.encode import Backend
 from pipelines.data.corpus.feed import Feed
 from pipelines.data.corpus.folder import (
     clear,
@@ -20,6 +20,7 @@ from pipelines.data.corpus.journal import Journal, save_journal
 from pipelines.data.corpus.pipeline import Pipeline, Status
 from pipelines.data.corpus.sources import HUB, Corpus, Position, Source, build_source
 from pipelines.data.corpus.split import SplitWriter
+from pipelines.data.corpus.tokenizer_pool import TokenizerPool
 from pipelines.data.manifest import UNFINISHED, Manifest, write_manifest
 from pipelines.data.shards import MAX_SHARD_TOKENS
 from pipelines.data.tokenizers import Gpt2Tokenizer
@@ -33,7 +34,8 @@ _OPENING_POLL_S = 0.2
 class CorpusOptions:
     """`shards` training shards of `shard_tokens` tokens each; `source` is "hub" or a folder.
 
-    Without `subset`, the corpus's own; without `workers`, a tokenizer for each processor.
+    Without `subset`, the corpus's own; without `workers`, a tokenizer for each processor; without `backend`, gigatoken
+    where it is installed.
     """
 
     shards: int = 10
@@ -41,6 +43,7 @@ class CorpusOptions:
     subset: str | None = None
     source: str = HUB
     workers: int | None = None
+    backend: Backend | None = None
 
     def check(self) -> None:
         """Raise `UsageError` for figures out of range."""
@@ -82,7 +85,10 @@ def prepare_corpus(
             (out / UNFINISHED).unlink(missing_ok=True)
             return manifest
         journal = None if overwrite else unfinished_journal(out, recipe)
-        with Feed(_pinned(source, journal), _start(journal), notify) as feed:
+        with (
+            TokenizerPool(options.workers, options.backend) as pool,
+            Feed(_pinned(source, journal), _start(journal), notify) as feed,
+        ):
             revision = _open(feed, stop, out)
             if journal is None:
                 clear(out)
@@ -90,7 +96,7 @@ def prepare_corpus(
                 save_journal(out, journal)
             elif journal.revision != revision:
                 raise UsageError(f"{source.name}: the files are not those that {out} was begun with; pass --overwrite")
-            return _complete(feed, out, options, journal, report, stop)
+            return _complete(feed, pool, out, options, journal, report, stop)
 
 
 def _recipe(source: Source, options: CorpusOptions) -> dict[str, str | int]:
@@ -123,6 +129,7 @@ def _open(feed: Feed, stop: StopRequest, out: Path) -> str:
 
 def _complete(
     feed: Feed,
+    pool: TokenizerPool,
     out: Path,
     options: CorpusOptions,
     journal: Journal,
@@ -130,11 +137,10 @@ def _complete(
     stop: StopRequest,
 ) -> Manifest:
     corpus = feed.source.corpus
-    workers = options.workers or os.cpu_count() or 1
     try:
         with SplitWriter(out, options.shards, options.shard_tokens, corpus.validate_every, journal.writers) as writer:
-            with Pipeline(feed, writer, workers, out, journal, report) as pipeline:
-                pipeline.run(stop)
+            pipeline = Pipeline(feed, pool, writer, out, journal, report)
+            pipeline.run(stop)
             manifest = Manifest(
                 source=feed.source.name,
                 revision=journal.revision,

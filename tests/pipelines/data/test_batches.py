@@ -192,7 +192,7 @@ def test_opening_gives_what_training_needs(data: TokenData):
     ("name", "command"),
     [
         ("shakespeare_char", "asgo data shakespeare --out {}"),
-        ("fineweb", "asgo data text FILE... --out {}"),
+        ("fineweb", "asgo data fineweb --out {}"),
         ("my data", "asgo data text FILE... --out '{}'"),
     ],
 )

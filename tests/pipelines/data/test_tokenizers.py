@@ -83,7 +83,7 @@ def test_a_damaged_gpt2_table_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "table.xz").write_bytes(lzma.compress(bytes(table)))
     monkeypatch.setattr(tokenizers, "_GPT2_TABLE", tmp_path / "table.xz")
     with pytest.raises(AsgoError, match="damaged"):
-        tokenizers._gpt2_encoding.__wrapped__()
+        tokenizers.gpt2_encoding.__wrapped__()
 
 
 def test_bytes_are_utf8_and_broken_ones_are_shown_as_such():

@@ -1,0 +1,217 @@
+"""How fast text becomes token shards, beside the plain pool of processes of the public scripts."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from pipelines.benchmarks.batches import measure_batches
+from pipelines.data.corpus.encode import Backend, best_backend
+from pipelines.data.corpus.pipeline import Status
+from pipelines.data.corpus.prepare import CorpusOptions, prepare_corpus
+from pipelines.data.corpus.sources import FINEWEB, ROWS_IN_BATCH
+from pipelines.data.documents import find_files, read_documents
+from pipelines.data.shards import HEADER_BYTES
+from pipelines.data.tokenizers import Gpt2Tokenizer, gpt2_encoding
+from pipelines.errors import AsgoError
+
+POOL = "multiprocessing.Pool"
+H100_TOKENS_PER_S = 500_000
+"""What one H100 consumes when it trains GPT-2 124 M."""
+CONTEXT_LENGTH, BATCH_SIZE = 1024, 32
+
+_DOCUMENT_CHARACTERS = 4800  # the mean of FineWeb-Edu
+_BATCHES_S = 3.0
+_ENOUGH_SHARDS = 10_000  # the source ends before them
+_POOL_CHUNK = 16
+
+
+@dataclass
+class Contestant:
+    """One way to tokenize, the tokens a second of each round, and the digest of its tokens."""
+
+    name: str
+    tokens_per_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    digest: str = ""
+
+    @property
+    def median(self) -> float:
+        """Tokens a second."""
+        return statistics.median(self.tokens_per_s)
+
+    @property
+    def spread(self) -> float:
+        """Half of what lies between the quartiles, as a share of the median."""
+        if len(self.tokens_per_s) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.tokens_per_s, n=4, method="inclusive")
+        return (third - first) / 2 / self.median
+
+
+@dataclass(frozen=True)
+class CorpusReport:
+    """What was measured; the first contestant is the pool. `batches_per_s` is in tokens a second."""
+
+    workers: int
+    documents: int
+    bytes: int
+    contestants: tuple[Contestant, ...]
+    batches_per_s: float
+    h100_tokens_per_s: int = H100_TOKENS_PER_S
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether all contestants gave the same tokens."""
+        return len({contestant.digest for contestant in self.contestants}) == 1
+
+    def speedup(self, contestant: Contestant) -> float:
+        """How many times as fast as the pool: the median over the rounds."""
+        pairs = zip(contestant.tokens_per_s, self.contestants[0].tokens_per_s, strict=True)
+        return statistics.median(own / pool for own, pool in pairs)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain figures."""
+        return {
+            "workers": self.workers,
+            "documents": self.documents,
+            "bytes": self.bytes,
+            "same_tokens": self.same_tokens,
+            "tokenizing": [
+                {
+                    "name": contestant.name,
+                    "tokens": contestant.tokens,
+                    "tokens_per_s": contestant.tokens_per_s,
+                    "speedup": self.speedup(contestant),
+                }
+                for contestant in self.contestants
+            ],
+            "batches_tokens_per_s": self.batches_per_s,
+            "h100_tokens_per_s": self.h100_tokens_per_s,
+        }
+
+
+def bench_corpus(
+    inputs: Sequence[Path], workers: int | None, repeats: int, progress: Callable[[str, int, int], None]
+) -> CorpusReport:
+    """Time the whole way from a Parquet file to tokens on the disk, in turns, `repeats` rounds.
+
+    `inputs` are files or folders of text; without them, the sources of Python's standard library. Rates count from
+    the first tokens that are written: starting up is left out for all. `progress` is told (what, turns done, turns).
+    """
+    workers = workers or os.cpu_count() or 1
+    contestants = [Contestant(POOL), *(Contestant(f"asgo, {backend}") for backend in _backends())]
+    turns = [contestant for _ in range(repeats) for contestant in contestants]
+    with tempfile.TemporaryDirectory(prefix="asgo-bench-") as folder:
+        source = Path(folder, "text", "documents.parquet")
+        documents, size = _write_documents(inputs, source)
+        for done, contestant in enumerate(turns):
+            progress(contestant.name, done, len(turns) + 1)
+            _take_turn(contestant, source, Path(folder, "out"), workers, shard_tokens=max(1, size // 16))
+        progress("batches", len(turns), len(turns) + 1)
+        batches_per_s = measure_batches(None, CONTEXT_LENGTH, BATCH_SIZE, _BATCHES_S)
+    return CorpusReport(workers, documents, size, tuple(contestants), batches_per_s)
+
+
+def _backends() -> list[Backend]:
+    return ["tiktoken", "gigatoken"] if best_backend() == "gigatoken" else ["tiktoken"]
+
+
+def _write_documents(inputs: Sequence[Path], path: Path) -> tuple[int, int]:
+    """Write the text as a Parquet file like those of the hub; returns its documents and their bytes."""
+    texts = [text for text in (read_documents(find_files(inputs)) if inputs else _library()) if text.strip()]
+    path.parent.mkdir()
+    parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=4 * ROWS_IN_BATCH)
+    return len(texts), sum(len(text.encode()) for text in texts)
+
+
+def _library() -> Iterator[str]:
+    """Python's own sources, which every machine has, cut into documents of the usual length."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if "site-packages" in path.parts:
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for start in range(0, len(text), _DOCUMENT_CHARACTERS):
+            yield text[start : start + _DOCUMENT_CHARACTERS]
+
+
+def _take_turn(contestant: Contestant, source: Path, out: Path, workers: int, shard_tokens: int) -> None:
+    """Tokenize `source` once; what is written to `out` is hashed and removed."""
+    if contestant.name == POOL:
+        rate = _run_pool(source, out, workers)
+    else:
+        backend: Backend = "gigatoken" if contestant.name.endswith("gigatoken") else "tiktoken"
+        rate = _run_asgo(source.parent, out, workers, shard_tokens, backend)
+    digest, tokens = hashlib.sha256(), 0
+    for shard in sorted(out.glob("*.bin")):
+        content = np.fromfile(shard, dtype=np.uint16, offset=HEADER_BYTES)
+        digest.update(content.data)
+        tokens += len(content)
+    shutil.rmtree(out)
+    contestant.tokens_per_s.append(rate)
+    contestant.tokens, contestant.digest = tokens, digest.hexdigest()
+
+
+def _run_asgo(source: Path, out: Path, workers: int, shard_tokens: int, backend: Backend) -> float:
+    moments: list[tuple[float, int]] = []
+
+    def note(status: Status) -> None:
+        if status.tokens and (not moments or status.tokens > moments[-1][1]):
+            moments.append((time.perf_counter(), status.tokens))
+
+    options = CorpusOptions(
+        shards=_ENOUGH_SHARDS, shard_tokens=shard_tokens, source=str(source), workers=workers, backend=backend
+    )
+    prepare_corpus(FINEWEB, out, options, report=note, notify=lambda line: None)
+    return _rate(moments)
+
+
+def _run_pool(source: Path, out: Path, workers: int) -> float:
+    """As the public scripts do: a document a call, a list of integers back, one array to the disk."""
+    moments: list[tuple[float, int]] = []
+    tokens = np.empty(source.stat().st_size * 8, dtype=np.uint16)  # pages that are not written to take no memory
+    count = 0
+    with multiprocessing.get_context("spawn").Pool(workers, initializer=_encode_list, initargs=("",)) as pool:
+        for encoded in pool.imap(_encode_list, _documents(source), chunksize=_POOL_CHUNK):
+            tokens[count : count + len(encoded)] = encoded
+            count += len(encoded)
+            moments.append((time.perf_counter(), count))
+    out.mkdir()
+    with (out / "tokens.bin").open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        file.write(tokens[:count].data)
+    moments.append((time.perf_counter(), count))
+    return _rate(moments)
+
+
+def _documents(source: Path) -> Iterator[str]:
+    with parquet.ParquetFile(source) as table:
+        for batch in table.iter_batches(ROWS_IN_BATCH, columns=["text"]):
+            yield from batch.column(0).to_pylist()
+
+
+def _encode_list(text: str) -> list[int]:
+    return [Gpt2Tokenizer.end_of_text, *gpt2_encoding().encode_ordinary(text)]
+
+
+def _rate(moments: Sequence[tuple[float, int]]) -> float:
+    """Tokens a second between the first and the last moment of (seconds, tokens so far)."""
+    (began, first), (ended, last) = moments[0], moments[-1]
+    if last < 2 * first:
+        raise AsgoError("too little text to measure; give more of it")
+    return (last - first) / (ended - began)
