@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import signal
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +15,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
+from pipelines.data.corpus.child import begin_child
 from pipelines.data.corpus.reader import Batch
 from pipelines.data.manifest import DocumentCounts
 from pipelines.data.tokenizers import END_OF_TEXT, Gpt2Tokenizer, Tokens, gpt2_table
@@ -182,19 +179,10 @@ _encoder: BatchEncoder
 
 
 def begin_worker(backend: Backend) -> None:
-    """Set up a worker process: it leaves Ctrl-C to its parent, and ends when that is killed."""
+    """Set up a worker process."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    begin_child()
     _encoder = BatchEncoder(backend)
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def encode_in_worker(batch: Batch) -> EncodedBatch:

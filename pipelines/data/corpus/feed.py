@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -150,6 +151,8 @@ class Feed:
         if self.opened is not None and opened != self.opened:
             raise AsgoError(f"{self.source.name}: the files changed while they were being read")
         self.opened = opened
+        if self.source.folder is None:  # the hub's files may change; the next attempt takes these
+            self.source = replace(self.source, revision=opened.revision)
 
     def _check_patience(self, now: float) -> None:
         if not self._has_answered and now - self._begun_at > NO_NETWORK_S:

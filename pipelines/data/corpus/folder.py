@@ -28,10 +28,7 @@ def held_folder(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"{folder}: another process is preparing data in this folder") from None
+        _lock(folder, descriptor)
         try:
             yield
         finally:
@@ -39,6 +36,15 @@ def held_folder(folder: Path) -> Iterator[None]:
                 folder.rmdir()
     finally:
         os.close(descriptor)
+
+
+def _lock(folder: Path, descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another process is preparing data in this folder") from None
+    except OSError:
+        pass  # a file system without locks, as clusters have them
 
 
 def finished_manifest(folder: Path, recipe: Recipe) -> Manifest | None:

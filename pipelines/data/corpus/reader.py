@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from multiprocessing.connection import Connection
 import pyarrow
 import tqdm
 
+from pipelines.data.corpus.child import begin_child
 from pipelines.data.corpus.failure import Failure, failure_of
 from pipelines.data.corpus.sources import (
     OpenSource,
@@ -72,8 +72,7 @@ Message = OpenSource | Contact | Batch | Notice | Failure | End
 
 def read_source(connection: Connection, source: Source, start: Position) -> None:
     """The process's work: send `Contact`, `OpenSource`, each `Batch` from `start` on, and `End` or a `Failure`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    begin_child()
     os.environ.update(_ENVIRONMENT)
     # The lock that tqdm would make is shared between processes, and outlives one that is killed.
     tqdm.tqdm.set_lock(threading.RLock())
