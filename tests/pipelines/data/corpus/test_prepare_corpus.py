@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -54,6 +55,25 @@ def test_lines_of_json_give_the_same_bytes_as_rows_of_parquet(done: Path, texts:
     lines = write_mirror(tmp_path / "lines", texts, "jsonl")
     Preparation(FINEWEB, CorpusOptions(source=str(lines), **SMALL)).run(tmp_path / "out")
     assert shards_in(tmp_path / "out") == shards_in(done)
+
+
+def test_a_copy_of_the_repository_has_its_subsets_and_files_may_be_packed(
+    done: Path, texts: list[list[str]], tmp_path: Path
+):
+    copy = tmp_path / "copy"
+    write_mirror(copy / "data", [["of the whole, and not of the sample"]], "jsonl")
+    for path in write_mirror(copy / "sample", texts, "jsonl").iterdir():
+        (copy / "sample" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {part}/*\n"
+        for name, part in (("default", "data"), ("sample-10BT", "sample"))
+    )
+    (copy / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    Preparation(FINEWEB, CorpusOptions(source=str(copy), **SMALL)).run(tmp_path / "out")
+    assert shards_in(tmp_path / "out") == shards_in(done)
+    with pytest.raises(AsgoError, match=r"no subset sample; there are \['default', 'sample-10BT'\]"):
+        Preparation(FINEWEB, CorpusOptions(source=str(copy), subset="sample")).run(tmp_path / "other")
 
 
 def test_of_openwebtext_every_nth_document_validates(mirror: Path, texts: list[list[str]], tmp_path: Path):
