@@ -5,8 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -84,7 +83,8 @@ def optimizers(
     from pipelines.config import RuntimeSettings
 
     settings = BenchSettings(model, optimizer or (), repeats, budget, threads, RuntimeSettings(device=device or "auto"))
-    with _Progress() as progress:
+    progress = _Progress()
+    with progress.bar:
         report = bench_optimizers(settings, progress)
     if as_json:
         console.show_json(report.as_json())
@@ -115,7 +115,8 @@ def data(
     """
     from pipelines.benchmarks.corpus import bench_corpus
 
-    with _Progress() as progress:
+    progress = _Progress()
+    with progress.bar:
         report = bench_corpus(inputs or (), workers, repeats, progress.advance)
     if as_json:
         console.show_json(report.as_json())
@@ -125,11 +126,11 @@ def data(
 
 
 class _Progress:
-    """A bar of the turns on a terminal, and a line now and then elsewhere; a context manager."""
+    """A bar of the turns on a terminal, while `bar` is entered; a line now and then elsewhere."""
 
     def __init__(self) -> None:
         self._last_line_s = time.monotonic()
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TimeElapsedColumn(),
@@ -137,16 +138,7 @@ class _Progress:
             transient=True,
             disable=not console.words.is_terminal,
         )
-        self._task = self._bar.add_task("", total=None)
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self._task = self.bar.add_task("", total=None)
 
     def note(self, message: str) -> None:
         """Write a line above the bar."""
@@ -154,7 +146,7 @@ class _Progress:
 
     def advance(self, what: str, done: int, total: int) -> None:
         """Show what is being measured."""
-        self._bar.update(self._task, description=what, completed=done, total=total)
+        self.bar.update(self._task, description=what, completed=done, total=total)
         now = time.monotonic()
         if not console.words.is_terminal and now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
             self._last_line_s = now

@@ -6,8 +6,7 @@ import datetime
 import shlex
 import time
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Self
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
@@ -96,19 +95,20 @@ def openwebtext(
 def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool) -> None:
     from pipelines.data.corpus.prepare import prepare_corpus
 
-    with _CorpusProgress(options.shards + 1, "network" if options.source == "hub" else "disk") as progress:
+    progress = _CorpusProgress(options.shards + 1, "network" if options.source == "hub" else "disk")
+    with progress.bar:
         manifest = prepare_corpus(corpus, out, options, overwrite=overwrite, report=progress.show, notify=progress.note)
     summarize(manifest, out)
 
 
 class _CorpusProgress:
-    """Two live lines on a terminal, a plain one now and then elsewhere; a context manager."""
+    """Two live lines on a terminal, while `bar` is entered; a plain one now and then elsewhere."""
 
     def __init__(self, shards: int, medium: str) -> None:
         self._shards = shards
         self._medium = medium
         self._last_line_s = time.monotonic()
-        self._bar = _TwoLines(
+        self.bar = _TwoLines(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
@@ -117,16 +117,7 @@ class _CorpusProgress:
             transient=True,
             disable=not console.words.is_terminal,
         )
-        self._task = self._bar.add_task("opening", total=None, left="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self._task = self.bar.add_task("opening", total=None, left="")
 
     def note(self, message: str) -> None:
         """Write a line above the bar."""
@@ -135,8 +126,8 @@ class _CorpusProgress:
     def show(self, status: Status) -> None:
         """Move the bar; without a terminal, write a line now and then."""
         shard = f"shard {min(status.finished_shards + 1, self._shards)} of {self._shards}"
-        self._bar.below = self._figures(status)
-        self._bar.update(
+        self.bar.below = self._figures(status)
+        self.bar.update(
             self._task,
             description=shard,
             completed=status.tokens,

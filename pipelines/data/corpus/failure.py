@@ -6,12 +6,16 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow
 
 from pipelines.errors import AsgoError
 
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+_LOG_IN = "Whoever has access logs in with `hf auth login`, or sets HF_TOKEN"
 _NO_CONTENT = (pyarrow.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
 
@@ -50,9 +54,9 @@ def _remote_failure(error: Exception) -> Failure:
         if isinstance(cause, OfflineModeIsEnabled):
             return Failure("HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or pass --source", "lasting")
         if isinstance(cause, HfHubHTTPError):
-            return _answered(cause.response.status_code, _first_line(cause))
+            return _answered(cause)
         if isinstance(cause, DatasetNotFoundError):
-            return Failure(_first_line(cause), "lasting")
+            return Failure(f"{_first_line(cause)} {_LOG_IN}", "lasting")
         if isinstance(cause, (ConnectionError, TimeoutError)) or _is_transport_error(cause):
             return Failure(_first_line(cause) or type(cause).__name__, "unreachable")
     if isinstance(error, FileNotFoundError):
@@ -61,12 +65,25 @@ def _remote_failure(error: Exception) -> Failure:
     return Failure(_described(error), "damaged" if isinstance(error, (*_NO_CONTENT, OSError)) else "lasting")
 
 
-def _answered(status: int, text: str) -> Failure:
+def _answered(error: HfHubHTTPError) -> Failure:
+    status = error.response.status_code
+    text = f"HTTP {status} {error.response.reason_phrase}"
+    if error.server_message:
+        text += f": {' '.join(error.server_message.split())}"
     if status == 416:  # the file is shorter than the listing says
-        return Failure(f"HTTP 416: {text}", "damaged")
+        return Failure(text, "damaged")
     if status in (408, 429) or status >= 500:
-        return Failure(f"HTTP {status}: {text}", "refused for now")
-    return Failure(f"HTTP {status}: {text}", "lasting")
+        return Failure(text, "refused for now")
+    return Failure(f"{text}; {_advice_on_access(error)}" if status in (401, 403) else text, "lasting")
+
+
+def _advice_on_access(error: HfHubHTTPError) -> str:
+    from huggingface_hub.constants import ENDPOINT
+    from huggingface_hub.errors import GatedRepoError
+
+    if isinstance(error, GatedRepoError):
+        return f"ask for access at {ENDPOINT}/datasets/{error.repo_id}. {_LOG_IN}"
+    return _LOG_IN
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -117,8 +117,9 @@ class Feed:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe(duplex=False)[0:2]
-        self._reader = context.Process(target=read_source, args=(other_end, self.source, self._next), daemon=True)
-        self._reader.start()
+        reader = context.Process(target=read_source, args=(other_end, self.source, self._next), daemon=True)
+        reader.start()
+        self._reader = reader
         other_end.close()
         self._patience_ends = time.monotonic() + STALL_S
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from pipelines.data.corpus.sources import (
     read_file,
 )
 
+_FOLDERS_OF_URL = re.compile(r"https?://\S*/")
 _ENVIRONMENT = {
     "USE_TORCH": "0",  # datasets would import every framework it finds, only to look: 3 s and half a gigabyte
     "USE_TF": "0",
@@ -113,8 +115,14 @@ def _set_up_client(connection: Connection) -> None:
     datasets.disable_progress_bars()
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
-    for logger in (hub_logging.get_logger(), datasets.logging.get_logger("datasets")):
-        logger.handlers = [_Notices(connection)]
+    datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
+    datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
+    # What datasets says of trying again is not so.
+    for logger, handler in (
+        (hub_logging.get_logger(), _Notices(connection)),
+        (datasets.logging.get_logger("datasets"), logging.NullHandler()),
+    ):
+        logger.handlers = [handler]
         logger.propagate = False
 
 
@@ -124,9 +132,15 @@ class _Notices(logging.Handler):
     def __init__(self, connection: Connection) -> None:
         super().__init__(logging.WARNING)
         self._connection = connection
+        self._cause = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._connection.send(Notice(" ".join(record.getMessage().split())))
+        text = _FOLDERS_OF_URL.sub("", " ".join(record.getMessage().split()))
+        if "thrown while requesting" in text:
+            self._cause = f"{text}; "  # the next record tells of the pause, or this was the last attempt
+            return
+        self._connection.send(Notice(self._cause + text))
+        self._cause = ""
 
 
 def _serialize(column: pyarrow.Array) -> bytes:

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,9 @@ def _files_of_subset(location: str, subset: str | None, revision: str | None) ->
     from datasets import load_dataset_builder
 
     try:
-        builder = load_dataset_builder(location, name=subset, revision=revision)
+        # When the hub fails, datasets takes what it once stored of a dataset, and that has no list of files.
+        with tempfile.TemporaryDirectory(prefix="asgo-") as no_cache:
+            builder = load_dataset_builder(location, name=subset, revision=revision, cache_dir=no_cache)
     except ValueError as error:
         if "BuilderConfig" not in str(error):
             raise
