@@ -143,8 +143,8 @@ class _CorpusProgress:
     def _figures(self, status: Status) -> str:
         return (
             f"{status.documents:,} documents, {status.tokens / 1e6:,.1f} M tokens, "
-            f"{status.tokens_per_s / 1e6:.2f} M tokens/s; waiting {status.reading_share:.0%} for the {self._medium}, "
-            f"{status.tokenizing_share:.0%} for the tokenizer"
+            f"{status.tokens_per_s / 1e6:.2f} M tokens/s; "
+            f"waiting: {self._medium} {status.reading_share:.0%}, tokenizer {status.tokenizing_share:.0%}"
         )
 
 

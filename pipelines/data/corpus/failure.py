@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pyarrow
 
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -23,17 +23,21 @@ _NO_CONTENT = (pyarrow.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, V
 class Failure:
     """Why reading ended, and in which file, if in one.
 
-    What is `lasting` would be the same if tried again; `damaged` content may yet arrive whole.
+    What is `lasting` would be the same if tried again, and `usage` too until the options are others; `damaged` content
+    may yet arrive whole.
     """
 
     text: str
-    kind: Literal["lasting", "damaged", "unreachable", "refused for now"]
+    kind: Literal["usage", "lasting", "damaged", "unreachable", "refused for now"]
     file: str | None = None
 
 
 def failure_of(error: Exception, *, file: str | None, remote: bool) -> Failure:
     """What `error`, met in `file`, is to the one who waits for the batches of a remote or a local source."""
-    failure = _remote_failure(error) if remote else _local_failure(error)
+    if isinstance(error, UsageError):
+        failure = Failure(str(error), "usage")
+    else:
+        failure = _remote_failure(error) if remote else _local_failure(error)
     return replace(failure, file=file)
 
 

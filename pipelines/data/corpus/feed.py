@@ -22,14 +22,14 @@ from pipelines.data.corpus.reader import (
     read_source,
 )
 from pipelines.data.corpus.sources import OpenSource, Position, Source
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 
 ATTEMPTS = 8
 """Failures in a row, without one batch between them, after which a source is given up."""
 DAMAGED_ATTEMPTS = 3
 """The same for content that arrives, and is damaged."""
 PAUSES_S = (1, 2, 4, 8, 16, 32, 60)
-NO_NETWORK_S = 12.0
+NO_NETWORK_S = 10.0
 """How long a network that has never answered is waited for."""
 STALL_S = 120.0
 """How long a reader may bring nothing before it is taken for stuck."""
@@ -166,8 +166,8 @@ class Feed:
         self.close()
         self._failures += 1
         place = failure.file or self.source.name
-        if failure.kind == "lasting":
-            raise AsgoError(f"{place}: {failure.text}")
+        if failure.kind in ("usage", "lasting"):
+            raise (UsageError if failure.kind == "usage" else AsgoError)(f"{place}: {failure.text}")
         allowed = DAMAGED_ATTEMPTS if failure.kind == "damaged" else ATTEMPTS
         if self._failures >= allowed:
             raise AsgoError(
@@ -179,7 +179,8 @@ class Feed:
         if not self._has_answered and now + pause - self._begun_at > NO_NETWORK_S:
             raise self._no_network(failure.text)
         self._start_at = now + pause
-        self._notify(f"{failure.text}; attempt {self._failures + 1} of {allowed} in {pause} s")
+        where = f"{failure.file.rpartition('/')[2]}: " if failure.file else ""
+        self._notify(f"{where}{failure.text}; attempt {self._failures + 1} of {allowed} in {pause} s")
 
     def _no_network(self, why: str) -> AsgoError:
         from huggingface_hub.constants import ENDPOINT

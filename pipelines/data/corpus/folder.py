@@ -64,7 +64,7 @@ def unfinished_journal(folder: Path, recipe: Recipe) -> Journal | None:
     journal = load_journal(folder)
     if journal is not None:
         _require_same(folder, "unfinished", journal.recipe, recipe)
-    elif any(folder.iterdir()):
+    elif any(path.name != f".{UNFINISHED}.partial" for path in folder.iterdir()):  # the first one, never finished
         raise UsageError(f"{folder}: this folder is not empty; choose another --out, or pass --overwrite")
     return journal
 

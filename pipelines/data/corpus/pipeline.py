@@ -81,6 +81,8 @@ class Pipeline:
                     break
         except BrokenProcessPool:
             self._save()
+            if stop:  # it was sent to all processes, as some schedulers do
+                raise RunInterrupted(f"{stop.signal_name}: {self._kept()}") from None
             raise AsgoError(
                 f"a tokenizer process was lost (killed, perhaps for want of memory; fewer --workers need less): "
                 f"{self._kept()}"

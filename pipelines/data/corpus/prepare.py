@@ -123,7 +123,9 @@ def _start(journal: Journal | None) -> Position:
 def _open(feed: Feed, stop: StopRequest, out: Path) -> str:
     while (opened := feed.open(_OPENING_POLL_S)) is None:
         if stop:
-            raise RunInterrupted(f"{stop.signal_name} while {feed.source.name} was being opened")
+            raise RunInterrupted(
+                f"{stop.signal_name} while {feed.source.name} was being opened; the same command goes on"
+            )
     return opened.revision
 
 

@@ -92,9 +92,10 @@ def read_source(connection: Connection, source: Source, start: Position) -> None
 
 def _messages(connection: Connection, source: Source, start: Position) -> Iterator[Message]:
     if source.folder is None:
+        _take_notices(connection)
         current_revision(source)
         yield Contact()
-        _set_up_client(connection)
+        _set_up_datasets()
     opened = open_source(source)
     yield opened
     for index, file in enumerate(opened.files[start.file :], start=start.file):
@@ -107,23 +108,27 @@ def _messages(connection: Connection, source: Source, start: Position) -> Iterat
     yield End()
 
 
-def _set_up_client(connection: Connection) -> None:
-    """Let huggingface_hub try again, five times and telling of its pauses, and datasets around it not at all."""
-    import datasets
+def _take_notices(connection: Connection) -> None:
+    """Send what huggingface_hub says: it tries again, five times, and tells of its pauses."""
     from huggingface_hub.utils import logging as hub_logging
+
+    logger = hub_logging.get_logger()
+    logger.handlers = [_Notices(connection)]
+    logger.propagate = False
+
+
+def _set_up_datasets() -> None:
+    """Let it neither try again around huggingface_hub nor say that it does."""
+    import datasets
 
     datasets.disable_progress_bars()
     datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 1
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 0
     datasets.config.STREAMING_READ_SERVER_UNAVAILABLE_RETRY_INTERVAL = 0
     datasets.config.STREAMING_READ_RATE_LIMIT_RETRY_INTERVAL = 0
-    # What datasets says of trying again is not so.
-    for logger, handler in (
-        (hub_logging.get_logger(), _Notices(connection)),
-        (datasets.logging.get_logger("datasets"), logging.NullHandler()),
-    ):
-        logger.handlers = [handler]
-        logger.propagate = False
+    logger = datasets.logging.get_logger("datasets")
+    logger.handlers = [logging.NullHandler()]
+    logger.propagate = False
 
 
 class _Notices(logging.Handler):
@@ -135,9 +140,10 @@ class _Notices(logging.Handler):
         self._cause = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = _FOLDERS_OF_URL.sub("", " ".join(record.getMessage().split()))
+        text = " ".join(record.getMessage().split())
         if "thrown while requesting" in text:
-            self._cause = f"{text}; "  # the next record tells of the pause, or this was the last attempt
+            # The next record tells of the pause; if none comes, this was the last attempt.
+            self._cause = f"{_FOLDERS_OF_URL.sub('', text)}; "
             return
         self._connection.send(Notice(self._cause + text))
         self._cause = ""

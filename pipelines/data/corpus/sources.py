@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -30,8 +30,8 @@ _READ_BYTES = 2 << 20
 class Corpus:
     """A text collection of the Hugging Face hub.
 
-    Without `validate_every` the first shard of the stream validates; with it, every so manieth document, beginning
-    with the first.
+    Without `validate_every` the first shard of the stream validates; with it, the documents do whose number it divides,
+    counting from 0.
     """
 
     name: str
@@ -71,7 +71,7 @@ def build_source(corpus: Corpus, source: str, subset: str | None) -> Source:
     folder = Path(source).resolve()
     if not folder.is_dir():
         raise UsageError(f'--source {source}: no such folder; give "{HUB}" or a folder of .parquet or .jsonl files')
-    if (folder / "README.md").exists():
+    if _lists_subsets(folder):
         return Source(corpus, folder, subset or corpus.subset, None)
     if subset is not None:
         raise UsageError(
@@ -79,6 +79,12 @@ def build_source(corpus: Corpus, source: str, subset: str | None) -> Source:
             "or copy the repository's README.md, which lists the subsets, into it"
         )
     return Source(corpus, folder, None, None)
+
+
+def _lists_subsets(folder: Path) -> bool:
+    """Whether this is a copy of a repository of the hub, with the page that says which files belong to which subset."""
+    page = folder / "README.md"
+    return page.exists() and b"config_name:" in page.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,15 @@ def open_source(source: Source) -> OpenSource:
     """Find the files. Raises `UsageError` for an unknown subset and a folder without files."""
     if source.folder is None:
         revision = source.revision or current_revision(source)
-        return OpenSource(revision, tuple(_files_of_subset(source.corpus.repository, source.subset, revision)))
-    if source.subset is not None or (source.folder / "README.md").exists():
+        return OpenSource(revision, _files_of_subset(source.corpus.repository, source.subset, revision))
+    if _lists_subsets(source.folder):
         files = _files_of_subset(str(source.folder), source.subset, None)
     else:
-        files = [str(path) for path in walk_files(source.folder, _SUFFIXES)]
-    if not files:
-        raise UsageError(f"no file in this folder ends in {', '.join(_SUFFIXES)}")
-    return OpenSource(_digest_of_listing(source.folder, files), tuple(files))
+        files = _require_some(str(path) for path in walk_files(source.folder, _SUFFIXES))
+    return OpenSource(_digest_of_listing(source.folder, files), files)
 
 
-def _files_of_subset(location: str, subset: str | None, revision: str | None) -> list[str]:
+def _files_of_subset(location: str, subset: str | None, revision: str | None) -> tuple[str, ...]:
     from datasets import load_dataset_builder
 
     try:
@@ -123,14 +127,21 @@ def _files_of_subset(location: str, subset: str | None, revision: str | None) ->
             raise
         raise UsageError(f"no subset {subset}; {_after('Available:', str(error))}") from None
     files = (builder.config.data_files or {}).get("train", [])
-    return sorted(str(file) for file in files if str(file).lower().endswith(_SUFFIXES))
+    return _require_some(sorted(str(file) for file in files if str(file).lower().endswith(_SUFFIXES)))
+
+
+def _require_some(files: Iterable[str]) -> tuple[str, ...]:
+    found = tuple(files)
+    if not found:
+        raise UsageError(f"there is no file that ends in {', '.join(_SUFFIXES)}")
+    return found
 
 
 def _after(mark: str, message: str) -> str:
     return "there are" + message.split(mark, 1)[1] if mark in message else " ".join(message.split())
 
 
-def _digest_of_listing(folder: Path, files: list[str]) -> str:
+def _digest_of_listing(folder: Path, files: Sequence[str]) -> str:
     """Names and sizes: to read gigabytes only to see whether they have changed would take too long."""
     listing = [(Path(file).relative_to(folder).as_posix(), Path(file).stat().st_size) for file in files]
     return "files:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()

@@ -20,8 +20,8 @@ from pipelines.errors import AsgoError
 class SplitWriter:
     """Writes batches of documents to the validation shard 0 and to `shards` training shards; a context manager.
 
-    Without `validate_every` the first `shard_tokens` tokens validate. With it, document 0 and every so manieth after
-    it do, up to where the last training shard is full.
+    Without `validate_every` the first `shard_tokens` tokens validate. With it, the documents do whose number it
+    divides, up to where the last training shard is full.
     """
 
     def __init__(

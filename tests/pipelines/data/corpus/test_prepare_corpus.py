@@ -232,7 +232,7 @@ def test_wrong_options_are_refused_before_anything_is_made(options: dict, expect
         ("a.jsonl", b'{"text": "fine"}\n{"text": "torn', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl, line 1: not valid JSON ('utf-8' codec"),
         ("a.jsonl.gz", b"\x1f\x8b and then nonsense", "a.jsonl.gz: damaged file"),
-        ("a.doc", b"", "no file in this folder ends in .parquet, .jsonl, .jsonl.gz"),
+        ("a.doc", b"", "there is no file that ends in .parquet, .jsonl, .jsonl.gz"),
     ],
 )
 def test_a_damaged_source_is_named_at_once(name: str, content: bytes, expected: str, tmp_path: Path):
