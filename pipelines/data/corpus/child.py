@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from multiprocessing import parent_process
+from collections.abc import Iterator
+from multiprocessing import parent_process, resource_tracker
+
+
+@contextlib.contextmanager
+def ctrl_c_held_back() -> Iterator[None]:
+    """A process started in here meets no Ctrl-C before `begin_child`, which would end it with a traceback."""
+    resource_tracker.ensure_running()  # comes before the first process, and would let Ctrl-C through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def begin_child() -> None:

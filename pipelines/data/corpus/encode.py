@@ -15,7 +15,6 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from pipelines.data.corpus.child import begin_child
 from pipelines.data.corpus.reader import Batch
 from pipelines.data.manifest import DocumentCounts
 from pipelines.data.tokenizers import END_OF_TEXT, Gpt2Tokenizer, Tokens, gpt2_table
@@ -173,18 +172,3 @@ def _with_end_of_text(flat: NDArray[np.unsignedinteger[Any]], starts: NDArray[np
     tokens[of_text] = flat
     tokens[~of_text] = Gpt2Tokenizer.end_of_text
     return tokens
-
-
-_encoder: BatchEncoder
-
-
-def begin_worker(backend: Backend) -> None:
-    """Set up a worker process."""
-    global _encoder
-    begin_child()
-    _encoder = BatchEncoder(backend)
-
-
-def encode_in_worker(batch: Batch) -> EncodedBatch:
-    """`BatchEncoder.encode` with the worker's own encoder."""
-    return _encoder.encode(batch)

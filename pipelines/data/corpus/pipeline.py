@@ -8,9 +8,8 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import BrokenExecutor, Future
 from concurrent.futures import TimeoutError as NotYet
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +78,7 @@ class Pipeline:
                     raise RunInterrupted(f"{stop.signal_name}: {self._kept()}")
                 if not self._submit_one() and not self._write_one() and self._feed.ended:
                     break
-        except BrokenProcessPool:
+        except BrokenExecutor:
             self._save()
             if stop:  # it was sent to all processes, as some schedulers do
                 raise RunInterrupted(f"{stop.signal_name}: {self._kept()}") from None

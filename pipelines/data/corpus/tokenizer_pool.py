@@ -2,38 +2,94 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from pipelines.data.corpus.encode import Backend, EncodedBatch, begin_worker, best_backend, encode_in_worker
+from pipelines.data.corpus.child import begin_child, ctrl_c_held_back
+from pipelines.data.corpus.encode import Backend, BatchEncoder, EncodedBatch, best_backend
 from pipelines.data.corpus.reader import Batch
 
 
 class TokenizerPool:
     """`size` processes that encode batches; a context manager that ends them. They start at once, in the background.
 
-    Without `workers`, one a processor; without `backend`, gigatoken where it is installed.
+    Without `workers`, one a processor; without `backend`, gigatoken where it is installed. Each process has a pipe and
+    a thread that waits at it. In the pipe that the processes of the standard library's pool share, one that is killed
+    while it sends leaves half a message, of which nobody can ever read the rest.
     """
 
     def __init__(self, workers: int | None, backend: Backend | None) -> None:
         self.size = workers or os.cpu_count() or 1
-        self._executor = ProcessPoolExecutor(
-            self.size,
-            multiprocessing.get_context("spawn"),
-            initializer=begin_worker,
-            initargs=(backend or best_backend(),),
-        )
-        self._executor.submit(int)  # the first task starts all processes, while the source is being opened
+        self._tokenizers = [_Tokenizer(backend or best_backend()) for _ in range(self.size)]
+        self._idle: SimpleQueue[_Tokenizer] = SimpleQueue()
+        for tokenizer in self._tokenizers:
+            self._idle.put(tokenizer)
+        self._threads = ThreadPoolExecutor(self.size)
 
     def submit(self, batch: Batch) -> Future[EncodedBatch]:
-        """Have a batch encoded. The future raises what `BatchEncoder.encode` raises, or `BrokenProcessPool`."""
-        return self._executor.submit(encode_in_worker, batch)
+        """Have a batch encoded. The future raises what `BatchEncoder.encode` raises, or `BrokenExecutor`."""
+        return self._threads.submit(self._encode, batch)
+
+    def _encode(self, batch: Batch) -> EncodedBatch:
+        tokenizer = self._idle.get()
+        try:
+            return tokenizer.encode(batch)
+        finally:
+            self._idle.put(tokenizer)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for tokenizer in self._tokenizers:
+            tokenizer.close()
+
+
+class _Tokenizer:
+    """One process and the pipe to it."""
+
+    def __init__(self, backend: Backend) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(other_end, backend), daemon=True)
+        with ctrl_c_held_back():
+            self._process.start()
+        other_end.close()
+
+    def encode(self, batch: Batch) -> EncodedBatch:
+        try:
+            self._connection.send(batch)
+            reply: EncodedBatch | Exception = self._connection.recv()
+        except (EOFError, OSError):
+            raise BrokenExecutor from None
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def close(self) -> None:
+        self._connection.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _work(connection: Connection, backend: Backend) -> None:
+    """The process's work: a batch in, its tokens or an error out, until nobody is at the other end."""
+    begin_child()
+    encoder = BatchEncoder(backend)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            connection.send(_reply(encoder, connection.recv()))
+
+
+def _reply(encoder: BatchEncoder, batch: Batch) -> EncodedBatch | Exception:
+    try:
+        return encoder.encode(batch)
+    except Exception as error:
+        return error
