@@ -94,10 +94,19 @@ def openwebtext(
 
 def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool) -> None:
     from pipelines.data.corpus.prepare import prepare_corpus
+    from pipelines.data.manifest import UNFINISHED
+    from pipelines.errors import AsgoError
 
     progress = _CorpusProgress(options.shards + 1, "network" if options.source == "hub" else "disk")
-    with progress.bar:
-        manifest = prepare_corpus(corpus, out, options, overwrite=overwrite, report=progress.show, notify=progress.note)
+    try:
+        with progress.bar:
+            manifest = prepare_corpus(
+                corpus, out, options, overwrite=overwrite, report=progress.show, notify=progress.note
+            )
+    except AsgoError:
+        if overwrite and (out / UNFINISHED).exists():
+            console.say("to go on, and not to start again, leave --overwrite out")
+        raise
     summarize(manifest, out)
 
 

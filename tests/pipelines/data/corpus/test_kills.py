@@ -243,6 +243,15 @@ def test_a_signal_to_all_processes_is_an_interruption(number: signal.Signals, st
     assert "Traceback" not in "".join(words)
 
 
+def test_who_began_with_overwrite_is_told_how_to_go_on_and_not_to_begin_again(start: Start, tmp_path: Path) -> None:
+    run = start("fineweb", tmp_path / "out", "--overwrite")
+    run.wait_until_writing()
+    run.process.terminate()
+    code, words = run.end()
+    assert code == 75
+    assert words[-2] == "to go on, and not to start again, leave --overwrite out"
+
+
 # A disk of memory, too small at first, that only the processes started here see.
 SMALL_DISK = """
 mount -t tmpfs -o size=500k tmpfs "$0" || exit 99
