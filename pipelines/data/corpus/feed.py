@@ -30,7 +30,7 @@ ATTEMPTS = 8
 DAMAGED_ATTEMPTS = 3
 """The same for content that arrives, and is damaged."""
 PAUSES_S = (1, 2, 4, 8, 16, 32, 60)
-NO_NETWORK_S = 10.0
+NO_NETWORK_S = 8.0
 """How long a network that has never answered is waited for."""
 STALL_S = 120.0
 """How long a reader may bring nothing before it is taken for stuck."""
