@@ -86,16 +86,17 @@ def measure_kills(options: argparse.Namespace, mirror: Path) -> bool:
     if undisturbed.process.wait():
         sys.exit(undisturbed.log.read_text())
     run = Run(options, mirror, options.folder / "killed")
-    folders, bad = 1, list[str]()
-    for number in range(1, options.count + 1):
-        while ended_before(run, pause := random.uniform(0, options.longest)):
+    folders, number, bad = 1, 0, list[str]()
+    while number < options.count:
+        if ended_before(run, pause := random.uniform(0, options.longest)):
             if run.process.returncode == 0:
                 folders, bad = folders + 1, bad + differences(run, undisturbed)
                 shutil.rmtree(run.out)
             run = Run(options, mirror, run.out)
-        killed = random.choice([(pid, kind) for pid, kind in run.kinds() if kind != "tracker"])
-        say(f"{number:3}: {killed[1]:9} after {pause:4.1f} s, {run.tokens():,} tokens in files")
-        bad += kill(run, *killed)
+        elif alive := [(pid, kind) for pid, kind in run.kinds() if kind != "tracker"]:  # else it has just ended
+            number, killed = number + 1, random.choice(alive)
+            say(f"{number:3}: {killed[1]:9} after {pause:4.1f} s, {run.tokens():,} tokens in files")
+            bad += kill(run, *killed)
     if run.process.wait() != 0:
         run = Run(options, mirror, run.out)
         run.process.wait()
