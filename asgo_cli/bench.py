@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from asgo_cli import console
+from asgo_cli import bench_data, console
 from asgo_cli.options import Device
+from asgo_cli.progress import TurnsProgress
 
 if TYPE_CHECKING:
-    from pipelines.benchmarks.corpus import CorpusReport
     from pipelines.benchmarks.report import Measurement, Report
 
 app = typer.Typer(
@@ -29,10 +26,6 @@ OPTIMIZERS_EXAMPLES = (
     "Examples: `asgo bench optimizers`; `asgo bench optimizers --model gpt2 --optimizer asgo --optimizer torch.Muon`; "
     "`asgo bench optimizers --optimizer asgo:root_method=polar_express --optimizer heavyball.SOAP --json > bench.json`."
 )
-
-DATA_EXAMPLES = "Examples: `asgo bench data`; `asgo bench data articles.jsonl --workers 8 --json`."
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 @app.callback(invoke_without_command=True)
@@ -83,7 +76,7 @@ def optimizers(
     from pipelines.config import RuntimeSettings
 
     settings = BenchSettings(model, optimizer or (), repeats, budget, threads, RuntimeSettings(device=device or "auto"))
-    progress = _Progress()
+    progress = TurnsProgress()
     with progress.bar:
         report = bench_optimizers(settings, progress)
     if as_json:
@@ -91,66 +84,6 @@ def optimizers(
     else:
         _show(report)
     console.suggest_next(*_next_commands(model, optimizer or [], as_json))
-
-
-@app.command("data", epilog=DATA_EXAMPLES)
-def data(
-    inputs: Annotated[
-        list[Path] | None,
-        typer.Argument(
-            metavar="[FILE...]",
-            help="Text files or folders of them, as for `asgo data text`; without them, Python's own standard library.",
-        ),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokenizer processes.", show_default="one a processor")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything, each round too, as JSON.")] = False,
-) -> None:
-    """Time how text becomes token shards, and how shards become batches.
-
-    From a Parquet file to tokens on the disk, in turns: a plain multiprocessing.Pool that encodes a document a call and
-    returns lists, as public scripts have it, and asgo with tiktoken and, where it is installed, gigatoken.
-    """
-    from pipelines.benchmarks.corpus import bench_corpus
-
-    progress = _Progress()
-    with progress.bar:
-        report = bench_corpus(inputs or (), workers, repeats, progress.advance)
-    if as_json:
-        console.show_json(report.as_json())
-    else:
-        _show_corpus(report)
-    console.suggest_next("asgo data fineweb --shards 10")
-
-
-class _Progress:
-    """A bar of the turns on a terminal, while `bar` is entered; a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._last_line_s = time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=console.words,
-            transient=True,
-            disable=not console.words.is_terminal,
-        )
-        self._task = self.bar.add_task("", total=None)
-
-    def note(self, message: str) -> None:
-        """Write a line above the bar."""
-        console.say(message)
-
-    def advance(self, what: str, done: int, total: int) -> None:
-        """Show what is being measured."""
-        self.bar.update(self._task, description=what, completed=done, total=total)
-        now = time.monotonic()
-        if not console.words.is_terminal and now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
-            self._last_line_s = now
-            console.say(f"{what} ({done} of {total} done)")
 
 
 def _show(report: Report) -> None:
@@ -184,53 +117,21 @@ def _show(report: Report) -> None:
             console.warn(f"{each.name} failed: {each.failed}")
 
 
-def _show_corpus(report: CorpusReport) -> None:
-    console.show_table(
-        ["", "M tokens/s", "± %", f"× {report.contestants[0].name}"],
-        [
-            [each.name, _figure(each.median, 1e-6), f"{100 * each.spread:.0f}", _figure(report.speedup(each))]
-            for each in report.contestants
-        ],
-        title=f"{report.documents:,} documents, {report.bytes / 1e6:,.1f} MB; {report.workers} workers",
-    )
-    if not report.same_tokens:
-        console.warn("the tokens are not the same")
-    console.say(
-        "medians over the rounds; ±: half of what lies between the quartiles; "
-        f"{report.contestants[0].tokens:,} tokens, {'the same' if report.same_tokens else 'NOT the same'} from all"
-    )
-    times = report.batches_per_s / report.h100_tokens_per_s
-    console.say(
-        f"training batches, one thread: {report.batches_per_s / 1e6:,.1f} M tokens/s, {times:,.0f} times what an H100 "
-        f"consumes with GPT-2 124 M ({report.h100_tokens_per_s:,} a second)"
-    )
-
-
 def _row(report: Report, each: Measurement, has_peak: bool) -> list[str]:
     state = None if each.state_bytes is None else each.state_bytes / report.parameters
     peak = None if each.peak_bytes is None else each.peak_bytes / 1e6
     return [
         each.name,
-        "failed" if each.failed else _figure(each.median_s, 1e3),
+        "failed" if each.failed else console.figure(each.median_s, 1e3),
         "" if each.spread is None else f"{100 * each.spread:.0f}",
-        _figure(each.ratio_to(report.baseline)),
-        *([] if report.torch_muon is None else [_figure(each.ratio_to(report.torch_muon))]),
-        _figure(each.first_step_s, 1e3),
-        _figure(state),
-        *[_figure(peak)] * has_peak,
+        console.figure(each.ratio_to(report.baseline)),
+        *([] if report.torch_muon is None else [console.figure(each.ratio_to(report.torch_muon))]),
+        console.figure(each.first_step_s, 1e3),
+        console.figure(state),
+        *[console.figure(peak)] * has_peak,
         "" if each.error is None else f"{each.error:.0e}",
         "" if each.failed else f"{len(each.samples)}" if each.samples else "1*",
     ]
-
-
-def _figure(value: float | None, scale: float = 1.0) -> str:
-    """Three digits, two below 1."""
-    if value is None:
-        return ""
-    scaled = scale * value
-    if scaled < 1:
-        return f"{scaled:.2g}"
-    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.1f}" if scaled >= 10 else f"{scaled:.2f}"
 
 
 def _next_commands(model: str, names: list[str], as_json: bool) -> list[str]:
@@ -240,3 +141,8 @@ def _next_commands(model: str, names: list[str], as_json: bool) -> list[str]:
     if not as_json:
         commands.append(f"asgo bench optimizers --model {shlex.quote(model)}{chosen} --json > bench.json")
     return commands
+
+
+app.command("data", epilog=bench_data.DATA_EXAMPLES)(bench_data.data)
+app.command("loader", epilog=bench_data.LOADER_EXAMPLES)(bench_data.loader)
+app.command("archives", epilog=bench_data.ARCHIVES_EXAMPLES)(bench_data.archives)

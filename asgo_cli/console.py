@@ -60,3 +60,13 @@ def show_json(value: object) -> None:
     """One JSON document on stdout; figures read back as the same floats. `ValueError` for one that is not finite."""
     json.dump(value, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
+
+
+def figure(value: float | None, scale: float = 1.0) -> str:
+    """Three digits, two below 1."""
+    if value is None:
+        return ""
+    scaled = scale * value
+    if scaled < 1:
+        return f"{scaled:.2g}"
+    return f"{scaled:,.0f}" if scaled >= 100 else f"{scaled:.1f}" if scaled >= 10 else f"{scaled:.2f}"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from asgo_cli import console, corpus, data_folder
+from asgo_cli import console, corpus, data_folder, imagenet
 
 app = typer.Typer(
     help="Prepare and check data.",
@@ -128,5 +128,6 @@ def _lines() -> Callable[[str, int, int | None], None]:
 
 app.command("fineweb", epilog=corpus.FINEWEB_EXAMPLES)(corpus.fineweb)
 app.command("openwebtext", epilog=corpus.OPENWEBTEXT_EXAMPLES)(corpus.openwebtext)
+app.command("imagenet", epilog=imagenet.EXAMPLES)(imagenet.imagenet)
 app.command("info", epilog=data_folder.INFO_EXAMPLES)(data_folder.info)
 app.command("verify", epilog=data_folder.VERIFY_EXAMPLES)(data_folder.verify)

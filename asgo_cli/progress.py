@@ -1,4 +1,4 @@
-"""How a training run looks while it goes: a live line on a terminal, plain lines elsewhere."""
+"""How training runs and benchmarks look while they go: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from asgo_cli import console
 
@@ -14,18 +21,21 @@ if TYPE_CHECKING:
     from pipelines.training.metrics import Row
 
 _PLAIN_INTERVAL_S = 30.0
+_TURNS_INTERVAL_S = 10.0
 
 
-def figures(row: Row) -> str:
-    """The figures of a training row in a few words."""
-    return f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['throughput']:,.0f} tok/s"
+def figures(row: Row, unit: str) -> str:
+    """The figures of a training row in a few words; `unit` is what its throughput counts."""
+    accuracy = f"  top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
+    return f"loss {row['loss']:.4f}{accuracy}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
 
 
 class TrainingProgress:
     """Draws the events of a training run on stderr; a context manager."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unit: str = "tok") -> None:
         self._name = name
+        self._unit = unit
         self._total = 0
         self._validation = "-"
         self._last_line_s = 0.0
@@ -56,19 +66,48 @@ class TrainingProgress:
 
     def trained(self, row: Row) -> None:
         """Move the bar; without a terminal, write a line now and then."""
-        text = f"{figures(row)}  val {self._validation}"
+        text = f"{figures(row, self._unit)}  val {self._validation}"
         self._progress.update(self._bar, completed=row["step"], figures=text)
         now = time.monotonic()
         if not console.words.is_terminal and now - self._last_line_s >= _PLAIN_INTERVAL_S:
             self._last_line_s = now
-            console.say(f"{self._name}  step {row['step']}/{self._total}  {figures(row)}")
+            console.say(f"{self._name}  step {row['step']}/{self._total}  {figures(row, self._unit)}")
 
     def validated(self, row: Row) -> None:
         """Show the new validation loss."""
-        self._validation = f"{row['loss']:.4f}"
+        accuracy = f", top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
+        self._validation = f"{row['loss']:.4f}{accuracy}"
         if not console.words.is_terminal:
             console.say(f"{self._name}  step {row['step']}/{self._total}  val {self._validation}")
 
     def note(self, message: str) -> None:
         """Write a line above the bar."""
         console.say(message)
+
+
+class TurnsProgress:
+    """A bar of the turns on a terminal, while `bar` is entered; a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._last_line_s = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            console=console.words,
+            transient=True,
+            disable=not console.words.is_terminal,
+        )
+        self._task = self.bar.add_task("", total=None)
+
+    def note(self, message: str) -> None:
+        """Write a line above the bar."""
+        console.say(message)
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """Show what is being measured."""
+        self.bar.update(self._task, description=what, completed=done, total=total)
+        now = time.monotonic()
+        if not console.words.is_terminal and now - self._last_line_s >= _TURNS_INTERVAL_S:
+            self._last_line_s = now
+            console.say(f"{what} ({done} of {total} done)")

@@ -1,4 +1,4 @@
-"""`asgo train gpt`."""
+"""`asgo train gpt` and `asgo train imagenet`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train a model with one of the optimizers.", rich_markup_mode=None)
 
-_DEFAULT_PRESET = "asro-gpt"
-_EXAMPLES = (
+_UNITS = {"gpt": "tokens", "imagenet": "images"}
+_SHORT_UNITS = {"gpt": "tok", "imagenet": "img"}
+_DEFAULT_PRESETS = {"gpt": "asro-gpt", "imagenet": "asro-imagenet"}
+_GPT_EXAMPLES = (
     "Examples: `asgo train gpt --preset tiny --data data/text --optimizer asgo`; "
     "`asgo train gpt --resume --out runs/tiny-asgo-s42`; `--set schedule.kind=linear` sets any key of `--print-config`."
+)
+_IMAGENET_EXAMPLES = (
+    "Examples: `asgo train imagenet --optimizer accasro`; `asgo train imagenet --model resnet50 --optimizer asgo "
+    "--set data.transform=standard --set data.resolution=224`."
 )
 
 
@@ -31,39 +37,52 @@ def _group(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-@app.command("gpt", epilog=_EXAMPLES)
+OptimizerOption = Annotated[
+    str | None,
+    typer.Option(
+        help="asgo, dasgo, muon, shampoo, asro, accasro, adam, adamw, amsgrad, radam, rmsprop, adagrad, "
+        "sgd-momentum or sgd-nesterov."
+    ),
+]
+StepsOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+LrOption = Annotated[float | None, typer.Option(help="Peak learning rate.")]
+SeedOption = Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.")]
+OutOption = Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET-OPTIMIZER-sSEED if absent.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the newest good checkpoint; begin if there is none.")
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="TOML file laid over the preset.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key, such as training.steps=100.")
+]
+CompileOption = Annotated[
+    bool | None, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
+]
+PrintConfigOption = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
+]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and exit.")]
+
+
+@app.command("gpt", epilog=_GPT_EXAMPLES)
 def gpt(
     preset: Annotated[
         str | None, typer.Option(help="Settings to begin with: asro-gpt (the default), asgo-gpt2, asgo-nanogpt, tiny.")
     ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(
-            help="asgo, dasgo, muon, shampoo, asro, accasro, adam, adamw, amsgrad, radam, rmsprop, adagrad, "
-            "sgd-momentum or sgd-nesterov."
-        ),
-    ] = None,
+    optimizer: OptimizerOption = None,
     data: Annotated[Path | None, typer.Option(help="Folder of token shards, made by `asgo data`.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: StepsOption = None,
+    lr: LrOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all processes.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET-OPTIMIZER-sSEED if absent.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest good checkpoint; begin if there is none.")
-    ] = False,
-    config: Annotated[Path | None, typer.Option(help="TOML file laid over the preset.")] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key, such as training.steps=100.")
-    ] = None,
+    seed: SeedOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
     device: Device = None,
-    compile_model: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
-    ] = None,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and exit.")] = False,
+    compile_model: CompileOption = None,
+    print_config: PrintConfigOption = False,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Pretrain a GPT on token shards. Later settings win: preset, --config, flags, --set."""
     flags = {
@@ -76,7 +95,50 @@ def gpt(
         "--device": ("runtime.device", device),
         "--compile": ("runtime.compile", compile_model),
     }
-    settings = _resolve(preset, config, flags, assignments or [], out if resume else None)
+    settings = _resolve("gpt", preset, config, flags, assignments or [], out if resume else None)
+    _carry_out(settings, out, resume, print_config, dry_run)
+
+
+@app.command("imagenet", epilog=_IMAGENET_EXAMPLES)
+def imagenet(
+    preset: Annotated[str | None, typer.Option(help="Settings to begin with: asro-imagenet, the default.")] = None,
+    optimizer: OptimizerOption = None,
+    model: Annotated[str | None, typer.Option(help="A classifier of torchvision, such as resnet50.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of images, made by `asgo data imagenet`.")] = None,
+    steps: StepsOption = None,
+    lr: LrOption = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step, over all processes.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that decode images; one a processor if absent.")
+    ] = None,
+    seed: SeedOption = None,
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    device: Device = None,
+    compile_model: CompileOption = None,
+    print_config: PrintConfigOption = False,
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train a classifier on ImageNet. Later settings win: preset, --config, flags, --set."""
+    flags = {
+        "--optimizer": ("optimizer.name", optimizer),
+        "--model": ("model.name", model),
+        "--data": ("data.folder", None if data is None else str(data)),
+        "--steps": ("training.steps", steps),
+        "--lr": ("optimizer.lr", lr),
+        "--batch-size": ("training.batch_size", batch_size),
+        "--workers": ("runtime.workers", workers),
+        "--seed": ("seed", seed),
+        "--device": ("runtime.device", device),
+        "--compile": ("runtime.compile", compile_model),
+    }
+    settings = _resolve("imagenet", preset, config, flags, assignments or [], out if resume else None)
+    _carry_out(settings, out, resume, print_config, dry_run)
+
+
+def _carry_out(settings: RunConfig, out: Path | None, resume: bool, print_config: bool, dry_run: bool) -> None:
     folder = out or Path("runs") / f"{settings.preset}-{settings.optimizer.name}-s{settings.seed}"
     if print_config:
         _print_config(settings)
@@ -87,6 +149,7 @@ def gpt(
 
 
 def _resolve(
+    task: str,
     preset: str | None,
     config: Path | None,
     flags: dict[str, tuple[str, Any]],
@@ -98,8 +161,10 @@ def _resolve(
     continues = resumed is not None and preset is None and config is None
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
     files = [file_layer(config)] if config is not None else []
-    named = preset or next((layer.values["preset"] for layer in files if "preset" in layer.values), _DEFAULT_PRESET)
-    layers: list[Layer] = [base or preset_layer("gpt", str(named)), *files]
+    named = preset or next(
+        (layer.values["preset"] for layer in files if "preset" in layer.values), _DEFAULT_PRESETS[task]
+    )
+    layers: list[Layer] = [base or preset_layer(task, str(named)), *files]
     layers += [Layer(flag, {key: value}) for flag, (key, value) in flags.items() if value is not None]
     return resolve([*layers, assignment_layer(assignments)])
 
@@ -114,15 +179,15 @@ def _show_plan(settings: RunConfig, folder: Path) -> None:
     from pipelines.training.train import plan
 
     planned = plan(settings)
-    training = settings.training
+    training, unit = settings.training, _UNITS[settings.task]
     facts = [
         ("run folder", str(folder)),
-        ("model", f"GPT, {planned.parameters:,} parameters"),
+        ("model", f"{planned.model}, {planned.parameters:,} parameters"),
         ("optimizer", f"{settings.optimizer.name}, lr {settings.optimizer.lr:g}, {settings.schedule.kind}"),
         ("data", settings.data.folder),
-        ("step", f"{planned.tokens_per_step:,} tokens, accumulated over {planned.micro_batches} micro-batches"),
+        ("step", f"{planned.tokens_per_step:,} {unit}, accumulated over {planned.micro_batches} micro-batches"),
         ("steps", f"{training.steps:,}"),
-        ("tokens", f"{training.steps * planned.tokens_per_step:,} ({planned.epochs:.2f} epochs)"),
+        (unit, f"{training.steps * planned.tokens_per_step:,} ({planned.epochs:.2f} epochs)"),
         ("device", f"{planned.device}, {planned.precision}"),
     ]
     console.show_facts(facts)
@@ -133,12 +198,13 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
     from pipelines.training.train import train
 
     warnings.showwarning = lambda message, *_: console.warn(str(message))
-    with TrainingProgress(settings.optimizer.name) as progress:
+    with TrainingProgress(settings.optimizer.name, _SHORT_UNITS[settings.task]) as progress:
         rows = train(settings, folder, progress, resume=resume)
-    losses = [row["loss"] for row in rows if row["split"] == "val"]
+    first, *_, last = [row for row in rows if row["split"] == "val"]
+    accuracy = f", top-1 {first['accuracy']:.1%} → {last['accuracy']:.1%}" if "accuracy" in last else ""
     console.say(
-        f"done: validation loss {losses[0]:.4f} → {losses[-1]:.4f} in {settings.training.steps:,} steps; {folder}"
+        f"done: validation loss {first['loss']:.4f} → {last['loss']:.4f}{accuracy} "
+        f"in {settings.training.steps:,} steps; {folder}"
     )
-    console.suggest_next(
-        f"asgo export-metrics {folder} --out {folder.name}.csv", f"asgo generate {folder} --prompt TEXT"
-    )
+    generate = [f"asgo generate {folder} --prompt TEXT"] if settings.task == "gpt" else []
+    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv", *generate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
@@ -187,6 +188,26 @@ class DataSettings(Settings):
     folder: str
 
 
+class ImageDataSettings(DataSettings):
+    """Where the images are, and what the model sees of them."""
+
+    transform: Literal["paper", "standard"] = "paper"
+    """`paper`: resize and centre-crop; `standard`: random crops and flips for training."""
+    resolution: PositiveInt = 208
+    """Height and width of what the model sees."""
+    reduced_decoding: bool = True
+    """Whether a large JPEG may be decoded at a smaller size, within a stated bound."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """What to do about one that cannot be decoded: stop with its name, or count it and go on."""
+
+
+class ClassifierSettings(Settings):
+    """A classifier of torchvision, without pretrained weights."""
+
+    name: str = "efficientnet_b1"
+    channels_last: bool = False
+
+
 class ScheduleSettings(Settings):
     """The learning rate over time, as a share of the optimizer's `lr`."""
 
@@ -223,6 +244,12 @@ class TrainingSettings(Settings):
         return self
 
 
+class ImageTrainingSettings(TrainingSettings):
+    """What a step of image classification is."""
+
+    label_smoothing: Decay = 0.0
+
+
 class EvaluationSettings(Settings):
     """When to validate, and on how much."""
 
@@ -255,14 +282,21 @@ class RuntimeSettings(Settings):
     compile: bool = False
 
 
-class RunConfig(Settings):
-    """Everything that determines a training run."""
+class ImageRuntimeSettings(RuntimeSettings):
+    """How a run on images is carried out."""
 
-    task: Literal["gpt"]
+    workers: PositiveInt | None = None
+    """Processes that read and decode; one a processor if absent."""
+
+
+class RunConfig(Settings):
+    """Everything that determines a training run; `GPTRunConfig` and `ImageNetRunConfig` say of what."""
+
+    task: str
     preset: str
     seed: NonNegativeInt = 42
     data: DataSettings
-    model: GPTSettings
+    model: Settings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings
@@ -274,6 +308,33 @@ class RunConfig(Settings):
     def optimizer_keywords(self) -> dict[str, Any]:
         """The optimizer's settings as keywords of `optim.build_optimizer`."""
         return self.optimizer.model_dump(exclude={"name"})
+
+
+class GPTRunConfig(RunConfig):
+    """Pretraining of a GPT on token shards."""
+
+    task: Literal["gpt"]
+    model: GPTSettings
+
+
+class ImageNetRunConfig(RunConfig):
+    """Classification of the images of ImageNet, or of a folder in its shape."""
+
+    task: Literal["imagenet"]
+    data: ImageDataSettings
+    model: ClassifierSettings = ClassifierSettings()
+    training: ImageTrainingSettings
+    runtime: ImageRuntimeSettings = ImageRuntimeSettings()
+
+
+def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
+    """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
+    return ImageNetRunConfig if values.get("task") == "imagenet" else GPTRunConfig
+
+
+def load_run_config(values: Any) -> RunConfig:
+    """A configuration from plain values, such as JSON. Raises pydantic's `ValidationError`."""
+    return run_config_of(values if isinstance(values, Mapping) else {}).model_validate(values)
 
 
 MAY_CHANGE_ON_RESUME = ("data.folder", "checkpoint.", "runtime.")

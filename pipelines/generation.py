@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from models.gpt import sample
-from pipelines.config import RuntimeSettings
+from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.tokenizers import build_tokenizer
 from pipelines.errors import AsgoError
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
@@ -32,9 +32,12 @@ def generate(
     Raises `AsgoError` if there is no good checkpoint or the tokenizer does not know a character of the prompt.
     """
     checkpoint = _find(path)
+    config = checkpoint.config()
+    if not isinstance(config, GPTRunConfig):
+        raise AsgoError(f"{checkpoint.folder}: of a classifier of images, which writes no text")
     device = pick_device(runtime)
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
-    model = build_gpt(checkpoint.config().model, tokenizer.vocab_size)
+    model = build_gpt(config.model, tokenizer.vocab_size)
     tensors = checkpoint.model_tensors()
     require_same_names(dict(model.named_parameters()), tensors, str(checkpoint.folder))
     model.load_state_dict(tensors, strict=False)  # a tied head is saved once, under the embedding's name

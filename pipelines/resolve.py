@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipelines.config import OptimizerSettings, RunConfig, ScheduleSettings, flatten
+from pipelines.config import OptimizerSettings, RunConfig, ScheduleSettings, flatten, run_config_of
 from pipelines.errors import UsageError
 
 _OPTIMIZER_MODELS: tuple[type[BaseModel], ...] = get_args(get_args(OptimizerSettings)[0])
@@ -117,10 +117,11 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
             sources[key] = layer.source
     problems = [problem for layer in layers for problem in _table_problems(layer, str(name))]
     nested, conflicts = _nest(values, sources)
+    kind = run_config_of(nested)
     try:
-        config = RunConfig.model_validate(nested)
+        config = kind.model_validate(nested)
     except ValidationError as error:
-        problems += [_explain(details, sources, RunConfig) for details in error.errors()]
+        problems += [_explain(details, sources, kind) for details in error.errors()]
     if problems or conflicts:
         raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
     return config
@@ -191,7 +192,7 @@ def _explain(
 ) -> str:
     """One line for one of pydantic's errors: where, which key, what is wrong, what to do."""
     loc = [str(part) for part in details["loc"]]
-    if loc[:1] == ["optimizer"] and len(loc) > 1 and model is RunConfig:
+    if loc[:1] == ["optimizer"] and len(loc) > 1 and issubclass(model, RunConfig):
         del loc[1]  # pydantic names the member of the union there
     key = ".".join(loc)
     origin = source or _origin(key, sources)

@@ -179,6 +179,7 @@ class Request:
     status: int | None = None
     sent: int = 0
     known: bool = True
+    authorization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -577,6 +578,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()
         request = Request(self.command, unquote(url.path), self.headers.get("Range"), time.monotonic())
+        request.authorization = self.headers.get("Authorization")
         fault = self.server.hub._arrived(request)
         if isinstance(fault, Drop) and fault.after is None:
             self.close_connection = True

@@ -13,7 +13,7 @@ from pipelines.training.run_folder import RunFolder
 
 COLUMNS = (
     "run", "optimizer", "step", "epoch", "tokens", "samples", "split", "loss", "accuracy", "lr", "grad_norm",
-    "step_ms", "optimizer_ms", "throughput", "elapsed_s",
+    "step_ms", "optimizer_ms", "throughput", "elapsed_s", "top5_accuracy",
 )  # fmt: skip
 """The columns, in order; units are those of `pipelines.training.metrics.Row`."""
 

@@ -14,7 +14,7 @@ import safetensors.torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
 from pipelines.storage import sha256_of, staged_folder, undo_exchange
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
@@ -44,7 +44,7 @@ class Checkpoint:
     def config(self) -> RunConfig:
         """The configuration of the run; `AsgoError` if this version of asgo cannot read it."""
         try:
-            return RunConfig.model_validate(self.state["config"])
+            return load_run_config(self.state["config"])
         except ValidationError:
             raise AsgoError(f"{self.folder}: its configuration is of another version of asgo") from None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from models.gpt import GPT, next_token_loss
-from pipelines.config import GPTSettings, RunConfig
+from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import TrainingBatches, open_token_data, validation_batches
 from pipelines.training.device import autocast, pick_precision
 from pipelines.training.task import Batch
@@ -26,7 +26,7 @@ def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
 class GPTTask:
     """Token windows, a decoder, and the mean cross-entropy of the next token in nats."""
 
-    def __init__(self, config: RunConfig, device: torch.device) -> None:
+    def __init__(self, config: GPTRunConfig, device: torch.device) -> None:
         training = config.training
         self.data = open_token_data(Path(config.data.folder))
         # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
@@ -54,6 +54,10 @@ class GPTTask:
             logits = self.model(inputs)
         return next_token_loss(logits, targets)
 
+    def training_figures(self) -> dict[str, float]:
+        """None."""
+        return {}
+
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """The mean loss over the validation windows; None if told to stop before the end."""
@@ -74,6 +78,9 @@ class GPTTask:
     def epoch_at(self, step: int) -> float:
         """Passes over the training windows after `step` steps."""
         return self.batches.epoch_at(step)
+
+    def close(self) -> None:
+        """Nothing: the shards are only mapped."""
 
     def description(self) -> dict[str, Any]:
         """The data's fingerprint and tokenizer: enough to generate text from a checkpoint alone."""

@@ -132,6 +132,7 @@ def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     )
     if math.isfinite(grad_norm):
         row["grad_norm"] = grad_norm
+    row.update(run.task.training_figures())  # type: ignore[typeddict-item]
     _record(run, row)
     run.reporter.trained(row)
 

@@ -14,7 +14,18 @@ from pipelines.errors import AsgoError
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 INTEGERS = ("step", "tokens", "samples")
-FIGURES = ("epoch", "loss", "accuracy", "lr", "grad_norm", "step_ms", "optimizer_ms", "throughput", "elapsed_s")
+FIGURES = (
+    "epoch",
+    "loss",
+    "accuracy",
+    "lr",
+    "grad_norm",
+    "step_ms",
+    "optimizer_ms",
+    "throughput",
+    "elapsed_s",
+    "top5_accuracy",
+)
 
 
 class Counts(TypedDict):
@@ -30,9 +41,9 @@ class Counts(TypedDict):
 class Row(Counts, total=False):
     """One record. A `train` row is the update that made `step`; a `val` row is the model after `step` updates.
 
-    `loss` is in nats a token; `accuracy` a share; `step_ms` and `optimizer_ms` are means since the last training row,
-    without evaluation and saving; `throughput` is in tokens (or images) a second over the same time. `elapsed_s` counts
-    over all resumes.
+    `loss` is in nats a token or an image; `accuracy` and `top5_accuracy` are shares; `step_ms` and `optimizer_ms` are
+    means since the last training row, without evaluation and saving; `throughput` is in tokens (or images) a second
+    over the same time. `elapsed_s` counts over all resumes.
     """
 
     split: Split
@@ -43,6 +54,7 @@ class Row(Counts, total=False):
     step_ms: float
     optimizer_ms: float
     throughput: float
+    top5_accuracy: float
 
 
 def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
@@ -60,7 +72,7 @@ def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
 def columns_to_rows(columns: dict[str, np.ndarray[Any, Any]]) -> list[Row]:
     """The inverse of `rows_to_columns`."""
     rows = [cast(Row, {"split": SPLITS[code]}) for code in columns["split"]]
-    for key in (*INTEGERS, *FIGURES):
+    for key in filter(columns.__contains__, (*INTEGERS, *FIGURES)):  # an older version knew fewer figures
         for row, value in zip(rows, columns[key].tolist(), strict=True):
             if value == value:  # not NaN
                 row[key] = value  # type: ignore[literal-required]

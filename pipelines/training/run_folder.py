@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from pipelines.config import RunConfig
+from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
@@ -44,7 +44,7 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The configuration that the run was begun with."""
         try:
-            return RunConfig.model_validate(json.loads(self.config_path.read_text(encoding="utf-8"))["config"])
+            return load_run_config(json.loads(self.config_path.read_text(encoding="utf-8"))["config"])
         except (ValueError, KeyError, TypeError, ValidationError):
             raise AsgoError(f"{self.config_path}: not a configuration that this version of asgo can read") from None
 

@@ -27,11 +27,17 @@ class Task(Protocol):
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch on the model's device, shape ()."""
 
+    def training_figures(self) -> dict[str, float]:
+        """Figures of the step just made beside its loss, for a record; may wait for the device."""
+
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Figures of the validation data, always the same; None if told to stop before the end."""
 
     def epoch_at(self, step: int) -> float:
         """Passes over the training data after `step` steps."""
+
+    def close(self) -> None:
+        """Let go of what the data needed; nothing is asked for afterwards."""
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint must know of the data: JSON values, with `fingerprint` for its content."""

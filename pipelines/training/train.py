@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +15,13 @@ from pipelines.stopping import stop_on_signals
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
-from pipelines.training.gpt_task import GPTTask
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder, refuse_existing
 from pipelines.training.state import TrainState
 from pipelines.training.task import Task
+from pipelines.training.tasks import build_task
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Plan:
     """What a run will do, before it does it."""
 
     parameters: int
+    model: str
     tokens_per_step: int
     micro_batches: int
     epochs: float
@@ -38,10 +40,12 @@ class Plan:
 def plan(config: RunConfig) -> Plan:
     """Open the data, build the model, and count; nothing is written."""
     device = pick_device(config.runtime)
-    task = GPTTask(config, torch.device("cpu"))
+    task = build_task(config, torch.device("cpu"))
+    task.close()
     training = config.training
     return Plan(
         parameters=sum(param.numel() for param in task.model.parameters()),
+        model=getattr(config.model, "name", "GPT"),
         tokens_per_step=training.batch_size * task.tokens_per_sample,
         micro_batches=training.batch_size // (training.micro_batch_size or training.batch_size),
         epochs=task.epoch_at(training.steps),
@@ -66,7 +70,13 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         refuse_existing(folder)
     device = pick_device(config.runtime)
     torch.manual_seed(config.seed)
-    task = GPTTask(config, device)
+    with contextlib.closing(build_task(config, device)) as task:
+        return _train(task, config, folder, device, reporter, continues)
+
+
+def _train(
+    task: Task, config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter, continues: bool
+) -> list[Row]:
     state = _fresh_state(task, config, device)
     checkpoint = _find_checkpoint(folder, config, task, reporter) if continues else None
     if checkpoint is not None:

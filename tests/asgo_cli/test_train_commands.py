@@ -162,7 +162,7 @@ def rows_of(text: str) -> list[dict[str, str]]:
 def test_exported_figures_are_the_recorded_ones_to_the_last_bit(asgo, trained: Path) -> None:  # type: ignore[no-untyped-def]
     header = (
         "run,optimizer,step,epoch,tokens,samples,split,loss,accuracy,lr,grad_norm,"
-        "step_ms,optimizer_ms,throughput,elapsed_s"
+        "step_ms,optimizer_ms,throughput,elapsed_s,top5_accuracy"
     )
     assert asgo("export-metrics", trained, "--out", "one.csv").code == 0
     text = Path("one.csv").read_text()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import RunConfig
+from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
@@ -31,7 +31,7 @@ processes.set_forkserver_preload(["pipelines.training.train", "torch._dynamo", "
 
 def train_in_a_process(config: str, out: Path) -> None:
     """What a killed process runs."""
-    train(RunConfig.model_validate_json(config), out, SilentReporter(), resume=True)
+    train(GPTRunConfig.model_validate_json(config), out, SilentReporter(), resume=True)
 
 
 def start(config: RunConfig, out: Path) -> BaseProcess:

@@ -1,0 +1,228 @@
+"""How fast photographs become batches, beside torchvision's `ImageFolder` in torch's `DataLoader`."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import statistics
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pipelines.data.imagenet.image_workers import ImageWorkers, Source, default_workers
+from pipelines.data.imagenet.images import ArchiveImages, FolderImages, ImageSet
+from pipelines.data.imagenet.index import build_train_index
+from pipelines.data.imagenet.labels import ImageClass, Labels
+from pipelines.data.imagenet.loader import TrainingImages
+from pipelines.data.imagenet.members import open_tar
+from pipelines.data.imagenet.transforms import MEAN, STD, build_transforms, normalize
+from pipelines.errors import AsgoError, UsageError
+
+TORCHVISION, FILES, ARCHIVES, EXACT = "torchvision", "asgo, files", "asgo, archives", "asgo, torchvision's pixels"
+WIDTH, HEIGHT, SIZE = 500, 375, 208
+BATCH_SIZE, BATCHES = 64, 24
+"""Images in a batch; batches in a turn."""
+
+_PHOTOGRAPHS = 128
+_QUALITY = 95
+_SUFFIXES = {".jpg", ".jpeg", ".png"}
+
+
+@dataclass
+class Contestant:
+    """One way to load images, and the images a second of each round."""
+
+    name: str
+    images_per_s: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Images a second."""
+        return statistics.median(self.images_per_s)
+
+
+@dataclass(frozen=True)
+class LoaderReport:
+    """What was measured; the first contestant is torchvision.
+
+    `largest_difference` and `mean_difference`, of 255, are between the pixels of the first batch as the network sees
+    them and torchvision's; `image_bytes` is the mean size of a file.
+    """
+
+    workers: int
+    photographs: int
+    image_bytes: float
+    contestants: tuple[Contestant, ...]
+    largest_difference: float
+    mean_difference: float
+
+    def speedup(self, name: str, over: str = TORCHVISION) -> float:
+        """How many times as fast as another: the median over the rounds."""
+        rates = {each.name: each.images_per_s for each in self.contestants}
+        return statistics.median(own / other for own, other in zip(rates[name], rates[over], strict=True))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain figures."""
+        return {
+            "workers": self.workers,
+            "photographs": self.photographs,
+            "image_bytes": self.image_bytes,
+            "largest_difference": self.largest_difference,
+            "mean_difference": self.mean_difference,
+            "archives_over_files": self.speedup(ARCHIVES, FILES),
+            "loading": [
+                {
+                    "name": each.name,
+                    "images_per_s": each.images_per_s,
+                    "images_per_s_a_core": each.median / max(1, self.workers),
+                    "speedup": self.speedup(each.name),
+                }
+                for each in self.contestants
+            ],
+        }
+
+
+def bench_loader(
+    inputs: Sequence[Path], workers: int | None, repeats: int, progress: Callable[[str, int, int], None]
+) -> LoaderReport:
+    """Time how photographs of 500 x 375 become normalized float32 batches by the paper's transform, in turns.
+
+    `inputs` are photographs or folders of them; without them, parts of the one that matplotlib ships. They are written
+    as JPEG files, and once more into an archive like ImageNet's. Every turn has new processes, `workers` for each way
+    (one a processor without it), and its rate counts from the first batch on: starting up is left out for all.
+    `progress` is told (what, turns done, turns).
+
+    Raises `UsageError` for an input that is no photograph, and when torchvision is missing.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        raise UsageError("torchvision, which is the measure here, is missing: pip install torchvision")
+    workers = default_workers() if workers is None else workers
+    contestants = [Contestant(name) for name in (TORCHVISION, FILES, ARCHIVES, EXACT)]
+    turns = [contestant for _ in range(repeats) for contestant in contestants]
+    with tempfile.TemporaryDirectory(prefix="asgo-bench-") as folder:
+        photographs = list(_photographs(inputs))
+        sets = _write_images(Path(folder), photographs)
+        for done, contestant in enumerate(turns):
+            progress(contestant.name, done, len(turns))
+            contestant.images_per_s.append(_rate(_batches(contestant.name, Path(folder), sets, workers)))
+        differences = _differences(Path(folder), sets[FILES])
+    mean_bytes = statistics.mean(map(len, photographs))
+    return LoaderReport(workers, len(photographs), mean_bytes, tuple(contestants), *differences)
+
+
+def _photographs(inputs: Sequence[Path]) -> Iterator[bytes]:
+    """JPEG files of 500 x 375, cut out of the photographs at random places."""
+    paths = [path for each in inputs for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
+    paths = [path for path in paths if path in inputs or path.suffix.lower() in _SUFFIXES]
+    if inputs and not paths:
+        raise UsageError(f"{inputs[0]}: no photographs ({', '.join(sorted(_SUFFIXES))}) in there")
+    wholes = [_open(path) for path in paths[:_PHOTOGRAPHS] or [_sample()]]
+    random = np.random.default_rng(0)
+    for number in range(_PHOTOGRAPHS):
+        whole = wholes[number % len(wholes)]
+        scale = max(WIDTH / whole.width, HEIGHT / whole.height) * (random.uniform(1, 2) if number >= len(wholes) else 1)
+        size = (max(WIDTH, round(scale * whole.width)), max(HEIGHT, round(scale * whole.height)))
+        left, top = (int(random.integers(room + 1)) for room in (size[0] - WIDTH, size[1] - HEIGHT))
+        file = io.BytesIO()
+        part = whole.resize(size, Image.Resampling.LANCZOS).crop((left, top, left + WIDTH, top + HEIGHT))
+        part.save(file, "JPEG", quality=_QUALITY)
+        yield file.getvalue()
+
+
+def _sample() -> Path:
+    from matplotlib import cbook
+
+    return Path(str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)))
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UsageError(f"{path}: not a photograph that can be read: {error.strerror or error}") from None
+
+
+def _write_images(folder: Path, photographs: Sequence[bytes]) -> dict[str, ImageSet]:
+    """Write every photograph once a class, as files and into an archive."""
+    archive = folder / "train.tar"
+    wnids = [f"n{10_000_000 + label:08d}" for label in range(BATCH_SIZE * BATCHES // len(photographs))]
+    with tarfile.open(archive, "w") as tar:
+        for wnid in wnids:
+            (folder / "train" / wnid).mkdir(parents=True)
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as of_class:
+                for number, photograph in enumerate(photographs):
+                    name = f"{wnid}_{number:03d}.JPEG"
+                    (folder / "train" / wnid / name).write_bytes(photograph)
+                    _add(of_class, name, photograph)
+            _add(tar, f"{wnid}.tar", inner.getvalue())
+    labels = Labels(tuple(ImageClass(wnid, wnid) for wnid in wnids), ())
+    with open_tar(archive) as opened:
+        index = build_train_index(opened, labels, lambda phase, done, total: None)
+    files = FolderImages(folder / "train", index, wnids)
+    return {FILES: files, EXACT: files, ARCHIVES: ArchiveImages(archive, index, wnids)}
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(content)
+    tar.addfile(entry, io.BytesIO(content))
+
+
+def _batches(name: str, folder: Path, sets: dict[str, ImageSet], workers: int) -> Iterable[Tensor]:
+    """Normalized batches of all images, (64, 3, 208, 208) float32, in a random order."""
+    if name == TORCHVISION:
+        return _torchvision_batches(folder, workers)
+    return _our_batches(sets[name], workers, exact=name == EXACT)
+
+
+def _torchvision_batches(folder: Path, workers: int) -> Iterator[Tensor]:
+    loader = DataLoader(_reference(folder), BATCH_SIZE, shuffle=True, num_workers=workers)
+    return (pixels for pixels, _ in loader)
+
+
+def _reference(folder: Path) -> Any:
+    from torchvision import datasets, transforms
+
+    cut = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE)]
+    to_values = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    return datasets.ImageFolder(str(folder / "train"), transforms.Compose(cut + to_values))
+
+
+def _our_batches(images: ImageSet, workers: int, exact: bool) -> Iterator[Tensor]:
+    source = Source(images, build_transforms("paper")[0], exact=exact)
+    with ImageWorkers({"train": source}, workers) as started:
+        training = TrainingImages(started, "train", BATCH_SIZE)
+        for step in range(BATCHES):
+            yield normalize(training.batch(step)[0])
+
+
+def _rate(batches: Iterable[Tensor]) -> float:
+    """Images a second after the first batch."""
+    moments = []
+    for batch in batches:
+        if batch.shape != (BATCH_SIZE, 3, SIZE, SIZE) or batch.dtype != torch.float32:
+            raise AsgoError(f"a batch of shape {tuple(batch.shape)} and type {batch.dtype}")
+        moments.append(time.perf_counter())
+    return BATCH_SIZE * (len(moments) - 1) / (moments[-1] - moments[0])
+
+
+def _differences(folder: Path, images: ImageSet) -> tuple[float, float]:
+    """The largest and the mean difference of 255 between our pixels and torchvision's, over a batch."""
+    theirs = _reference(folder)
+    source = Source(images, build_transforms("paper")[0])
+    with ImageWorkers({"train": source}, 0) as here:
+        part = here.start("train", [(0, index) for index in range(BATCH_SIZE)])
+    values = normalize(part.pixels.permute(0, 3, 1, 2)) - torch.stack([theirs[index][0] for index in range(BATCH_SIZE)])
+    difference = (values * torch.tensor(STD)[:, None, None] * 255).abs()
+    return float(difference.max()), float(difference.mean())

@@ -1,0 +1,230 @@
+"""The gated copy of ImageNet on the Hugging Face hub: Parquet files, fetched with the user's own token."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from pipelines.data.corpus.failure import Failure, failure_of
+from pipelines.data.corpus.folder import held_folder
+from pipelines.data.imagenet.archives import Progress
+from pipelines.data.imagenet.fetch import require_space
+from pipelines.data.imagenet.patience import Failed, Patience, Send
+from pipelines.errors import AsgoError, UsageError
+from pipelines.stopping import stop_on_signals
+
+REPOSITORY = "ILSVRC/imagenet-1k"
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+"""The hub has a third one, without labels, which nothing here reads."""
+
+_FOLDER = "data"
+_NAME = re.compile(r"(train|validation)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
+_CONTACT_TIMEOUT_S = 5
+_BLOCK = 4 << 20
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # nothing is sent that was not asked for
+    "HF_XET_TELEMETRY_ENABLED": "0",
+    "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",  # else, in some releases, everything lies on the disk twice
+}
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file of the repository: its path there, its length, and its SHA-256 if the hub tells it."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class _Listing:
+    revision: str
+    files: tuple[HubFile, ...]
+
+
+@dataclass(frozen=True)
+class _Notice:
+    text: str
+
+
+def download_hub_copy(folder: Path, *, progress: Progress, notify: Callable[[str], None]) -> str:
+    """Bring the hub's Parquet files of both splits into `folder`/data, or go on with those that are still missing.
+
+    Files that are there and have the right SHA-256 are left alone. Gives the commit of the hub's repository.
+
+    Raises:
+        UsageError: a file is in the place of `folder`, or another process works in it.
+        RunInterrupted: SIGTERM or SIGINT; the same call goes on with the file that was being fetched.
+        AsgoError: no network, no access, a hub that fails again and again, damaged files, a full disk.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from huggingface_hub.constants import ENDPOINT
+
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--archives {folder}: a file is in the way")
+    with stop_on_signals() as stop, held_folder(folder):
+        patience = Patience(f"check the network, or set HF_ENDPOINT to a mirror of {ENDPOINT}", notify, stop)
+
+        def stoppable_progress(phase: str, done: int, total: int) -> None:
+            patience.check_stop()
+            progress(phase, done, total)
+
+        listing = _list(patience)
+        _clear_leftovers(folder)
+        missing = [file for file in listing.files if not _is_there(folder, file)]
+        require_space(folder, sum(file.bytes for file in missing))
+        for number, file in enumerate(listing.files, start=1):
+            label = f"{Path(file.path).name} ({number} of {len(listing.files)})"
+            _HubFetch(folder, file, listing.revision, label, stoppable_progress, patience).run()
+        return listing.revision
+
+
+def hub_files(folder: Path, split: Split) -> tuple[Path, ...]:
+    """The files of a split in `folder`/data, in order. Raises `AsgoError` that names the first one missing."""
+    found = {match[0]: match for path in (folder / _FOLDER).glob("*") if (match := _NAME.fullmatch(path.name))}
+    names = sorted(name for name, match in found.items() if match[1] == split)
+    counts = {int(found[name][3]) for name in names}
+    if len(counts) > 1:
+        raise AsgoError(f"{folder / _FOLDER}: {split} files of two editions; keep those of one of them")
+    present = {int(found[name][2]) for name in names}
+    for index in range(counts.pop() if counts else 1):
+        if index not in present:
+            raise AsgoError(f"{folder / _FOLDER}: the hub's {split} file {index:05d} is missing; download the rest")
+    return tuple(folder / _FOLDER / name for name in names)
+
+
+def _is_there(folder: Path, file: HubFile) -> bool:
+    path = folder / file.path
+    return path.exists() and path.stat().st_size == file.bytes
+
+
+def _clear_leftovers(folder: Path) -> None:
+    """Files that a killed process was fetching: their names are made up anew each time, so they would pile up."""
+    for path in (folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"):
+        path.unlink()
+
+
+def _list(patience: Patience) -> _Listing:
+    while True:
+        try:
+            for message in patience.messages(_ask_for_listing):
+                patience.answered()
+                if not message.files:
+                    raise AsgoError(
+                        f"{REPOSITORY}: the hub has no Parquet files of it any more; download the archives instead"
+                    )
+                return message
+        except Failed as error:
+            patience.failed(REPOSITORY, error)
+
+
+def _ask_for_listing(send: Send[_Listing]) -> None:
+    try:
+        from huggingface_hub import HfApi, RepoFile
+
+        api = HfApi()
+        revision = str(api.dataset_info(REPOSITORY, timeout=_CONTACT_TIMEOUT_S).sha)
+        entries = api.list_repo_tree(REPOSITORY, _FOLDER, repo_type="dataset", revision=revision)
+        files = [entry for entry in entries if isinstance(entry, RepoFile) and _NAME.fullmatch(Path(entry.path).name)]
+        made = [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
+        send(_Listing(revision, tuple(sorted(made, key=lambda file: file.path))))
+    except Exception as error:
+        raise Failed(failure_of(error, file=None, remote=True)) from error
+
+
+class _HubFetch:
+    """Brings one file to its place under `folder`."""
+
+    def __init__(
+        self, folder: Path, file: HubFile, revision: str, label: str, progress: Progress, patience: Patience
+    ) -> None:
+        self._folder = folder
+        self._file = file
+        self._target = folder / file.path
+        self._revision = revision
+        self._label = label
+        self._progress = progress
+        self._patience = patience
+
+    def run(self) -> None:
+        if self._target.exists():
+            if self._is_right():
+                return
+            self._patience.notify(f"{self._target}: not as the hub has it; it is fetched again")
+            self._target.unlink()
+        while not self._target.exists():
+            try:
+                self._attempt()
+            except Failed as error:
+                self._patience.failed(self._target.name, error)
+
+    def _attempt(self) -> None:
+        done = 0
+        for message in self._patience.messages(partial(_fetch, self._folder, self._file.path, self._revision)):
+            if isinstance(message, _Notice):
+                self._patience.notify(message.text)
+            else:
+                done += message
+                self._patience.answered()
+                self._progress(f"downloading {self._label}", min(done, self._file.bytes), self._file.bytes)
+        if not self._is_right():
+            self._target.unlink()
+            raise Failed(Failure("not the bytes that the hub lists", "damaged"))
+        self._patience.advanced()
+
+    def _is_right(self) -> bool:
+        if self._target.stat().st_size != self._file.bytes:
+            return False
+        if self._file.sha256 is None:
+            return True
+        digest, done = hashlib.sha256(), 0
+        with self._target.open("rb") as opened:
+            while block := opened.read(_BLOCK):
+                digest.update(block)
+                done += len(block)
+                self._progress(f"checking {self._label}", done, self._file.bytes)
+        return digest.hexdigest() == self._file.sha256
+
+
+def _fetch(folder: Path, path: str, revision: str, send: Send[int | _Notice]) -> None:
+    """Send how many bytes have come, again and again, and what the library has to say."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging as hub_logging
+    from tqdm import tqdm
+
+    class Meter(tqdm):  # type: ignore[misc]
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(disable=True)
+
+        def update(self, n: float | None = 1) -> None:
+            send(int(n or 0))
+
+    logger = hub_logging.get_logger()
+    logger.handlers, logger.propagate = [_Notices(send)], False
+    try:
+        hf_hub_download(REPOSITORY, path, repo_type="dataset", revision=revision, local_dir=folder, tqdm_class=Meter)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise Failed(Failure(f"{error.strerror}; the same command goes on", "lasting")) from error
+        raise Failed(failure_of(error, file=None, remote=True)) from error
+
+
+class _Notices(logging.Handler):
+    def __init__(self, send: Send[_Notice]) -> None:
+        super().__init__(logging.WARNING)
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._send(_Notice(" ".join(record.getMessage().split())))

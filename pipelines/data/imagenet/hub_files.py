@@ -1,0 +1,99 @@
+"""What a Parquet file of the hub's copy of ImageNet holds: pictures as they came, named with their class.
+
+Its columns are `image`, a struct of `bytes` and `path`, and `label`, the class's place among the sorted WordNet ids.
+The paths are the official names with the class once more at the end: `n01440764_10026_n01440764.JPEG` and
+`ILSVRC2012_val_00000293_n01440764.JPEG`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow
+from pyarrow import parquet
+
+from pipelines.errors import AsgoError
+
+_PATH = re.compile(r"((?:(n\d{8})_\d+|ILSVRC2012_val_\d{8}))_(n\d{8})\.JPEG")
+_ROWS_AT_ONCE = 32
+_READ_BYTES = 2 << 20
+
+
+class HubImage(NamedTuple):
+    """A picture's class, its official name (`n01440764_10026.JPEG`) and the bytes of its file."""
+
+    wnid: str
+    name: str
+    content: bytes
+
+
+def read_hub_file(path: Path) -> Iterator[HubImage]:
+    """The pictures of a Parquet file in their order, a few megabytes in memory at once.
+
+    Raises `AsgoError` for a damaged file, other columns, a picture without bytes, and a path of another form.
+    """
+    with _opened(path) as table:
+        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=["image"]):
+            for image in batch.column(0).to_pylist():
+                wnid, name = _parse(path, image and image["path"])
+                if not image["bytes"]:
+                    raise AsgoError(f"{path}: {name} has no bytes")
+                yield HubImage(wnid, name, image["bytes"])
+
+
+def read_hub_classes(paths: Sequence[Path]) -> dict[str, str]:
+    """What the classes are called, by WordNet id, in the order of their labels; read without the pictures.
+
+    Raises as `read_hub_file` does, and `AsgoError` when two classes have one label or the names are not given.
+    """
+    wnids: dict[int, str] = {}
+    names: list[str] = []
+    for path in paths:
+        with _opened(path) as table:
+            names = names or _label_names(path, table.schema_arrow)
+            for batch in table.iter_batches(columns=["image.path", "label"]):
+                for image, label in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
+                    wnid = _parse(path, image and image["path"])[0]
+                    if wnids.setdefault(label, wnid) != wnid or not 0 <= label < len(names):
+                        raise AsgoError(f"{path}: label {label} is that of {wnids[label]} and of {wnid}")
+    return {wnids[label]: names[label] for label in sorted(wnids)}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[parquet.ParquetFile]:
+    try:
+        # Without its read-ahead, which would end with the whole file in memory.
+        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
+            _require_columns(path, table.schema_arrow)
+            yield table
+    except pyarrow.ArrowException as error:
+        raise AsgoError(f"{path}: damaged file ({' '.join(str(error).split())}); remove it and get it again") from None
+    except OSError as error:
+        raise AsgoError(f"{path}: {error.strerror or ' '.join(str(error).split())}") from None
+
+
+def _require_columns(path: Path, schema: pyarrow.Schema) -> None:
+    image: Any = schema.field("image").type if "image" in schema.names else pyarrow.null()
+    fields = {field.name: field.type for field in image} if pyarrow.types.is_struct(image) else {}
+    if fields.get("bytes") != pyarrow.binary() or fields.get("path") != pyarrow.string() or "label" not in schema.names:
+        raise AsgoError(f'{path}: no columns "image" (bytes, path) and "label"; it has {", ".join(map(str, schema))}')
+
+
+def _label_names(path: Path, schema: pyarrow.Schema) -> list[str]:
+    """From the note that `datasets` leaves in its files."""
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        note: dict[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])
+        return [str(name) for name in note["info"]["features"]["label"]["names"]]
+    raise AsgoError(f"{path}: it does not say what the classes are called")
+
+
+def _parse(path: Path, name: str | None) -> tuple[str, str]:
+    match = _PATH.fullmatch(name or "")
+    if match is None or match[2] not in (None, match[3]):
+        raise AsgoError(f"{path}: {name!r} is not as the hub names the pictures of ImageNet")
+    return match[3], f"{match[1]}.JPEG"

@@ -1,0 +1,168 @@
+"""Image classification through the same loop: on real pictures, in archives and out of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines.config import ImageNetRunConfig, RunConfig
+from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.errors import RunInterrupted, UsageError
+from pipelines.resolve import Layer, preset_layer, preset_names, resolve
+from pipelines.training.checkpoint import newest_checkpoint
+from pipelines.training.metrics import Row, read_lines
+from pipelines.training.train import train
+from tests.conftest import SilentReporter
+from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
+
+SMALL: dict[str, Any] = {
+    "model.name": "squeezenet1_1",
+    "data.resolution": 32,
+    "training.steps": 6,
+    "training.batch_size": 8,
+    "evaluation.every": 3,
+    "checkpoint.every": 2,
+    "runtime.device": "cpu",
+    "runtime.workers": 1,
+}
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Four classes of photographs, 24 to train and 8 to validate each, extracted and in their archives."""
+    root = tmp_path_factory.mktemp("imagenet")
+    archives = write_archives(root / "archives", pictures(4, 24, 8, (64, 48)), kit="map_clsloc.txt")
+    for name in ("extracted", "archives"):
+        prepare_imagenet(archives, root / f"{name}-data", extract=name == "extracted", report=lambda *_: None)
+    return {name: root / f"{name}-data" for name in ("extracted", "archives")}
+
+
+@pytest.fixture
+def make(folders: Mapping[str, Path]) -> Make:
+    """The configuration of a small run; keywords are dotted keys with `__` for the dot."""
+
+    def build(layout: str = "archives", optimizer: str = "adam", **changes: Any) -> RunConfig:
+        values = {key.replace("__", "."): value for key, value in changes.items()}
+        flags = {**SMALL, "data.folder": str(folders[layout]), "optimizer.name": optimizer, **values}
+        return resolve([preset_layer("imagenet", "asro-imagenet"), Layer("test", flags)])
+
+    return build
+
+
+def run(config: RunConfig, out: Path, resume: bool = False) -> tuple[list[Row], dict[str, torch.Tensor]]:
+    rows = train(config, out, SilentReporter(), resume=resume)
+    checkpoint, _ = newest_checkpoint(out / "checkpoints")
+    assert checkpoint is not None
+    return rows, checkpoint.model_tensors()
+
+
+def figures(rows: list[Row]) -> list[dict[str, Any]]:
+    """The rows without what the clock says."""
+    clock = ("step_ms", "optimizer_ms", "throughput", "elapsed_s")
+    return [{key: value for key, value in row.items() if key not in clock} for row in rows]
+
+
+def test_accuracy_rises_far_above_chance_and_is_recorded_for_both_splits(make: Make, tmp_path: Path):
+    config = make(model__name="resnet18", training__steps=30, training__batch_size=16, evaluation__every=30)
+    rows, _ = run(config, tmp_path / "run")
+    last = [row for row in rows if row["split"] == "val"][-1]
+    assert last["accuracy"] >= 0.75  # chance is 0.25
+    assert last["top5_accuracy"] == 1.0  # there are four classes
+    assert rows[0]["split"] == "val"
+    assert 0.1 <= rows[0]["accuracy"] <= 0.5
+    assert [row["accuracy"] for row in rows if row["split"] == "train"][-1] > 0.9
+    assert rows[-1]["epoch"] == 30 * 16 / 96
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == rows
+
+
+def test_archives_and_extracted_files_give_the_same_training(make: Make, tmp_path: Path):
+    (rows, weights), (others, other_weights) = (
+        run(make(layout), tmp_path / layout) for layout in ("archives", "extracted")
+    )
+    assert figures(rows) == figures(others)
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("transform", ["paper", "standard"])
+def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch_to_the_same_weights(
+    transform: str, make: Make, tmp_path: Path
+):
+    config = make(data__transform=transform, training__micro_batch_size=4)
+    rows, weights = run(config, tmp_path / "whole")
+
+    class StopAtThree(SilentReporter):
+        def trained(self, row: Any) -> None:
+            if row["step"] == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(RunInterrupted, match="asgo train imagenet --resume"):
+        train(config, tmp_path / "parts", StopAtThree())
+    resumed, other_weights = run(config, tmp_path / "parts", resume=True)
+    assert figures(resumed) == figures(rows)
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+@pytest.mark.parametrize("optimizer", ["asgo", "dasgo", "muon", "shampoo", "accasro", "sgd-nesterov"])
+def test_every_kind_of_optimizer_trains_convolutions(optimizer: str, make: Make, tmp_path: Path):
+    rows, _ = run(make(optimizer=optimizer, training__steps=3), tmp_path / "run")
+    losses = [row["loss"] for row in rows]
+    assert len(set(losses)) == len(losses)
+
+
+def test_label_smoothing_changes_the_training_loss_and_not_the_validation_loss(make: Make, tmp_path: Path):
+    plain, _ = run(make(training__steps=1), tmp_path / "plain")
+    smoothed, _ = run(make(training__steps=1, training__label_smoothing=0.1), tmp_path / "smoothed")
+    assert plain[0]["loss"] == smoothed[0]["loss"]
+    assert plain[1]["loss"] != smoothed[1]["loss"]
+
+
+def test_channels_last_changes_nothing_but_rounding(make: Make, tmp_path: Path):
+    plain, _ = run(make(training__steps=2), tmp_path / "plain")
+    other, _ = run(make(training__steps=2, model__channels_last=True), tmp_path / "other")
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+
+
+def test_a_classifier_that_there_is_not_is_refused_with_the_nearest(make: Make, tmp_path: Path):
+    with pytest.raises(UsageError, match=r"model.name: unknown classifier 'resnet81'; did you mean 'resnet18'"):
+        train(make(model__name="resnet81"), tmp_path / "run", SilentReporter())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_knows_the_classes(make: Make, tmp_path: Path):
+    run(make(training__steps=1), tmp_path / "run")
+    state = json.loads((tmp_path / "run/checkpoints/step-00000001/state.json").read_text())
+    assert len(state["data"]["classes"]) == 4
+    assert ["n01440764", "tench"] in state["data"]["classes"]
+
+
+def test_the_paper_s_settings_are_the_preset_s():
+    config = resolve([preset_layer("imagenet", "asro-imagenet")])
+    assert isinstance(config, ImageNetRunConfig)
+    assert preset_names("imagenet") == ["asro-imagenet"]
+    assert (config.model.name, config.data.resolution, config.data.transform) == ("efficientnet_b1", 208, "paper")
+    assert (config.training.batch_size, config.training.steps) == (256, -(-61 * 1_281_167 // 256))
+    accasro = config.optimizer.model_dump()
+    assert accasro["lr"] * accasro["max_scale"] == pytest.approx(1e-3)
+    assert accasro["lr"] * accasro["min_scale"] == pytest.approx(1e-5)
+    assert (accasro["increment"], accasro["decrement"], accasro["weight_decay"]) == (2e-2, 7.5e-5, 0.0)
+    assert config.schedule.kind == "constant"
+
+
+def test_every_classifier_of_torchvision_has_as_many_outputs_as_there_are_classes():
+    from models.vision import build_classifier
+
+    for name in ("efficientnet_b1", "googlenet", "inception_v3", "vit_b_16"):
+        with torch.device("meta"):
+            model = build_classifier(name, 7)
+        outputs = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+        assert outputs[-1] == 7
