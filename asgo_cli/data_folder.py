@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -17,30 +18,109 @@ from asgo_cli import console
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pipelines.data.imagenet.manifest import ImagenetManifest
     from pipelines.data.info import FolderInfo
     from pipelines.data.manifest import DocumentCounts, Manifest, ShardEntry, SourcePosition
 
-INFO_EXAMPLES = "Examples: `asgo data info data/mine`; `asgo data info data/mine --lines 20`"
+INFO_EXAMPLES = (
+    "Examples: `asgo data info data/mine`; `asgo data info data/mine --lines 20`; "
+    "`asgo data info data/imagenet --contact-sheet sheet.png`"
+)
 VERIFY_EXAMPLES = "Example: `asgo data verify data/mine`"
 
 _SECONDS_BETWEEN_LINES = 10.0
+_MOST_CLASSES, _FIRST_CLASSES = 40, 20  # of more than so many, the table has so many
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")]
 
 
 def info(
     folder: FolderArgument,
-    lines: Annotated[int, typer.Option(min=0, metavar="N", help="Training documents to show a line of.")] = 3,
+    lines: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Training documents to show a line of; ImageNet has none.")
+    ] = 3,
+    contact_sheet: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw some of ImageNet's labelled images to a .png, .pdf or .svg."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON on stdout.")] = False,
 ) -> None:
     """Show what a data folder holds.
 
-    Where it came from, its shards, and how the first documents begin. It takes the manifest's word and reads no more
-    than it shows, so that a large folder takes no longer.
+    Where it came from, its shards, and how the first documents begin; of ImageNet, the images of each class. It takes
+    the manifest's word and reads no more than it shows, so that a large folder takes no longer.
     """
+    if _holds_imagenet(folder):
+        _show_imagenet(folder, contact_sheet, as_json)
+    else:
+        _show_shards(folder, lines, contact_sheet, as_json)
+
+
+def _holds_imagenet(folder: Path) -> bool:
+    """Whether a folder, finished or not, says that it is ImageNet; without a word in it, it is taken for shards."""
+    from pipelines.data.manifest import MANIFEST, UNFINISHED
+
+    for name in (MANIFEST, UNFINISHED):
+        try:
+            fields = json.loads((folder / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except ValueError:
+            return False
+        return isinstance(fields, dict) and fields.get("kind") == "imagenet"
+    return False
+
+
+def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> None:
+    from pipelines.data.imagenet.manifest import load_imagenet_manifest
+
+    manifest = load_imagenet_manifest(folder)
+    problems: Sequence[str] = ()
+    if contact_sheet is not None:
+        from pipelines.data.imagenet.contact_sheet import draw_contact_sheet
+
+        problems = draw_contact_sheet(folder, contact_sheet)
+    if as_json:
+        console.show_json(manifest.model_dump(mode="json"))
+    else:
+        console.show_facts(_imagenet_facts(manifest))
+        _show_classes(manifest)
+    for problem in problems:
+        console.warn(problem)
+    if contact_sheet is not None:
+        console.say(f"wrote {contact_sheet}")
+    console.suggest_next(f"asgo train imagenet --data {shlex.quote(str(folder))}")
+
+
+def _imagenet_facts(manifest: ImagenetManifest) -> Iterator[tuple[str, str]]:
+    extracted = manifest.layout == "extracted"
+    yield "source", "ImageNet"
+    yield "images", "files in train and val" if extracted else "left in the archives"
+    yield "archives", manifest.archives_folder + (" (not needed any more)" if extracted else " (they must stay there)")
+    yield "classes", f"{len(manifest.classes):,}"
+    for split in ("train", "validation"):
+        counts = [getattr(each, split) for each in manifest.classes]
+        spread = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
+        yield split, f"{_count(sum(counts), 'image')}, {spread} a class"
+    yield "fingerprint", manifest.fingerprint
+
+
+def _show_classes(manifest: ImagenetManifest) -> None:
+    classes = manifest.classes
+    shown = classes if len(classes) <= _MOST_CLASSES else classes[:_FIRST_CLASSES]
+    rows = [(f"{each.wnid} {_visible(each.name)}", f"{each.train:,}", f"{each.validation:,}") for each in shown]
+    console.show_table(("class", "train", "validation"), rows)
+    if len(shown) < len(classes):
+        console.say(f"and {len(classes) - len(shown):,} more classes; --json has all")
+
+
+def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: bool) -> None:
     from pipelines.data.info import describe
+    from pipelines.errors import UsageError
 
     found = describe(folder, lines)
+    if contact_sheet is not None:
+        raise UsageError(f"{folder}: holds token shards; --contact-sheet draws the images of ImageNet")
     if as_json:
         console.show_json(_as_json(found))
     else:
@@ -70,6 +150,8 @@ def verify(
     from pipelines.data.verify import verify as verify_folder
     from pipelines.errors import AsgoError
 
+    if _holds_imagenet(folder):
+        _refuse_imagenet(folder)
     with _progress() as progress:
         results = verify_folder(folder, progress)
     if as_json:
@@ -86,6 +168,17 @@ def verify(
             "remove those that are not in the manifest, or make the folder again"
         )
     console.suggest_next(f"asgo train gpt --data {shlex.quote(str(folder))}")
+
+
+def _refuse_imagenet(folder: Path) -> None:
+    from pipelines.data.imagenet.manifest import load_imagenet_manifest
+    from pipelines.errors import AsgoError
+
+    load_imagenet_manifest(folder)  # whose own errors say more
+    raise AsgoError(
+        f"{folder}: holds ImageNet, and this command checks token shards; the archives were checked when the folder "
+        f"was made, and `asgo data info {shlex.quote(str(folder))}` shows what it holds"
+    )
 
 
 def summarize(manifest: Manifest, out: Path) -> None:

@@ -6,9 +6,11 @@ from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
 from asgo_cli import data, data_folder
+from pipelines.data.imagenet.prepare import prepare_imagenet
 from pipelines.data.manifest import DocumentCounts, SourcePosition, load_manifest, write_manifest
 from pipelines.data.prepare import prepare_text
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
+from tests.pipelines.data.imagenet.archive_makers import CLASSES, noise, pictures, write_archives
 
 BEGINNING = "colour \x1b[31mred\x1b[0m, a\ttab, \u202e bidi, [bold]x[/bold]\r\n"
 
@@ -109,3 +111,79 @@ def test_the_makers_come_before_what_looks_at_a_folder():
     listed = [line.split()[0] for line in asgo_data("--help").stdout.partition("Commands:")[2].splitlines() if line]
     assert listed[0] == "text"
     assert listed[-2:] == ["info", "verify"]
+
+
+def make_imagenet(tmp_path: Path, *, classes: int = 3, extract: bool = True) -> Path:
+    """Four images of each class train and two validate; of many classes they are no pictures."""
+    content = pictures(classes, 4, 2) if classes <= 10 else noise(classes, 4, 2, 20)
+    first = next(iter(content.train.values()))
+    first.pop(next(iter(first)))
+    out = tmp_path / "my images"
+    prepare_imagenet(write_archives(tmp_path / "archives", content), out, extract=extract, report=lambda *_: None)
+    return out
+
+
+@pytest.mark.parametrize("extract", [True, False])
+def test_info_counts_the_images_of_each_class(tmp_path: Path, extract: bool):
+    result = asgo_data("info", folder := make_imagenet(tmp_path, extract=extract))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert ("files in train and val" if extract else "left in the archives") in result.stdout
+    assert any(line.split()[:4] == ["train", "11", "images,", "3"] and "3 to 4 a class" in line for line in lines)
+    assert any(line.split()[:4] == ["validation", "6", "images,", "2"] for line in lines)
+    rows = [line.replace("│", " ").split() for line in lines]
+    assert ["n01440764", "tench", "3", "2"] in rows
+    assert ["n01770393", "scorpion", "4", "2"] in rows
+    assert f"next: asgo train imagenet --data '{folder}'" in result.stderr
+
+
+def test_info_shows_the_first_of_many_classes_and_json_all(tmp_path: Path):
+    folder = make_imagenet(tmp_path, classes=41, extract=False)
+    result = asgo_data("info", folder)
+    assert result.stdout.count("│ n1") == 20
+    assert "and 21 more classes; --json has all" in result.stderr
+    found = json.loads(asgo_data("info", folder, "--json").stdout)
+    assert (found["kind"], found["layout"]) == ("imagenet", "archives")
+    assert [each["train"] for each in found["classes"]] == [3] + 40 * [4]
+
+
+def test_info_draws_a_contact_sheet_and_names_the_images_it_could_not(tmp_path: Path):
+    folder = make_imagenet(tmp_path)
+    bad = min((folder / "train" / "n01443537").iterdir())
+    bad.write_bytes(bytes(bad.stat().st_size))
+    result = asgo_data("info", folder, "--contact-sheet", tmp_path / "new" / "sheet.png", "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["classes"]) == 3
+    assert (tmp_path / "new" / "sheet.png").read_bytes().startswith(b"\x89PNG")
+    assert f"warning: n01443537/{bad.name}: this image is neither a JPEG nor a PNG" in result.stderr
+    assert f"wrote {tmp_path / 'new' / 'sheet.png'}" in result.stderr
+
+
+def test_a_contact_sheet_of_tokens_is_refused(folder: Path, tmp_path: Path):
+    result = asgo_data("info", folder, "--contact-sheet", tmp_path / "sheet.png")
+    assert isinstance(result.exception, UsageError)
+    assert "holds token shards" in str(result.exception)
+    assert not result.stdout
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_verify_says_that_imagenet_is_not_for_it(tmp_path: Path):
+    result = asgo_data("verify", make_imagenet(tmp_path))
+    assert isinstance(result.exception, AsgoError)
+    assert "holds ImageNet, and this command checks token shards" in str(result.exception)
+
+
+@pytest.mark.parametrize("command", ["info", "verify"])
+def test_an_unfinished_imagenet_says_which_command_goes_on(tmp_path: Path, command: str):
+    folder = make_imagenet(tmp_path)
+    recipe = {"archives": str(tmp_path / "archives"), "layout": "extracted"}
+    (folder / "unfinished.json").write_text(json.dumps({"format_version": 1, "kind": "imagenet", "recipe": recipe}))
+    (folder / "manifest.json").unlink()
+    result = asgo_data(command, folder)
+    assert isinstance(result.exception, AsgoError)
+    assert f"this goes on: asgo data imagenet --archives {tmp_path / 'archives'}" in str(result.exception)
+
+
+def test_no_terminal_obeys_the_name_of_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(CLASSES, "n01440764", "\u202etench[bold]\x1b[31m")
+    assert r"n01440764 \u202etench[bold]\x1b[31m " in asgo_data("info", make_imagenet(tmp_path)).stdout

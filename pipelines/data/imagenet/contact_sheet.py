@@ -1,0 +1,79 @@
+"""A sheet of labelled training images, for a person to see that pictures and labels belong together."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipelines.analysis.figure_style import check_figure_path, figure_style, save_figure
+from pipelines.data.imagenet.decode import BadImageError, EncodedImage, Pixels
+from pipelines.data.imagenet.images import ImagenetData, open_imagenet
+from pipelines.errors import AsgoError
+
+_COLUMNS, _ROWS = 5, 4
+_WIDTH, _HEIGHT = 1.5, 1.8  # of an image with its label, in inches
+_ENOUGH = 300  # pixels a side: as many as are drawn
+_LETTERS = 26  # of the usual size below an image
+
+
+def draw_contact_sheet(folder: Path, path: Path) -> tuple[str, ...]:
+    """Draw the first training image of up to 20 classes, evenly spread over all, to `path` (.png, .pdf or .svg).
+
+    Below an image are the class's WordNet id and name. One that cannot be decoded is an empty frame with the image's
+    name in it; returns a line on each such image. Raises `UsageError` for another type of file, and what
+    `open_imagenet` and reading an image raise.
+    """
+    check_figure_path(path)
+    data = open_imagenet(folder)
+    shown = _spread(data)
+    problems = []
+    columns = min(_COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
+    with figure_style():
+        figure = Figure(figsize=(_WIDTH * max(columns, 2), _HEIGHT * rows + 0.3), layout="constrained")
+        cells = figure.subplots(rows, columns, squeeze=False).flatten()
+        for cell, index in zip(cells, shown, strict=False):
+            problems += _draw_image(cell, data, index)
+        for unused in cells[len(shown) :]:
+            unused.remove()
+        figure.suptitle(f"First training images, {len(shown)} of {len(data.classes):,} classes", fontsize=9)
+        save_figure(figure, path)
+    return tuple(problems)
+
+
+def _spread(data: ImagenetData) -> list[int]:
+    """The first images of classes from the first to the last, without classes that have none."""
+    _, first = np.unique(data.train.labels, return_index=True)
+    if not len(first):
+        raise AsgoError(f"{data.folder}: holds no training images to show")
+    places = np.linspace(0, len(first) - 1, min(_COLUMNS * _ROWS, len(first))).round().astype(int)
+    return [int(index) for index in first[places]]
+
+
+def _draw_image(axes: Axes, data: ImagenetData, index: int) -> list[str]:
+    """Draw an image with its label; returns what is wrong with it, if anything is."""
+    problems = []
+    name = data.train.name(index)
+    try:
+        axes.imshow(_decode(data.train.read(index), name))
+    except BadImageError as error:
+        problems.append(str(error))
+        empty = name.replace("/", "/\n") + "\ncannot be decoded"
+        axes.text(0.5, 0.5, empty, size=5.5, ha="center", va="center", transform=axes.transAxes, parse_math=False)
+    # A square frame for all, wide and tall ones, so that labels stand in rows; the image is not stretched.
+    axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1, facecolor="#f3f3f3")
+    axes.spines[:].set_color("#d0d0d0")
+    label = data.classes[data.train.labels[index]]
+    words = textwrap.wrap(label.name, _LETTERS, max_lines=2, placeholder=" …")
+    axes.set_xlabel("\n".join([label.wnid, *words]), fontsize=7, parse_math=False)
+    return problems
+
+
+def _decode(data: bytes, name: str) -> Pixels:
+    """The image, with no more pixels than are of use."""
+    image = EncodedImage(data, name)
+    return image.pixels(image.largest_shrink(max(image.height, image.width) / _ENOUGH))
