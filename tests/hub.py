@@ -629,8 +629,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send_part(self, request: Request, answer: _Answer, start: int, end: int, fault: Fault | None) -> None:
         rate = fault.bytes_per_second if isinstance(fault, Drip) else None
         for piece in _pieces(answer, start, end, 1 << 20 if rate is None else max(1, int(rate / 20))):
+            request.sent += len(piece)  # before the client can have it, and a test can look
             self.wfile.write(piece)
-            request.sent += len(piece)
             if rate is not None and self.server.stopping.wait(len(piece) / rate):
                 return
 

@@ -79,6 +79,10 @@ class GPTTask:
         """Passes over the training windows after `step` steps."""
         return self.batches.epoch_at(step)
 
+    def notes(self) -> list[str]:
+        """None."""
+        return []
+
     def close(self) -> None:
         """Nothing: the shards are only mapped."""
 

@@ -109,6 +109,15 @@ class ImageNetTask:
         classes = [[each.wnid, each.name] for each in self.data.classes]
         return {"fingerprint": self.data.fingerprint, "classes": classes}
 
+    def notes(self) -> list[str]:
+        """How many images could not be decoded, and one of them."""
+        lines = []
+        for part, skipped in (("training", self._train.skipped), ("validation", self._validation.skipped)):
+            if skipped:
+                first = next(iter(skipped.values()))
+                lines.append(f"{part} images that were skipped: {len(skipped):,}, the first of them {first}")
+        return lines
+
     def close(self) -> None:
         """End the processes that make the batches."""
         self._workers.close()

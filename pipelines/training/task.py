@@ -36,6 +36,9 @@ class Task(Protocol):
     def epoch_at(self, step: int) -> float:
         """Passes over the training data after `step` steps."""
 
+    def notes(self) -> list[str]:
+        """What the user should know of the data after training on it, a line each."""
+
     def close(self) -> None:
         """Let go of what the data needed; nothing is asked for afterwards."""
 

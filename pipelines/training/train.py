@@ -92,6 +92,8 @@ def _train(
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
             fit(Run(task, config, folder, state, reporter, stop, saved))
     finally:
+        for line in task.notes():
+            reporter.note(line)
         folder.close()
     return state.rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import nn
 
 from pipelines.config import ImageNetRunConfig, RunConfig
 from pipelines.data.imagenet.prepare import prepare_imagenet
-from pipelines.errors import RunInterrupted, UsageError
+from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, preset_names, resolve
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.metrics import Row, read_lines
@@ -117,6 +118,24 @@ def test_every_kind_of_optimizer_trains_convolutions(optimizer: str, make: Make,
     rows, _ = run(make(optimizer=optimizer, training__steps=3), tmp_path / "run")
     losses = [row["loss"] for row in rows]
     assert len(set(losses)) == len(losses)
+
+
+def test_a_bad_image_stops_the_run_by_its_name_or_is_counted_when_the_user_says_so(
+    make: Make, folders: Mapping[str, Path], tmp_path: Path
+):
+    shutil.copytree(folders["extracted"], tmp_path / "data")
+    for part in ("train", "val"):
+        bad = sorted((tmp_path / "data" / part / "n01440764").iterdir())[0]
+        bad.write_bytes(b"x" * bad.stat().st_size)
+    config = make(data__folder=str(tmp_path / "data"), training__steps=12)
+    with pytest.raises(AsgoError, match=r"ILSVRC2012_val_0+1\.JPEG"):
+        train(config, tmp_path / "stops", SilentReporter())
+    reporter = SilentReporter()
+    skips = make(data__folder=str(tmp_path / "data"), training__steps=12, data__bad_images="skip")
+    train(skips, tmp_path / "skips", reporter)
+    training, validation = reporter.notes
+    assert training.startswith("training images that were skipped: 1, the first of them n01440764/n01440764_1007.JPEG:")
+    assert "skipped: 1, the first of them n01440764/ILSVRC2012_val_00000001.JPEG: " in validation
 
 
 def test_label_smoothing_changes_the_training_loss_and_not_the_validation_loss(make: Make, tmp_path: Path):

@@ -214,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         size = 1 << 16 if rate is None else max(1, int(rate / 50))
         for position in range(0, len(part), size):
             piece = part[position : position + size]
+            request.sent += len(piece)  # before the client can have it, and a test can look
             self.wfile.write(piece)
-            request.sent += len(piece)
             if rate is not None and files.stopping.wait(len(piece) / rate):
                 return
