@@ -100,7 +100,7 @@ def fingerprint(manifest: Manifest) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`; to be called when all shards are there."""
-    write_atomically(folder / MANIFEST, _serialize(manifest))
+    write_atomically(folder / MANIFEST, sealed_json(manifest))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -128,12 +128,12 @@ def load_manifest(folder: Path) -> Manifest:
         raise AsgoError(f"{path}: {place + ': ' if place else ''}{first['msg']}; {_REMAKE}") from None
     except (ValueError, TypeError, KeyError):
         raise AsgoError(f"{path}: damaged, or not a manifest of token shards; {_REMAKE}") from None
-    if raw != _serialize(manifest):
+    if raw != sealed_json(manifest):
         raise AsgoError(f"{path}: altered since it was written (its own checksum does not match); {_REMAKE}")
     return manifest
 
 
-def _serialize(manifest: Manifest) -> bytes:
+def sealed_json(manifest: Frozen) -> bytes:
     """JSON text with a checksum of itself: an altered alphabet would change every text without any other sign."""
     fields = manifest.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

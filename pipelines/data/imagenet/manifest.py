@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
-from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256
+from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed_json
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 
@@ -73,7 +72,7 @@ class Unfinished(Frozen):
 
 def write_imagenet_manifest(folder: Path, manifest: ImagenetManifest) -> None:
     """Write `manifest.json` into `folder`; to be called when everything else is on the disk."""
-    write_atomically(folder / MANIFEST, _serialize(manifest))
+    write_atomically(folder / MANIFEST, sealed_json(manifest))
 
 
 def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
@@ -100,7 +99,7 @@ def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
         manifest = ImagenetManifest.model_validate(fields)
     except (ValidationError, ValueError, AttributeError, KeyError):
         raise AsgoError(f"{path}: damaged; make the folder again") from None
-    if raw != _serialize(manifest):
+    if raw != sealed_json(manifest):
         raise AsgoError(f"{path}: altered since it was written (its own checksum does not match); make it again")
     return manifest
 
@@ -125,10 +124,3 @@ def command(folder: Path, recipe: Recipe) -> str:
     """The command line that makes `folder` with these options."""
     words = ["asgo", "data", "imagenet", "--archives", recipe.get("archives", ""), "--out", str(folder)]
     return shlex.join([*words, "--no-extract"] if recipe.get("layout") == "archives" else words)
-
-
-def _serialize(manifest: ImagenetManifest) -> bytes:
-    """JSON text with a checksum of itself."""
-    fields = manifest.model_dump(mode="json")
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-    return (json.dumps({**fields, "manifest_sha256": digest}, indent=2) + "\n").encode()

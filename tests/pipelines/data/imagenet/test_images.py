@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -84,7 +84,7 @@ def _read_elsewhere(images: ImageSet) -> list[tuple[str, int, bytes]]:
 def test_sets_can_be_sent_to_other_processes_after_they_were_read(tmp_path: Path, archives: Path, layout: str) -> None:
     data = make(archives, tmp_path / "out", layout)
     wanted = everything(data.train)
-    again = pickle.loads(pickle.dumps(data.train))
+    again = ForkingPickler.loads(ForkingPickler.dumps(data.train))  # how a spawned process gets it
     assert everything(again) == wanted
     del again  # which closes its own file, and no other
     with multiprocessing.get_context("fork").Pool(1) as pool:
