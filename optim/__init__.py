@@ -7,6 +7,7 @@ from optim.dasgo import DASGO
 from optim.muon import Muon
 from optim.registry import OPTIMIZER_NAMES, build_optimizer, optimizer_class
 from optim.shampoo import Shampoo
+from optim.sharded import ShardedOptimizer
 
 __all__ = [
     "ASGO",
@@ -16,6 +17,7 @@ __all__ = [
     "Asro",
     "Muon",
     "Shampoo",
+    "ShardedOptimizer",
     "build_optimizer",
     "optimizer_class",
 ]

@@ -236,6 +236,8 @@ class TrainingSettings(Settings):
     """Sequences a forward pass in one process; the whole batch if absent."""
     max_grad_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    ema_decay: Decay | None = None
+    """Validates, and saves beside the weights, their exponential moving average, which keeps this much of itself."""
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
@@ -280,6 +282,12 @@ class RuntimeSettings(Settings):
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     compile: bool = False
+    shard_optimizer: bool = False
+    """Whether each process keeps the optimizer's state, and does its work, for a share of the weights only."""
+    shard_model: bool = False
+    """Whether each process keeps a share of every weight only, and so of the optimizer's state too."""
+    timeout_s: Positive = 600.0
+    """Seconds without a step after which the processes of a run give up on the one that is behind."""
 
 
 class ImageRuntimeSettings(RuntimeSettings):
@@ -304,6 +312,12 @@ class RunConfig(Settings):
     metrics: MetricsSettings = MetricsSettings()
     checkpoint: CheckpointSettings
     runtime: RuntimeSettings = RuntimeSettings()
+
+    @property
+    def validation_samples(self) -> int | None:
+        """How many sequences (or images) a validation takes, with any number of processes; None for all."""
+        batches = self.evaluation.batches
+        return None if batches is None else batches * (self.training.micro_batch_size or self.training.batch_size)
 
     def optimizer_keywords(self) -> dict[str, Any]:
         """The optimizer's settings as keywords of `optim.build_optimizer`."""

@@ -14,7 +14,7 @@ from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, open_ch
 from pipelines.training.device import pick_device
 from pipelines.training.gpt_task import build_gpt
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.state import require_same_names
+from pipelines.training.weights import require_same_names
 
 
 def generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,20 +124,26 @@ class TrainingBatches:
         return self._permutations[epoch]
 
 
-def validation_batches(
-    data: TokenData, context_length: int, batch_size: int, batches: int | None, *, pinned: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same windows each time, evenly spaced over the validation shards: (inputs, targets) as in `TrainingBatches`.
+class ValidationBatches:
+    """The same windows each time, evenly spaced over the validation shards; its length is their number."""
 
-    `batches` batches of `batch_size` windows; all windows, and then a shorter last batch, if there are fewer or
-    `batches` is None. Raises `AsgoError`, at once, if no shard is long enough for one window.
-    """
-    windows = _Windows(data.validation, context_length, pinned)
-    if not windows.count:
-        raise _too_short(data.folder, data.validation, context_length, "validation")
-    count = windows.count if batches is None else min(batches * batch_size, windows.count)
-    chosen = np.linspace(0, windows.count - 1, count, dtype=np.int64)
-    return (windows.read(chosen[first : first + batch_size]) for first in range(0, count, batch_size))
+    def __init__(self, data: TokenData, context_length: int, count: int | None, *, pinned: bool = False) -> None:
+        """`count` windows; all if there are fewer, or if `count` is None.
+
+        Raises `AsgoError` if no shard is long enough for one window.
+        """
+        self._windows = _Windows(data.validation, context_length, pinned)
+        if not self._windows.count:
+            raise _too_short(data.folder, data.validation, context_length, "validation")
+        chosen = self._windows.count if count is None else min(count, self._windows.count)
+        self._chosen = np.linspace(0, self._windows.count - 1, chosen, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def read(self, places: range) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the windows at some places of their order, as in `TrainingBatches`."""
+        return self._windows.read(self._chosen[places.start : places.stop])
 
 
 class _Windows:

@@ -11,14 +11,18 @@ from typing import Any
 
 import safetensors.numpy
 import safetensors.torch
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
 from pipelines.storage import sha256_of, staged_folder, undo_exchange
+from pipelines.training.distributed import place, seed_of_rank
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
-from pipelines.training.state import Tensors, TrainState, random_state, set_random_state
+from pipelines.training.random_state import gather_random_states, set_random_state
+from pipelines.training.state import TrainState
+from pipelines.training.weights import Tensors
 
 _FORMAT = 1
 _PREFIX = "step-"
@@ -26,7 +30,11 @@ _STATE = "state.json"
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _HISTORY = "history.safetensors"
-_RANDOM = "rng-0.safetensors"
+_AVERAGE = "average.safetensors"
+
+
+def _random_file(rank: int) -> str:
+    return f"rng-{rank}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,9 @@ class Checkpoint:
             raise AsgoError(f"{self.folder}: its configuration is of another version of asgo") from None
 
     def model_tensors(self) -> Tensors:
-        """Weights by parameter name, on the CPU."""
-        return safetensors.torch.load_file(self.folder / _MODEL)
+        """The weights that were validated, by parameter name, on the CPU: averages, where the run makes them."""
+        name = _AVERAGE if _AVERAGE in self.state["files"] else _MODEL
+        return safetensors.torch.load_file(self.folder / name)
 
     def rows(self) -> list[Row]:
         """The run's records up to this step."""
@@ -62,47 +71,91 @@ def read_history(folder: Path) -> list[Row]:
     return columns_to_rows(safetensors.numpy.load_file(folder / _HISTORY))
 
 
-def save_checkpoint(
-    parent: Path, state: TrainState, config: RunConfig, description: dict[str, Any], counts: Counts
-) -> Path:
-    """Write `parent/step-<step>`, prune older ones, and return its path.
+@dataclass(frozen=True)
+class Snapshot:
+    """A run at one moment, whole and in host memory, where training does not change it any more."""
 
-    Raises `AsgoError` if the disk refuses; then the checkpoints that were there still are.
-    """
-    target = parent / f"{_PREFIX}{state.step:08d}"
-    optimizer_tensors, scalars = state.optimizer_tensors()
+    step: int
+    tensors: dict[str, Tensors]
+    """By file."""
+    rows: list[Row]
+    content: dict[str, Any]
+    """Of `state.json`."""
+
+    @property
+    def bytes(self) -> int:
+        """How much there is to write, about."""
+        return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
+
+
+def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, Any], counts: Counts) -> Snapshot | None:
+    """Copy the run to the first process's memory, which alone gets it; an act of all processes together."""
+    optimizer_tensors, scalars = state.gather_optimizer()
+    tensors = {_MODEL: state.gather_model(), _OPTIMIZER: optimizer_tensors}
+    if state.average is not None:
+        tensors[_AVERAGE] = state.gather_average()
+    for rank, random in enumerate(gather_random_states(state.clock.device, state.ranks)):
+        tensors[_random_file(rank)] = random
+    if not state.ranks.is_first:
+        return None
     content = {
         "format": _FORMAT,
         **counts,
+        "processes": state.ranks.size,
         "config": config.model_dump(mode="json"),
         "data": description,
         "optimizer_scalars": scalars,
         "loss_scale": state.scaler.state_dict(),
     }
+    return Snapshot(state.step, tensors, list(state.rows), content)
+
+
+def write_snapshot(parent: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Write `parent/step-<step>`, leave the newest `keep` checkpoints, and return its path.
+
+    Raises `AsgoError` if the disk refuses; then the checkpoints that were there still are.
+    """
+    target = parent / f"{_PREFIX}{snapshot.step:08d}"
     try:
         with staged_folder(target, replace=True) as folder:
-            _save_tensors(folder / _MODEL, state.model_tensors())
-            _save_tensors(folder / _OPTIMIZER, optimizer_tensors)
-            _save_tensors(folder / _RANDOM, random_state(state.clock.device))
-            safetensors.numpy.save_file(rows_to_columns(state.rows), folder / _HISTORY)
-            _write_state(folder, content)
-        prune(parent, state.step, config.checkpoint.keep)
+            for name, tensors in snapshot.tensors.items():
+                safetensors.torch.save_file(tensors, folder / name)
+            safetensors.numpy.save_file(rows_to_columns(snapshot.rows), folder / _HISTORY)
+            _write_state(folder, snapshot.content)
+        prune(parent, snapshot.step, keep)
     except (OSError, SafetensorError) as error:
-        raise AsgoError(f"{target}: could not be saved: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise AsgoError(
+            f"{target}: could not be saved: {reason}; {last_good(parent)}; make room, then --resume"
+        ) from error
     return target
 
 
 def restore(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Bring a fresh state to where the checkpoint was saved, bit for bit."""
-    saved = checkpoint.state
-    state.load_model_tensors(checkpoint.model_tensors(), str(checkpoint.folder))
-    optimizer_tensors = safetensors.torch.load_file(checkpoint.folder / _OPTIMIZER)
-    state.load_optimizer_tensors(optimizer_tensors, saved["optimizer_scalars"])
+    """Bring a fresh state to where the checkpoint was saved, bit for bit, by however many processes.
+
+    What each process draws by itself (dropout) goes on exactly where the run has as many processes as it had.
+    """
+    saved, folder = checkpoint.state, checkpoint.folder
+    state.load_model(_load(folder / _MODEL), str(folder))
+    if state.average is not None:
+        state.load_average(_load(folder / _AVERAGE), str(folder))
+    state.load_optimizer(_load(folder / _OPTIMIZER), saved["optimizer_scalars"])
     state.scaler.load_state_dict(saved["loss_scale"])
     state.step = checkpoint.step
     state.rows = checkpoint.rows()
     state.clock.restart_at(saved["elapsed_s"])
-    set_random_state(safetensors.torch.load_file(checkpoint.folder / _RANDOM))
+    if state.ranks.rank < saved.get("processes", 1):
+        set_random_state(_load(folder / _random_file(state.ranks.rank)))
+    else:
+        torch.manual_seed(seed_of_rank(checkpoint.config().seed, state.ranks.rank, state.step))
+
+
+def _load(path: Path) -> Tensors:
+    """The tensors of a file, mapped into memory. Raises `AsgoError` where another process sees it and this does not."""
+    if not path.is_file():
+        raise AsgoError(f"{path}: {place()} does not see it; the run folder must be on a disk that all machines share")
+    return safetensors.torch.load_file(path)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -141,6 +194,12 @@ def checkpoint_folders(parent: Path) -> list[Path]:
     return sorted(path for path in parent.glob(f"{_PREFIX}*") if path.is_dir())
 
 
+def last_good(parent: Path) -> str:
+    """Which checkpoint a run can go back to, in words."""
+    folders = checkpoint_folders(parent)
+    return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+
+
 def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not."""
     skipped: list[str] = []
@@ -150,11 +209,6 @@ def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
         except AsgoError as error:
             skipped.append(f"skipped {error}")
     return None, skipped
-
-
-def _save_tensors(path: Path, tensors: Tensors) -> None:
-    # A transposed or channels-last tensor is saved by its values: loading copies them into the tensor's own layout.
-    safetensors.torch.save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _write_state(folder: Path, content: dict[str, Any]) -> None:

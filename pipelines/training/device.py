@@ -9,16 +9,21 @@ import torch
 
 from pipelines.config import RuntimeSettings, TrainingSettings
 from pipelines.errors import UsageError
+from pipelines.training.distributed import local_rank, place
 
 
 def pick_device(runtime: RuntimeSettings) -> torch.device:
-    """The device asked for, or the best at hand; `UsageError` if it is not there."""
+    """The device asked for, or the best at hand, of several GPUs this process's own; `UsageError` if there is none."""
     available = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
-    if runtime.device == "auto":
-        return torch.device(available[0])
-    if runtime.device not in available:
-        raise UsageError(f"--device {runtime.device}: not on this machine, which has {', '.join(available)}")
-    return torch.device(runtime.device)
+    kind = available[0] if runtime.device == "auto" else runtime.device
+    if kind not in available:
+        raise UsageError(f"--device {kind}: not on this machine, which has {', '.join(available)}")
+    if kind != "cuda":
+        return torch.device(kind)
+    if local_rank() >= torch.cuda.device_count():
+        raise UsageError(f"{place()} has no GPU: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
 
 
 def pick_precision(training: TrainingSettings, device: torch.device) -> torch.dtype:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.gpt import GPT, next_token_loss
 from pipelines.config import GPTRunConfig, GPTSettings
-from pipelines.data.batches import TrainingBatches, open_token_data, validation_batches
+from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
 from pipelines.training.device import autocast, pick_precision
+from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
+from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
 
@@ -26,32 +28,36 @@ def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
 class GPTTask:
     """Token windows, a decoder, and the mean cross-entropy of the next token in nats."""
 
-    def __init__(self, config: GPTRunConfig, device: torch.device) -> None:
+    def __init__(self, config: GPTRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """Raises as `open_token_data` does, and `UsageError` for a batch that the processes cannot share."""
         training = config.training
+        self._share = batch_share(training, ranks)
         self.data = open_token_data(Path(config.data.folder))
-        # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
-        self._pinned = device.type == "cuda"
-        self.batches = TrainingBatches(
-            self.data, config.model.context_length, training.batch_size, config.seed, pinned=self._pinned
-        )
-        self.model = build_gpt(config.model, self.data.vocab_size).to(device)
         self.tokens_per_sample = config.model.context_length
-        self._micro_batch_size = training.micro_batch_size or training.batch_size
-        self._batch_size = training.batch_size
-        self._evaluation_batches = config.evaluation.batches
+        # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
+        pinned = device.type == "cuda"
+        self.batches = TrainingBatches(
+            self.data, self.tokens_per_sample, training.batch_size, config.seed, pinned=pinned
+        )
+        self._validation = ValidationBatches(
+            self.data, self.tokens_per_sample, config.validation_samples, pinned=pinned
+        )
+        self.model = place_model(build_gpt(config.model, self.data.vocab_size), device, ranks, config.runtime)
+        self.network: nn.Module = self.model
+        self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """(inputs, targets), each (micro_batch_size, context_length) int64."""
-        for start in range(0, self._batch_size, self._micro_batch_size):
-            yield self.batches.batch(step, slice(start, start + self._micro_batch_size))
+        for rows in self._share.parts:
+            yield self.batches.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of a micro-batch, shape ()."""
         inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
-            logits = self.model(inputs)
+            logits = self.network(inputs)
         return next_token_loss(logits, targets)
 
     def training_figures(self) -> dict[str, float]:
@@ -61,19 +67,18 @@ class GPTTask:
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """The mean loss over the validation windows; None if told to stop before the end."""
-        total, count = torch.zeros((), dtype=torch.float64), 0
-        total = total if self._device.type == "mps" else total.to(self._device)  # MPS has no float64
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
+        total = torch.zeros((), dtype=dtype, device=self._device)
         self.model.eval()
-        for batch in validation_batches(
-            self.data, self.tokens_per_sample, self._micro_batch_size, self._evaluation_batches, pinned=self._pinned
-        ):
+        for windows in rounds(len(self._validation), self._share.micro_batch_size, self._ranks):
             if should_stop():
                 self.model.train()
                 return None
-            total += self.loss(batch).to(total.device) * len(batch[0])
-            count += len(batch[0])
+            # One window for nothing where there is none left: a model in shares computes in all processes or in none.
+            loss = self.loss(self._validation.read(windows or range(1)))
+            total += loss.to(dtype) * len(windows)
         self.model.train()
-        return {"loss": total.item() / count}
+        return {"loss": self._ranks.sum(total).item() / len(self._validation)}
 
     def epoch_at(self, step: int) -> float:
         """Passes over the training windows after `step` steps."""

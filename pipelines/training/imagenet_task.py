@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from models.vision import build_classifier
@@ -18,9 +18,13 @@ from pipelines.data.imagenet.loader import TrainingImages, ValidationImages
 from pipelines.data.imagenet.transforms import build_transforms, normalize
 from pipelines.errors import UsageError
 from pipelines.training.device import autocast, pick_precision
+from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
+from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
 _TOP = 5
+_UNKNOWN = -100
+"""The label of no image, which no sum counts."""
 
 
 class ImageNetTask:
@@ -28,9 +32,13 @@ class ImageNetTask:
 
     tokens_per_sample = 1
 
-    def __init__(self, config: ImageNetRunConfig, device: torch.device) -> None:
-        """Raises `AsgoError` for a folder that cannot be read, `UsageError` for a classifier that there is not."""
+    def __init__(self, config: ImageNetRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
+        """Raises `AsgoError` for a folder that cannot be read.
+
+        Raises `UsageError` for a classifier that there is not, and for a batch that the processes cannot share.
+        """
         training = config.training
+        self._share = batch_share(training, ranks)
         self.data = open_imagenet(Path(config.data.folder))
         try:
             model = build_classifier(config.model.name, len(self.data.classes))
@@ -38,16 +46,13 @@ class ImageNetTask:
             raise UsageError(f"model.name: {error}") from None
         self._channels_last = config.model.channels_last
         layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        self.model = model.to(device, memory_format=layout)  # type: ignore[call-overload]
+        model = model.to(memory_format=layout)
+        self.model = place_model(model, device, ranks, config.runtime)
+        self.network: nn.Module = self.model
+        self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
         self._label_smoothing = training.label_smoothing
-        self._micro_batch_size = training.micro_batch_size or training.batch_size
-        self._evaluation_batches = config.evaluation.batches
-        self._parts = [
-            slice(start, start + self._micro_batch_size)
-            for start in range(0, training.batch_size, self._micro_batch_size)
-        ]
         self._open_images(config, device)
         self._right = torch.zeros(2, device=device)
         self._seen = 0
@@ -60,15 +65,18 @@ class ImageNetTask:
             "validation": Source(self.data.validation, validation, 0, "leave out" if skips else "stop", exact),
         }
         self._workers = ImageWorkers(sources, config.runtime.workers, pinned=device.type == "cuda")
-        self._train = TrainingImages(self._workers, "train", config.training.batch_size, self._parts)
-        self._validation = ValidationImages(self._workers, "validation", self._micro_batch_size)
+        self._train = TrainingImages(self._workers, "train", config.training.batch_size, self._share.parts)
+        images = len(self.data.validation)
+        count = min(images, config.validation_samples or images)
+        batches = list(rounds(count, self._share.micro_batch_size, self._ranks))
+        self._validation = ValidationImages(self._workers, "validation", batches)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """(images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""
         self._right.zero_()
         self._seen = 0
-        for part in self._parts:
-            yield self._train.batch(step, part)
+        for rows in self._share.parts:
+            yield self._train.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean cross-entropy of a micro-batch, shape ()."""
@@ -78,27 +86,25 @@ class ImageNetTask:
         return functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
 
     def training_figures(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy over the micro-batches of the step just made. Waits for the device."""
-        return _accuracies(self._right, self._seen)
+        """Top-1 and top-5 accuracy over the step just made, of all processes. Waits for the device."""
+        return _accuracies(self._ranks.sum(self._right.clone()).tolist(), self._seen * self._ranks.size)
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Mean loss, without label smoothing, and accuracies over the validation images."""
-        sums = torch.zeros(3, dtype=torch.float32 if self._device.type == "mps" else torch.float64)
-        sums, seen = sums.to(self._device), 0
+        dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
+        sums = torch.zeros(4, dtype=dtype, device=self._device)
         self.model.eval()
-        for number, batch in enumerate(self._validation):
-            if number == self._evaluation_batches:
-                break
+        for batch in self._validation:
             if should_stop():
                 self.model.train()
                 return None
-            logits, labels = self._classify(batch)
-            sums[0] += functional.cross_entropy(logits, labels, reduction="sum")
-            sums[1:] += _right_among_top(logits, labels)
-            seen += len(labels)
+            logits, labels = self._classify(_or_one_unknown(batch))
+            loss = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=_UNKNOWN)
+            sums += torch.stack([loss, *_right_among_top(logits, labels), (labels != _UNKNOWN).sum()])
         self.model.train()
-        return {"loss": sums[0].item() / seen, **_accuracies(sums[1:], seen)}
+        loss, *right, seen = self._ranks.sum(sums).tolist()
+        return {"loss": loss / seen, **_accuracies(right, seen)}
 
     def epoch_at(self, step: int) -> float:
         """Passes over the training images after `step` steps."""
@@ -126,7 +132,7 @@ class ImageNetTask:
         """Logits in float32, (n, classes), and labels (n,), on the model's device."""
         images, labels = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
-            logits = self.model(normalize(images, channels_last=self._channels_last))
+            logits = self.network(normalize(images, channels_last=self._channels_last))
         return logits.float(), labels
 
 
@@ -137,6 +143,14 @@ def _right_among_top(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([hits[:, 0].sum(), hits.sum()])
 
 
-def _accuracies(right: Tensor, seen: int) -> dict[str, float]:
-    first, among_top = right.tolist()
+def _or_one_unknown(batch: Batch) -> Batch:
+    """An image without a label in place of none: a model in shares computes in all processes or in none."""
+    images, labels = batch
+    if len(labels):
+        return batch
+    return images.new_zeros((1, *images.shape[1:])), labels.new_full((1,), _UNKNOWN)
+
+
+def _accuracies(right: Sequence[float], seen: float) -> dict[str, float]:
+    first, among_top = right
     return {"accuracy": first / seen, "top5_accuracy": among_top / seen}

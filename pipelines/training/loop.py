@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, RunInterrupted
 from pipelines.stopping import StopRequest
-from pipelines.training.checkpoint import checkpoint_folders, save_checkpoint
+from pipelines.training.checkpoint import last_good, take_snapshot
+from pipelines.training.checkpoint_writer import CheckpointWriter
+from pipelines.training.distributed import batch_share
 from pipelines.training.metrics import Counts, Row
+from pipelines.training.parallel import gradients_synchronized
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.schedule import lr_factor
@@ -33,8 +38,15 @@ class Run:
     state: TrainState
     reporter: Reporter
     stop: StopRequest
+    writer: CheckpointWriter
+    beat: Callable[[str], None] = lambda doing: None
+    """Told what is being done, so that others can tell where a process hangs."""
     saved: tuple[int, int] | None = None
     """Step and number of records of the newest checkpoint."""
+
+    def should_stop(self) -> bool:
+        """Whether a signal asked any of the processes to save and stop; a question of all of them together."""
+        return self.state.ranks.any(bool(self.stop))
 
 
 def fit(run: Run) -> None:
@@ -46,15 +58,18 @@ def fit(run: Run) -> None:
     """
     config, state = run.config, run.state
     while True:
+        run.beat(f"step {state.step}")
         if _due(state.step, config.evaluation.every, config) and not state.validated():
             evaluate(run)
-        if run.stop or (state.step > 0 and _due(state.step, config.checkpoint.every, config)):
+        stops = run.should_stop()
+        if stops or (state.step > 0 and _due(state.step, config.checkpoint.every, config)):
             save(run)
-        if run.stop:
-            command = f"asgo train {config.task} --resume --out {run.folder.path}"
-            raise RunInterrupted(f"{run.stop.signal_name} at step {state.step}: saved; continue with: {command}")
+        if stops:
+            raise _interrupted(run)
         if state.step == config.training.steps:
+            run.writer.wait()
             return
+        run.writer.check()
         state.clock.run()
         loss, grad_norm, lr = train_step(run)
         state.step += 1
@@ -65,7 +80,14 @@ def fit(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Record the validation figures of the model as it is, unless told to stop meanwhile."""
     run.state.clock.pause()
-    figures = run.task.evaluate(lambda: bool(run.stop))
+    average = run.state.average
+
+    def should_stop() -> bool:
+        run.beat(f"the validation at step {run.state.step}")
+        return run.should_stop()
+
+    with contextlib.nullcontext() if average is None else average.in_place_of_weights():
+        figures = run.task.evaluate(should_stop)
     if figures is None:
         return
     if not math.isfinite(figures["loss"]):
@@ -76,16 +98,24 @@ def evaluate(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint, unless the newest one already holds all there is."""
+    """Begin to write a checkpoint, unless the newest one already holds all there is."""
     run.state.clock.pause()
     now = (run.state.step, len(run.state.rows))
     if now == run.saved:
         return
-    try:
-        save_checkpoint(run.folder.checkpoints, run.state, run.config, run.task.description(), _counts(run))
-    except AsgoError as error:
-        raise AsgoError(f"{error}; {_last_good(run)}; make room, then --resume") from error
+    run.beat(f"the checkpoint at step {run.state.step}")
+    snapshot = take_snapshot(run.state, run.config, run.task.description(), _counts(run))
+    if snapshot is not None:
+        run.writer.write(snapshot)
     run.saved = now
+
+
+def _interrupted(run: Run) -> RunInterrupted:
+    """What ends a run that a signal stopped, when its checkpoint is on the disk."""
+    run.writer.wait()
+    command = f"asgo train {run.config.task} --resume --out {run.folder.path}"
+    signal = run.stop.signal_name or "a signal to another process"
+    return RunInterrupted(f"{signal} at step {run.state.step}: saved; continue with: {command}")
 
 
 def train_step(run: Run) -> tuple[float, float, float]:
@@ -94,6 +124,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
     factor = lr_factor(config.schedule, state.step, config.training.steps)
     loss = accumulate_gradients(run)
     grad_norm = _clip(run)
+    loss = state.ranks.mean(loss)
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one wait for the device in a step
     _refuse_not_finite(run, loss_value, norm_value, factor)
     for group in state.optimizer.param_groups:
@@ -101,18 +132,23 @@ def train_step(run: Run) -> tuple[float, float, float]:
     with state.clock.optimizer():
         state.scaler.step(state.optimizer)
         state.scaler.update()
+    if state.average is not None:
+        state.average.update()
     state.optimizer.zero_grad()
     return loss_value, norm_value, state.optimizer.param_groups[0]["lr"]
 
 
 def accumulate_gradients(run: Run) -> Tensor:
-    """Backpropagate every micro-batch of the step; returns the mean loss, shape ()."""
-    training = run.config.training
-    parts = training.batch_size // (training.micro_batch_size or training.batch_size)
+    """Backpropagate every micro-batch that is this process's; returns their mean loss, shape ().
+
+    The gradients are then those of the whole batch: processes add theirs up once, after the last micro-batch.
+    """
     total = torch.zeros((), device=run.state.clock.device)
-    for batch in run.task.micro_batches(run.state.step):
-        loss = run.task.loss(batch) / parts
-        torch.autograd.backward(run.state.scaler.scale(loss))
+    parts = len(batch_share(run.config.training, run.state.ranks).parts)
+    for number, batch in enumerate(run.task.micro_batches(run.state.step), 1):
+        with gradients_synchronized(run.task.network, number == parts):
+            loss = run.task.loss(batch) / parts
+            torch.autograd.backward(run.state.scaler.scale(loss))
         total += loss.detach()
     return total
 
@@ -147,6 +183,7 @@ def _clip(run: Run) -> Tensor:
     state.scaler.unscale_(state.optimizer)
     params = [param for param in state.model.parameters() if param.grad is not None]
     norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(params, max_norm, norm)
     return norm
@@ -172,8 +209,8 @@ def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -
 
 
 def _last_good(run: Run) -> str:
-    folders: list[Path] = checkpoint_folders(run.folder.checkpoints)
-    return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+    run.writer.wait()
+    return last_good(run.folder.checkpoints)
 
 
 def _counts(run: Run) -> Counts:
@@ -189,6 +226,8 @@ def _counts(run: Run) -> Counts:
 
 def _record(run: Run, row: Row) -> None:
     run.state.rows.append(row)
+    if not run.state.ranks.is_first:
+        return
     try:
         run.folder.append(row)
     except OSError as error:

@@ -13,6 +13,9 @@ Batch = tuple[Tensor, ...]
 class Task(Protocol):
     """Data, model and loss of a training run."""
 
+    network: nn.Module
+    """What the forward pass calls: the model, or that which adds up its gradients over the processes."""
+
     @property
     def model(self) -> nn.Module:
         """The model under training, on its device."""
@@ -22,16 +25,16 @@ class Task(Protocol):
         """Tokens in one row of a batch; 1 for an image."""
 
     def micro_batches(self, step: int) -> Iterable[Batch]:
-        """The batch of a step (0-based), in equal parts, on the host; a pure function of the step."""
+        """This process's rows of the batch of a step (0-based), in equal parts, on the host; a function of the step."""
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch on the model's device, shape ()."""
 
     def training_figures(self) -> dict[str, float]:
-        """Figures of the step just made beside its loss, for a record; may wait for the device."""
+        """Figures of the step just made beside its loss, of all processes, for a record; may wait for the device."""
 
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Figures of the validation data, always the same; None if told to stop before the end."""
+        """Figures of the validation data, always the same, over all processes; None if told to stop before the end."""
 
     def epoch_at(self, step: int) -> float:
         """Passes over the training data after `step` steps."""

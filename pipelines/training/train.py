@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from optim import build_optimizer
+from optim.sharded import ShardedOptimizer
 from pipelines.config import RunConfig, differences
 from pipelines.errors import AsgoError, UsageError
 from pipelines.stopping import stop_on_signals
+from pipelines.training.average import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
+from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
+from pipelines.training.distributed import Ranks, joined_ranks, seed_of_rank
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
+from pipelines.training.parallel import compile_model, replicated
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder, refuse_existing
 from pipelines.training.state import TrainState
@@ -57,40 +63,56 @@ def plan(config: RunConfig) -> Plan:
 def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = False) -> list[Row]:
     """Train in the folder `out`, from the beginning or from its newest good checkpoint; returns all records.
 
+    To be called in every process that torchrun started; the first one alone reports, and writes the folder.
+
     Raises:
         UsageError: the folder holds a run and `resume` is false, or its configuration or data differ.
         RunInterrupted: stopped by a signal, and saved.
         AsgoError: the run failed; see `fit`.
     """
-    folder = RunFolder(out)
-    continues = resume and folder.exists()
-    if continues:
-        _require_same_config(out, folder.config(), config)
-    else:
-        refuse_existing(folder)
     device = pick_device(config.runtime)
-    torch.manual_seed(config.seed)
-    with contextlib.closing(build_task(config, device)) as task:
-        return _train(task, config, folder, device, reporter, continues)
+    with joined_ranks(device, config.runtime.timeout_s) as ranks:
+        folder = RunFolder(out)
+        continues = ranks.first_does(lambda: _continues(folder, config, resume))
+        torch.manual_seed(config.seed)
+        with contextlib.closing(build_task(config, device, ranks)) as task:
+            return _train(task, config, folder, device, reporter, ranks, continues)
+
+
+def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
+    """Whether there is a run to go on with. Raises `UsageError` if that is not to be, or cannot."""
+    if resume and folder.exists():
+        _require_same_config(folder.path, folder.config(), config)
+        return True
+    refuse_existing(folder)
+    return False
 
 
 def _train(
-    task: Task, config: RunConfig, folder: RunFolder, device: torch.device, reporter: Reporter, continues: bool
+    task: Task,
+    config: RunConfig,
+    folder: RunFolder,
+    device: torch.device,
+    reporter: Reporter,
+    ranks: Ranks,
+    continues: bool,
 ) -> list[Row]:
-    state = _fresh_state(task, config, device)
-    checkpoint = _find_checkpoint(folder, config, task, reporter) if continues else None
+    state = _fresh_state(task, config, device, ranks)
+    checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
     if checkpoint is not None:
         restore(checkpoint, state)
-    if not continues:
-        folder.begin(config, task.description(), describe_device(device))
-    folder.continue_from(state.rows)
+    if ranks.is_first:
+        if not continues:
+            folder.begin(config, task.description(), describe_device(device))
+        folder.continue_from(state.rows)
+        reporter.begin(state.step, config.training.steps)
     if config.runtime.compile:
-        task.model.compile()
-    reporter.begin(state.step, config.training.steps)
+        compile_model(task.model)
+    task.network = replicated(task.model, ranks)
     try:
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, CheckpointWriter(folder.checkpoints, config.checkpoint.keep) as writer:
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
-            fit(Run(task, config, folder, state, reporter, stop, saved))
+            fit(Run(task, config, folder, state, reporter, stop, writer, saved=saved))
     finally:
         for line in task.notes():
             reporter.note(line)
@@ -98,13 +120,19 @@ def _train(
     return state.rows
 
 
-def _fresh_state(task: Task, config: RunConfig, device: torch.device) -> TrainState:
+def _fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks) -> TrainState:
     optimizer = build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+    if ranks.joined and (config.runtime.shard_optimizer or config.runtime.shard_model):
+        optimizer = ShardedOptimizer(optimizer)
     scaled = pick_precision(config.training, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
-    return TrainState(task.model, optimizer, scaler, StepClock(device))
+    decay = config.training.ema_decay
+    average = None if decay is None else WeightAverage(task.model, decay)
+    if ranks.rank:
+        torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # what is drawn from now on is each process's own
+    return TrainState(task.model, optimizer, scaler, StepClock(device), ranks, average)
 
 
 def _require_same_config(place: Path, saved: RunConfig, config: RunConfig) -> None:
@@ -115,7 +143,20 @@ def _require_same_config(place: Path, saved: RunConfig, config: RunConfig) -> No
         )
 
 
-def _find_checkpoint(folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter) -> Checkpoint | None:
+def _find_checkpoint(
+    folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter, ranks: Ranks
+) -> Checkpoint | None:
+    """The newest good checkpoint, as the first process finds it."""
+
+    def find() -> dict[str, Any] | None:
+        checkpoint = _newest_of_this_run(folder, config, task, reporter)
+        return None if checkpoint is None else {"name": checkpoint.folder.name, "state": checkpoint.state}
+
+    found = ranks.first_does(find)
+    return None if found is None else Checkpoint(folder.checkpoints / found["name"], found["state"])
+
+
+def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter) -> Checkpoint | None:
     folder.checkpoints.mkdir(exist_ok=True)
     remove_leftovers(folder.checkpoints)
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)

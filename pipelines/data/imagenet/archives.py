@@ -75,16 +75,23 @@ def check_archive(path: Path, archive: Archive, progress: Progress) -> None:
     """Read `path` through. Raises `AsgoError` unless it has the length and the MD5 of `archive`."""
     remedy = f"download it again, or list it in {path.parent / MD5SUMS} if it is another edition"
     try:
-        with path.open("rb", buffering=0) as file:
-            size = os.fstat(file.fileno()).st_size
-            if archive.bytes is not None and size != archive.bytes:
-                raise AsgoError(f"{path}: {size:,} bytes long, not {archive.bytes:,}; {remedy}")
-            digest, done, block = hashlib.md5(usedforsecurity=False), 0, memoryview(bytearray(_BLOCK))
-            while count := file.readinto(block):
-                digest.update(block[:count])
-                done += count
-                progress(f"checking {archive.file}", done, size)
+        size = path.stat().st_size
+        if archive.bytes is not None and size != archive.bytes:
+            raise AsgoError(f"{path}: {size:,} bytes long, not {archive.bytes:,}; {remedy}")
+        md5 = digest_of(path, "md5", lambda done, total: progress(f"checking {archive.file}", done, total))
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror}") from None
-    if digest.hexdigest() != archive.md5:
-        raise AsgoError(f"{path}: its MD5 is {digest.hexdigest()}, not {archive.md5}; {remedy}")
+    if md5 != archive.md5:
+        raise AsgoError(f"{path}: its MD5 is {md5}, not {archive.md5}; {remedy}")
+
+
+def digest_of(path: Path, algorithm: str, tell: Callable[[int, int], None]) -> str:
+    """The hexadecimal digest of a file; `tell` is called often with (bytes done, bytes in all). Raises `OSError`."""
+    digest, done, block = hashlib.new(algorithm, usedforsecurity=False), 0, memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            done += count
+            tell(done, size)
+    return digest.hexdigest()

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-import shutil
-import threading
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from pipelines.data.imagenet.archives import Progress
+from pipelines.data.imagenet.image_files import (
+    expected_sizes,
+    partial_folder,
+    publish,
+    reopen,
+    require_only,
+    sizes_in,
+    write_image,
+)
 from pipelines.data.imagenet.index import Index
 from pipelines.data.imagenet.members import open_tar
+from pipelines.data.imagenet.threads import Tally, in_threads
 from pipelines.errors import AsgoError
-
-_POLL_S = 0.1
 
 
 def extract_images(
@@ -35,24 +38,10 @@ def extract_images(
     """
     target.mkdir(exist_ok=True)
     phase, total = f"extracting {archive.name}", int(index.sizes.sum())
-    by_class = np.split(np.argsort(index.labels, kind="stable"), np.cumsum(np.bincount(index.labels))[:-1])
-    with open_tar(archive) as tar, ThreadPoolExecutor(workers) as pool:
-        work = _Work(tar.descriptor, archive)
-        progress(phase, 0, total)
-        try:
-            pending = {
-                pool.submit(_extract_class, work, target / wnids[index.labels[chosen[0]]], index.take(chosen))
-                for chosen in by_class
-                if len(chosen)
-            }
-            while pending:
-                done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                progress(phase, work.done, total)
-        finally:
-            work.stop.set()
-            pool.shutdown(cancel_futures=True)
+    with open_tar(archive) as tar:
+        work = _Work(tar.descriptor, archive, Tally())
+        jobs = [partial(_extract_class, work, target / wnids[label], images) for label, images in index.by_class()]
+        in_threads(jobs, workers, work.tally, lambda done: progress(phase, done, total))
 
 
 def flush_to_disk(folder: Path) -> None:
@@ -74,84 +63,48 @@ def flush_to_disk(folder: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Work:
     """What the threads share."""
 
     descriptor: int
     archive: Path
-    stop: threading.Event = field(default_factory=threading.Event)
-    done: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def advance(self, size: int) -> None:
-        with self.lock:
-            self.done += size
+    tally: Tally
 
 
 def _extract_class(work: _Work, folder: Path, images: Index) -> None:
-    expected = dict(zip((name.decode() for name in images.names.tolist()), images.sizes.tolist(), strict=True))
-    there = _sizes(folder)
+    expected = expected_sizes(images)
+    there = sizes_in(folder)
     if there == expected:
-        work.advance(sum(expected.values()))
+        work.tally.advance(sum(expected.values()))
         return
-    _require_only(expected, folder, there)
-    partial = folder.with_name(f".{folder.name}.partial")
+    require_only(expected, folder, there)
     if there:  # a power cut or a hand took from it
-        shutil.rmtree(partial, ignore_errors=True)
-        folder.rename(partial)
-    partial.mkdir(exist_ok=True)
-    _write_missing(work, partial, expected, images.offsets.tolist())
-    if work.stop.is_set():
-        return
-    if _sizes(partial) != expected:
-        raise AsgoError(f"{partial}: another program changes it; start again when that has ended")
-    partial.rename(folder)
+        reopen(folder)
+    partial_folder(folder).mkdir(exist_ok=True)
+    _write_missing(work, partial_folder(folder), expected, images.offsets.tolist())
+    if not work.tally.stop.is_set():
+        publish(folder, expected)
 
 
 def _write_missing(work: _Work, folder: Path, expected: dict[str, int], offsets: Sequence[int]) -> None:
-    # A file is written from its beginning on, so one that has its full size is whole.
-    there = _sizes(folder)
-    _require_only(expected, folder, there)
+    there = sizes_in(folder)
+    require_only(expected, folder, there)
     # One buffer for all: to allocate one an image, and give it back to the system, would cost as much as the writing.
     buffer = memoryview(bytearray(max(expected.values())))
     parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for (name, size), offset in zip(expected.items(), offsets, strict=True):
-            if work.stop.is_set():
+            if work.tally.stop.is_set():
                 return
             if there.get(name) != size:
-                _copy(work, buffer[:size], offset, parent, folder / name)
-            work.advance(size)
+                _copy(work, buffer[:size], offset, folder / name, parent)
+            work.tally.advance(size)
     finally:
         os.close(parent)
 
 
-def _copy(work: _Work, content: memoryview, offset: int, parent: int, path: Path) -> None:
+def _copy(work: _Work, content: memoryview, offset: int, path: Path, parent: int) -> None:
     if os.preadv(work.descriptor, [content], offset) < len(content):
         raise AsgoError(f"{work.archive}: ends in {path.name}, so it was cut after it was checked")
-    try:
-        descriptor = os.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666, dir_fd=parent)
-        try:
-            while content:
-                content = content[os.write(descriptor, content) :]
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        error.filename = str(path)
-        raise
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """The plain files of `folder`, and their sizes; others count as -1."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        return {
-            entry.name: entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
-            for entry in entries
-        }
-    return {}
-
-
-def _require_only(expected: dict[str, int], folder: Path, there: dict[str, int]) -> None:
-    for name in there.keys() - expected.keys():
-        raise AsgoError(f"{folder / name}: no part of the archive; remove it")
+    write_image(path, content, parent)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
-from pipelines.data.imagenet.index import SPLITS, index_file
+from pipelines.data.imagenet.index import SPLITS, index_file, packed_file
 from pipelines.data.imagenet.manifest import (
     ImagenetManifest,
     Recipe,
     Unfinished,
+    holds_imagenet,
     load_imagenet_manifest,
     load_unfinished,
     save_unfinished,
 )
 from pipelines.data.manifest import MANIFEST, UNFINISHED
-from pipelines.errors import AsgoError, UsageError
+from pipelines.errors import UsageError
 
-_FILES = (MANIFEST, UNFINISHED, *map(index_file, SPLITS))
-_OURS = {*SPLITS, *_FILES, *(f".{name}.partial" for name in _FILES)}
+PARTS = ".parts"
+"""A folder that is there until the work is done, with the indices of what is done."""
+
+_FILES = (MANIFEST, UNFINISHED, *map(index_file, SPLITS), *map(packed_file, SPLITS))
+OURS = frozenset({*SPLITS, *_FILES, PARTS, *(f".{name}.partial" for name in _FILES)})
+"""What a folder may hold, complete or not."""
 
 
 def finished_manifest(out: Path, recipe: Recipe) -> ImagenetManifest | None:
@@ -27,8 +33,15 @@ def finished_manifest(out: Path, recipe: Recipe) -> ImagenetManifest | None:
         return None
     manifest = load_imagenet_manifest(out)
     _require_same(out, "complete", manifest.recipe, recipe)
-    (out / UNFINISHED).unlink(missing_ok=True)
+    remove_notes(out)
     return manifest
+
+
+def remove_notes(out: Path) -> None:
+    """Remove what is of no use any more when the manifest is there."""
+    with contextlib.suppress(OSError):
+        (out / UNFINISHED).unlink(missing_ok=True)
+        shutil.rmtree(out / PARTS, ignore_errors=True)
 
 
 def begin_or_go_on(out: Path, recipe: Recipe, overwrite: bool) -> Unfinished:
@@ -37,8 +50,8 @@ def begin_or_go_on(out: Path, recipe: Recipe, overwrite: bool) -> Unfinished:
     Raises `UsageError` when the earlier call had other options or `out` holds something else, unless `overwrite` is
     given and everything there is of a prepared ImageNet.
     """
-    state = load_unfinished(out)
-    if state is not None and not overwrite:
+    state = None if overwrite else load_unfinished(out)
+    if state is not None:
         _require_same(out, "unfinished", state.recipe, recipe)
     else:
         _require_free(out, overwrite)
@@ -64,7 +77,7 @@ def _require_same(out: Path, what: str, before: Recipe, now: Recipe) -> None:
 
 def _option(name: str, value: str) -> str:
     if name == "layout":
-        return "--no-extract" if value == "archives" else "--extract"
+        return "--no-extract" if value == "packed" else "--extract"
     return f"--{name} {value}"
 
 
@@ -74,23 +87,17 @@ def _require_free(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{out}: this folder is not empty; choose another --out, or pass --overwrite")
-    foreign = sorted(content - _OURS)
-    if foreign or not _is_imagenet(out):  # folders named train and val could be anybody's
+    foreign = sorted(content - OURS)
+    if foreign or not holds_imagenet(out):  # folders named train and val could be anybody's
         what = f"{foreign[0]} is no part of a prepared ImageNet" if foreign else "`asgo data imagenet` did not make it"
         raise UsageError(f"{out}: {what}, so nothing is overwritten; choose another --out")
-
-
-def _is_imagenet(out: Path) -> bool:
-    try:
-        return load_unfinished(out) is not None or bool(load_imagenet_manifest(out))
-    except AsgoError:
-        return False
 
 
 def _clear(out: Path) -> None:
     """Remove an earlier ImageNet: the manifest first, so that no half of it is taken for good."""
     (out / MANIFEST).unlink(missing_ok=True)
-    for split in SPLITS:
-        (out / index_file(split)).unlink(missing_ok=True)
-        if (out / split).exists():
-            shutil.rmtree(out / split)
+    for name in OURS - {UNFINISHED}:
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -11,25 +10,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, ValidationError
 
 from pipelines.data.corpus.failure import Failure, failure_of
 from pipelines.data.corpus.folder import held_folder
-from pipelines.data.imagenet.archives import Progress
+from pipelines.data.imagenet.archives import Progress, digest_of
 from pipelines.data.imagenet.fetch import require_space
 from pipelines.data.imagenet.patience import Failed, Patience, Send
+from pipelines.data.manifest import Frozen, Sha256
 from pipelines.errors import AsgoError, UsageError
 from pipelines.stopping import stop_on_signals
+from pipelines.storage import write_atomically
 
 REPOSITORY = "ILSVRC/imagenet-1k"
 Split = Literal["train", "validation"]
-SPLITS: tuple[Split, ...] = ("train", "validation")
-"""The hub has a third one, without labels, which nothing here reads."""
+LISTING = "hub.json"
+"""Beside the hub's files: what the hub said of them when they were fetched."""
 
 _FOLDER = "data"
 _NAME = re.compile(r"(train|validation)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
 _CONTACT_TIMEOUT_S = 5
-_BLOCK = 4 << 20
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",  # nothing is sent that was not asked for
@@ -38,19 +40,19 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True)
-class HubFile:
+class HubFile(Frozen):
     """A file of the repository: its path there, its length, and its SHA-256 if the hub tells it."""
 
     path: str
-    bytes: int
-    sha256: str | None
+    bytes: NonNegativeInt
+    sha256: Sha256 | None
 
 
-@dataclass(frozen=True)
-class _Listing:
+class Listing(Frozen):
+    """What the hub said of its files, and at which commit."""
+
     revision: str
-    files: tuple[HubFile, ...]
+    files: Annotated[tuple[HubFile, ...], Field(strict=False)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class _Notice:
 def download_hub_copy(folder: Path, *, progress: Progress, notify: Callable[[str], None]) -> str:
     """Bring the hub's Parquet files of both splits into `folder`/data, or go on with those that are still missing.
 
-    Files that are there and have the right SHA-256 are left alone. Gives the commit of the hub's repository.
+    Files that are there and have the right SHA-256 are left alone. What the hub says of them is kept in `hub.json`.
+    Gives the commit of the hub's repository.
 
     Raises:
         UsageError: a file is in the place of `folder`, or another process works in it.
@@ -85,10 +88,28 @@ def download_hub_copy(folder: Path, *, progress: Progress, notify: Callable[[str
         _clear_leftovers(folder)
         missing = [file for file in listing.files if not _is_there(folder, file)]
         require_space(folder, sum(file.bytes for file in missing))
+        write_atomically(folder / LISTING, listing.model_dump_json(indent=2).encode())
         for number, file in enumerate(listing.files, start=1):
             label = f"{Path(file.path).name} ({number} of {len(listing.files)})"
             _HubFetch(folder, file, listing.revision, label, stoppable_progress, patience).run()
         return listing.revision
+
+
+def load_listing(folder: Path) -> Listing | None:
+    """What the hub said when files were last fetched into `folder`; None if nobody did. Raises `AsgoError`."""
+    path = folder / LISTING
+    try:
+        return Listing.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError:
+        raise AsgoError(f"{path}: damaged; remove it") from None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether everything that the hub was last heard to have is in `folder`, as far as lengths tell."""
+    listing = load_listing(folder)
+    return listing is not None and all(_is_there(folder, file) for file in listing.files)
 
 
 def hub_files(folder: Path, split: Split) -> tuple[Path, ...]:
@@ -101,7 +122,9 @@ def hub_files(folder: Path, split: Split) -> tuple[Path, ...]:
     present = {int(found[name][2]) for name in names}
     for index in range(counts.pop() if counts else 1):
         if index not in present:
-            raise AsgoError(f"{folder / _FOLDER}: the hub's {split} file {index:05d} is missing; download the rest")
+            raise AsgoError(
+                f"{folder / _FOLDER}: the hub's {split} file {index:05d} is missing; get it with --download"
+            )
     return tuple(folder / _FOLDER / name for name in names)
 
 
@@ -116,7 +139,7 @@ def _clear_leftovers(folder: Path) -> None:
         path.unlink()
 
 
-def _list(patience: Patience) -> _Listing:
+def _list(patience: Patience) -> Listing:
     while True:
         try:
             for message in patience.messages(_ask_for_listing):
@@ -130,7 +153,7 @@ def _list(patience: Patience) -> _Listing:
             patience.failed(REPOSITORY, error)
 
 
-def _ask_for_listing(send: Send[_Listing]) -> None:
+def _ask_for_listing(send: Send[Listing]) -> None:
     try:
         from huggingface_hub import HfApi, RepoFile
 
@@ -138,8 +161,10 @@ def _ask_for_listing(send: Send[_Listing]) -> None:
         revision = str(api.dataset_info(REPOSITORY, timeout=_CONTACT_TIMEOUT_S).sha)
         entries = api.list_repo_tree(REPOSITORY, _FOLDER, repo_type="dataset", revision=revision)
         files = [entry for entry in entries if isinstance(entry, RepoFile) and _NAME.fullmatch(Path(entry.path).name)]
-        made = [HubFile(file.path, file.size, file.lfs.sha256 if file.lfs else None) for file in files]
-        send(_Listing(revision, tuple(sorted(made, key=lambda file: file.path))))
+        made = [
+            HubFile(path=each.path, bytes=each.size, sha256=each.lfs.sha256 if each.lfs else None) for each in files
+        ]
+        send(Listing(revision=revision, files=tuple(sorted(made, key=lambda file: file.path))))
     except Exception as error:
         raise Failed(failure_of(error, file=None, remote=True)) from error
 
@@ -189,13 +214,8 @@ class _HubFetch:
             return False
         if self._file.sha256 is None:
             return True
-        digest, done = hashlib.sha256(), 0
-        with self._target.open("rb") as opened:
-            while block := opened.read(_BLOCK):
-                digest.update(block)
-                done += len(block)
-                self._progress(f"checking {self._label}", done, self._file.bytes)
-        return digest.hexdigest() == self._file.sha256
+        tell = partial(self._progress, f"checking {self._label}")
+        return digest_of(self._target, "sha256", tell) == self._file.sha256
 
 
 def _fetch(folder: Path, path: str, revision: str, send: Send[int | _Notice]) -> None:

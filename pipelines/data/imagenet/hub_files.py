@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,10 +46,17 @@ def read_hub_file(path: Path) -> Iterator[HubImage]:
                 yield HubImage(wnid, name, image["bytes"])
 
 
-def read_hub_classes(paths: Sequence[Path]) -> dict[str, str]:
+def count_images(path: Path) -> int:
+    """How many pictures a file has. Raises as `read_hub_file` does."""
+    with _opened(path) as table:
+        return int(table.metadata.num_rows)
+
+
+def read_hub_classes(paths: Iterable[Path]) -> dict[str, str]:
     """What the classes are called, by WordNet id, in the order of their labels; read without the pictures.
 
-    Raises as `read_hub_file` does, and `AsgoError` when two classes have one label or the names are not given.
+    Raises as `read_hub_file` does, and `AsgoError` when two classes have one label, the names are not given, or a class
+    has no picture in all the files.
     """
     wnids: dict[int, str] = {}
     names: list[str] = []
@@ -61,7 +68,10 @@ def read_hub_classes(paths: Sequence[Path]) -> dict[str, str]:
                     wnid = _parse(path, image and image["path"])[0]
                     if wnids.setdefault(label, wnid) != wnid or not 0 <= label < len(names):
                         raise AsgoError(f"{path}: label {label} is that of {wnids[label]} and of {wnid}")
-    return {wnids[label]: names[label] for label in sorted(wnids)}
+    for label, name in enumerate(names):
+        if label not in wnids:
+            raise AsgoError(f"{path.parent}: no picture of the class {label}, {name}; download the files again")
+    return {wnids[label]: name for label, name in enumerate(names)}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data.imagenet.archives import ARCHIVES
-from pipelines.data.imagenet.index import Index, index_file, read_index
+from pipelines.data.imagenet.index import Index, index_file, packed_file, read_index
 from pipelines.data.imagenet.labels import ImageClass
 from pipelines.data.imagenet.manifest import ImagenetManifest, command, load_imagenet_manifest
 from pipelines.errors import AsgoError
@@ -57,10 +57,12 @@ def open_imagenet(folder: Path) -> ImagenetData:
     sets: dict[str, ImageSet] = {}
     for split, sha256 in (("train", manifest.train_index), ("val", manifest.validation_index)):
         index = read_index(folder / index_file(split), wnids, sha256)
-        if manifest.layout == "archives":
+        if manifest.layout == "extracted":
+            sets[split] = _in_folder(folder / split, index, wnids)
+        elif manifest.origin == "archives":
             sets[split] = _in_archive(folder, manifest, split, index, wnids)
         else:
-            sets[split] = _in_folder(folder / split, index, wnids)
+            sets[split] = _in_copy(folder / packed_file(split), index, wnids)
     classes = tuple(ImageClass(each.wnid, each.name) for each in manifest.classes)
     return ImagenetData(folder, classes, manifest.fingerprint, sets["train"], sets["val"])
 
@@ -106,7 +108,10 @@ class FolderImages(_Images):
 
 
 class ArchiveImages(_Images):
-    """Images read in place from an archive, of which each process opens its own file at the first read."""
+    """Images read in place from an archive, or from the one file that all of a split were copied to.
+
+    Each process opens the file at its first read.
+    """
 
     _opening = threading.Lock()
 
@@ -152,6 +157,14 @@ def _in_archive(
         what = "not there any more" if not path.is_file() else f"{path.stat().st_size:,} bytes long, not {size:,}"
         again = command(folder, {**manifest.recipe, "archives": "FOLDER"})
         raise AsgoError(f"{path}: {what}; put it back, or give its new folder with: {again} --overwrite")
+    return ArchiveImages(path, index, wnids)
+
+
+def _in_copy(path: Path, index: Index, wnids: Sequence[str]) -> ArchiveImages:
+    size = int(index.sizes.sum())
+    if not path.is_file() or path.stat().st_size != size:
+        what = "not there any more" if not path.is_file() else f"{path.stat().st_size:,} bytes long, not {size:,}"
+        raise AsgoError(f"{path}: {what}; make the folder again with --overwrite")
     return ArchiveImages(path, index, wnids)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +32,17 @@ def index_file(split: str) -> str:
     return f"{split}.parquet"
 
 
+def packed_file(split: str) -> str:
+    """File name of a split's pictures, one after another, where they are neither files nor in the archives."""
+    return f"{split}.images"
+
+
 @dataclass(frozen=True)
 class Index:
     """The images of a split: `labels`, `offsets` and `sizes` are (images,) int64, `names` (images,) bytes in UTF-8.
 
-    A label is the class's place among the sorted WordNet ids, an offset counts from the beginning of the archive.
+    A label is the class's place among the sorted WordNet ids, an offset counts from the beginning of the archive,
+    or of the file that the hub's pictures are, or would be, copied to.
     Training images are in the order of (class, name), validation images in that of their names.
     """
 
@@ -51,6 +57,13 @@ class Index:
     def take(self, chosen: NDArray[np.int64]) -> Index:
         """The images with these indices."""
         return Index(self.labels[chosen], self.names[chosen], self.offsets[chosen], self.sizes[chosen])
+
+    def by_class(self) -> Iterator[tuple[int, Index]]:
+        """The labels that images have, each with its images."""
+        order = np.argsort(self.labels, kind="stable")
+        for chosen in np.split(order, np.cumsum(np.bincount(self.labels))[:-1]):
+            if len(chosen):
+                yield int(self.labels[chosen[0]]), self.take(chosen)
 
 
 def build_train_index(tar: Tar, labels: Labels, progress: Progress) -> Index:

@@ -81,40 +81,35 @@ class TrainingImages:
 
 
 class ValidationImages:
-    """The validation images in order, each once over all processes; iterate as often as you like.
+    """The validation images in order, of which a process takes some; iterate as often as you like.
 
     Those left out of the batches because they could not be decoded are in `skipped`, by name, with the reason.
     """
 
-    def __init__(self, workers: ImageWorkers, source: str, batch_size: int, *, rank: int = 0, ranks: int = 1) -> None:
-        """Process `rank` of `ranks` has its own stretch of the images."""
-        images = workers.sources[source].images
+    def __init__(self, workers: ImageWorkers, source: str, batches: Sequence[range]) -> None:
+        """`batches` are the places of the images of each batch."""
         self._workers = workers
         self._source = source
-        self._labels = images.labels
-        self._batch_size = batch_size
-        self._own = range(len(images) * rank // ranks, len(images) * (rank + 1) // ranks)
+        self._labels = workers.sources[source].images.labels
+        self._batches = batches
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Batches, when none is left out whole."""
-        return -(-len(self._own) // self._batch_size)
+        """Batches, empty ones too."""
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The last batch may be shorter, and any by what is left out. Raises as `TrainingImages.batch` does."""
-        starts = iter(range(0, len(self._own), self._batch_size))
+        """Each batch, without what is left out. Raises as `TrainingImages.batch` does."""
+        to_come = iter(self._batches)
         coming: list[Part] = []
         try:
-            for _ in range(len(self)):
+            for batch in self._batches:
                 while (
-                    len(coming) <= self._workers.parts_ahead(self._batch_size)
-                    and (at := next(starts, None)) is not None
+                    len(coming) <= self._workers.parts_ahead(max(1, len(batch)))
+                    and (rows := next(to_come, None)) is not None
                 ):
-                    rows = [(0, index) for index in self._own[at : at + self._batch_size]]
-                    coming.append(self._workers.start(self._source, rows))
-                images, labels = _finish(coming.pop(0), self._labels, self.skipped)
-                if len(labels):
-                    yield images, labels
+                    coming.append(self._workers.start(self._source, [(0, index) for index in rows]))
+                yield _finish(coming.pop(0), self._labels, self.skipped)
         finally:
             for part in coming:
                 part.cancel()

@@ -14,17 +14,29 @@ from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 
-Layout = Literal["extracted", "archives"]
+Origin = Literal["archives", "hub"]
+Layout = Literal["extracted", "packed"]
 Recipe = Mapping[str, str]
 
 
 class CheckedArchive(Frozen):
-    """An archive with the right MD5; `modified_ns` tells whether the file is still the one that was checked."""
+    """A file that the images came in: `modified_ns` tells whether it is still the one whose digest was checked.
+
+    The digest is the MD5 of ImageNet's own archives, and the SHA-256 of the hub's Parquet files.
+    """
 
     file: str
     bytes: NonNegativeInt
-    md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    digest: Annotated[str, Field(pattern=r"^(md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})$")]
     modified_ns: int
+
+
+class Piece(Frozen):
+    """What came of one of the hub's files in the file that a split's pictures were copied to, one after another."""
+
+    split: str
+    bytes: NonNegativeInt
+    sha256: Sha256
 
 
 class ClassEntry(Frozen):
@@ -37,18 +49,22 @@ class ClassEntry(Frozen):
 
 
 class ImagenetManifest(Frozen):
-    """A whole ImageNet: files in `train/<wnid>` and `val/<wnid>`, or the places of all images in the archives.
+    """A whole ImageNet: files in `train/<wnid>` and `val/<wnid>`, or "packed", all of a split in one file.
 
-    `archives_folder` is where the archives were, and for the layout "archives" still must be. `train_index` and
-    `validation_index` are the SHA-256 of the index files. `fingerprint` is equal for equal images and labels, in
-    either layout.
+    That file is the archive, read in place, or a copy of the pictures of the hub's files, in `pieces`.
+    `archives_folder` is where the archives were, and where ImageNet's own still must be when they are read in place.
+    `revision` is the hub's commit, where it is known. `train_index` and `validation_index` are the SHA-256 of the index
+    files. `fingerprint` is equal for equal images and labels, whatever the origin and the layout.
     """
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     kind: Literal["imagenet"] = "imagenet"
+    origin: Origin
     layout: Layout
     archives_folder: str
+    revision: str | None
     archives: Annotated[tuple[CheckedArchive, ...], Field(strict=False)]
+    pieces: Annotated[tuple[Piece, ...], Field(strict=False)] = ()
     train_index: Sha256
     validation_index: Sha256
     fingerprint: Sha256
@@ -57,17 +73,22 @@ class ImagenetManifest(Frozen):
     @property
     def recipe(self) -> Recipe:
         """The options it was made with."""
-        return {"archives": self.archives_folder, "layout": self.layout}
+        return make_recipe(self.origin, self.archives_folder, self.layout)
 
 
 class Unfinished(Frozen):
     """A folder that is being made: with which options, from which archives, and whether its old content is gone."""
 
-    format_version: Literal[1] = 1
+    format_version: Literal[2] = 2
     kind: Literal["imagenet"] = "imagenet"
     recipe: dict[str, str]
     cleared: bool = False
     archives: Annotated[tuple[CheckedArchive, ...], Field(strict=False)] = ()
+
+
+def make_recipe(origin: Origin, archives_folder: str, layout: Layout) -> Recipe:
+    """The options that decide what a folder holds."""
+    return {"source": origin, "archives": archives_folder, "layout": layout}
 
 
 def write_imagenet_manifest(folder: Path, manifest: ImagenetManifest) -> None:
@@ -79,7 +100,7 @@ def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
     """The manifest of `folder`.
 
     Raises `UsageError` when there is no such folder, and `AsgoError` when it is unfinished (with the command that goes
-    on), holds something else, or its manifest is not as it was written.
+    on), holds something else, was made by an earlier version, or its manifest is not as it was written.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder")
@@ -95,6 +116,7 @@ def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
         fields = json.loads(raw)
         if fields.get("kind") != "imagenet":
             raise AsgoError(f"{folder}: holds other data than ImageNet")
+        _require_version(path, fields)
         del fields["manifest_sha256"]
         manifest = ImagenetManifest.model_validate(fields)
     except (ValidationError, ValueError, AttributeError, KeyError):
@@ -104,23 +126,44 @@ def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
     return manifest
 
 
+def holds_imagenet(folder: Path) -> bool:
+    """Whether a folder says that it is ImageNet, finished or not, readable or not."""
+    for name in (MANIFEST, UNFINISHED):
+        try:
+            fields = json.loads((folder / name).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except ValueError:
+            return False
+        return isinstance(fields, dict) and fields.get("kind") == "imagenet"
+    return False
+
+
 def save_unfinished(folder: Path, state: Unfinished) -> None:
     """Replace the state of `folder` as a whole."""
     write_atomically(folder / UNFINISHED, state.model_dump_json(indent=2).encode())
 
 
 def load_unfinished(folder: Path) -> Unfinished | None:
-    """The state of an unfinished `folder`, if it has one. Raises `AsgoError` when it is not one of ImageNet."""
+    """The state of an unfinished `folder`, if it has one. Raises `AsgoError` when it is not ImageNet's, or too old."""
     path = folder / UNFINISHED
     try:
-        return Unfinished.model_validate_json(path.read_bytes())
+        fields = json.loads(path.read_bytes())
+        _require_version(path, fields)
+        return Unfinished.model_validate(fields)
     except FileNotFoundError:
         return None
-    except ValidationError:
+    except (ValidationError, ValueError, AttributeError):
         raise AsgoError(f"{path}: damaged, or not of ImageNet; choose another folder, or remove this one") from None
+
+
+def _require_version(path: Path, fields: Mapping[str, object]) -> None:
+    if fields.get("format_version") == 1:
+        raise AsgoError(f"{path}: made by an earlier version of asgo; make the folder again with --overwrite")
 
 
 def command(folder: Path, recipe: Recipe) -> str:
     """The command line that makes `folder` with these options."""
-    words = ["asgo", "data", "imagenet", "--archives", recipe.get("archives", ""), "--out", str(folder)]
-    return shlex.join([*words, "--no-extract"] if recipe.get("layout") == "archives" else words)
+    source = ["--source", "hub"] if recipe.get("source") == "hub" else []
+    words = ["asgo", "data", "imagenet", *source, "--archives", recipe.get("archives", ""), "--out", str(folder)]
+    return shlex.join([*words, "--no-extract"] if recipe.get("layout") == "packed" else words)

@@ -1,42 +1,32 @@
-"""The archives of ImageNet into a folder to train from: checked, labelled, and extracted or indexed."""
+"""ImageNet from its archives or from the hub's copy, checked, into a folder to train from."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.data.corpus.folder import held_folder
-from pipelines.data.imagenet.archives import ARCHIVES, Archive, Progress, check_archive, expected_archives
-from pipelines.data.imagenet.extract import extract_images, flush_to_disk
-from pipelines.data.imagenet.folder import begin_or_go_on, finished_manifest
-from pipelines.data.imagenet.index import (
-    SPLITS,
-    Index,
-    build_train_index,
-    build_validation_index,
-    fingerprint,
-    index_file,
-    read_index,
-    write_index,
-)
-from pipelines.data.imagenet.labels import Labels, read_devkit
+from pipelines.data.imagenet.archives import Progress
+from pipelines.data.imagenet.extract import flush_to_disk
+from pipelines.data.imagenet.folder import begin_or_go_on, finished_manifest, remove_notes
+from pipelines.data.imagenet.from_archives import ArchiveFiles
+from pipelines.data.imagenet.from_hub import HubFiles
+from pipelines.data.imagenet.index import SPLITS, fingerprint, index_file
 from pipelines.data.imagenet.manifest import (
     CheckedArchive,
     ClassEntry,
     ImagenetManifest,
     Layout,
+    Origin,
     Unfinished,
+    make_recipe,
     save_unfinished,
     write_imagenet_manifest,
 )
-from pipelines.data.imagenet.members import open_tar
-from pipelines.data.manifest import UNFINISHED
+from pipelines.data.imagenet.origin import Contents, OriginFiles
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.stopping import StopRequest, stop_on_signals
 from pipelines.storage import sha256_of
@@ -44,25 +34,27 @@ from pipelines.storage import sha256_of
 WAITING = "waiting for the disk"
 """The last phase that is reported, when all images are written."""
 
-_DISK_BLOCK = 4096
+_ORIGINS: dict[Origin, Callable[[Path], OriginFiles]] = {"archives": ArchiveFiles, "hub": HubFiles}
 
 
 def prepare_imagenet(
     archives_folder: Path,
     out: Path,
     *,
+    origin: Origin = "archives",
     extract: bool,
     workers: int | None = None,
     overwrite: bool = False,
     checked: Collection[str] = (),
     report: Progress,
 ) -> ImagenetManifest:
-    """Make `out` from the three archives, or go on where an earlier call with the same options was ended.
+    """Make `out` from the files in `archives_folder`, or go on where an earlier call with the same options was ended.
 
-    With `extract`, images become files in `train/<wnid>` and `val/<wnid>`, written by `workers` threads (without it,
-    one for each processor); else they stay in the archives, and the index says where. `checked` names the archives
-    (keys of `ARCHIVES`) whose MD5 the caller has just seen to be right. `report` is called often with (phase, done,
-    total), in bytes, or in classes while indexing.
+    They are the three archives, or what `download_hub_copy` brought. With `extract`, images become files in
+    `train/<wnid>` and `val/<wnid>`, written by `workers` threads (without it, one for each processor); else they stay
+    in the archives, or are copied from the hub's files into one file a split, and the index says where. `checked` names
+    the files whose digest the caller has just seen to be right. `report` is called often with (phase, done, total), in
+    a unit of each phase's own.
 
     Raises:
         UsageError: an archive is missing, or `out` holds something else or was made with other options.
@@ -71,18 +63,46 @@ def prepare_imagenet(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
-    layout: Layout = "extracted" if extract else "archives"
-    recipe = {"archives": str(archives_folder.resolve()), "layout": layout}
+    layout: Layout = "extracted" if extract else "packed"
+    files = _ORIGINS[origin](archives_folder.resolve())
+    recipe = make_recipe(origin, str(files.folder), layout)
     try:
         with stop_on_signals() as stop, held_folder(out):
             if not overwrite and (manifest := finished_manifest(out, recipe)) is not None:
                 return manifest
-            work = _Work(out, archives_folder.resolve(), layout, workers or os.cpu_count() or 1, _heed(report, stop))
-            work.require_archives()
+            report = _heed(report, stop)
+            paths = files.find()
             state = begin_or_go_on(out, recipe, overwrite)
-            return work.complete(work.check_archives(state, checked))
+            _require_same_files(out, state, paths)
+            for path in paths:
+                state = _check(out, state, files, path, path.name in checked, report)
+            contents = files.make(out, layout, workers or os.cpu_count() or 1, report)
+            if extract:
+                report(WAITING, 0, 1)
+                flush_to_disk(out)
+            manifest = _manifest(out, layout, files, state.archives, contents)
+            write_imagenet_manifest(out, manifest)
+            remove_notes(out)
+            return manifest
     except OSError as error:
         raise AsgoError(f"{error.filename or out}: {error.strerror}; the same command goes on from here") from None
+
+
+def _manifest(
+    out: Path, layout: Layout, files: OriginFiles, archives: tuple[CheckedArchive, ...], contents: Contents
+) -> ImagenetManifest:
+    return ImagenetManifest(
+        origin=files.origin,
+        layout=layout,
+        archives_folder=str(files.folder),
+        revision=files.revision,
+        archives=archives,
+        pieces=contents.pieces,
+        train_index=sha256_of(out / index_file("train")),
+        validation_index=sha256_of(out / index_file("val")),
+        fingerprint=fingerprint([each.wnid for each in contents.classes], contents.indices.values()),
+        classes=_count(contents),
+    )
 
 
 def _heed(report: Progress, stop: StopRequest) -> Progress:
@@ -96,100 +116,40 @@ def _heed(report: Progress, stop: StopRequest) -> Progress:
     return tell
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What one call is about."""
+def _require_same_files(out: Path, state: Unfinished, paths: Sequence[Path]) -> None:
+    gone = {archive.file for archive in state.archives} - {path.name for path in paths}
+    if gone:
+        raise UsageError(f"{min(gone)}: {out} was begun with it, and it is not there any more; pass --overwrite")
 
-    out: Path
-    archives_folder: Path
-    layout: Layout
-    workers: int
-    report: Progress
 
-    def path(self, key: str) -> Path:
-        return self.archives_folder / ARCHIVES[key].file
+def _check(
+    out: Path, state: Unfinished, files: OriginFiles, path: Path, is_checked: bool, report: Progress
+) -> Unfinished:
+    """Check a file, unless an earlier call has: what is found is noted in the folder."""
+    known = {archive.file: archive for archive in state.archives}
+    before, expected, status = known.get(path.name), files.expected(path), path.stat()
+    if before is not None and (before.bytes, before.modified_ns) == (status.st_size, status.st_mtime_ns):
+        digest = expected or before.digest
+    elif is_checked and expected is not None:
+        digest = expected
+    else:
+        digest = files.check(path, report)
+    if before is not None and before.digest != digest:
+        raise UsageError(f"{path}: not the archive that {out} was begun with; pass --overwrite")
+    now = CheckedArchive(file=path.name, bytes=status.st_size, digest=digest, modified_ns=status.st_mtime_ns)
+    if now == before:
+        return state
+    state = state.model_copy(update={"archives": tuple({**known, path.name: now}.values())})
+    save_unfinished(out, state)
+    return state
 
-    def require_archives(self) -> None:
-        """Raise `UsageError` that names every archive that is not there."""
-        missing = [self.path(key).name for key in ARCHIVES if not self.path(key).is_file()]
-        if missing:
-            raise UsageError(
-                f"{self.archives_folder}: no {', no '.join(missing)}; name the folder of the archives "
-                "with --archives, or get them with --download"
-            )
 
-    def check_archives(self, state: Unfinished, checked: Collection[str]) -> tuple[CheckedArchive, ...]:
-        """Check the archives, each but once: what is found is noted in the folder."""
-        expected = expected_archives(self.archives_folder)
-        known = {archive.file: archive for archive in state.archives}
-        for key, archive in expected.items():
-            if archive.file in known and known[archive.file].md5 != archive.md5:
-                raise UsageError(f"{self.path(key)}: not the archive that {self.out} was begun with; pass --overwrite")
-            known[archive.file] = self._checked(key, archive, known.get(archive.file), key in checked)
-            state = state.model_copy(update={"archives": tuple(known.values())})
-            save_unfinished(self.out, state)
-        return state.archives
-
-    def _checked(self, key: str, archive: Archive, before: CheckedArchive | None, is_checked: bool) -> CheckedArchive:
-        status = self.path(key).stat()
-        now = CheckedArchive(file=archive.file, bytes=status.st_size, md5=archive.md5, modified_ns=status.st_mtime_ns)
-        if now != before and not is_checked:
-            check_archive(self.path(key), archive, self.report)
-        return now
-
-    def complete(self, archives: tuple[CheckedArchive, ...]) -> ImagenetManifest:
-        """Index, extract where that is asked for, and write the manifest last."""
-        labels = read_devkit(self.path("devkit"))
-        wnids = [each.wnid for each in labels.classes]
-        indices = {split: self._index(split, labels, wnids) for split in SPLITS}
-        if self.layout == "extracted":
-            self._require_space(indices)
-            for split, index in indices.items():
-                extract_images(self.path(split), index, self.out / split, wnids, self.workers, self.report)
-            self.report(WAITING, 0, 1)
-            flush_to_disk(self.out)
-        manifest = self._manifest(archives, labels, wnids, indices)
-        write_imagenet_manifest(self.out, manifest)
-        with contextlib.suppress(OSError):
-            (self.out / UNFINISHED).unlink()
-        return manifest
-
-    def _index(self, split: str, labels: Labels, wnids: list[str]) -> Index:
-        path = self.out / index_file(split)
-        if not path.exists():
-            with open_tar(self.path(split)) as tar:
-                if split == "train":
-                    index = build_train_index(tar, labels, self.report)
-                else:
-                    index = build_validation_index(tar, labels, self.report)
-            write_index(path, index, wnids)
-        return read_index(path, wnids)
-
-    def _require_space(self, indices: Mapping[str, Index]) -> None:
-        """Refuse at once what would fill the disk after hours; what is there of an earlier call is not counted."""
-        if any((self.out / split).exists() for split in indices):
-            return
-        needed = sum(int((-(-index.sizes // _DISK_BLOCK) * _DISK_BLOCK).sum()) for index in indices.values())
-        free = shutil.disk_usage(self.out).free
-        if free < needed:
-            raise AsgoError(
-                f"{self.out}: the images take {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; make room, "
-                "or leave them in the archives with --no-extract"
-            )
-
-    def _manifest(
-        self, archives: tuple[CheckedArchive, ...], labels: Labels, wnids: list[str], indices: Mapping[str, Index]
-    ) -> ImagenetManifest:
-        counts = {split: np.bincount(index.labels, minlength=len(wnids)) for split, index in indices.items()}
-        return ImagenetManifest(
-            layout=self.layout,
-            archives_folder=str(self.archives_folder),
-            archives=archives,
-            train_index=sha256_of(self.out / index_file("train")),
-            validation_index=sha256_of(self.out / index_file("val")),
-            fingerprint=fingerprint(wnids, indices.values()),
-            classes=tuple(
-                ClassEntry(wnid=each.wnid, name=each.name, train=int(train), validation=int(validation))
-                for each, train, validation in zip(labels.classes, counts["train"], counts["val"], strict=True)
-            ),
-        )
+def _count(contents: Contents) -> tuple[ClassEntry, ...]:
+    classes = contents.classes
+    train, validation = (
+        np.bincount(contents.indices[split].labels, minlength=len(classes)).tolist() for split in SPLITS
+    )
+    return tuple(
+        ClassEntry(wnid=each.wnid, name=each.name, train=of_train, validation=of_validation)
+        for each, of_train, of_validation in zip(classes, train, validation, strict=True)
+    )

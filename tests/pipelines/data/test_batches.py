@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines.data.batches import TokenData, TrainingBatches, open_token_data, validation_batches
+from pipelines.data.batches import TokenData, TrainingBatches, ValidationBatches, open_token_data
 from pipelines.data.permutation import frozen_permutation
 from pipelines.errors import AsgoError, UsageError
 
@@ -75,7 +75,7 @@ def test_a_gpu_fetches_batches_from_where_they_were_made(data: TokenData):
         assert part.is_pinned()
         assert not same.is_pinned()
         assert torch.equal(part, same)
-    assert all(part.is_pinned() for part in next(validation_batches(data, CONTEXT, 3, 2, pinned=True)))
+    assert all(part.is_pinned() for part in ValidationBatches(data, CONTEXT, 6, pinned=True).read(range(3)))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -137,37 +137,39 @@ def test_the_order_is_frozen_for_good():
 
 
 def test_validation_is_always_the_same_and_spread_over_the_whole_shard(data: TokenData):
-    runs = [list(validation_batches(data, CONTEXT, batch_size=3, batches=2)) for _ in range(2)]
-    for (inputs, targets), (again, _) in zip(*runs, strict=True):
-        assert torch.equal(inputs, again)
-        assert torch.equal(targets, inputs + 1)
-    starts = torch.cat([inputs[:, 0] for inputs, _ in runs[0]]).tolist()
+    inputs, targets = ValidationBatches(data, CONTEXT, 6).read(range(6))
+    for places in (range(0, 2), range(2, 6), range(5, 6)):
+        part, _ = ValidationBatches(data, CONTEXT, 6).read(places)
+        assert torch.equal(part, inputs[places.start : places.stop])
+    assert torch.equal(targets, inputs + 1)
+    starts = inputs[:, 0].tolist()
     assert len(set(starts)) == 6
     assert (starts[0], starts[-1]) == (0, 17 * CONTEXT)  # (150 - 1) // 8 = 18 windows
     gaps = np.diff(starts) // CONTEXT
     assert set(gaps.tolist()) <= {3, 4}
 
 
-@pytest.mark.parametrize("batches", [None, 4, 1000])
-def test_a_short_validation_shard_is_used_whole_and_each_window_once(data: TokenData, batches: int | None):
-    read = list(validation_batches(data, CONTEXT, batch_size=5, batches=batches))
-    assert [len(inputs) for inputs, _ in read] == [5, 5, 5, 3]
-    starts = torch.cat([inputs[:, 0] for inputs, _ in read]).tolist()
-    assert starts == list(range(0, 144, CONTEXT))
+@pytest.mark.parametrize("count", [None, 18, 1000])
+def test_a_short_validation_shard_is_used_whole_and_each_window_once(data: TokenData, count: int | None):
+    batches = ValidationBatches(data, CONTEXT, count)
+    assert len(batches) == 18
+    inputs, _ = batches.read(range(18))
+    assert inputs[:, 0].tolist() == list(range(0, 144, CONTEXT))
 
 
 def test_an_evenly_spaced_choice_never_takes_a_window_twice(data: TokenData):
     for count in range(1, 19):
-        starts = [inputs[0, 0].item() for inputs, _ in validation_batches(data, CONTEXT, 1, count)]
-        assert len(set(starts)) == count
+        inputs, _ = ValidationBatches(data, CONTEXT, count).read(range(count))
+        assert len(set(inputs[:, 0].tolist())) == count
 
 
 def test_several_validation_shards_are_used_like_one(data: TokenData):
     several = replace(data, validation=data.train)
-    read = [row for batch in validation_batches(several, CONTEXT, batch_size=5, batches=None) for row in rows(*batch)]
+    everything = ValidationBatches(several, CONTEXT, None)
+    read = rows(*everything.read(range(len(everything))))
     assert len(read) == 25 + 11 + 19
     assert set(read) == windows_of_an_epoch()
-    chosen = [row for batch in validation_batches(several, CONTEXT, batch_size=5, batches=1) for row in rows(*batch)]
+    chosen = rows(*ValidationBatches(several, CONTEXT, 5).read(range(5)))
     assert [read.index(row) for row in chosen] == [0, 13, 27, 40, 54]
 
 
@@ -175,9 +177,9 @@ def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenD
     TrainingBatches(data, 200, batch_size=1, seed=0)
     with pytest.raises(AsgoError, match=r"longest training shard has 201 tokens, .* length 201 takes 202"):
         TrainingBatches(data, 201, batch_size=1, seed=0)
-    next(validation_batches(data, 149, 1, 1))
+    assert len(ValidationBatches(data, 149, 1)) == 1
     with pytest.raises(AsgoError, match=r"longest validation shard has 150 tokens, .* length 150 takes 151"):
-        validation_batches(data, 150, 1, 1)
+        ValidationBatches(data, 150, 1)
 
 
 def test_opening_gives_what_training_needs(data: TokenData):

@@ -198,7 +198,7 @@ def test_archives_that_the_caller_has_checked_are_not_read_again(tmp_path: Path,
     prepare(
         archives,
         tmp_path / "out",
-        checked=["train", "devkit"],
+        checked=["ILSVRC2012_img_train.tar", "ILSVRC2012_devkit_t12.tar.gz"],
         report=lambda phase, done, total: heard.append(phase),
     )
     assert {phase for phase in heard if phase.startswith("checking")} == {"checking ILSVRC2012_img_val.tar"}
@@ -320,6 +320,23 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, archives: Path) -
             prepare(archives, tmp_path / "out")
 
     prepare(archives, tmp_path / "out", report=again)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "unfinished.json"])
+def test_a_folder_of_an_earlier_version_is_refused_in_one_line_and_may_be_overwritten(
+    tmp_path: Path, archives: Path, content: Content, name: str
+) -> None:
+    out = tmp_path / "out"
+    prepare(archives, out)
+    (out / "manifest.json").unlink()
+    (out / name).write_text('{"format_version": 1, "kind": "imagenet", "recipe": {}}')
+    told = rf"out/{name}: made by an earlier version of asgo; make the folder again with --overwrite$"
+    with pytest.raises(AsgoError, match=told):
+        open_imagenet(out)
+    with pytest.raises(AsgoError, match=told):
+        prepare(archives, out)
+    prepare(archives, out, overwrite=True)
+    assert images_in(out) == expected_tree(content)
 
 
 def test_a_manifest_that_was_altered_is_told(tmp_path: Path, archives: Path) -> None:

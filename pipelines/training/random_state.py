@@ -1,0 +1,32 @@
+"""The random number generators that training draws from, of all processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipelines.training.distributed import Ranks
+
+Tensors = dict[str, Tensor]
+
+
+def random_state(device: torch.device) -> Tensors:
+    """The states of this process's generators."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type in ("cuda", "mps"):
+        state[device.type] = getattr(torch, device.type).get_rng_state()
+    return state
+
+
+def gather_random_states(device: torch.device, ranks: Ranks) -> list[Tensors]:
+    """Those of all processes, by rank."""
+    gathered = {key: ranks.gather(state) for key, state in random_state(device).items()}
+    return [{key: states[rank] for key, states in gathered.items()} for rank in range(ranks.size)]
+
+
+def set_random_state(state: Tensors) -> None:
+    """Set the generators of the devices at hand to what `random_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    for kind in ("cuda", "mps"):
+        if kind in state and getattr(torch, kind).is_available():
+            getattr(torch, kind).set_rng_state(state[kind])

@@ -1,0 +1,82 @@
+"""Real processes that form a process group, and run the jobs that a test gives them."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_TIMEOUT = datetime.timedelta(seconds=60)
+
+
+class Ranks:
+    """Processes that stay for many jobs, since starting one takes seconds; they start with the first job."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes: list[Any] = []
+        self._ends: list[Connection] = []
+
+    def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `job(*args)` returns on each rank; where one fails, its traceback, and the next job finds new ones."""
+        if not self._processes:
+            self._start()
+        for end in self._ends:
+            end.send((job, args))
+        answers = []
+        for rank, end in enumerate(self._ends):
+            arrived = end.poll(2 * _TIMEOUT.total_seconds())
+            is_good, answer = end.recv() if arrived else (False, "no answer")
+            if not is_good:
+                self.stop()
+                raise AssertionError(f"on rank {rank}: {answer}")
+            answers.append(answer)
+        return answers
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._ends = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo"])
+        meeting_point = Path(tempfile.mkdtemp()) / "store"
+        for rank in range(self.size):
+            end, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.size, meeting_point, other), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._ends.append(end)
+
+
+@contextmanager
+def ranks(size: int) -> Iterator[Ranks]:
+    """Processes for as long as the context lasts."""
+    group = Ranks(size)
+    try:
+        yield group
+    finally:
+        group.stop()
+
+
+def _serve(rank: int, size: int, meeting_point: Path, end: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size, timeout=_TIMEOUT)
+    while True:
+        job, args = end.recv()
+        try:
+            end.send((True, job(*args)))
+        except Exception:
+            end.send((False, traceback.format_exc()))

@@ -1,0 +1,44 @@
+"""One of several processes that train together: `python worker.py JOBS.json`, with torchrun's variables set.
+
+A job is a configuration, its run folder, whether it resumes, and the port where its processes meet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from pipelines.config import load_run_config
+from pipelines.errors import RunInterrupted
+from pipelines.training.train import train
+
+
+class Silent:
+    """Shows nothing."""
+
+    def begin(self, first_step: int, last_step: int) -> None: ...
+
+    def trained(self, row: object) -> None: ...
+
+    def validated(self, row: object) -> None: ...
+
+    def note(self, message: str) -> None:
+        """Lost."""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
+        os.environ["MASTER_PORT"] = str(job["port"])
+        try:
+            train(load_run_config(job["config"]), Path(job["out"]), Silent(), resume=job["resume"])
+        except RunInterrupted as interrupted:
+            sys.exit(interrupted.exit_code)
+
+
+if __name__ == "__main__":
+    main()
