@@ -1,4 +1,4 @@
-"""`asgo bench`: optimizers and data preparation, beside what else there is."""
+"""`asgo bench`: optimizers, training and data preparation, beside what else there is."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from asgo_cli import bench_data, console
+from asgo_cli import bench_data, bench_train, console
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
 
@@ -143,6 +143,7 @@ def _next_commands(model: str, names: list[str], as_json: bool) -> list[str]:
     return commands
 
 
+app.command("train", epilog=bench_train.EXAMPLES)(bench_train.train)
 app.command("data", epilog=bench_data.DATA_EXAMPLES)(bench_data.data)
 app.command("loader", epilog=bench_data.LOADER_EXAMPLES)(bench_data.loader)
 app.command("archives", epilog=bench_data.ARCHIVES_EXAMPLES)(bench_data.archives)

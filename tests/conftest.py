@@ -77,6 +77,8 @@ class SilentReporter:
 
     def validated(self, row: object) -> None: ...
 
+    def hung(self, message: str) -> None: ...
+
     def note(self, message: str) -> None:
         self.notes.append(message)
 

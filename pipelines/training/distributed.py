@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from pipelines.config import TrainingSettings
 from pipelines.errors import AsgoError, UsageError
@@ -28,8 +29,13 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    joined: bool = False
-    """Whether there is a process group; torchrun makes one of a single process too."""
+    store: Store | None = None
+    """What the processes share besides their collectives; none where there is no process group."""
+
+    @property
+    def joined(self) -> bool:
+        """Whether there is a process group; torchrun makes one of a single process too."""
+        return self.store is not None
 
     @property
     def is_first(self) -> bool:
@@ -111,12 +117,16 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
         yield ALONE
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=2 * timeout_s)
     try:
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=2 * timeout_s))
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend, store=PrefixStore("collectives", store), rank=rank, world_size=size, timeout=timeout
+        )
     except (RuntimeError, ValueError) as error:
         raise AsgoError(f"the other processes of the run cannot be reached: {' '.join(str(error).split())}") from None
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), joined=True)
+        yield Ranks(rank, size, PrefixStore("watchdog", store))
     finally:
         dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -36,8 +37,10 @@ def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
     """What a training step calls: the model, which adds up its gradients over the processes in the backward pass."""
     if not ranks.joined or isinstance(model, FSDPModule):
         return model
-    # Its buffers need no broadcast at every step: batch normalization makes the same ones in all processes.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the option has another name from torch 2.14 on
+        # Its buffers need no broadcast at every step: batch normalization makes the same ones in all processes.
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager

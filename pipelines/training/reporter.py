@@ -21,3 +21,6 @@ class Reporter(Protocol):
 
     def note(self, message: str) -> None:
         """Something that the user should read."""
+
+    def hung(self, message: str) -> None:
+        """This process is about to end, since nothing moves any more; called in another thread than the others."""

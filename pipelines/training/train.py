@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, 
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
-from pipelines.training.distributed import Ranks, joined_ranks, seed_of_rank
+from pipelines.training.distributed import ALONE, Ranks, joined_ranks, seed_of_rank
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, replicated
@@ -28,6 +30,7 @@ from pipelines.training.run_folder import RunFolder, refuse_existing
 from pipelines.training.state import TrainState
 from pipelines.training.task import Task
 from pipelines.training.tasks import build_task
+from pipelines.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,23 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         AsgoError: the run failed; see `fit`.
     """
     device = pick_device(config.runtime)
-    with joined_ranks(device, config.runtime.timeout_s) as ranks:
+    with joined_ranks(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
         continues = ranks.first_does(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
         with contextlib.closing(build_task(config, device, ranks)) as task:
-            return _train(task, config, folder, device, reporter, ranks, continues)
+            return _train(task, config, folder, device, reporter, ranks, beat, continues)
+
+
+@contextlib.contextmanager
+def _watched(ranks: Ranks, config: RunConfig, reporter: Reporter) -> Iterator[Callable[[str], None]]:
+    """Gives what is to be told that the run gets on; a run that does not ends, with the name of the process behind."""
+    if ranks.store is None:
+        yield lambda doing: None
+        return
+    timeout_s = config.runtime.timeout_s
+    with Watchdog(ranks.store, ranks.rank, ranks.size, timeout_s, socket.gethostname(), reporter.hung) as watchdog:
+        yield watchdog.beat
 
 
 def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
@@ -95,9 +109,10 @@ def _train(
     device: torch.device,
     reporter: Reporter,
     ranks: Ranks,
+    beat: Callable[[str], None],
     continues: bool,
 ) -> list[Row]:
-    state = _fresh_state(task, config, device, ranks)
+    state = fresh_state(task, config, device, ranks)
     checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
     if checkpoint is not None:
         restore(checkpoint, state)
@@ -112,7 +127,7 @@ def _train(
     try:
         with stop_on_signals() as stop, CheckpointWriter(folder.checkpoints, config.checkpoint.keep) as writer:
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
-            fit(Run(task, config, folder, state, reporter, stop, writer, saved=saved))
+            fit(Run(task, config, folder, state, reporter, stop, writer, beat, saved))
     finally:
         for line in task.notes():
             reporter.note(line)
@@ -120,7 +135,8 @@ def _train(
     return state.rows
 
 
-def _fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks) -> TrainState:
+def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
+    """A run before its first step: the task's model as it is, and an optimizer for it."""
     optimizer = build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]

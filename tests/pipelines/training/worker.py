@@ -26,6 +26,8 @@ class Silent:
 
     def validated(self, row: object) -> None: ...
 
+    def hung(self, message: str) -> None: ...
+
     def note(self, message: str) -> None:
         """Lost."""
 

@@ -1,0 +1,131 @@
+"""What a benchmark of training trains, and the configuration of each run."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.config import GPTRunConfig
+from pipelines.data.tokenizers import BytesTokenizer, CharsTokenizer, Gpt2Tokenizer, Tokenizer
+from pipelines.errors import UsageError
+from pipelines.resolve import Layer, assignment_layer, preset_layer, resolve
+
+DEFAULT_OPTIMIZERS = ("adamw", "accasro", "muon", "asgo")
+
+# Each with the vocabulary that its data has; of the characters only their number matters, which is Shakespeare's.
+_MODELS: dict[str, tuple[str, Tokenizer]] = {
+    "gpt2": ("asgo-gpt2", Gpt2Tokenizer()),
+    "asro-gpt": ("asro-gpt", Gpt2Tokenizer()),
+    "nanogpt": ("asgo-nanogpt", CharsTokenizer("".join(map(chr, range(32, 32 + 65))))),
+    "tiny": ("tiny", BytesTokenizer()),
+}
+MODEL_NAMES = tuple(_MODELS)
+_CONTEXT_LENGTHS = {"gpt2": 1024}  # the model's own; its preset has a shorter one
+
+
+@dataclass(frozen=True)
+class DefaultSize:
+    """What is trained where nobody says what, and the tokens of a step and of a micro-batch of any model."""
+
+    model: str
+    tokens: int
+    micro_batch_tokens: int
+
+
+GPU_SIZE = DefaultSize("gpt2", 2**19, 2**15)
+CPU_SIZE = DefaultSize("tiny", 2**13, 2**12)  # a minute or two on two cores
+
+
+@dataclass(frozen=True)
+class TrainingBenchSettings:
+    """What to measure; None stands for what fits the device.
+
+    `optimizers` are names as `asgo train` takes them, each with keywords after a colon: `asgo:lr=0.01,beta2=0.9`. The
+    batch sizes count sequences of `context_length` tokens.
+    """
+
+    model: str | None = None
+    optimizers: Sequence[str] = DEFAULT_OPTIMIZERS
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    context_length: int | None = None
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool | None = None
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    repeats: int = 10
+    budget_s: float = 20.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What all candidates train; the batch sizes count sequences."""
+
+    model: str
+    preset: str
+    tokenizer: Tokenizer
+    context_length: int
+    batch_size: int
+    micro_batch_size: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch."""
+        return self.batch_size * self.context_length
+
+
+def choose_workload(settings: TrainingBenchSettings, size: DefaultSize) -> Workload:
+    """What was asked for, and what follows from it; `UsageError` for a model or a batch that cannot be."""
+    model = settings.model or size.model
+    if model not in _MODELS:
+        nearest = difflib.get_close_matches(model, MODEL_NAMES, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(MODEL_NAMES)}"
+        raise UsageError(f"--model: unknown model {model!r}; {hint}")
+    preset, tokenizer = _MODELS[model]
+    own_context_length = _CONTEXT_LENGTHS.get(model) or preset_layer("gpt", preset).values["model.context_length"]
+    context_length = settings.context_length or own_context_length
+    fitting = settings.micro_batch_size or max(1, size.micro_batch_tokens // context_length)
+    batch_size = settings.batch_size or max(1, size.tokens // (context_length * fitting)) * fitting
+    rows = settings.micro_batch_size or largest_divisor(batch_size, fitting)
+    if batch_size % rows:
+        raise UsageError(f"--micro-batch-size {rows}: does not divide the batch of {batch_size}; give another")
+    return Workload(model, preset, tokenizer, context_length, batch_size, rows)
+
+
+def configure(
+    workload: Workload, settings: TrainingBenchSettings, text: str, data: Path, compiled: bool
+) -> GPTRunConfig:
+    """The configuration of a run with the optimizer `text` on a folder of data; `UsageError` if there is none such."""
+    name, _, listed = text.partition(":")
+    values = {
+        "data.folder": str(data),
+        "model.context_length": workload.context_length,
+        "model.dropout": 0.0,
+        "training.batch_size": workload.batch_size,
+        "training.micro_batch_size": workload.micro_batch_size,
+        "training.precision": settings.precision,
+        "runtime.device": settings.device,
+        "runtime.compile": compiled,
+    }
+    optimizer = {"optimizer.name": name, **_keywords(text, listed)}
+    preset = preset_layer("gpt", workload.preset)
+    config = resolve([preset, Layer("asgo bench train", values), Layer(f"--optimizer {text}", optimizer)])
+    assert isinstance(config, GPTRunConfig)
+    return config
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is not above `at_most`."""
+    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)
+
+
+def _keywords(text: str, listed: str) -> dict[str, object]:
+    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
+    items = re.split(r",(?=[^,=]*=)", listed) if listed else []
+    for item in items:
+        if "=" not in item:
+            raise UsageError(f"--optimizer {text}: {item!r} is not key=value; write it as asgo:lr=0.01,beta2=0.9")
+    return dict(assignment_layer([f"optimizer.{item.strip()}" for item in items]).values)
