@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from asgo_cli import bench, console, data, demo, export, generate, train, viz
+from asgo_cli import bench, console, data, demo, export, generate, train, viz, worker
 
 app = typer.Typer(
     help="Train with, and compare, neural-network optimizers.",
@@ -51,6 +51,8 @@ def main() -> None:
     # OpenMP threads that wait for each other spin, by default 300,000 times: with other work on the same two cores,
     # training fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000, and alone it loses nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if worker.is_worker():
+        worker.begin_worker()
     try:
         code = app(standalone_mode=False)
     except Exception as error:
@@ -61,22 +63,31 @@ def main() -> None:
 
 
 def _report(error: Exception) -> int:
-    from pipelines.errors import AsgoError, RunInterrupted
-
-    if isinstance(error, RunInterrupted):
-        console.say(f"stopped: {error}")
-        return error.exit_code
-    if isinstance(error, AsgoError):
-        console.fail(str(error))
-        return error.exit_code
-    if isinstance(error, TyperException):
-        console.fail(f"{error.format_message()} (see --help)")
-        return error.exit_code
     if isinstance(error, BrokenPipeError):
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (the reader left: nothing more to say)
         return 1
+    kind, code, message = _describe(error)
+    if worker.is_worker():
+        worker.end_worker(kind, code, message)
+    elif kind == "stopped":
+        console.say(f"stopped: {message}")
+    else:
+        console.fail(message)
+    return code
+
+
+def _describe(error: Exception) -> tuple[worker.Kind, int, str]:
+    """What kind of end it is, with which exit code, and what to say."""
+    from pipelines.errors import AsgoError, RunInterrupted
+
+    if isinstance(error, RunInterrupted):
+        return "stopped", error.exit_code, str(error)
+    if worker.is_worker() and worker.is_lost_connection(error):
+        return "consequence", 1, f"lost the connection to another process: {' '.join(str(error).split())}"
+    if isinstance(error, AsgoError):
+        return "refused", error.exit_code, str(error)
+    if isinstance(error, TyperException):
+        return "refused", error.exit_code, f"{error.format_message()} (see --help)"
     if isinstance(error, OSError) and error.filename is not None:
-        console.fail(f"{error.filename}: {error.strerror}")
-        return 1
-    console.fail(f"{type(error).__name__}: {error} (ASGO_DEBUG=1 shows where)")
-    return 1
+        return "crashed", 1, f"{error.filename}: {error.strerror}"
+    return "crashed", 1, f"{type(error).__name__}: {error} (ASGO_DEBUG=1 shows where)"

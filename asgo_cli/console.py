@@ -14,6 +14,11 @@ words = Console(stderr=True, highlight=False)
 data = Console(highlight=False)
 
 
+def silence() -> None:
+    """Show nothing from now on but what the command dies of."""
+    words.quiet = data.quiet = True
+
+
 def say(message: str) -> None:
     """One plain line for a person."""
     words.print(escape(message), soft_wrap=True)
@@ -26,6 +31,7 @@ def warn(message: str) -> None:
 
 def fail(message: str) -> None:
     """One line for each problem that stopped the command."""
+    words.quiet = False
     for line in message.splitlines():
         words.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
 

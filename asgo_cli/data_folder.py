@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import typer
 from rich.filesize import decimal
 
 from asgo_cli import console
+from asgo_cli.progress import PhaseProgress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,25 +50,12 @@ def info(
     Where it came from, its shards, and how the first documents begin; of ImageNet, the images of each class. It takes
     the manifest's word and reads no more than it shows, so that a large folder takes no longer.
     """
-    if _holds_imagenet(folder):
+    from pipelines.data.imagenet.manifest import holds_imagenet
+
+    if holds_imagenet(folder):
         _show_imagenet(folder, contact_sheet, as_json)
     else:
         _show_shards(folder, lines, contact_sheet, as_json)
-
-
-def _holds_imagenet(folder: Path) -> bool:
-    """Whether a folder, finished or not, says that it is ImageNet; without a word in it, it is taken for shards."""
-    from pipelines.data.manifest import MANIFEST, UNFINISHED
-
-    for name in (MANIFEST, UNFINISHED):
-        try:
-            fields = json.loads((folder / name).read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except ValueError:
-            return False
-        return isinstance(fields, dict) and fields.get("kind") == "imagenet"
-    return False
 
 
 def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> None:
@@ -94,9 +81,12 @@ def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> N
 
 def _imagenet_facts(manifest: ImagenetManifest) -> Iterator[tuple[str, str]]:
     extracted = manifest.layout == "extracted"
-    yield "source", "ImageNet"
-    yield "images", "files in train and val" if extracted else "left in the archives"
-    yield "archives", manifest.archives_folder + (" (not needed any more)" if extracted else " (they must stay there)")
+    hub = manifest.origin == "hub"
+    yield "source", f"ImageNet, the hub's copy at {manifest.revision or 'an unknown commit'}" if hub else "ImageNet"
+    places = "in train.images and val.images" if hub else "left in the archives"
+    yield "images", "files in train and val" if extracted else places
+    needed = not (extracted or hub)
+    yield "archives", manifest.archives_folder + (" (they must stay there)" if needed else " (not needed any more)")
     yield "classes", f"{len(manifest.classes):,}"
     for split in ("train", "validation"):
         counts = [getattr(each, split) for each in manifest.classes]
@@ -141,17 +131,20 @@ def verify(
     folder: FolderArgument,
     as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
 ) -> None:
-    """Check shards against their manifest.
+    """Check a data folder against its manifest.
 
-    Finds any altered byte, and missing or foreign shards.
+    Of shards it finds any altered byte, and missing or foreign ones. Of ImageNet, extracted images must be there with
+    their sizes and none besides; in one file, or in the archives, every byte is checked.
     """
     from dataclasses import asdict
 
+    from pipelines.data.imagenet.manifest import holds_imagenet
     from pipelines.data.verify import verify as verify_folder
     from pipelines.errors import AsgoError
 
-    if _holds_imagenet(folder):
-        _refuse_imagenet(folder)
+    if holds_imagenet(folder):
+        _verify_imagenet(folder, as_json)
+        return
     with _progress() as progress:
         results = verify_folder(folder, progress)
     if as_json:
@@ -170,15 +163,27 @@ def verify(
     console.suggest_next(f"asgo train gpt --data {shlex.quote(str(folder))}")
 
 
-def _refuse_imagenet(folder: Path) -> None:
-    from pipelines.data.imagenet.manifest import load_imagenet_manifest
+def _verify_imagenet(folder: Path, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from pipelines.data.imagenet.verify import verify_imagenet
     from pipelines.errors import AsgoError
 
-    load_imagenet_manifest(folder)  # whose own errors say more
-    raise AsgoError(
-        f"{folder}: holds ImageNet, and this command checks token shards; the archives were checked when the folder "
-        f"was made, and `asgo data info {shlex.quote(str(folder))}` shows what it holds"
-    )
+    progress = PhaseProgress()
+    with progress.bar:
+        problems = verify_imagenet(folder, progress.show)
+    if as_json:
+        console.show_json([asdict(problem) for problem in problems])
+    else:
+        for problem in problems:
+            console.data.print(_visible(f"{problem.file}: {problem.problem}"), markup=False, soft_wrap=True)
+    if problems:
+        raise AsgoError(
+            f"{folder}: {_count(len(problems), 'problem')}, the first with {problems[0].file}; remove what does not "
+            "belong there, or make the folder again with --overwrite"
+        )
+    console.say(f"{folder}: good")
+    console.suggest_next(f"asgo train imagenet --data {shlex.quote(str(folder))}")
 
 
 def summarize(manifest: Manifest, out: Path) -> None:

@@ -1,43 +1,52 @@
-"""`asgo data imagenet`: the archives of ImageNet, fetched, checked, and extracted or read in place."""
+"""`asgo data imagenet`: ImageNet's archives or the hub's copy, fetched, checked, and extracted or not."""
 
 from __future__ import annotations
 
 import shlex
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from asgo_cli import console
+from asgo_cli.progress import PhaseProgress
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pipelines.data.imagenet.manifest import ImagenetManifest
 
 EXAMPLES = (
     "Examples: `asgo data imagenet --archives /data/archives`; to fetch them first `asgo data imagenet --archives "
     "/data/archives --download`; to leave the images in the archives `asgo data imagenet --archives /data/archives "
-    "--no-extract`."
+    "--no-extract`; from the hub, with your token, `asgo data imagenet --source hub --archives /data/hub --download`."
 )
 
-_SECONDS_BETWEEN_LINES = 10.0
+
+Source = Literal["archives", "hub"]
 
 
 def imagenet(
     archives: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where ILSVRC2012's three archives are, or are to be.")
+        Path, typer.Option(metavar="FOLDER", help="Where the archives, or the hub's files, are or are to be.")
     ],
+    source: Annotated[
+        Source, typer.Option(help="ILSVRC2012's three archives, or the hub's gated copy of the same images.")
+    ] = "archives",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/imagenet"),
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch the archives that are missing; ImageNet's terms apply.")
+        bool, typer.Option("--download", help="Fetch what is missing; ImageNet's terms apply.")
     ] = False,
     base_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Where from.", show_default="https://image-net.org/data/ILSVRC/2012/"),
+        typer.Option(
+            metavar="URL",
+            help="Where the archives are fetched from.",
+            show_default="https://image-net.org/data/ILSVRC/2012/",
+        ),
     ] = None,
     extract: Annotated[
-        bool, typer.Option("--extract/--no-extract", help="Make files, or read the images in the archives.")
+        bool, typer.Option("--extract/--no-extract", help="Make files, or one for all (of archives: none).")
     ] = True,
     workers: Annotated[
         int | None, typer.Option(metavar="N", help="Threads that extract.", show_default="one a processor")
@@ -48,31 +57,64 @@ def imagenet(
 ) -> None:
     """Make a folder of ImageNet to train from.
 
-    The archives are checked by their MD5, or by a file md5sums.txt beside them. Killed at any moment, the same command
-    goes on where it was.
+    The archives are checked by their MD5, or by a file md5sums.txt beside them, and the hub's files by what the hub
+    told of them. Killed at any moment, the same command goes on where it was.
     """
-    from pipelines.data.imagenet.archives import ARCHIVES
-    from pipelines.data.imagenet.download import BASE_URL, LICENCE_TERMS, download_archives
     from pipelines.data.imagenet.prepare import prepare_imagenet
+    from pipelines.errors import UsageError
 
-    progress = _BytesProgress()
-    missing = [key for key, archive in ARCHIVES.items() if not (archives / archive.file).exists()]
+    if source == "hub" and base_url is not None:
+        raise UsageError("--base-url: it is for the archives; HF_ENDPOINT names a mirror of the hub")
+    progress = PhaseProgress()
     with progress.bar:
-        if download and missing:
-            for line in LICENCE_TERMS.splitlines():
-                console.say(line)
-            download_archives(archives, base_url or BASE_URL, missing, progress=progress.show, notify=console.say)
+        checked: Collection[str] = ()
+        if download and source == "hub":
+            checked = _download_hub_copy(archives, progress)
+        elif download:
+            checked = _download_archives(archives, base_url, progress)
         manifest = prepare_imagenet(
             archives,
             out,
+            origin=source,
             extract=extract,
             workers=workers,
             overwrite=overwrite,
-            checked=missing if download else (),
+            checked=checked,
             report=progress.show,
         )
     _summarize(manifest, out)
     console.suggest_next(f"asgo train imagenet --data {shlex.quote(str(out))}")
+
+
+def _download_archives(folder: Path, base_url: str | None, progress: PhaseProgress) -> Collection[str]:
+    """Fetch what is missing; the files that were checked on the way."""
+    from pipelines.data.imagenet.archives import ARCHIVES
+    from pipelines.data.imagenet.download import BASE_URL, download_archives
+
+    missing = {key: each.file for key, each in ARCHIVES.items() if not (folder / each.file).exists()}
+    if missing:
+        _show_terms()
+        download_archives(folder, base_url or BASE_URL, list(missing), progress=progress.show, notify=console.say)
+    return missing.values()
+
+
+def _download_hub_copy(folder: Path, progress: PhaseProgress) -> Collection[str]:
+    """Fetch what is missing; the files that were checked on the way."""
+    from pipelines.data.imagenet.hub import download_hub_copy, is_whole, load_listing
+
+    if is_whole(folder):
+        return ()
+    _show_terms()
+    download_hub_copy(folder, progress=progress.show, notify=console.say)
+    listing = load_listing(folder)
+    return () if listing is None else [Path(file.path).name for file in listing.files]
+
+
+def _show_terms() -> None:
+    from pipelines.data.imagenet.download import LICENCE_TERMS
+
+    for line in LICENCE_TERMS.splitlines():
+        console.say(line)
 
 
 def _summarize(manifest: ImagenetManifest, out: Path) -> None:
@@ -80,34 +122,6 @@ def _summarize(manifest: ImagenetManifest, out: Path) -> None:
     for part in ("train", "validation"):
         counts = [getattr(each, part) for each in manifest.classes]
         rows.append((part, f"{len(counts):,}", f"{sum(counts):,}", f"{min(counts):,}", f"{max(counts):,}"))
-    place = "files" if manifest.layout == "extracted" else f"in {manifest.archives_folder}"
+    in_place = manifest.archives_folder if manifest.origin == "archives" else f"{out}/*.images"
+    place = "files" if manifest.layout == "extracted" else f"in {in_place}"
     console.show_table(("part", "classes", "images", "fewest", "most"), rows, title=f"{out} ({place})")
-
-
-class _BytesProgress:
-    """A bar on a terminal, while `bar` is entered; a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        self._last_line_s = time.monotonic()
-        self._phase = ""
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            TimeRemainingColumn(),
-            console=console.words,
-            transient=True,
-            disable=not console.words.is_terminal,
-        )
-        self._task = self.bar.add_task("", total=None)
-
-    def show(self, phase: str, done: int, total: int) -> None:
-        """Move the bar."""
-        if phase != self._phase:
-            self._phase = phase
-            self.bar.reset(self._task)
-        self.bar.update(self._task, description=phase, completed=done, total=total or None)
-        now = time.monotonic()
-        if not console.words.is_terminal and now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
-            self._last_line_s = now
-            console.say(f"{phase}: {done / total:.1%}" if total else phase)

@@ -10,18 +10,21 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from asgo_cli import console
+from asgo_cli.worker import end_worker
 
 if TYPE_CHECKING:
     from pipelines.training.metrics import Row
 
 _PLAIN_INTERVAL_S = 30.0
-_TURNS_INTERVAL_S = 10.0
+_WORK_INTERVAL_S = 10.0
 
 
 def figures(row: Row, unit: str) -> str:
@@ -46,7 +49,7 @@ class TrainingProgress:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=console.words,
-            disable=not console.words.is_terminal,
+            disable=not console.words.is_terminal or console.words.quiet,
         )
         self._bar = self._progress.add_task(name, figures="", total=None)
 
@@ -84,21 +87,39 @@ class TrainingProgress:
         """Write a line above the bar."""
         console.say(message)
 
+    def hung(self, message: str) -> None:
+        """The last words of a process that has to end because the run stands still."""
+        end_worker("hung", 1, message)
 
-class TurnsProgress:
-    """A bar of the turns on a terminal, while `bar` is entered; a line now and then elsewhere."""
 
-    def __init__(self) -> None:
+class _WorkProgress:
+    """A bar on a terminal, while `bar` is entered; a line now and then elsewhere."""
+
+    def __init__(self, *columns: ProgressColumn) -> None:
         self._last_line_s = time.monotonic()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TimeElapsedColumn(),
+            *columns,
             console=console.words,
             transient=True,
             disable=not console.words.is_terminal,
         )
         self._task = self.bar.add_task("", total=None)
+
+    def _show(self, what: str, done: int, total: int | None, line: str) -> None:
+        self.bar.update(self._task, description=what, completed=done, total=total)
+        now = time.monotonic()
+        if not console.words.is_terminal and now - self._last_line_s >= _WORK_INTERVAL_S:
+            self._last_line_s = now
+            console.say(line)
+
+
+class TurnsProgress(_WorkProgress):
+    """Turns of a measurement, and the time they take."""
+
+    def __init__(self) -> None:
+        super().__init__(TimeElapsedColumn())
 
     def note(self, message: str) -> None:
         """Write a line above the bar."""
@@ -106,8 +127,19 @@ class TurnsProgress:
 
     def advance(self, what: str, done: int, total: int) -> None:
         """Show what is being measured."""
-        self.bar.update(self._task, description=what, completed=done, total=total)
-        now = time.monotonic()
-        if not console.words.is_terminal and now - self._last_line_s >= _TURNS_INTERVAL_S:
-            self._last_line_s = now
-            console.say(f"{what} ({done} of {total} done)")
+        self._show(what, done, total, f"{what} ({done} of {total} done)")
+
+
+class PhaseProgress(_WorkProgress):
+    """Work in phases, each from 0 to 100 %, and the time that is left of each."""
+
+    def __init__(self) -> None:
+        super().__init__(TaskProgressColumn(), TimeRemainingColumn())
+        self._phase = ""
+
+    def show(self, phase: str, done: int, total: int) -> None:
+        """Show how far a phase is; the first call with its name begins it."""
+        if phase != self._phase:
+            self._phase = phase
+            self.bar.reset(self._task)
+        self._show(phase, done, total or None, f"{phase}: {done / total:.1%}" if total else phase)

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asgo_cli import console
+from asgo_cli import console, launch
+from asgo_cli.launch import (
+    GpusOption,
+    Launch,
+    MaxRestartsOption,
+    NodeRankOption,
+    NodesOption,
+    ProcessesOption,
+    RendezvousOption,
+)
 from asgo_cli.options import Device
 from asgo_cli.progress import TrainingProgress
+from asgo_cli.worker import is_restarted
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -58,6 +69,16 @@ SetOption = Annotated[
 CompileOption = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
 ]
+ShardOptimizerOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard-optimizer/--no-shard-optimizer", help="Divide the optimizer's state and work among the processes."
+    ),
+]
+ShardModelOption = Annotated[
+    bool | None,
+    typer.Option("--shard-model/--no-shard-model", help="Divide the weights, too: for what does not fit on one GPU."),
+]
 PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
 ]
@@ -81,10 +102,20 @@ def gpt(
     assignments: SetOption = None,
     device: Device = None,
     compile_model: CompileOption = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
+    nodes: NodesOption = None,
+    node_rank: NodeRankOption = None,
+    rendezvous: RendezvousOption = None,
+    max_restarts: MaxRestartsOption = 0,
+    shard_optimizer: ShardOptimizerOption = None,
+    shard_model: ShardModelOption = None,
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Pretrain a GPT on token shards. Later settings win: preset, --config, flags, --set."""
+    asked = Launch(gpus, processes, nodes, node_rank, rendezvous, max_restarts)
+    asked.check(device)
     flags = {
         "--optimizer": ("optimizer.name", optimizer),
         "--data": ("data.folder", None if data is None else str(data)),
@@ -92,11 +123,13 @@ def gpt(
         "--lr": ("optimizer.lr", lr),
         "--batch-size": ("training.batch_size", batch_size),
         "--seed": ("seed", seed),
-        "--device": ("runtime.device", device),
+        "--device": ("runtime.device", asked.device or device),
         "--compile": ("runtime.compile", compile_model),
+        "--shard-optimizer": ("runtime.shard_optimizer", shard_optimizer),
+        "--shard-model": ("runtime.shard_model", shard_model),
     }
     settings = _resolve("gpt", preset, config, flags, assignments or [], out if resume else None)
-    _carry_out(settings, out, resume, print_config, dry_run)
+    _carry_out(settings, out, resume, print_config, dry_run, asked)
 
 
 @app.command("imagenet", epilog=_IMAGENET_EXAMPLES)
@@ -118,10 +151,20 @@ def imagenet(
     assignments: SetOption = None,
     device: Device = None,
     compile_model: CompileOption = None,
+    gpus: GpusOption = None,
+    processes: ProcessesOption = None,
+    nodes: NodesOption = None,
+    node_rank: NodeRankOption = None,
+    rendezvous: RendezvousOption = None,
+    max_restarts: MaxRestartsOption = 0,
+    shard_optimizer: ShardOptimizerOption = None,
+    shard_model: ShardModelOption = None,
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
     """Train a classifier on ImageNet. Later settings win: preset, --config, flags, --set."""
+    asked = Launch(gpus, processes, nodes, node_rank, rendezvous, max_restarts)
+    asked.check(device)
     flags = {
         "--optimizer": ("optimizer.name", optimizer),
         "--model": ("model.name", model),
@@ -131,21 +174,30 @@ def imagenet(
         "--batch-size": ("training.batch_size", batch_size),
         "--workers": ("runtime.workers", workers),
         "--seed": ("seed", seed),
-        "--device": ("runtime.device", device),
+        "--device": ("runtime.device", asked.device or device),
         "--compile": ("runtime.compile", compile_model),
+        "--shard-optimizer": ("runtime.shard_optimizer", shard_optimizer),
+        "--shard-model": ("runtime.shard_model", shard_model),
     }
     settings = _resolve("imagenet", preset, config, flags, assignments or [], out if resume else None)
-    _carry_out(settings, out, resume, print_config, dry_run)
+    _carry_out(settings, out, resume, print_config, dry_run, asked)
 
 
-def _carry_out(settings: RunConfig, out: Path | None, resume: bool, print_config: bool, dry_run: bool) -> None:
+def _carry_out(
+    settings: RunConfig, out: Path | None, resume: bool, print_config: bool, dry_run: bool, asked: Launch
+) -> None:
     folder = out or Path("runs") / f"{settings.preset}-{settings.optimizer.name}-s{settings.seed}"
     if print_config:
         _print_config(settings)
-    elif dry_run:
-        _show_plan(settings, folder)
+        return
+    asked.check(settings.runtime.device)
+    asked.check_machine()
+    if dry_run:
+        _show_plan(settings, folder, asked)
+    elif asked:
+        raise typer.Exit(launch.start(asked, sys.argv[1:]))
     else:
-        _train(settings, folder, resume)
+        _train(settings, folder, resume or is_restarted())
 
 
 def _resolve(
@@ -175,10 +227,10 @@ def _print_config(settings: RunConfig) -> None:
     typer.echo(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)), nl=False)
 
 
-def _show_plan(settings: RunConfig, folder: Path) -> None:
+def _show_plan(settings: RunConfig, folder: Path, asked: Launch) -> None:
     from pipelines.training.train import plan
 
-    planned = plan(settings)
+    planned = plan(settings, asked.size)
     training, unit = settings.training, _UNITS[settings.task]
     facts = [
         ("run folder", str(folder)),
@@ -190,7 +242,11 @@ def _show_plan(settings: RunConfig, folder: Path) -> None:
         (unit, f"{training.steps * planned.tokens_per_step:,} ({planned.epochs:.2f} epochs)"),
         ("device", f"{planned.device}, {planned.precision}"),
     ]
+    if asked:
+        facts.append(("processes", asked.description))
     console.show_facts(facts)
+    if asked:
+        typer.echo(launch.torchrun_command(asked, [argument for argument in sys.argv[1:] if argument != "--dry-run"]))
     console.say("dry run: nothing was written")
 
 

@@ -129,10 +129,15 @@ class Replicated(InPlace):
 
     def _broadcast(self, bucket: list[Piece]) -> _Parcel:
         owner, weights = bucket[0].owner, [self.memory(piece) for piece in bucket]
-        in_place = len(weights) == 1 and weights[0].is_contiguous()
-        vector = weights[0] if in_place else _packed(weights)
+        targets: list[Tensor] = []
+        if len(weights) == 1 and weights[0].is_contiguous():
+            vector = weights[0]
+        elif owner == self.rank:
+            vector = _packed(weights)
+        else:
+            vector, targets = weights[0].new_empty(sum(piece.numel for piece in bucket)), weights
         work = dist.broadcast(vector, group=self.process_group, group_src=owner, async_op=True)
-        return _Parcel(work, vector, [] if in_place or owner == self.rank else weights, vector)
+        return _Parcel(work, vector, targets, vector)
 
     def finish(self) -> None:
         """Wait for all buckets, and copy out what came packed."""

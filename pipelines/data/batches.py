@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipelines.data.foreign import open_foreign_tokens
 from pipelines.data.manifest import MANIFEST, UNFINISHED, ShardEntry, fingerprint, load_manifest
-from pipelines.data.permutation import frozen_permutation
+from pipelines.data.permutation import EpochStream
 from pipelines.data.shards import open_shard
 from pipelines.data.tokenizers import Gpt2Tokenizer, Tokens, build_tokenizer
 from pipelines.errors import AsgoError, UsageError
@@ -92,8 +92,7 @@ class TrainingBatches:
         """
         self._windows = _Windows(data.train, context_length, pinned)
         self._batch_size = batch_size
-        self._seed = seed
-        self._permutations: dict[int, NDArray[np.int64]] = {}
+        self._stream = EpochStream(self._windows.count, seed)
         self.windows_per_epoch = self._windows.count
         if not self.windows_per_epoch:
             raise _too_short(data.folder, data.train, context_length, "training")
@@ -101,27 +100,12 @@ class TrainingBatches:
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some rows of global batch `step`: int64 tensors, (rows, context_length)."""
         first = step * self._batch_size
-        return self._windows.read(self._windows_at(np.arange(first, first + self._batch_size)[rows]))
+        _, windows = self._stream.at(np.arange(first, first + self._batch_size)[rows])
+        return self._windows.read(windows)
 
     def epoch_at(self, step: int) -> float:
         """How many times the data has been gone through before global batch `step`."""
         return step * self._batch_size / self.windows_per_epoch
-
-    def _windows_at(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The windows at `positions` of the endless stream of permuted epochs; shapes (rows,)."""
-        epochs, places = np.divmod(positions, self.windows_per_epoch)
-        windows = np.empty_like(positions)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            windows[here] = self._permutation(int(epoch))[places[here]]
-        return windows
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._permutations:
-            # At most two are kept: micro-batches of one that straddles an epoch's end go to and fro between them.
-            self._permutations = {kept: order for kept, order in self._permutations.items() if kept == epoch - 1}
-            self._permutations[epoch] = frozen_permutation(self.windows_per_epoch, self._seed, epoch)
-        return self._permutations[epoch]
 
 
 class ValidationBatches:

@@ -44,6 +44,8 @@ class GPTTask:
         )
         self.model = place_model(build_gpt(config.model, self.data.vocab_size), device, ranks, config.runtime)
         self.network: nn.Module = self.model
+        # Compiled, it makes no copy of the logits in float32, the largest tensor of all.
+        self._cross_entropy = torch.compile(next_token_loss) if config.runtime.compile else next_token_loss
         self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
@@ -58,7 +60,7 @@ class GPTTask:
         inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
             logits = self.network(inputs)
-        return next_token_loss(logits, targets)
+        return self._cross_entropy(logits, targets)
 
     def training_figures(self) -> dict[str, float]:
         """None."""

@@ -26,6 +26,8 @@ from pipelines.training.state import TrainState
 from pipelines.training.task import Task
 
 _NAMES_SHOWN = 5
+_GRACE_S = 30
+"""From the SIGTERM that torchrun passes on to its SIGKILL."""
 
 
 @dataclass
@@ -43,6 +45,7 @@ class Run:
     """Told what is being done, so that others can tell where a process hangs."""
     saved: tuple[int, int] | None = None
     """Step and number of records of the newest checkpoint."""
+    told_of_slow_saves: bool = False
 
     def should_stop(self) -> bool:
         """Whether a signal asked any of the processes to save and stop; a question of all of them together."""
@@ -107,7 +110,19 @@ def save(run: Run) -> None:
     snapshot = take_snapshot(run.state, run.config, run.task.description(), _counts(run))
     if snapshot is not None:
         run.writer.write(snapshot)
+        _tell_of_slow_saves(run)
     run.saved = now
+
+
+def _tell_of_slow_saves(run: Run) -> None:
+    """Once, after the first one that torchrun might have cut short."""
+    seconds = run.writer.seconds
+    if run.state.ranks.joined and seconds > _GRACE_S and not run.told_of_slow_saves:
+        run.told_of_slow_saves = True
+        run.reporter.note(
+            f"a checkpoint takes {seconds:.0f} s to write, but torchrun ends processes {_GRACE_S} s after it passes a "
+            "SIGTERM on: a run stopped like this goes back to the checkpoint before; a faster disk would help"
+        )
 
 
 def _interrupted(run: Run) -> RunInterrupted:

@@ -21,7 +21,7 @@ from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, 
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
-from pipelines.training.distributed import ALONE, Ranks, joined_ranks, seed_of_rank
+from pipelines.training.distributed import ALONE, Ranks, batch_share, joined_ranks, seed_of_rank
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, replicated
@@ -46,9 +46,13 @@ class Plan:
     precision: str
 
 
-def plan(config: RunConfig) -> Plan:
-    """Open the data, build the model, and count; nothing is written."""
+def plan(config: RunConfig, processes: int = 1) -> Plan:
+    """Open the data, build the model, and count for one of the processes; nothing is written.
+
+    Raises `UsageError` for a batch that the processes cannot share.
+    """
     device = pick_device(config.runtime)
+    share = batch_share(config.training, Ranks(size=processes))
     task = build_task(config, torch.device("cpu"))
     task.close()
     training = config.training
@@ -56,7 +60,7 @@ def plan(config: RunConfig) -> Plan:
         parameters=sum(param.numel() for param in task.model.parameters()),
         model=getattr(config.model, "name", "GPT"),
         tokens_per_step=training.batch_size * task.tokens_per_sample,
-        micro_batches=training.batch_size // (training.micro_batch_size or training.batch_size),
+        micro_batches=len(share.parts),
         epochs=task.epoch_at(training.steps),
         device=describe_device(device),
         precision=str(pick_precision(training, device)).removeprefix("torch."),

@@ -1,4 +1,7 @@
+import itertools
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -6,11 +9,13 @@ from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
 from asgo_cli import data, data_folder
+from pipelines.data.imagenet.manifest import load_imagenet_manifest
 from pipelines.data.imagenet.prepare import prepare_imagenet
 from pipelines.data.manifest import DocumentCounts, SourcePosition, load_manifest, write_manifest
 from pipelines.data.prepare import prepare_text
 from pipelines.errors import AsgoError, UsageError
 from tests.pipelines.data.imagenet.archive_makers import CLASSES, noise, pictures, write_archives
+from tests.pipelines.data.imagenet.hub_makers import write_hub_copy
 
 BEGINNING = "colour \x1b[31mred\x1b[0m, a\ttab, \u202e bidi, [bold]x[/bold]\r\n"
 
@@ -143,7 +148,7 @@ def test_info_shows_the_first_of_many_classes_and_json_all(tmp_path: Path):
     assert result.stdout.count("│ n1") == 20
     assert "and 21 more classes; --json has all" in result.stderr
     found = json.loads(asgo_data("info", folder, "--json").stdout)
-    assert (found["kind"], found["layout"]) == ("imagenet", "archives")
+    assert (found["kind"], found["layout"]) == ("imagenet", "packed")
     assert [each["train"] for each in found["classes"]] == [3] + 40 * [4]
 
 
@@ -167,17 +172,86 @@ def test_a_contact_sheet_of_tokens_is_refused(folder: Path, tmp_path: Path):
     assert not (tmp_path / "sheet.png").exists()
 
 
-def test_verify_says_that_imagenet_is_not_for_it(tmp_path: Path):
-    result = asgo_data("verify", make_imagenet(tmp_path))
+@pytest.mark.parametrize("extract", [True, False])
+def test_verify_finds_nothing_wrong_with_a_good_imagenet(tmp_path: Path, extract: bool):
+    result = asgo_data("verify", folder := make_imagenet(tmp_path, extract=extract))
+    assert result.exit_code == 0, result.output
+    assert not result.stdout
+    assert f"next: asgo train imagenet --data '{folder}'" in result.stderr
+
+
+def test_verify_names_each_image_that_is_not_as_it_was(tmp_path: Path):
+    folder = make_imagenet(tmp_path)
+    missing, cut, *_ = sorted((folder / "train" / "n01443537").iterdir())
+    missing.unlink()
+    cut.write_bytes(b"x")
+    (folder / "val" / "n01443537" / "more.JPEG").write_bytes(b"x")
+    result = asgo_data("verify", folder)
     assert isinstance(result.exception, AsgoError)
-    assert "holds ImageNet, and this command checks token shards" in str(result.exception)
+    assert "my images: 3 problems, the first with train/n01443537/" in str(result.exception)
+    lines = result.stdout.splitlines()
+    assert f"train/n01443537/{missing.name}: missing" in lines
+    assert any(line.startswith(f"train/n01443537/{cut.name}: 1 bytes long, not ") for line in lines)
+    assert "val/n01443537/more.JPEG: no part of this ImageNet; remove it" in lines
+
+
+def test_verify_finds_an_altered_byte_in_archives_and_index(tmp_path: Path):
+    folder = make_imagenet(tmp_path, extract=False)
+    write_byte(tmp_path / "archives" / "ILSVRC2012_img_val.tar", 600, b"\x07")
+    write_byte(folder / "train.parquet", 10, b"\x07")
+    result = asgo_data("verify", folder)
+    assert isinstance(result.exception, AsgoError)
+    assert "ILSVRC2012_img_val.tar: altered: its MD5 is not the one in the manifest" in result.stdout
+    assert "train.parquet: altered since it was written" in result.stdout
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """The hub's copy, 12 training pictures of 3 files and 6 validation pictures of 2 files, in one file a split."""
+    copy, out = write_hub_copy(tmp_path / "hub", pictures(3, 4, 2)), tmp_path / "packed"
+    prepare_imagenet(copy, out, origin="hub", extract=False, report=lambda *_: None)
+    shutil.rmtree(copy)
+    return out
+
+
+def test_verify_finds_nothing_wrong_with_good_packed_files(packed: Path):
+    result = asgo_data("verify", packed)
+    assert (result.exit_code, result.stdout) == (0, ""), result.output
+    assert "in train.images and val.images" in asgo_data("info", packed).stdout
+
+
+def test_verify_tells_of_missing_cut_and_foreign_packed_files_in_a_line_each(packed: Path):
+    (packed / "train.images").unlink()
+    size = (packed / "val.images").stat().st_size
+    os.truncate(packed / "val.images", size - 1)
+    (packed / "train").mkdir()
+    result = asgo_data("verify", packed)
+    assert isinstance(result.exception, AsgoError)
+    assert "packed: 3 problems, the first with train;" in str(result.exception)
+    assert result.stdout.splitlines() == [
+        "train: left by an interrupted run; remove it",
+        "train.images: missing",
+        f"val.images: {size - 1:,} bytes long, not {size:,}",
+    ]
+
+
+def test_verify_says_between_which_bytes_a_packed_file_is_altered(packed: Path):
+    first, second, third = (piece.bytes for piece in load_imagenet_manifest(packed).pieces if piece.split == "train")
+    write_byte(packed / "train.images", first, b"\x07")  # a JPEG begins with another byte
+    write_byte(packed / "train.images", first + second + third - 1, b"\x07")  # nor does one end so
+    result = asgo_data("verify", packed)
+    assert isinstance(result.exception, AsgoError)
+    begins = [first, first + second, first + second + third]
+    assert set(result.stdout.splitlines()) == {
+        f"train.images: altered between byte {begin:,} and byte {end:,}" for begin, end in itertools.pairwise(begins)
+    }
 
 
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_an_unfinished_imagenet_says_which_command_goes_on(tmp_path: Path, command: str):
     folder = make_imagenet(tmp_path)
     recipe = {"archives": str(tmp_path / "archives"), "layout": "extracted"}
-    (folder / "unfinished.json").write_text(json.dumps({"format_version": 1, "kind": "imagenet", "recipe": recipe}))
+    (folder / "unfinished.json").write_text(json.dumps({"format_version": 2, "kind": "imagenet", "recipe": recipe}))
     (folder / "manifest.json").unlink()
     result = asgo_data(command, folder)
     assert isinstance(result.exception, AsgoError)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from asgo_cli import data
+from pipelines.data.imagenet.hub import REPOSITORY
+from pipelines.data.imagenet.manifest import load_imagenet_manifest
 from pipelines.errors import UsageError
+from tests.hub import Hub, Status, client_environment, refusing_endpoint
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
+from tests.pipelines.data.imagenet.hub_makers import write_hub_copy
 
 
 def asgo_data(*arguments: object) -> Result:
@@ -58,6 +66,77 @@ def test_the_terms_are_shown_before_anything_is_downloaded(tmp_path: Path):
     assert "for research without commercial aims" in terms
     assert address in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """A hub with the gated copy of the same pictures."""
+    made = write_hub_copy(tmp_path / "made", pictures(3, 8, 4))
+    with Hub(tmp_path / "hub") as running:
+        for path in sorted((made / "data").iterdir()):
+            running.add(REPOSITORY, f"data/{path.name}", path.read_bytes())
+        yield running
+
+
+def asgo(endpoint: str, tmp_path: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a command as a user does who has a token and takes `endpoint` for the hub."""
+    environment = {**client_environment(endpoint, tmp_path / "home"), "HF_TOKEN": "hf_mine", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "asgo_cli", *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=120, check=False, cwd=tmp_path
+    )
+
+
+def test_the_hubs_copy_is_fetched_once_and_trains_alike_in_both_layouts(hub: Hub, tmp_path: Path):
+    from_hub = ["data", "imagenet", "--source", "hub", "--archives", "fetched"]
+    extracted = asgo(hub.endpoint, tmp_path, *from_hub, "--out", "files", "--download")
+    assert extracted.returncode == 0, extracted.stderr
+    assert "for research without commercial aims" in extracted.stderr
+    assert "next: asgo train imagenet --data files" in extracted.stderr
+    assert {request.authorization for request in hub.downloads()} == {"Bearer hf_mine"}
+    with refusing_endpoint() as nobody:  # what is there needs no network
+        packed = asgo(nobody, tmp_path, *from_hub, "--out", "packed", "--no-extract")
+    assert packed.returncode == 0, packed.stderr
+    assert "packed (in packed/*.images)" in packed.stdout
+    assert load_imagenet_manifest(tmp_path / "packed").revision == hub.sha(REPOSITORY)
+    shutil.rmtree(tmp_path / "fetched")  # nor is it needed any more
+
+    rows = [train_two_steps(tmp_path, layout) for layout in ("files", "packed")]
+    assert [row["split"] for row in rows[0]] == ["val", "train", "train", "val"]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+
+
+def train_two_steps(tmp_path: Path, folder: str) -> list[dict[str, Any]]:
+    small = ["--model", "squeezenet1_1", "--set", "data.resolution=32", "--workers", 1, "--device", "cpu"]
+    steps = ["--steps", 2, "--batch-size", 4, "--set", "evaluation.every=2", "--out", f"run-{folder}"]
+    done = asgo("", tmp_path, "train", "imagenet", "--data", folder, *small, *steps)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / f"run-{folder}" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("status", "part"),
+    [(Status(401), "/api/"), (Status(403, code="GatedRepo"), "/resolve/")],
+    ids=["wrong token", "no access"],
+)
+def test_whoever_may_not_have_the_hubs_copy_is_told_so_in_one_line(hub: Hub, tmp_path: Path, status: Status, part: str):
+    hub.misbehave(status, part)
+    done = asgo(hub.endpoint, tmp_path, "data", "imagenet", "--source", "hub", "--archives", "fetched", "--download")
+    assert done.returncode == 1
+    terms, _, error = done.stderr.partition("error: ")
+    assert terms.endswith("https://image-net.org/download.php\n")
+    assert error.count("\n") == 1
+    assert f"HTTP {status.status}" in error
+    assert "HF_TOKEN" in error
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_archives_address_is_refused_for_the_hub(tmp_path: Path):
+    result = asgo_data("imagenet", "--source", "hub", "--archives", tmp_path, "--base-url", "http://127.0.0.1:9/")
+    assert isinstance(result.exception, UsageError)
+    assert "--base-url" in str(result.exception)
+    assert "HF_ENDPOINT" in str(result.exception)
 
 
 def test_a_dry_run_says_what_would_be_trained(archives: Path, tmp_path: Path):

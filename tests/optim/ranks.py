@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ class Ranks:
         self.size = size
         self._processes: list[Any] = []
         self._ends: list[Connection] = []
+        self._folder = ""
 
     def run(self, job: Callable[..., Any], *args: Any) -> list[Any]:
         """What `job(*args)` returns on each rank; where one fails, its traceback, and the next job finds new ones."""
@@ -47,12 +49,15 @@ class Ranks:
         for process in self._processes:
             process.kill()
             process.join()
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._processes, self._ends = [], []
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
+        # One process imports, once, and the ranks are its forks.
         context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo"])
-        meeting_point = Path(tempfile.mkdtemp()) / "store"
+        self._folder = tempfile.mkdtemp()
+        meeting_point = Path(self._folder) / "store"
         for rank in range(self.size):
             end, other = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.size, meeting_point, other), daemon=True)

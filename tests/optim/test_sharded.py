@@ -14,6 +14,7 @@ from .sharded_model import Layout
 
 LAYOUTS = [Layout(2), Layout(4), Layout(2, fsdp=True), Layout(3, fsdp=True)]
 TWO_LAYOUTS = [Layout(4), Layout(3, fsdp=True)]
+EVERY_KIND_OF_STATE = ["asgo", "dasgo", "muon", "shampoo", "asro", "accasro", "amsgrad", "adagrad", "sgd-momentum"]
 OF_EACH_KIND = ["asgo", "accasro", "sgd-momentum"]
 
 of_each_kind = pytest.mark.parametrize("name", OF_EACH_KIND)
@@ -36,7 +37,7 @@ def test_sharded_steps_are_the_unsharded_ones(four: Ranks, name):
         assert all(result["digest"] == of_ranks[0]["digest"] for result in of_ranks), layout
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZER_NAMES if name not in ("adamw", "sgd-nesterov")])
+@pytest.mark.parametrize("name", EVERY_KIND_OF_STATE)
 def test_state_passes_between_sharded_and_unsharded(four: Ranks, name):
     for result in four.run(jobs.hand_over, TWO_LAYOUTS, name):
         for layout, figures in result.items():

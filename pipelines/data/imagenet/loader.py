@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.imagenet.image_workers import ImageWorkers, Part, Row
-from pipelines.data.permutation import frozen_permutation
+from pipelines.data.imagenet.image_workers import ImageWorkers, Part
+from pipelines.data.permutation import EpochStream
 
 Batch = tuple[Tensor, Tensor]
 """Images, uint8 (n, 3, size, size), channels last in memory; their labels, int64 (n,)."""
@@ -39,7 +39,7 @@ class TrainingImages:
         self._labels = images.labels
         self._batch_size = batch_size
         self._parts = [range(batch_size)[part] for part in parts]
-        self._order = _Order(len(images), seed)
+        self._stream = EpochStream(len(images), seed)
         self._coming: dict[tuple[int, range], Part] = {}
         self.images_per_epoch = len(images)
         self.skipped: dict[str, str] = {}
@@ -61,7 +61,8 @@ class TrainingImages:
 
     def _start(self, wanted: tuple[int, range]) -> Part:
         step, rows = wanted
-        return self._workers.start(self._source, self._order.rows(step * self._batch_size + np.array(rows)))
+        epochs, images = self._stream.at(step * self._batch_size + np.array(rows, dtype=np.int64))
+        return self._workers.start(self._source, list(zip(epochs.tolist(), images.tolist(), strict=True)))
 
     def _look_ahead(self, now: tuple[int, range]) -> None:
         """Start what is asked for next, and drop what is not."""
@@ -113,30 +114,6 @@ class ValidationImages:
         finally:
             for part in coming:
                 part.cancel()
-
-
-class _Order:
-    """An endless stream of images, epoch after epoch, each in its own order."""
-
-    def __init__(self, images: int, seed: int) -> None:
-        self._images = images
-        self._seed = seed
-        self._permutations: dict[int, NDArray[np.int64]] = {}
-
-    def rows(self, places: NDArray[np.int64]) -> list[Row]:
-        """What stands at some places of the stream."""
-        epochs, within = np.divmod(places, self._images)
-        return [
-            (epoch, int(self._permutation(epoch)[place]))
-            for epoch, place in zip(epochs.tolist(), within.tolist(), strict=True)
-        ]
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._permutations:
-            # Looking ahead goes to and fro across an epoch's end.
-            self._permutations = {kept: order for kept, order in self._permutations.items() if abs(kept - epoch) == 1}
-            self._permutations[epoch] = frozen_permutation(self._images, self._seed, epoch)
-        return self._permutations[epoch]
 
 
 def _finish(part: Part, labels: NDArray[np.int64], skipped: dict[str, str]) -> Batch:

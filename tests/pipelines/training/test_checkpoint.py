@@ -5,14 +5,22 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
-from pipelines.training.checkpoint import checkpoint_folders, newest_checkpoint, open_checkpoint
+from pipelines.training.checkpoint import (
+    Snapshot,
+    checkpoint_folders,
+    newest_checkpoint,
+    open_checkpoint,
+    write_snapshot,
+)
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 
@@ -148,3 +156,33 @@ def test_weights_of_another_model_are_named(run: Path, small_config: Make, repor
         model = GPTTask(config, pick_device(config.runtime)).model
         with pytest.raises(AsgoError, match=message):
             require_same_names(dict(model.named_parameters()), checkpoint.model_tensors(), "here")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one is held up until two more steps have been taken; it holds the step it was taken at."""
+    moved_on = threading.Event()
+    saved: list[Path] = []
+
+    def held_up(parent: Path, snapshot: Snapshot, keep: int) -> Path:
+        assert moved_on.wait(30)
+        saved.append(write_snapshot(parent, snapshot, keep))
+        return saved[-1]
+
+    class Watching(SilentReporter):
+        def trained(self, row: Any) -> None:
+            if row["step"] == 5:
+                assert not saved
+                moved_on.set()
+
+    monkeypatch.setattr("pipelines.training.checkpoint_writer.write_snapshot", held_up)
+    train(small_config(checkpoint__every=3, checkpoint__keep=9, metrics__every=1), tmp_path / "late", Watching())
+    monkeypatch.undo()
+    train(
+        small_config(checkpoint__every=3, checkpoint__keep=9, metrics__every=1), tmp_path / "prompt", SilentReporter()
+    )
+    for folder in checkpoint_folders(tmp_path / "prompt" / "checkpoints"):
+        for name in ("model", "optimizer", "rng-0"):
+            late = tmp_path / "late" / "checkpoints" / folder.name / f"{name}.safetensors"
+            assert late.read_bytes() == (folder / f"{name}.safetensors").read_bytes()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from pipelines.training.metrics import Row, read_lines
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
+from tests.pipelines.training.processes import Job, carry_out
 
 SMALL: dict[str, Any] = {
     "model.name": "squeezenet1_1",
@@ -185,3 +187,25 @@ def test_every_classifier_of_torchvision_has_as_many_outputs_as_there_are_classe
             model = build_classifier(name, 7)
         outputs = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
         assert outputs[-1] == 7
+
+
+def test_two_processes_normalize_batches_and_train_as_one(make: Make, tmp_path: Path):
+    """Batch normalization sees the images of both; the last round of the validation has one for the first alone."""
+    config = make(model__name="resnet18", optimizer="asgo", training__steps=4, evaluation__every=4)
+    uneven = make(
+        model__name="resnet18", evaluation__batches=1, training__batch_size=10, training__steps=1, evaluation__every=1
+    )
+    alone, _ = run(config, tmp_path / "alone")
+    few, _ = run(uneven, tmp_path / "few-alone")
+    carry_out([Job(config, tmp_path / "both"), Job(uneven, tmp_path / "few-both")], 2, tmp_path)
+    both, few_both = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("both", "few-both"))
+    for rows, others in ((alone, both), (few, few_both)):
+        assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in others]
+        assert [row["top5_accuracy"] for row in rows] == [row["top5_accuracy"] for row in others]
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=2e-4)
+    weights, others = (
+        safetensors.torch.load_file(tmp_path / name / "checkpoints/step-00000004/model.safetensors")
+        for name in ("alone", "both")
+    )
+    torch.testing.assert_close(others["bn1.running_var"], weights["bn1.running_var"], rtol=1e-3, atol=1e-6)
+    assert others["bn1.num_batches_tracked"] == weights["bn1.num_batches_tracked"] == 4

@@ -27,6 +27,7 @@ from pipelines.errors import AsgoError, UsageError
 from tests.hub import Drip, Drop, Stall, Status, Truncate, refusing_endpoint, silent_endpoint
 
 from .file_server import FileServer
+from .kills import KILLS
 
 TRAIN = ARCHIVES["train"].file
 CONTENTS = {
@@ -418,7 +419,7 @@ def test_a_signal_ends_it_soon_and_the_same_command_goes_on(
 
 
 def test_kills_at_any_time_leave_what_goes_on_to_the_same_bytes(tmp_path: Path, server: FileServer) -> None:
-    kill_at_random(tmp_path, server, kills=3, random_state=random.Random(0))
+    kill_at_random(tmp_path, server, kills=KILLS, random_state=random.Random(0))
     fetch(tmp_path, server)
     assert_complete(tmp_path)
     assert sum(asked.sent for asked in server.asked(TRAIN)) < 3 * 3_000_000

@@ -22,6 +22,7 @@ from pipelines.errors import AsgoError
 from tests.hub import Drip, Drop, Hub, Stall, Status, client_environment, refusing_endpoint
 
 from .hub_makers import Row, features, write_rows
+from .kills import KILLS
 
 TENCH, GOLDFISH = "n01440764", "n01443537"
 NAMES = ("tench, Tinca tinca", "goldfish, Carassius auratus")
@@ -223,7 +224,7 @@ def test_kills_and_dropped_connections_leave_what_goes_on_to_the_same_files(
     tmp_path: Path, hub: Hub, served: Mapping[str, bytes]
 ) -> None:
     hub.misbehave(Drip(400_000), ".parquet")
-    for seed in range(3):
+    for seed in range(KILLS):
         process, asked = start(tmp_path, hub.endpoint), len(hub.downloads())
         while len(hub.downloads()) == asked and process.poll() is None:
             time.sleep(0.01)

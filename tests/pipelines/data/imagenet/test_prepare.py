@@ -22,9 +22,7 @@ from pipelines.data.imagenet.prepare import prepare_imagenet
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 
 from .archive_makers import Content, noise, tree, write_archives, write_digests
-
-KILLS = int(os.environ.get("ASGO_KILLS", "3"))
-"""How many times the killed run is killed; 20 are for once, by hand."""
+from .kills import KILLS
 
 CHILD = """
 import sys
@@ -298,11 +296,11 @@ def test_killed_again_and_again_it_ends_with_the_same_folder(tmp_path: Path) -> 
         assert (prepare(archives, out), tree(out)) == undisturbed
         folders += 1
         assert folders < 10 * KILLS, "it ends too soon to be killed"
-    assert partly  # or the kills came at moments that prove nothing
+    assert partly > KILLS // 4  # or the kills came at moments that prove nothing
 
 
 def kill_while_extracting(archives: Path, out: Path, delay: float) -> bool:
-    """Kill a call so many seconds after it began to extract; False if it came to its end before."""
+    """Kill a call so many seconds after it began to extract; False if it made the folder complete before."""
     command = [sys.executable, "-c", CHILD, str(archives), str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -311,7 +309,7 @@ def kill_while_extracting(archives: Path, out: Path, delay: float) -> bool:
                 break
         time.sleep(delay)
         child.kill()
-    return child.returncode == -signal.SIGKILL
+    return not (out / "manifest.json").exists()
 
 
 def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, archives: Path) -> None:

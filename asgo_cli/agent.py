@@ -1,0 +1,312 @@
+"""Torchrun's agent in this process: it starts the workers, watches them, and tells how they ended in our words."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed.run as torchrun
+from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousParameters,
+    RendezvousTimeoutError,
+    rendezvous_handler_registry,
+)
+from torch.distributed.launcher.api import LaunchConfig
+
+from asgo_cli import console
+from asgo_cli.worker import OUTCOMES, RESTARTED, Kind, Outcome, read_outcomes
+from pipelines.errors import AsgoError, RunInterrupted
+
+_GRACE_S = 30
+"""Torch kills workers that have not ended so long after a signal."""
+_STORE_TIMEOUT_S = 60
+_ANSWER_S = 60
+_FAREWELL_S = 10
+_NO_ANSWER = "no connection to machine 0; is it running, and the port open?"
+_NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+class WorkersEnded(Exception):
+    """The workers ended for a reason that a restart would not mend, or the last restart is used up."""
+
+    def __init__(self, first: Outcome) -> None:
+        super().__init__(first.message)
+        self.first = first
+
+
+def run_workers(arguments: Sequence[str]) -> int:
+    """Do what `torchrun ARGUMENTS` does, without its tables and tracebacks; returns the exit code.
+
+    Raises `AsgoError` when the machines of the run do not find, or lose, each other.
+    """
+    if os.environ.get("ASGO_DEBUG") != "1":
+        logger = logging.getLogger("torch.distributed.elastic")
+        logger.propagate = False
+        logger.addHandler(logging.NullHandler())
+    options = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call]
+    if options.standalone:
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
+    config, command, command_arguments = torchrun.config_from_args(options)
+    with tempfile.TemporaryDirectory(prefix="asgo-") as folder, _signal_handlers_restored():
+        os.environ[OUTCOMES] = folder
+        try:
+            return _run(config, str(command), command_arguments, Path(folder))
+        except (RendezvousError, DistError) as error:
+            raise AsgoError(_rendezvous_message(config, error)) from error
+        finally:
+            console.words.show_cursor()  # a worker that is killed leaves it hidden
+
+
+def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path) -> int:
+    agent = _agent(config, command, arguments, folder)
+    try:
+        agent.run()
+    except WorkersEnded as ended:
+        return _tell(ended.first)
+    except SignalException as caught:
+        return _tell_after_signal(agent, caught.sigval)
+    finally:
+        agent.leave()
+    return 0
+
+
+def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path) -> _Agent:
+    parameters = RendezvousParameters(
+        config.rdzv_backend,
+        config.rdzv_endpoint,
+        config.run_id,
+        config.min_nodes,
+        config.max_nodes,
+        config.local_addr,
+        **config.rdzv_configs,
+    )
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=command,
+        args=tuple(arguments),
+        rdzv_handler=rendezvous_handler_registry.create_handler(parameters),
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        local_addr=config.local_addr,
+        numa_options=config.numa_options,
+    )
+    assert config.logs_specs is not None
+    return _Agent(spec, config.logs_specs, folder, config.rdzv_endpoint)
+
+
+class _Agent(LocalElasticAgent):
+    """Torch's agent of one machine, through the methods that are made to be overridden."""
+
+    def __init__(self, spec: WorkerSpec, logs_specs: Any, folder: Path, endpoint: str) -> None:
+        super().__init__(spec, logs_specs)
+        self.has_workers = False
+        self._folder = folder
+        self._endpoint = endpoint
+        self._failed_attempts = 0
+        self._workers_store: TCPStore | None = None
+        self._asking_since: float | None = None
+        # Machines that come later are told only of a meeting place that is made anew every time.
+        os.environ[_NO_SHARED_STORE] = "1"
+        threading.Thread(target=self._end_when_cut_off, daemon=True).start()
+
+    def leave(self) -> None:
+        """Tell the other machines not to wait, for as long as they can be told."""
+        farewell = threading.Thread(target=self._worker_group.spec.rdzv_handler.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(_FAREWELL_S)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        for path in self._folder.iterdir():
+            path.unlink()
+        self._give_fresh_store(worker_group)
+        os.environ[_NO_SHARED_STORE] = "0"  # or the first worker would want to make one, too
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        os.environ[_NO_SHARED_STORE] = "1"
+        os.environ[RESTARTED] = "1"  # for those started next
+        self.has_workers = True
+        return started
+
+    def _give_fresh_store(self, group: WorkerGroup) -> None:
+        """Let the workers meet in a store of this attempt, which outlives them.
+
+        Torch gives all attempts the same one. There the workers of the second find the addresses of the first's, and
+        wait for each other for ever when the first process was the one lost.
+        """
+        assert group.store is not None
+        if group.group_rank == 0:
+            host = group.spec.local_addr or str(group.master_addr)
+            self._workers_store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            group.store.set("asgo", f"{self._workers_store.port} {host}")
+        group.store.wait(["asgo"], timedelta(seconds=_STORE_TIMEOUT_S))
+        port, group.master_addr = group.store.get("asgo").decode().split()
+        group.master_port = int(port)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        began = time.time()
+        self._asking_since = None
+        result: RunResult = super()._monitor_workers(worker_group)
+        if not result.is_failed():
+            if result.state == WorkerState.HEALTHY:
+                self._asking_since = time.monotonic()  # whether other machines wait to join
+            return result
+        first = first_of(self.outcomes(result, began))
+        allowed = worker_group.spec.max_restarts
+        self._failed_attempts += 1
+        if first.kind in ("stopped", "refused") or self._failed_attempts > allowed:
+            raise WorkersEnded(first)
+        console.words.show_cursor()
+        console.warn(
+            f"a worker was lost ({_sentence(first)}); "
+            f"restart {self._failed_attempts} of {allowed} from the newest checkpoint"
+        )
+        return result
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        super()._stop_workers(worker_group)
+        self.has_workers = False
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **keywords: Any) -> None:
+        """Signal the workers and wait for them; those that come meanwhile reach them too, and break no wait."""
+
+        def pass_on(number: int, _frame: FrameType | None) -> None:
+            self._signal_workers(number)
+
+        self._asking_since = None
+        with _signal_handlers_restored():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, pass_on)
+            # A closed terminal, too, is a reason to save.
+            sent = signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM
+            super()._shutdown(sent, *arguments, **keywords)
+
+    def _end_when_cut_off(self) -> None:
+        """Torch waits for an answer of machine 0 as long as the network lets it: many minutes, if a cable is out."""
+        looks, before = 0, None
+        while looks < _ANSWER_S:  # counted in looks, because this process may be suspended meanwhile
+            time.sleep(1)
+            looks = looks + 1 if self._asking_since is not None and self._asking_since == before else 0
+            before = self._asking_since
+        self._signal_workers(signal.SIGTERM)
+        console.fail(f"{self._endpoint}: {_NO_ANSWER}")
+        time.sleep(_FAREWELL_S)
+        self._signal_workers(signal.SIGKILL)
+        os._exit(1)
+
+    def _signal_workers(self, number: int) -> None:
+        for worker in self._worker_group.workers:
+            with contextlib.suppress(ProcessLookupError, TypeError):
+                os.killpg(worker.id, number)
+
+    def outcomes(self, result: RunResult, began: float) -> list[Outcome]:
+        """How the workers of this machine ended that did not finish; those without a word by their exit codes."""
+        told = {outcome.rank: outcome for outcome in read_outcomes(self._folder)}
+        size = self._worker_group.workers[0].world_size
+        silent = [
+            _silent_outcome(failure, rank, size, began) for rank, failure in result.failures.items() if rank not in told
+        ]
+        return [*told.values(), *silent]
+
+    def result_after_signal(self) -> RunResult:
+        """The exit codes, once all workers have ended."""
+        result: RunResult = super()._monitor_workers(self._worker_group)
+        return result
+
+
+def first_of(outcomes: Sequence[Outcome]) -> Outcome:
+    """The one that explains the others: the earliest that is not a consequence, if there is any."""
+    return min(outcomes, key=lambda outcome: (outcome.kind == "consequence", outcome.time))
+
+
+def _silent_outcome(failure: ProcessFailure, rank: int, size: int, began: float) -> Outcome:
+    code = failure.exitcode
+    number = -code if code < 0 else code - 128  # the shell's convention, in which a second Ctrl-C is 130
+    # The agent itself ends the others by SIGTERM as soon as one has failed, and kills them later.
+    by_agent = number in (signal.SIGTERM, signal.SIGINT) or failure.timestamp > began + _GRACE_S / 2
+    if number > 0:
+        memory = ", perhaps because memory ran out" if number == signal.SIGKILL else ""
+        message = f"was killed by {_signal_name(number)}{memory}"
+    else:
+        message = f"ended with exit code {code} and left no word"
+    kind: Kind = "consequence" if by_agent else "crashed"
+    return Outcome(kind, 1, message, rank, size, socket.gethostname(), failure.timestamp)
+
+
+def _signal_name(number: int) -> str:
+    return signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+
+
+def _sentence(outcome: Outcome) -> str:
+    if outcome.kind == "hung":  # names those that are behind, mostly others
+        return outcome.message
+    separator = " " if outcome.message.startswith(("was killed", "ended with")) else ": "
+    return f"{outcome.place}{separator}{outcome.message}"
+
+
+def _tell(first: Outcome) -> int:
+    if first.kind == "stopped":
+        console.say(f"stopped: {first.message}")
+    else:
+        # What the user asked for is wrong in every process alike.
+        console.fail(first.message if first.exit_code == 2 else _sentence(first))
+    return first.exit_code
+
+
+def _tell_after_signal(agent: _Agent, number: signal.Signals) -> int:
+    if not agent.has_workers:
+        console.say(
+            f"stopped: {number.name} while waiting for the other machines; the same command goes on, with --resume"
+        )
+        return RunInterrupted.exit_code
+    result = agent.result_after_signal()
+    outcomes = agent.outcomes(result, began=0.0)
+    if not outcomes:
+        return 0
+    first = first_of(outcomes)
+    if first.kind == "consequence":  # killed by the signal, before there was anything to save, or for not ending
+        console.fail(f"{number.name}: {_sentence(first)}; what was not in a checkpoint is lost")
+        return 128 + number
+    return _tell(first)
+
+
+def _rendezvous_message(config: LaunchConfig, error: Exception) -> str:
+    place = config.rdzv_endpoint
+    if isinstance(error, RendezvousClosedError):
+        return f"{place}: the run has ended on another machine, which tells why"
+    if isinstance(error, RendezvousTimeoutError):
+        return f"{place}: not all of the {config.min_nodes} machines came in time; start the same command on each"
+    if isinstance(error, RendezvousConnectionError) and config.rdzv_configs.get("is_host") in (1, "1"):
+        return f"{place}: cannot listen there; is the port taken, or the address another machine's?"
+    return f"{place}: {_NO_ANSWER}"
+
+
+@contextlib.contextmanager
+def _signal_handlers_restored() -> Iterator[None]:
+    """Undo what is done to signal handlers in here; torch leaves its own behind."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,177 @@
+"""`asgo train ... --gpus N`: which processes to start, and the torchrun command that starts them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asgo_cli.worker import is_worker
+from pipelines.errors import UsageError
+
+GpusOption = Annotated[int | None, typer.Option(min=1, help="Processes on this machine, with a GPU each.")]
+ProcessesOption = Annotated[int | None, typer.Option(min=1, help="Processes on this machine, on its CPU.")]
+NodesOption = Annotated[int | None, typer.Option(min=1, help="Machines; the same command is given on each.")]
+NodeRankOption = Annotated[int | None, typer.Option(min=0, help="Which of the machines this is, from 0.")]
+RendezvousOption = Annotated[
+    str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, at a free port.")
+]
+MaxRestartsOption = Annotated[
+    int, typer.Option(min=0, help="How often a lost process is replaced; all go on from the newest checkpoint.")
+]
+
+_OPTIONS = ("--gpus", "--processes", "--nodes", "--node-rank", "--rendezvous", "--max-restarts")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The processes that a command asks for."""
+
+    gpus: int | None = None
+    processes: int | None = None
+    nodes: int | None = None
+    node_rank: int | None = None
+    rendezvous: str | None = None
+    max_restarts: int = 0
+
+    def __bool__(self) -> bool:
+        return self.gpus is not None or self.processes is not None
+
+    @property
+    def local_size(self) -> int:
+        """Processes on this machine."""
+        return self.gpus or self.processes or 1
+
+    @property
+    def size(self) -> int:
+        """Processes on all machines."""
+        return self.local_size * (self.nodes or 1)
+
+    @property
+    def device(self) -> str | None:
+        """The kind of device that they must compute on, if they are asked for."""
+        return "cuda" if self.gpus else "cpu" if self.processes else None
+
+    @property
+    def description(self) -> str:
+        """How many processes, and where."""
+        unit = "GPU" if self.gpus else "process"
+        count = f"{self.local_size} {unit}{'' if self.local_size == 1 else 's' if self.gpus else 'es'}"
+        return count if self.nodes is None else f"{count} on each of {self.nodes} machines"
+
+    def check(self, device: str | None) -> None:
+        """Raise `UsageError` for options that do not go together, or with `--device`."""
+        given = [name for name in _OPTIONS if getattr(self, name[2:].replace("-", "_"))]
+        across = (self.nodes, self.node_rank, self.rendezvous)
+        if given and is_worker():
+            raise UsageError(f"{given[0]}: torchrun started this process already; leave it out")
+        if self.gpus and self.processes:
+            raise UsageError("--gpus and --processes: give one of them; --processes is for the CPU")
+        if not self and (self.max_restarts or any(value is not None for value in across)):
+            raise UsageError(f"{(given or ['--node-rank'])[0]}: say how many processes a machine has, by --gpus N")
+        if any(value is None for value in across) and any(value is not None for value in across):
+            raise UsageError("--nodes, --node-rank and --rendezvous: several machines need all three")
+        if self.nodes is not None and self.node_rank is not None and self.node_rank >= self.nodes:
+            raise UsageError(f"--node-rank {self.node_rank}: the machines count from 0 to {self.nodes - 1}")
+        if self.rendezvous is not None:
+            host_and_port(self.rendezvous)
+        if self and device not in (None, "auto", self.device):
+            option, other = ("--gpus", "--processes") if self.gpus else ("--processes", "--gpus")
+            raise UsageError(f"--device {device}: {option} is for {self.device}; for processes elsewhere see {other}")
+
+    def check_machine(self) -> None:
+        """Raise `UsageError` if there are fewer GPUs than processes."""
+        if self.gpus is None:
+            return
+        import torch
+
+        found = torch.cuda.device_count()
+        if self.gpus > found:
+            names = sorted({torch.cuda.get_device_name(index) for index in range(found)})
+            there = f"{found} ({', '.join(names)})" if found else "none that torch can use"
+            raise UsageError(f"--gpus {self.gpus}: this machine has {there}; --processes N needs none")
+
+
+def host_and_port(rendezvous: str) -> tuple[str, int]:
+    """The parts of HOST:PORT, or of [IPV6]:PORT."""
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise UsageError(f"--rendezvous {rendezvous}: must be HOST:PORT, such as node-1:29400")
+    return host.strip("[]"), int(port)
+
+
+def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
+    """What torchrun is given, for the arguments of this `asgo` command."""
+    if launch.rendezvous is None:
+        place = ["--standalone"]
+    else:
+        # Torch's default is the machine's own name for itself, which the other machines often cannot resolve.
+        place = ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", launch.rendezvous]
+        place += ["--rdzv-id", "asgo", "--rdzv-conf", f"is_host={int(launch.node_rank == 0)}"]
+        place += ["--local-addr", _address_towards(launch.rendezvous, launch.node_rank == 0)]
+    restarts = ["--max-restarts", str(launch.max_restarts)] if launch.max_restarts else []
+    return [
+        *place, "--nproc-per-node", str(launch.local_size), *restarts, "-m", "asgo_cli",
+        *_without_launch_options(arguments), "--device", str(launch.device),
+    ]  # fmt: skip
+
+
+def torchrun_command(launch: Launch, arguments: Sequence[str]) -> str:
+    """The same as a line to paste into a shell of this machine."""
+    beside_python = Path(sys.executable).with_name("torchrun")
+    found = shutil.which("torchrun")
+    torchrun = "torchrun" if found and Path(found) == beside_python else str(beside_python)
+    threads = [f"OMP_NUM_THREADS={_threads(launch)}"] if "OMP_NUM_THREADS" not in os.environ else []
+    return " ".join([*threads, shlex.join([torchrun, *torchrun_arguments(launch, arguments)])])
+
+
+def start(launch: Launch, arguments: Sequence[str]) -> int:
+    """Start the processes, wait for them, and tell how they ended; returns the exit code."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(launch)))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    root = Path(__file__).resolve().parents[1]
+    if Path(sys.path[0]).resolve() == root:  # run from a clone, which a safe path leaves out
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+
+    from asgo_cli.agent import run_workers
+
+    return run_workers(torchrun_arguments(launch, arguments))
+
+
+def _without_launch_options(arguments: Sequence[str]) -> list[str]:
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in _OPTIONS:
+            next(rest)
+        elif argument.partition("=")[0] not in _OPTIONS:
+            kept.append(argument)
+    return kept
+
+
+def _threads(launch: Launch) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // launch.local_size)
+
+
+def _address_towards(rendezvous: str, is_host: bool) -> str:
+    """By which address the other machines reach this one: that of the interface that leads to the rendezvous."""
+    host, port = host_and_port(rendezvous)
+    if is_host:
+        return host
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # of a datagram socket: looks up the route, and sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise UsageError(f"--rendezvous {rendezvous}: {error.strerror or error}") from error

@@ -1,0 +1,370 @@
+"""`asgo train ... --processes N`: real launchers and real processes, started, signalled and killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from asgo_cli.worker import Outcome
+from tests.asgo_cli.test_train_commands import SETTINGS, asgo  # noqa: F401  (a fixture)
+
+ROOT = Path(__file__).parents[2]
+HOST = socket.gethostname()
+PATIENCE_S = 60
+
+# A server process loads torch once, and every launcher is a fork of it.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["asgo_cli.agent"])
+
+WORKER = """
+import os, signal, sys, time
+from pathlib import Path
+from asgo_cli import worker
+
+rank, attempt, scenario = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], sys.argv[1]
+Path(f"begun-{rank}-{attempt}").write_text(f"{os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}")
+worker.begin_worker()
+
+def end(*words):
+    worker.end_worker(*words)
+    sys.exit(words[1])
+
+def wait():
+    time.sleep(100)
+
+if scenario == "refused":
+    end("refused", 1, "the disk is full") if rank == "1" else wait()
+if scenario == "same everywhere":
+    end("refused", 2, "no such folder")
+if scenario == "killed" and attempt == "0":
+    while not Path("begun-1-0").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL) if rank == "0" else end("consequence", 1, "lost the connection")
+if scenario == "hung":
+    end("hung", 1, "no progress for 9 s: process 1 (b) has not gone beyond step 7")
+if scenario == "without a word" and rank == "1":
+    sys.exit(7)
+if scenario == "stops":
+    caught = []
+    def note(number, frame):
+        caught.append(signal.Signals(number).name)
+        Path(f"caught-{rank}").write_text(" ".join(caught))
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    Path(f"ready-{rank}").touch()
+    needed = int(sys.argv[2])
+    while len(caught) < needed:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    end("stopped", 75, caught[0] + ": saved")
+if scenario == "cannot be asked":
+    Path(f"ready-{rank}").touch()
+    wait()
+"""
+
+
+def run_launcher(arguments: list[str], folder: Path, words: str) -> None:
+    """What `asgo` does once the options are read, with torchrun's arguments."""
+    from asgo_cli.agent import run_workers
+    from pipelines.errors import AsgoError
+
+    os.chdir(folder)
+    os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    descriptor = os.open(words, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    try:
+        code = run_workers([*arguments[:-1], "worker.py", *shlex.split(arguments[-1])])
+    except AsgoError as error:
+        print(error, file=sys.stderr, flush=True)  # noqa: T201
+        code = error.exit_code
+    os._exit(code)
+
+
+class Launcher:
+    """A launcher of light workers, in a process of its own."""
+
+    def __init__(self, folder: Path, *arguments: str, name: str = "words") -> None:
+        self._words = folder / name
+        self.process = processes.Process(target=run_launcher, args=(list(arguments), folder, str(self._words)))
+        self.process.start()
+
+    def end(self) -> tuple[int | None, str]:
+        """Its exit code and what it said, at its end."""
+        self.process.join(PATIENCE_S)
+        return self.process.exitcode, self._words.read_text()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
+    """Start two workers in one of the scenarios; kill the launcher if it still lives."""
+    started: list[Launcher] = []
+    (tmp_path / "worker.py").write_text(WORKER)
+
+    def start(scenario: str, *arguments: str, **keywords: Any) -> Launcher:
+        place = arguments if "--nnodes" in arguments else ("--standalone", "--nproc-per-node", "2", *arguments)
+        started.append(Launcher(tmp_path, *place, scenario, **keywords))
+        return started[-1]
+
+    yield start
+    for launcher in started:
+        launcher.process.kill()
+        launcher.process.join()
+
+
+def wait_for(*paths: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < deadline, paths
+        time.sleep(0.01)
+
+
+def test_workers_that_finish_leave_nothing_to_say(launch: Callable[..., Launcher]) -> None:
+    assert launch("finishes").end() == (0, "")
+
+
+def test_the_error_of_one_worker_is_shown_once_and_not_retried(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    code, words = launch("refused", "--max-restarts", "3").end()
+    assert (code, words) == (1, f"error: process 1 of 2 ({HOST}): the disk is full\n")
+    assert not (tmp_path / "begun-0-1").exists()
+
+
+def test_what_is_wrong_in_every_worker_alike_names_none(launch: Callable[..., Launcher]) -> None:
+    assert launch("'same everywhere'").end() == (2, "error: no such folder\n")
+
+
+def test_a_hang_is_told_as_the_watchdog_puts_it(launch: Callable[..., Launcher]) -> None:
+    assert launch("hung").end() == (1, "error: no progress for 9 s: process 1 (b) has not gone beyond step 7\n")
+
+
+def test_a_killed_worker_is_named_with_its_signal_before_those_that_missed_it(launch: Callable[..., Launcher]) -> None:
+    code, words = launch("killed").end()
+    assert code == 1
+    assert words == f"error: process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps because memory ran out\n"
+
+
+def test_a_lost_worker_is_one_line_and_all_are_started_again(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    code, words = launch("killed", "--max-restarts", "2").end()
+    assert code == 0
+    assert words == (
+        f"warning: a worker was lost (process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps because memory ran out); "
+        "restart 1 of 2 from the newest checkpoint\n"
+    )
+    first, second = ((tmp_path / f"begun-1-{attempt}").read_text() for attempt in (0, 1))
+    assert first != second, "in the store of the first attempt, the second one would wait for the first one's process 0"
+
+
+def test_a_worker_that_ends_without_a_word_is_named_with_its_exit_code(launch: Callable[..., Launcher]) -> None:
+    code, words = launch("'without a word'").end()
+    assert (code, words) == (1, f"error: process 1 of 2 ({HOST}) ended with exit code 7 and left no word\n")
+
+
+@pytest.mark.parametrize(
+    ("sent", "received"),
+    [(signal.SIGINT, "SIGINT"), (signal.SIGHUP, "SIGTERM")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_a_signal_reaches_every_worker_exactly_once(
+    sent: signal.Signals, received: str, launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    launcher = launch("stops 1")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    assert launcher.process.pid is not None
+    os.kill(launcher.process.pid, sent)
+    assert launcher.end() == (75, f"stopped: {received}: saved\n")
+    assert [(tmp_path / f"caught-{rank}").read_text() for rank in (0, 1)] == [received, received]
+
+
+def test_a_second_signal_reaches_the_workers_too(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = launch("stops 2")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    assert launcher.process.pid is not None
+    os.kill(launcher.process.pid, signal.SIGINT)
+    wait_for(tmp_path / "caught-0", tmp_path / "caught-1")
+    os.kill(launcher.process.pid, signal.SIGINT)
+    assert launcher.end() == (75, "stopped: SIGINT: saved\n")
+    assert [(tmp_path / f"caught-{rank}").read_text() for rank in (0, 1)] == ["SIGINT SIGINT"] * 2
+
+
+def test_a_signal_before_there_is_anything_to_save_is_told(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = launch("'cannot be asked'")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    assert launcher.process.pid is not None
+    os.kill(launcher.process.pid, signal.SIGTERM)
+    code, words = launcher.end()
+    assert code == 128 + signal.SIGTERM
+    assert words.startswith(f"error: SIGTERM: process 0 of 2 ({HOST}) was killed by SIGTERM; ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel tells a process of its parent's death on Linux alone")
+def test_workers_of_a_killed_launcher_are_asked_to_stop(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = launch("stops 1")
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    launcher.process.kill()
+    wait_for(tmp_path / "caught-0", tmp_path / "caught-1")
+    assert (tmp_path / "caught-1").read_text() == "SIGTERM"
+
+
+def machine(rank: int, port: int) -> list[str]:
+    return [
+        "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
+        "--rdzv-id", "asgo", "--rdzv-conf", f"is_host={int(rank == 0)}", "--local-addr", "127.0.0.1",
+    ]  # fmt: skip
+
+
+def test_two_machines_meet_and_a_signal_to_one_is_all_it_takes_there(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    both = [launch("stops 1", *machine(rank, port), name=f"words-{rank}") for rank in (0, 1)]
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    assert (tmp_path / "begun-0-0").read_text() == (tmp_path / "begun-1-0").read_text()
+    for launcher in both:
+        assert launcher.process.pid is not None
+        os.kill(launcher.process.pid, signal.SIGTERM)
+    assert [launcher.end() for launcher in both] == [(75, "stopped: SIGTERM: saved\n")] * 2
+
+
+def test_a_port_that_is_taken_is_one_line(launch: Callable[..., Launcher]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, words = launch("finishes", *machine(0, port)).end()
+    assert (code, words.count("\n")) == (1, 1)
+    assert f"127.0.0.1:{port}: cannot listen there" in words
+
+
+def test_the_earliest_outcome_that_is_no_consequence_comes_first() -> None:
+    from asgo_cli.agent import first_of
+
+    def outcome(kind: Any, rank: int, time: float) -> Outcome:
+        return Outcome(kind, 1, "", rank, 3, "a", time)
+
+    outcomes = [outcome("consequence", 0, 1.0), outcome("crashed", 1, 3.0), outcome("refused", 2, 2.0)]
+    assert first_of(outcomes).rank == 2
+    assert first_of(outcomes[:1]).rank == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--processes 2 --gpus 2", "--gpus and --processes: give one of them"),
+        ("--gpus 1000", "--gpus 1000: this machine has"),
+        ("--max-restarts 2", "--max-restarts: say how many processes a machine has"),
+        ("--node-rank 0", "--node-rank: say how many processes a machine has"),
+        ("--processes 2 --nodes 2 --node-rank 0", "several machines need all three"),
+        ("--processes 2 --nodes 2 --node-rank 2 --rendezvous a:1", "--node-rank 2: the machines count from 0 to 1"),
+        ("--processes 2 --nodes 2 --node-rank 1 --rendezvous a", "--rendezvous a: must be HOST:PORT"),
+        ("--processes 2 --device cuda", "--device cuda: --processes is for cpu"),
+        ("--processes 2 --set runtime.device=cuda", "--device cuda: --processes is for cpu"),
+        ("--processes 0", "--processes"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_be_are_one_line(
+    asgo,  # type: ignore[no-untyped-def]  # noqa: F811
+    options: str,
+    message: str,
+) -> None:
+    result = asgo("train", "gpt", "--preset", "tiny", *options.split())
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert message in result.err
+    assert list(Path().iterdir()) == []
+
+
+def test_a_process_of_torchrun_starts_no_others(asgo, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
+        monkeypatch.setenv(name, value)
+    result = asgo("train", "gpt", "--preset", "tiny", "--gpus", 2)
+    assert result.code == 2
+    assert f"process 0 of 2 ({HOST}): --gpus: torchrun started this process already" in result.err
+
+
+def make_folders_of_our_names(place: Path, names: Sequence[str]) -> None:
+    for name in names:
+        (place / name).mkdir()
+        (place / name / "__init__.py").write_text("raise ImportError('the wrong one')")
+
+
+def test_a_dry_run_prints_a_command_that_does_the_same_among_folders_of_our_names(
+    asgo,  # type: ignore[no-untyped-def]  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    token_folder: Path,
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    options = ["--processes", "1", "--max-restarts=2", "--dry-run", "--out", "my run"]
+    result = asgo("train", "gpt", "--preset", "tiny", "--data", token_folder, *SETTINGS, *options)
+    assert result.code == 0, result.err
+    command = result.out.splitlines()[-1]
+    assert command.startswith("OMP_NUM_THREADS=")
+    assert shlex.split(command)[2:8] == ["--standalone", "--nproc-per-node", "1", "--max-restarts", "2", "-m"]
+    assert command.endswith("--out 'my run' --device cpu")
+    make_folders_of_our_names(Path(), ("models", "optim", "pipelines"))  # Python itself would start the fourth
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["bash", "-c", command], env=environment, check=True, capture_output=True)
+    assert json.loads(Path("my run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+
+
+def worker_pids(launcher: subprocess.Popen[str]) -> dict[str, int]:
+    """The workers of a launcher, by rank."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(launcher.pid):
+                environment = (folder / "environ").read_text().split("\0")
+                found[dict(item.split("=", 1) for item in environment if "=" in item)["RANK"]] = int(folder.name)
+        except (OSError, KeyError):
+            continue
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
+def test_training_survives_the_loss_of_its_first_process_among_folders_of_our_names(
+    token_folder: Path, tmp_path: Path
+) -> None:
+    make_folders_of_our_names(tmp_path, ("models", "optim", "pipelines", "asgo_cli"))
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from asgo_cli.app import main; main()"
+    command = [sys.executable, "-P", "-c", program, "train", "gpt", "--preset", "tiny", "--data", str(token_folder)]
+    options = [
+        "--out",
+        "run",
+        "--set",
+        "training.steps=100",
+        "--set",
+        "checkpoint.every=5",
+        "--set",
+        "evaluation.every=50",
+    ]
+    launch = ["--processes", "2", "--max-restarts", "1"]
+    command += [*SETTINGS, *options, *launch]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as launcher:
+        while not list(tmp_path.glob("run/checkpoints/step-*")):
+            assert launcher.poll() is None
+            time.sleep(0.02)
+        os.kill(worker_pids(launcher)["0"], signal.SIGKILL)
+        _, words = launcher.communicate(timeout=2 * PATIENCE_S)
+    assert launcher.returncode == 0, words
+    lines = words.splitlines()
+    (lost,) = [number for number, line in enumerate(lines) if line.startswith("warning: a worker was lost")]
+    assert lines[lost + 1].startswith("resuming from run/checkpoints/step-")
+    assert len([line for line in lines if line.startswith("done: ")]) == 1, "one process speaks"
+
+
+def test_by_hand_every_process_tells_its_own_error(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [*torchrun, "-m", "asgo_cli", "train", "gpt", "--preset", "tny"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert re.search(rf"error: process [01] of 2 \({HOST}\): --preset: unknown preset 'tny'", result.stderr)
