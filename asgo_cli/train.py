@@ -34,7 +34,8 @@ _SHORT_UNITS = {"gpt": "tok", "imagenet": "img"}
 _DEFAULT_PRESETS = {"gpt": "asro-gpt", "imagenet": "asro-imagenet"}
 _GPT_EXAMPLES = (
     "Examples: `asgo train gpt --preset tiny --data data/text --optimizer asgo`; "
-    "`asgo train gpt --resume --out runs/tiny-asgo-s42`; `--set schedule.kind=linear` sets any key of `--print-config`."
+    "`asgo train gpt --resume --out runs/tiny-asgo-s42`; `asgo train gpt --optimizer accasro --gpus 4`; "
+    "`--set schedule.kind=linear` sets any key of `--print-config`."
 )
 _IMAGENET_EXAMPLES = (
     "Examples: `asgo train imagenet --optimizer accasro`; `asgo train imagenet --model resnet50 --optimizer asgo "

@@ -313,6 +313,12 @@ class RunConfig(Settings):
     checkpoint: CheckpointSettings
     runtime: RuntimeSettings = RuntimeSettings()
 
+    @model_validator(mode="after")
+    def _shares_have_no_loss_scale(self) -> Self:
+        if self.runtime.shard_model and self.training.precision == "fp16":
+            raise ValueError("training.precision=fp16 cannot go with runtime.shard_model; use bf16")
+        return self
+
     @property
     def validation_samples(self) -> int | None:
         """How many sequences (or images) a validation takes, with any number of processes; None for all."""

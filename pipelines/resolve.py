@@ -196,7 +196,7 @@ def _explain(
         del loc[1]  # pydantic names the member of the union there
     key = ".".join(loc)
     origin = source or _origin(key, sources)
-    where = f"{origin}: {place}{key}" if key else f"{origin}: {place.rstrip('.')}"
+    where = f"{origin}: {place}{key}".rstrip(".: ")
     kind, value = details["type"], details["input"]
     if kind == "missing":
         return f"{place}{key} is missing: set it with --set {place}{key}=VALUE or in a --config file"

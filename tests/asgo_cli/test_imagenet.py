@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from asgo_cli import data
+from asgo_cli import data, train
 from pipelines.data.imagenet.hub import REPOSITORY
 from pipelines.data.imagenet.manifest import load_imagenet_manifest
 from pipelines.errors import UsageError
@@ -101,18 +101,17 @@ def test_the_hubs_copy_is_fetched_once_and_trains_alike_in_both_layouts(hub: Hub
     assert load_imagenet_manifest(tmp_path / "packed").revision == hub.sha(REPOSITORY)
     shutil.rmtree(tmp_path / "fetched")  # nor is it needed any more
 
-    rows = [train_two_steps(tmp_path, layout) for layout in ("files", "packed")]
+    rows = [train_two_steps(tmp_path / layout, tmp_path / f"run-{layout}") for layout in ("files", "packed")]
     assert [row["split"] for row in rows[0]] == ["val", "train", "train", "val"]
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
 
 
-def train_two_steps(tmp_path: Path, folder: str) -> list[dict[str, Any]]:
-    small = ["--model", "squeezenet1_1", "--set", "data.resolution=32", "--workers", 1, "--device", "cpu"]
-    steps = ["--steps", 2, "--batch-size", 4, "--set", "evaluation.every=2", "--out", f"run-{folder}"]
-    done = asgo("", tmp_path, "train", "imagenet", "--data", folder, *small, *steps)
-    assert done.returncode == 0, done.stderr
-    lines = (tmp_path / f"run-{folder}" / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def train_two_steps(data_folder: Path, out: Path) -> list[dict[str, Any]]:
+    small = ["--model", "squeezenet1_1", "--set", "data.resolution=32", "--workers", "1", "--device", "cpu"]
+    steps = ["--steps", "2", "--batch-size", "4", "--set", "evaluation.every=2"]
+    result = CliRunner().invoke(train.app, ["imagenet", "--data", str(data_folder), "--out", str(out), *small, *steps])
+    assert result.exit_code == 0, result.output
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,10 @@ def test_presets_are_complete_without_any_other_setting() -> None:
     for name in preset_names("gpt"):
         assert isinstance(resolve([preset_layer("gpt", name)]), RunConfig)
         assert read_preset(name)["task"] == "gpt"
+
+
+def test_a_model_in_shares_has_no_loss_scale() -> None:
+    """A problem of two keys of different tables is told without a key before it."""
+    layer = Layer("--set", {"runtime.shard_model": True, "training.precision": "fp16"})
+    with pytest.raises(UsageError, match=r"^configuration: training\.precision=fp16 cannot go with"):
+        resolve([preset_layer("gpt", "tiny"), layer])
