@@ -22,7 +22,6 @@ EXAMPLES = (
     "--no-extract`; from the hub, with your token, `asgo data imagenet --source hub --archives /data/hub --download`."
 )
 
-
 Source = Literal["archives", "hub"]
 
 

@@ -120,6 +120,8 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     timeout = datetime.timedelta(seconds=2 * timeout_s)
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # Torchrun gives the processes that it starts again the store in which the lost ones left their addresses.
+        store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             backend, store=PrefixStore("collectives", store), rank=rank, world_size=size, timeout=timeout
         )

@@ -80,6 +80,7 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
     device = pick_device(config.runtime)
     with joined_ranks(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
+        resume = ranks.any(resume)  # of several machines, the one that came back may not be the first
         continues = ranks.first_does(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
         with contextlib.closing(build_task(config, device, ranks)) as task:

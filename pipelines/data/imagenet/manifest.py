@@ -158,7 +158,7 @@ def load_unfinished(folder: Path) -> Unfinished | None:
 
 
 def _require_version(path: Path, fields: Mapping[str, object]) -> None:
-    if fields.get("format_version") == 1:
+    if (fields.get("kind"), fields.get("format_version")) == ("imagenet", 1):
         raise AsgoError(f"{path}: made by an earlier version of asgo; make the folder again with --overwrite")
 
 

@@ -13,16 +13,21 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from optim import OPTIMIZER_NAMES
 from pipelines.config import RunConfig
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.distributed import Ranks, batch_share, rounds
+from pipelines.training.parallel import replicated
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
-from tests.pipelines.training.processes import Job, carry_out, start
+from tests.pipelines.training.processes import Job, carry_out, free_port, start
 
 Make = Callable[..., RunConfig]
 STEPS = 50
@@ -185,6 +190,29 @@ def test_as_many_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_and_saves
     expected, found = (checkpoint_tensors(tmp_path / run, 60) for run in ("whole", "stopped"))
     assert found.keys() == expected.keys() >= {"rng-0:cpu", "rng-1:cpu"}
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_accumulated_gradients_are_added_up_over_the_processes_once_a_step(
+    small_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buckets: list[torch.Tensor] = []
+
+    def counting(group, bucket):  # type: ignore[no-untyped-def]  (torch refuses annotations that are text)
+        buckets.append(bucket.buffer())
+        return allreduce_hook(group, bucket)
+
+    def counted(model: nn.Module, ranks: Ranks) -> nn.Module:
+        network = replicated(model, ranks)
+        assert isinstance(network, DistributedDataParallel)
+        network.register_comm_hook(dist.group.WORLD, counting)
+        return network
+
+    group_of_one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for name, value in group_of_one.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("pipelines.training.train.replicated", counted)
+    train(small_config(training__micro_batch_size=1), tmp_path / "run", SilentReporter())
+    assert len(buckets) == 6  # steps, of four micro-batches each; a model this small is one bucket
 
 
 def test_every_validation_sample_is_read_once_and_all_processes_take_as_many_turns() -> None:

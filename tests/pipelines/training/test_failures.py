@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.gpt_task import GPTTask
 from pipelines.training.train import train
-from tests.conftest import SilentReporter
+from tests.conftest import SMALL, SilentReporter
 
 Make = Callable[..., RunConfig]
 
@@ -109,6 +110,25 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert skipped == []
     subprocess.run(["mount", "-o", "remount,size=40M", str(small_disk)], check=True)
     assert train(config, small_disk / "run", reporter, resume=True)[-1]["step"] == 40
+
+
+def test_a_full_disk_ends_two_processes_with_one_line_and_they_go_on_when_there_is_room(
+    small_disk: Path, token_folder: Path
+) -> None:
+    settings = {**SMALL, "checkpoint.every": 1, "checkpoint.keep": 100, "training.steps": 40}
+    command = [
+        sys.executable, "-m", "asgo_cli", "train", "gpt", "--preset=tiny", f"--data={token_folder}", "--processes=2",
+        f"--out={small_disk / 'run'}", "--resume", *(f"--set={key}={value}" for key, value in settings.items()),
+    ]  # fmt: skip
+    full = subprocess.run(command, capture_output=True, text=True)
+    assert full.returncode == 1
+    (line,) = [line for line in full.stderr.splitlines() if line.startswith("error: ")]
+    assert "process 0 of 2" in line
+    assert "No space left" in line
+    subprocess.run(["mount", "-o", "remount,size=40M", str(small_disk)], check=True)
+    resumed = subprocess.run(command, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stderr
 
 
 def test_a_read_only_disk_is_named(small_disk: Path, small_config: Make, reporter: SilentReporter) -> None:

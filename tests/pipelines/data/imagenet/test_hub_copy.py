@@ -33,7 +33,7 @@ from pipelines.data.imagenet import patience
 from pipelines.data.imagenet.hub import download_hub_copy
 from pipelines.errors import AsgoError
 
-patience.PAUSES_S, patience.NO_NETWORK_S = (0.01,), 5.0
+patience.PAUSES_S, patience.NO_NETWORK_S = (float(sys.argv[2]),), 5.0
 try:
     print(download_hub_copy(Path(sys.argv[1]), progress=lambda *_: None, notify=print))
 except AsgoError as error:
@@ -176,14 +176,14 @@ def hub(tmp_path: Path, served: Mapping[str, bytes]) -> Iterator[Hub]:
         yield running
 
 
-def start(tmp_path: Path, endpoint: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, endpoint: str, pause_s: float = 0.01) -> subprocess.Popen[str]:
     environment = {**client_environment(endpoint, tmp_path / "home"), "HF_TOKEN": "hf_mine"}
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "archives")]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "archives"), str(pause_s)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def fetch(tmp_path: Path, endpoint: str) -> tuple[int, str, str]:
-    process = start(tmp_path, endpoint)
+def fetch(tmp_path: Path, endpoint: str, pause_s: float = 0.01) -> tuple[int, str, str]:
+    process = start(tmp_path, endpoint, pause_s)
     output, errors = process.communicate(timeout=60)
     return process.returncode, output, errors
 
@@ -250,7 +250,7 @@ def test_whoever_has_no_access_is_told_where_to_ask(tmp_path: Path, hub: Hub) ->
 def test_no_network_is_said_soon(tmp_path: Path) -> None:
     with refusing_endpoint() as endpoint:
         begun = time.monotonic()
-        status, _, errors = fetch(tmp_path, endpoint)
+        status, _, errors = fetch(tmp_path, endpoint, pause_s=1)
     assert time.monotonic() - begun < 15
     assert (status, errors.count("\n")) == (1, 1)
     assert "no answer from the network" in errors

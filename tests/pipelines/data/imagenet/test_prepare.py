@@ -337,6 +337,17 @@ def test_a_folder_of_an_earlier_version_is_refused_in_one_line_and_may_be_overwr
     assert images_in(out) == expected_tree(content)
 
 
+def test_an_unfinished_folder_of_other_data_is_left_alone(tmp_path: Path, archives: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "unfinished.json").write_text('{"format_version": 1, "recipe": {}}')
+    before = tree(tmp_path / "out")
+    with pytest.raises(AsgoError, match=r"unfinished\.json: damaged, or not of ImageNet; choose another folder"):
+        prepare(archives, tmp_path / "out")
+    with pytest.raises(UsageError, match=r"`asgo data imagenet` did not make it, so nothing is overwritten"):
+        prepare(archives, tmp_path / "out", overwrite=True)
+    assert tree(tmp_path / "out") == before
+
+
 def test_a_manifest_that_was_altered_is_told(tmp_path: Path, archives: Path) -> None:
     out = tmp_path / "out"
     prepare(archives, out)
