@@ -214,7 +214,8 @@ def test_workers_of_a_killed_launcher_are_asked_to_stop(launch: Callable[..., La
     wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
     launcher.process.kill()
     wait_for(tmp_path / "caught-0", tmp_path / "caught-1")
-    assert (tmp_path / "caught-1").read_text() == "SIGTERM"
+    # The kernel may say it more than once: when the threads of the launcher die one after another.
+    assert {*(tmp_path / "caught-1").read_text().split()} == {"SIGTERM"}
 
 
 def machine(rank: int, port: int) -> list[str]:
