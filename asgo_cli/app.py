@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from asgo_cli import bench, console, data, demo, export, generate, train, viz, worker
+from asgo_cli import bench, console, data, demo, export, generate, sweep, train, viz, worker
 
 app = typer.Typer(
     help="Train with, and compare, neural-network optimizers.",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
+app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command("viz", epilog=viz.EXAMPLES)(viz.viz)
 app.command("export-metrics", epilog=export.EXAMPLES)(export.export_metrics)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)

@@ -1,0 +1,171 @@
+"""`asgo sweep`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asgo_cli import console
+from asgo_cli.worker import is_worker
+from pipelines.errors import AsgoError, UsageError
+
+if TYPE_CHECKING:
+    from pipelines.sweeps.definition import SweepRun
+    from pipelines.sweeps.queue import Failure, Program
+    from pipelines.sweeps.standing import Standing
+
+EXAMPLES = (
+    "Examples: `asgo sweep asro-gpt-paper --dry-run`; `asgo sweep asgo-nanogpt-paper --seeds 1,2,3 --gpus 4`; "
+    "`asgo sweep my.toml --slots 2 --set training.steps=500`. Shipped: asro-gpt-paper, asro-imagenet-paper, "
+    "asgo-gpt2-paper, asgo-nanogpt-paper."
+)
+
+
+def sweep(
+    source: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A shipped sweep, or a file of your own.")],
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/NAME if absent.")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="1,2,3", help="Every run with each of these; the file's if absent.")
+    ] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; one a GPU, or one on the CPU, if absent.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use, a run each; all if absent.")] = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key in all runs.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they cost, and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The plan or the results as JSON on stdout.")] = False,
+) -> None:
+    """Train a list or a grid of configurations, several at once.
+
+    A run that is done is skipped, a partial one goes on, and one that fails leaves the others alone: the same command
+    goes on after any interruption.
+    """
+    from pipelines.resolve import assignment_layer
+    from pipelines.sweeps.definition import read_sweep, resolve_runs
+    from pipelines.sweeps.standing import standings
+
+    definition = read_sweep(source)
+    runs = resolve_runs(definition, assignment_layer(assignments or []), _parse_seeds(seeds))
+    folder = out or Path("runs") / definition.name
+    plan = standings(runs, folder)
+    if dry_run:
+        _show_plan(plan, as_json)
+        return
+    failures = _carry_out(plan, folder, slots, gpus)
+    _show_results(standings(runs, folder), failures, as_json)
+    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv")
+    if failures:
+        raise AsgoError("\n".join(f"run {run.name} failed: {run.reason}; its log: {run.log}" for run in failures))
+
+
+def _parse_seeds(text: str | None) -> list[int]:
+    if text is None:
+        return []
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(f"--seeds {text}: write whole numbers with commas, such as 1,2,3")
+    return list(dict.fromkeys(int(part) for part in parts))
+
+
+def _carry_out(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: int | None) -> list[Failure]:
+    from asgo_cli.sweep_progress import SweepProgress
+    from pipelines.sweeps.queue import carry_out
+    from pipelines.sweeps.slots import make_slots
+    from pipelines.sweeps.standing import check_data
+
+    if is_worker():
+        raise UsageError("asgo sweep starts its runs by itself; give it without torchrun")
+    left = [run for run in plan if run.state != "done"]
+    if len(left) < len(plan):
+        console.say(f"{len(plan) - len(left)} of {len(plan)} runs are done already")
+    if not left:
+        return []
+    check_data([run.run for run in left])
+    on_gpus = any(run.run.config.runtime.device in ("auto", "cuda") for run in left)
+    places = make_slots(slots, gpus, on_gpus)
+    with SweepProgress(len(left)) as progress:
+        return carry_out(left, folder, places, _program(), progress)
+
+
+def _program() -> Program:
+    """This `asgo`, as its runs are to start it: where it was found, and not what lies in the working directory."""
+    from pipelines.sweeps.queue import Program
+
+    environment = {"PYTHONSAFEPATH": "1"}
+    root = Path(__file__).resolve().parents[1]
+    if Path(sys.path[0]).resolve() == root:  # run from a clone, which a safe path leaves out
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return Program([sys.executable, "-m", "asgo_cli.sweep_child", str(os.getpid())], environment)
+
+
+def _facts(run: SweepRun) -> dict[str, Any]:
+    config = run.config
+    return {"run": run.name, "seed": config.seed, "optimizer": config.optimizer.name, "lr": config.optimizer.lr}
+
+
+def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
+    total, left = sum(run.tokens for run in plan), sum(run.tokens_left for run in plan)
+    unit = "images" if plan[0].run.config.task == "imagenet" else "tokens"
+    if as_json:
+        rows = [
+            {**_facts(run.run), "steps": run.run.config.training.steps, unit: run.tokens, "state": run.state}
+            for run in plan
+        ]
+        console.show_json({"runs": rows, unit: total, f"{unit}_left": left})
+        return
+    cells = [
+        (
+            run.run.name,
+            run.run.config.optimizer.name,
+            f"{run.run.config.optimizer.lr:g}",
+            f"{run.run.config.training.steps:,}",
+            _rounded(run.tokens),
+            run.state,
+        )
+        for run in plan
+    ]
+    console.show_table(("run", "optimizer", "lr", "steps", unit, "state"), cells)
+    console.show_facts([(f"{len(plan)} runs", f"{total:,} {unit}, {left:,} of them left")])
+    console.say("dry run: nothing was written")
+
+
+def _rounded(count: int) -> str:
+    """Four digits, so that the table fits a narrow terminal."""
+    for size, letter in ((10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.4g} {letter}"
+    return f"{count:,}"
+
+
+def _show_results(results: Sequence[Standing], failures: Sequence[Failure], as_json: bool) -> None:
+    failed = {run.name: run for run in failures}
+    rows = [
+        {
+            **_facts(run.run),
+            "state": "failed" if run.run.name in failed else run.state,
+            "validation_loss": run.final_loss(),
+            "folder": str(run.folder),
+        }
+        for run in results
+    ]
+    if as_json:
+        reasons = [{"run": run.name, "reason": run.reason, "log": str(run.log)} for run in failures]
+        console.show_json({"runs": rows, "failures": reasons})
+        return
+    cells = [
+        (
+            row["run"],
+            str(row["seed"]),
+            "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
+            row["state"],
+        )
+        for row in rows
+    ]
+    console.show_table(("run", "seed", "final validation loss", "state"), cells)

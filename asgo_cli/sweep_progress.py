@@ -1,0 +1,70 @@
+"""How a sweep looks while it goes: a line a running slot on a terminal, a line a start and an end elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from asgo_cli import console
+from asgo_cli.progress import figures
+
+if TYPE_CHECKING:
+    from pipelines.sweeps.standing import Standing
+    from pipelines.training.metrics import Row
+
+_SHORT_UNITS = {"gpt": "tok", "imagenet": "img"}
+
+
+class SweepProgress:
+    """Draws what happens to `count` runs on stderr; a context manager."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._started = 0
+        self._lines: dict[int, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console.words,
+            disable=not console.words.is_terminal,
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def waiting(self) -> None:
+        """Say why nothing happens yet."""
+        console.say("waiting for the runs of another sweep in this folder to save and end")
+
+    def started(self, run: Standing, slot: int) -> None:
+        """Give the run a line."""
+        self._started += 1
+        steps = run.run.config.training.steps
+        if console.words.is_terminal:
+            self._lines[slot] = self._progress.add_task(run.run.name, total=steps, completed=run.step, figures="")
+        else:
+            origin = f" from step {run.step:,}" if run.step else ""
+            console.say(f"{run.run.name}: started{origin}, run {self._started} of {self._count}, slot {slot}")
+
+    def progressed(self, run: Standing, slot: int, row: Row) -> None:
+        """Move the run's line."""
+        if slot in self._lines:
+            unit = _SHORT_UNITS[run.run.config.task]
+            self._progress.update(self._lines[slot], completed=row["step"], figures=figures(row, unit))
+
+    def ended(self, run: Standing, slot: int, how: str) -> None:
+        """Replace the run's line by how it ended."""
+        if slot in self._lines:
+            self._progress.remove_task(self._lines.pop(slot))
+        console.say(f"{run.run.name}: {how}")

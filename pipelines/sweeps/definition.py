@@ -1,0 +1,228 @@
+"""A sweep's file: common settings, a list of runs, a grid and seeds, and the configurations they make."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import GPTRunConfig, RunConfig, flatten
+from pipelines.errors import UsageError
+from pipelines.resolve import Layer, file_layer, preset_layer, preset_names, resolve
+
+_SHIPPED = resources.files("pipelines") / "presets" / "sweeps"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TASKS = ("gpt", "imagenet")
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One training run of a sweep."""
+
+    name: str
+    """Of its folder: the variant's, and the seed."""
+    variant: str
+    """Common to the seeds."""
+    config: RunConfig
+
+    @property
+    def samples(self) -> int:
+        """Sequences (or images) that it trains on."""
+        return self.config.training.steps * self.config.training.batch_size
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """The context's length; 1 for an image."""
+        return self.config.model.context_length if isinstance(self.config, GPTRunConfig) else 1
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What the file says, each setting by its dotted key."""
+
+    name: str
+    origin: str
+    """Where it was read, for messages."""
+    task: str
+    preset: str
+    common: dict[str, Any] = field(default_factory=dict)
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A run before its seed."""
+
+    name: str
+    settings: dict[str, Any]
+
+
+class _Problems:
+    """Lines about runs, each told once with the names of the runs it is about."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._all = list(names)
+        self._names: dict[str, list[str]] = {}
+
+    def add(self, name: str, error: Exception) -> None:
+        """Record every line of an error that a run has."""
+        for line in str(error).splitlines():
+            names = self._names.setdefault(line, [])
+            if name not in names:
+                names.append(name)
+
+    def raise_if_any(self) -> None:
+        """`UsageError` with all lines."""
+        if self._names:
+            raise UsageError("\n".join(self._worded(line, names) for line, names in self._names.items()))
+
+    def _worded(self, line: str, names: list[str]) -> str:
+        if len(names) == len(self._all):
+            return line
+        return f"run{'s' * (len(names) > 1)} {', '.join(names)}: {line}"
+
+
+def sweep_names() -> list[str]:
+    """The sweeps that are shipped, by name."""
+    return sorted(Path(entry.name).stem for entry in _SHIPPED.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_sweep(source: str) -> Sweep:
+    """A shipped sweep by its name, or a TOML file; `UsageError` with a line for everything that is wrong in it."""
+    if not source.endswith(".toml"):
+        if source not in sweep_names():
+            nearest = difflib.get_close_matches(source, sweep_names(), n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sweep_names())}"
+            raise UsageError(f"unknown sweep {source!r}; {hint} or give a FILE.toml")
+        with resources.as_file(_SHIPPED / f"{source}.toml") as path:
+            return _sweep_of(source, f"sweep {source}", file_layer(path).values)
+    return _sweep_of(Path(source).stem, source, file_layer(Path(source)).values)
+
+
+def resolve_runs(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> list[SweepRun]:
+    """Every run's configuration, as `asgo train` makes it: preset, file, --set, then the run's own settings.
+
+    Without `seeds` and seeds in the file, each has its preset's. Raises `UsageError` with a line for every problem of
+    any run, named where not all have it.
+    """
+    variants = _variants(sweep)
+    _refuse_to_overrule(variants, set_layer)
+    base = [preset_layer(sweep.task, sweep.preset), Layer(sweep.origin, sweep.common), set_layer]
+    runs, problems = [], _Problems([variant.name for variant in variants])
+    # The first seed of every variant comes before the second of any: what is there early can be compared.
+    for seed, variant in itertools.product(tuple(seeds) or sweep.seeds or (None,), variants):
+        own = Layer(sweep.origin, variant.settings if seed is None else {**variant.settings, "seed": seed})
+        try:
+            config = resolve([*base, own])
+        except UsageError as error:
+            problems.add(variant.name, error)
+        else:
+            runs.append(SweepRun(f"{variant.name}-s{config.seed}", variant.name, config))
+    problems.raise_if_any()
+    return runs
+
+
+def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
+    common = {key: value for key, value in values.items() if key.split(".")[0] not in ("runs", "grid", "seeds")}
+    grid = {key.removeprefix("grid."): value for key, value in values.items() if key.startswith("grid.")}
+    runs, problems = _named_runs(values.get("runs", []))
+    seeds = values.get("seeds", [])
+    task, preset = common.pop("task", None), common.pop("preset", None)
+    if task not in _TASKS:
+        problems.append(f'task is {task!r}: write task = "gpt" or task = "imagenet"')
+    elif preset not in preset_names(task):
+        problems.append(f"preset is {preset!r}: the runs begin with one of {', '.join(preset_names(task))}")
+    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+        problems.append(f"seeds is {seeds!r}: write it as a list of whole numbers, such as seeds = [1, 2, 3]")
+    problems += _shape_problems(values, grid)
+    problems += _misplaced_seeds(common, grid, runs)
+    if problems:
+        raise UsageError("\n".join(f"{origin}: {line}" for line in problems))
+    return Sweep(name, origin, str(task), str(preset), common, runs, grid, tuple(dict.fromkeys(seeds)))
+
+
+def _named_runs(tables: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """The settings of each run by its name, and a line for every table that has no good one."""
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        return {}, ["runs should be tables, each under a line [[runs]]"]
+    runs: dict[str, dict[str, Any]] = {}
+    problems = []
+    for number, table in enumerate(tables, 1):
+        name = table.get("name")
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            problems.append(f"run {number}: name is {name!r}: give it one of letters, digits, dots, - and _")
+        elif name in runs:
+            problems.append(f"run {number}: there is a run named {name!r} already")
+        else:
+            runs[name] = flatten({key: value for key, value in table.items() if key != "name"})
+    return runs, problems
+
+
+def _shape_problems(values: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
+    """A line for everything that is no list of runs, no grid, or neither of them."""
+    problems = [
+        f"grid: {key} is {points!r}: should be a list of numbers, texts or lists"
+        for key, points in grid.items()
+        if not isinstance(points, list) or not points or any(isinstance(point, dict) for point in points)
+    ]
+    problems += [
+        f"{key}: runs are tables under [[runs]] each, grid is a table of lists, and seeds a list"
+        for key in values
+        if key == "grid" or key.startswith(("runs.", "seeds."))
+    ]
+    if not values.get("runs") and not grid:
+        problems.append("nothing to run: add [[runs]] with a name and settings each, or a [grid] with lists of values")
+    return problems
+
+
+def _misplaced_seeds(common: Mapping[str, Any], grid: Mapping[str, Any], runs: Mapping[str, Any]) -> list[str]:
+    places = {"file": common, "grid": grid, **{f"run {name}": settings for name, settings in runs.items()}}
+    return [
+        f"{place}: seed: list them for all runs, as in seeds = [1, 2, 3]" for place in places if "seed" in places[place]
+    ]
+
+
+def _variants(sweep: Sweep) -> list[_Variant]:
+    """Each run, or the common settings where there is no list, at each point of the grid."""
+    points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
+    variants = []
+    problems = []
+    for name, settings in (sweep.runs or {"": {}}).items():
+        problems += [f"run {name}: {key} is set, and varied by the grid too" for key in settings if key in sweep.grid]
+        for point in points:
+            parts = [name, *(_short(key, value) for key, value in point.items())]
+            variants.append(_Variant("-".join(filter(None, parts)), {**settings, **point}))
+    names = [variant.name for variant in variants]
+    problems += [f"two runs are named {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
+    if problems:
+        raise UsageError("\n".join(f"{sweep.origin}: {line}" for line in problems))
+    return variants
+
+
+def _short(key: str, value: Any) -> str:
+    """A setting as a part of a folder's name: `lr0.001`, or the optimizer's name alone."""
+    label = "" if key == "optimizer.name" else key.split(".")[-1]
+    text = "_".join(map(str, value)) if isinstance(value, list) else str(value)
+    return label + re.sub(r"[^A-Za-z0-9.-]+", "_", text)
+
+
+def _refuse_to_overrule(variants: Sequence[_Variant], set_layer: Layer) -> None:
+    """`UsageError` for a --set of what the runs differ in, which would make their names untrue."""
+    problems = []
+    for key in set_layer.values:
+        takers = [variant.name for variant in variants if key in variant.settings]
+        if key == "seed":
+            problems.append("--set seed: give --seeds 1,2,3")
+        elif takers:
+            problems.append(
+                f"--set {key}: set for each run by the sweep ({', '.join(takers)}); copy its file and change it"
+            )
+    if problems:
+        raise UsageError("\n".join(problems))

@@ -1,0 +1,102 @@
+"""How far each run of a sweep has come, from its folder alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pipelines.config import differences
+from pipelines.errors import AsgoError, UsageError
+from pipelines.sweeps.definition import SweepRun
+from pipelines.training.run_folder import RunFolder, refuse_existing
+
+State = Literal["new", "partial", "done"]
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A run and where it stands."""
+
+    run: SweepRun
+    folder: Path
+    step: int
+    """Of its newest good checkpoint."""
+    begun: bool
+
+    @property
+    def state(self) -> State:
+        """`done` when the checkpoint of the last step is there, and good."""
+        if self.step == self.run.config.training.steps:
+            return "done"
+        return "partial" if self.begun else "new"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens (or images) of the whole run."""
+        return self.run.samples * self.run.tokens_per_sample
+
+    @property
+    def tokens_left(self) -> int:
+        """Those that are yet to be trained on."""
+        training = self.run.config.training
+        return (training.steps - self.step) * training.batch_size * self.run.tokens_per_sample
+
+    def final_loss(self) -> float | None:
+        """The validation loss after the last step; None for a run that is not done."""
+        if self.state != "done":
+            return None
+        return next((row["loss"] for row in reversed(RunFolder(self.folder).rows()) if row["split"] == "val"), None)
+
+
+def standings(runs: Sequence[SweepRun], out: Path) -> list[Standing]:
+    """Where all runs stand; `UsageError` with a line for every folder that holds something else."""
+    return _for_each(runs, lambda run: standing(run, out))
+
+
+def standing(run: SweepRun, out: Path) -> Standing:
+    """Where a run stands. Raises `AsgoError` if its folder holds something else, or its configuration is unreadable."""
+    folder = RunFolder(out / run.name)
+    if not folder.exists():
+        refuse_existing(folder)
+        return Standing(run, folder.path, 0, begun=False)
+    changed = differences(folder.config(), run.config)
+    if changed:
+        lines = (f"{folder.path}: {line}; choose another --out" for line in changed)
+        raise UsageError("\n".join(lines))
+    from pipelines.training.checkpoint import newest_checkpoint  # imports torch, which a new sweep can do without
+
+    checkpoint, _skipped = newest_checkpoint(folder.checkpoints)
+    return Standing(run, folder.path, 0 if checkpoint is None else checkpoint.step, begun=True)
+
+
+def check_data(runs: Sequence[SweepRun]) -> None:
+    """Open the data of all runs as they will; `UsageError` with a line for every folder that is not good."""
+    _for_each(dict.fromkeys((run.config.task, run.config.data.folder) for run in runs), lambda data: _open_data(*data))
+
+
+def _for_each(items: Iterable[_Item], do: Callable[[_Item], _Result]) -> list[_Result]:
+    """The results for all items; `UsageError` with the problems of all for which there is none."""
+    results, problems = [], []
+    for item in items:
+        try:
+            results.append(do(item))
+        except AsgoError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return results
+
+
+def _open_data(task: str, folder: str) -> None:
+    if task == "gpt":
+        from pipelines.data.batches import open_token_data
+
+        open_token_data(Path(folder))
+    else:
+        from pipelines.data.imagenet.images import open_imagenet
+
+        open_imagenet(Path(folder))
