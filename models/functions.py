@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,10 @@ class TestFunction:
     `evaluate` takes two tensors of one floating dtype, of shapes that broadcast, and returns the values in that dtype;
     autograd gives the derivative of `abs` at 0 as 0. `optimum` is a global minimum, `further_optima` are the others
     where there are several, `start` is where a trajectory begins and `steps` is its length.
+
+    An optimum of `None` is unknown. `view` is the rectangle to show, by its lower left and upper right corner: a
+    function that falls for ever has its global minimum only there. `noise` is the standard deviation of what an
+    optimizer finds added to both parts of the gradient at every step; the values are exact.
     """
 
     __test__: ClassVar[bool] = False  # pytest takes any class named Test... for a test
@@ -31,14 +35,20 @@ class TestFunction:
     formula: str
     evaluate: Formula
     start: Point
-    optimum: Point
+    optimum: Point | None
     steps: int
     further_optima: tuple[Point, ...] = ()
+    view: tuple[Point, Point] | None = None
+    noise: float = 0.0
 
     @property
     def optima(self) -> tuple[Point, ...]:
-        """All global minima."""
-        return (self.optimum, *self.further_optima)
+        """All global minima that are known."""
+        return () if self.optimum is None else (self.optimum, *self.further_optima)
+
+    def with_noise(self, noise: float) -> TestFunction:
+        """The same function with noise in its gradient, and `noisy_` before its name."""
+        return replace(self, name=f"noisy_{self.name}", title=f"{self.title}, noisy", noise=noise)
 
 
 def _abs_sum(x: Tensor, y: Tensor) -> Tensor:
@@ -104,6 +114,23 @@ def _goldstein_price(x: Tensor, y: Tensor) -> Tensor:
     return (1 + (x + y + 1) ** 2 * first) * (30 + (2 * x - 3 * y) ** 2 * second)
 
 
+def _mccormick(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y).sin() + (x - y) ** 2 - 1.5 * x + 2.5 * y + 1
+
+
+def _levy13(x: Tensor, y: Tensor) -> Tensor:
+    sine_x, sine_y, slow_sine_y = (3 * math.pi * x).sin(), (3 * math.pi * y).sin(), (2 * math.pi * y).sin()
+    return sine_x**2 + (x - 1) ** 2 * (1 + sine_y**2) + (y - 1) ** 2 * (1 + slow_sine_y**2)
+
+
+def _saddle(x: Tensor, y: Tensor) -> Tensor:
+    return x**2 / 2 + y**4 / 4 - y**2 / 2
+
+
+def _narrow_valley(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y) ** 2 + 1000 * (x - y) ** 2
+
+
 # The six of the Asro paper, with its starts and steps.
 PAPER_FUNCTIONS = (
     TestFunction("abs_sum", "Absolute sum", "|x| + |y|", _abs_sum, (3.0, 7.0), (0.0, 0.0), 150),
@@ -126,7 +153,7 @@ PAPER_FUNCTIONS = (
     TestFunction("rosenbrock", "Rosenbrock", "(1 − x)² + 100 (y − x²)²", _rosenbrock, (0.0, -6.0), (1.0, 1.0), 5_000),
 )
 
-# The field's usual ones: Jamil and Yang, arXiv 1308.4008; starts and steps are ours.
+# The field's usual ones: Jamil and Yang, arXiv 1308.4008, where nothing else is said; starts and steps are ours.
 USUAL_FUNCTIONS = (
     TestFunction(
         "himmelblau",
@@ -183,6 +210,54 @@ USUAL_FUNCTIONS = (
         (0.0, -1.0),
         1_000,
     ),
+    TestFunction(
+        "mccormick",
+        "McCormick",
+        "sin(x + y) + (x − y)² − 1.5x + 2.5y + 1",
+        _mccormick,
+        (3.5, -2.5),
+        (0.5 - math.pi / 3, -0.5 - math.pi / 3),
+        1_000,
+        view=((-1.5, -3.0), (4.0, 4.0)),
+    ),
+    TestFunction(
+        "levy13",
+        "Lévy 13",
+        "sin²(3πx) + (x − 1)² (1 + sin²(3πy)) + (y − 1)² (1 + sin²(2πy))",
+        _levy13,
+        (2.6, 2.4),
+        (1.0, 1.0),
+        1_000,
+    ),
+    # Nesterov, Introductory Lectures on Convex Optimization, 1.2.3: near y = 0 the gradient leads to the saddle at 0.
+    TestFunction(
+        "saddle",
+        "Saddle",
+        "x²/2 + y⁴/4 − y²/2",
+        _saddle,
+        (-2.0, 1e-3),
+        (0.0, 1.0),
+        1_000,
+        ((0.0, -1.0),),
+    ),
+    # Ours: a quadratic whose largest curvature is 1000 times its smallest, along neither axis.
+    TestFunction(
+        "narrow_valley",
+        "Narrow valley",
+        "(x + y)² + 1000 (x − y)²",
+        _narrow_valley,
+        (4.0, 3.0),
+        (0.0, 0.0),
+        2_000,
+    ),
 )
 
-FUNCTIONS: dict[str, TestFunction] = {function.name: function for function in PAPER_FUNCTIONS + USUAL_FUNCTIONS}
+# Ours: noise of about the size of the gradient on the way.
+_NOISE = {"abs_sum": 1.0, "inseparable_l2": 1.0, "rosenbrock": 10.0}
+NOISY_FUNCTIONS = tuple(
+    function.with_noise(_NOISE[function.name]) for function in PAPER_FUNCTIONS if function.name in _NOISE
+)
+
+FUNCTIONS: dict[str, TestFunction] = {
+    function.name: function for function in PAPER_FUNCTIONS + USUAL_FUNCTIONS + NOISY_FUNCTIONS
+}

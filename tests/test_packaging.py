@@ -32,7 +32,7 @@ def test_the_wheel_holds_the_four_rooms_with_presets_vocabulary_and_kernels(whee
         "models",
         "pipelines",
     }
-    presets = {f"pipelines/presets/{path.name}" for path in (ROOT / "pipelines" / "presets").glob("*.toml")}
+    presets = {str(path.relative_to(ROOT)) for path in (ROOT / "pipelines" / "presets").rglob("*.toml")}
     assert len(presets) >= 5
     vocabulary = {"pipelines/data/gpt2.tiktoken.xz", "pipelines/data/gpt2.tiktoken.LICENSE"}
     assert names >= {*presets, *vocabulary, "optim/native.c"}

@@ -14,7 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from models.functions import FUNCTIONS, Point, TestFunction
+from models.expression import expression_function
+from models.functions import FUNCTIONS, Point
+from models.functions import TestFunction as TestFunction  # for those who may not import models
 from optim.keywords import unknown_name
 from optim.matrix_optimizer import MatrixOptimizer
 from optim.registry import optimizer_class
@@ -76,8 +78,21 @@ class Trajectory:
         return float(self.values[-1])
 
     @property
+    def lowest_step(self) -> int:
+        """The step that led to the lowest value."""
+        return int(self.values.argmin())
+
+    @property
+    def lowest_point(self) -> Point:
+        """Where the value was lowest."""
+        x, y = self.points[self.lowest_step]
+        return float(x), float(y)
+
+    @property
     def distances(self) -> npt.NDArray[np.float64]:
-        """Distance of every point to the nearest global minimum, `(steps + 1,)`."""
+        """Distance of every point to the nearest global minimum, `(steps + 1,)`; infinite where none is known."""
+        if not self.function.optima:
+            return np.full(len(self.points), math.inf)
         gaps = self.points[:, None, :] - np.array(self.function.optima)
         return np.asarray(np.hypot(gaps[..., 0], gaps[..., 1]).min(axis=1), dtype=np.float64)
 
@@ -125,6 +140,7 @@ def run_trajectories(
     settings: Sequence[TrajectorySettings],
     start: Point | None = None,
     steps: int | None = None,
+    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
     """Run each setting on a function in double precision; start and steps are the function's own where left out.
@@ -132,20 +148,23 @@ def run_trajectories(
     A trajectory that jumps from wall to wall of a valley amplifies errors of rounding: on Rosenbrock, Adam at lr 0.2
     and AccAsro end within about 0.04 of the same place on another machine or with another version of PyTorch.
 
+    Where the function is noisy, all settings find the same noise at a step: it follows from `seed` and the step alone.
     `progress` is called with the number of steps just taken. Raises `UsageError` if the function is not finite at the
     start.
     """
     start, steps = start or function.start, steps or function.steps
     if not function.evaluate(*torch.tensor(start, dtype=torch.float64)).isfinite():
-        raise UsageError(f"{function.name} is not finite at {start}: start nearer to the optimum, {function.optimum}")
+        advice = f"start nearer to the optimum, {function.optimum}" if function.optimum else "choose another --start"
+        raise UsageError(f"{function.name} is not finite at {start}: {advice}")
     # All settings side by side, because autograd takes as long for one point as for a few.
     points = torch.tensor([start] * len(settings), dtype=torch.float64, requires_grad=True)
     rows = points.detach().unbind()
     optimizers = [_build(setting, row, steps) for setting, row in zip(settings, rows, strict=True)]
+    noise = torch.from_numpy(function.noise * gradient_noise(seed, steps))
     path = [points.tolist()]
     for step in range(steps):
         (gradient,) = torch.autograd.grad(function.evaluate(*points.unbind(-1)).sum(), points)
-        for row, row_gradient, optimizer in zip(rows, gradient, optimizers, strict=True):
+        for row, row_gradient, optimizer in zip(rows, gradient + noise[step], optimizers, strict=True):
             row.grad = row_gradient
             optimizer.step()
         path.append(points.tolist())
@@ -155,15 +174,29 @@ def run_trajectories(
     return [_finite_part(function, setting, steps, place) for setting, place in zip(settings, places, strict=True)]
 
 
+def gradient_noise(seed: int, steps: int) -> npt.NDArray[np.float64]:
+    """Standard normal noise, `(steps, 2)`; a row depends on the seed and on its step, not on the number of steps."""
+    return np.random.default_rng(seed).standard_normal((steps, 2))
+
+
+def choose_functions(names: Sequence[str], expression: str | None) -> list[TestFunction]:
+    """The functions of these names, and then the user's own; raises `UsageError` with the place that is wrong in it."""
+    try:
+        own = [] if expression is None else [expression_function(expression)]
+    except ValueError as error:
+        raise UsageError(f"--expression: {error}") from None
+    return [FUNCTIONS[name] for name in names] + own
+
+
 def run_panels(
-    names: Sequence[str],
+    functions: Sequence[TestFunction],
     settings: Sequence[TrajectorySettings],
     start: Point | None,
     steps: int | None,
+    seed: int,
     progress: Callable[[str, int, int], None],
 ) -> list[list[Trajectory]]:
-    """`run_trajectories` on the functions of these names; `progress` gets a name, steps taken and steps in all."""
-    functions = [FUNCTIONS[name] for name in names]
+    """`run_trajectories` on each function; `progress` gets a function's name, steps taken and steps in all."""
     total, done = sum(steps or function.steps for function in functions), 0
     panels = []
     for function in functions:
@@ -173,7 +206,7 @@ def run_panels(
             done += more
             progress(name, done, total)
 
-        panels.append(run_trajectories(function, settings, start, steps, report))
+        panels.append(run_trajectories(function, settings, start, steps, seed, report))
     return panels
 
 

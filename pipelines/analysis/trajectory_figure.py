@@ -37,6 +37,7 @@ _GRID = 300  # points of the contour grid along each axis
 _INSET = 0.37  # side of the inset, as a share of the panel's
 _ZOOM = 0.055  # half the side of what the inset shows, as a share of the window's
 _FORMULA_WIDTH = 40  # characters of the usual size above a panel
+_CODE_WIDTH = 34  # the same, of a user's expression
 _WIDEST, _NARROWEST = 3.6, 1.1  # of the trajectories' lines, in points
 
 
@@ -54,6 +55,7 @@ def _marker(shape: str, colour: str, *, size: float, edge: str, zorder: int) -> 
 _START = _marker("o", START_COLOUR, size=6.5, edge="black", zorder=6)
 _LAST = _marker("o", "#777777", size=4.5, edge="white", zorder=4)
 _OPTIMUM = _marker("X", OPTIMUM_COLOUR, size=6.5, edge="white", zorder=5)
+_LOWEST = _marker("*", OPTIMUM_COLOUR, size=9, edge="white", zorder=5)
 
 
 class Window(NamedTuple):
@@ -81,35 +83,58 @@ class Window(NamedTuple):
         return int(((points >= self.low) & (points <= self.high)).all(axis=1).sum())
 
 
+class DrawnLine(NamedTuple):
+    """A trajectory in a plane: its points, `(2, n)`, and what shows them."""
+
+    points: Array
+    strokes: tuple[Line2D, Line2D]  # the line above its white edge
+    last: Line2D
+
+
+class Plane(NamedTuple):
+    """A panel or its inset, and what lies above the contours."""
+
+    axes: Axes
+    is_inset: bool
+    lines: list[DrawnLine]
+    marks: list[Line2D]
+
+
 def draw_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
     """Draw a panel a function, with the trajectories on it, and write the figure to `path` (.png, .pdf or .svg).
 
     All trajectories of a panel start at the same point, and every panel shows the same settings in the same order.
     Raises `UsageError` for another type of file.
     """
+    with figure_style():
+        save_figure(compose(panels)[0], path)
+
+
+def compose(panels: Sequence[Sequence[Trajectory]]) -> tuple[Figure, list[Plane]]:
+    """The figure and its planes, each panel's before its inset's; to be called and drawn inside of `figure_style`."""
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width, height = (4.0, 4.4) if len(panels) == 1 else (2.7 * columns, 3.0 * rows + 0.3)
-    with figure_style():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for panel, trajectories in zip(axes, panels, strict=False):
-            _draw_panel(panel, trajectories)
-        for unused in axes[len(panels) :]:
-            unused.remove()
-        legend_below(figure, _legend_handles(panels[0]))
-        save_figure(figure, path)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    planes = [plane for pair in zip(axes, panels, strict=False) for plane in _draw_panel(*pair)]
+    for unused in axes[len(panels) :]:
+        unused.remove()
+    legend_below(figure, _legend_handles(panels))
+    return figure, planes
 
 
-def _draw_panel(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
+def _draw_panel(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Plane]:
     function = trajectories[0].function
-    optimum = _approached_optimum(trajectories)
-    window, corner = place_inset(trajectories, optimum)
-    zoom = window.around(optimum)
+    goal = _approached_goal(trajectories)
+    window, corner = place_inset(trajectories, goal)
+    zoom = window.around(goal)
     inset = axes.inset_axes((corner[0], corner[1], _INSET, _INSET))
+    planes = []
     for plane, shown in ((axes, window), (inset, zoom)):
-        _draw_contours(plane, function, shown)
-        _draw_lines(plane, trajectories, window)
+        _draw_contours(plane, function, shown, goal)
+        lines = _draw_lines(plane, trajectories, window)
+        planes.append(Plane(plane, plane is inset, lines, _draw_marks(plane, trajectories)))
         plane.set(xlim=(shown.low[0], shown.high[0]), ylim=(shown.low[1], shown.high[1]))
     axes.locator_params(nbins=6, steps=[1, 2, 5, 10])
     inset.locator_params(nbins=4, steps=[1, 2, 5, 10])
@@ -117,11 +142,15 @@ def _draw_panel(axes: Axes, trajectories: Sequence[Trajectory]) -> None:
     axes.indicate_inset_zoom(inset, edgecolor="black", alpha=0.6, linewidth=0.6)
     axes.set(xlabel="x", ylabel="y")
     _write_title(axes, function)
+    return planes
 
 
 def _write_title(axes: Axes, function: TestFunction) -> None:
     """The function's name, and below it the formula in lines that the panel has room for."""
-    lines = _wrapped(function.formula)
+    # A user's own formula is code, in wider letters and often without a blank.
+    lines = _wrapped(function.formula) if function.optima else textwrap.wrap(function.formula, _CODE_WIDTH)
+    if function.noise:
+        lines.append(f"gradient noise {function.noise:g}")
     size = 8 * min(1.0, _FORMULA_WIDTH / max(map(len, lines)))
     axes.set_title("\n".join(lines), fontsize=size, pad=4)
     above = (0, 6 + 1.25 * size * len(lines))
@@ -140,15 +169,25 @@ def _wrapped(formula: str) -> list[str]:
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
-def _approached_optimum(trajectories: Sequence[Trajectory]) -> Point:
-    """The global minimum that some trajectory ends nearest to."""
+def _goals(trajectories: Sequence[Trajectory]) -> Sequence[Point]:
+    """The optima, or the lowest point found where none is known."""
+    function = trajectories[0].function
+    if function.optima:
+        return function.optima
+    # A divergence is of no use as a goal, unless there is nothing else.
+    ended = [item for item in trajectories if item.diverged_at is None] or trajectories
+    return [min(ended, key=lambda item: float(item.values.min())).lowest_point]
+
+
+def _approached_goal(trajectories: Sequence[Trajectory]) -> Point:
+    """The goal that some trajectory ends nearest to."""
     ends = np.array([trajectory.final_point for trajectory in trajectories])
-    optima = trajectories[0].function.optima
-    return min(optima, key=lambda optimum: float(np.hypot(*(ends - np.array(optimum)).T).min()))
+    return min(_goals(trajectories), key=lambda goal: float(np.hypot(*(ends - np.array(goal)).T).min()))
 
 
 def _landmarks(trajectories: Sequence[Trajectory]) -> Array:
-    return np.array([trajectories[0].points[0], *trajectories[0].function.optima])
+    view = trajectories[0].function.view or ()
+    return np.array([trajectories[0].points[0], *_goals(trajectories), *view])
 
 
 def _enclose(trajectories: Sequence[Trajectory]) -> Window:
@@ -164,14 +203,14 @@ def _enclose(trajectories: Sequence[Trajectory]) -> Window:
     return Window(low - margin, high + margin)
 
 
-def place_inset(trajectories: Sequence[Trajectory], optimum: Point) -> tuple[Window, Array]:
+def place_inset(trajectories: Sequence[Trajectory], goal: Point) -> tuple[Window, Array]:
     """The window, and the inset's lower left corner in shares of the panel's sides, such that it hides the least."""
     lines = np.concatenate([_along(trajectory) for trajectory in trajectories])
     least_hidden = math.inf
     for window, corner in _layouts(_enclose(trajectories)):
         # With room for the inset's tick labels. A hidden mark is worse than any length of hidden line.
         cover = window.part(corner - 0.1, corner + _INSET + 0.05)
-        marks = np.concatenate([_landmarks(trajectories), window.around(optimum).corners()])
+        marks = np.concatenate([_landmarks(trajectories), window.around(goal).corners()])
         hidden = cover.count(lines) + len(lines) * cover.count(marks)
         if hidden < least_hidden:
             best, least_hidden = (window, corner), hidden
@@ -192,10 +231,12 @@ def _along(trajectory: Trajectory) -> Array:
     return np.stack([np.interp(dense, steps, trajectory.points[:, axis]) for axis in (0, 1)], axis=1)
 
 
-def _draw_contours(axes: Axes, function: TestFunction, window: Window) -> None:
-    x, y, heights = _heights(function, window)
-    highest = float(heights[np.isfinite(heights)].max())
-    lowest = max(float(np.quantile(heights, 0.005)), highest * 1e-12)
+def _draw_contours(axes: Axes, function: TestFunction, window: Window, goal: Point) -> None:
+    x, y, heights = _heights(function, window, goal)
+    highest = float(heights.max(initial=0.0, where=np.isfinite(heights)))
+    if highest == 0:
+        return  # flat, or finite nowhere
+    lowest = max(float(np.quantile(heights[np.isfinite(heights)], 0.005)), highest * 1e-12)
     heights = np.clip(heights, lowest, highest)
     levels = np.geomspace(lowest, highest, _LEVELS)
     norm = LogNorm(lowest, highest)
@@ -206,27 +247,38 @@ def _draw_contours(axes: Axes, function: TestFunction, window: Window) -> None:
     axes.set_rasterization_zorder(1)
 
 
-def _heights(function: TestFunction, window: Window) -> tuple[Array, Array, Array]:
-    """Grid of x and y over the window, and the function's height above its minimum there, `(_GRID, _GRID)` each."""
+def _heights(function: TestFunction, window: Window, goal: Point) -> tuple[Array, Array, Array]:
+    """Grid of x and y over the window, and the function's height above its minimum there, `(_GRID, _GRID)` each.
+
+    Where the minimum is unknown, it is the lowest value of the goal and the grid.
+    """
     x, y = (torch.linspace(window.low[axis], window.high[axis], _GRID, dtype=torch.float64) for axis in (0, 1))
     grid_x, grid_y = torch.meshgrid(x, y, indexing="xy")
-    minimum = function.evaluate(*torch.tensor(function.optimum, dtype=torch.float64))
-    heights = function.evaluate(grid_x, grid_y) - minimum
-    return grid_x.numpy(), grid_y.numpy(), heights.numpy()
+    minimum = function.evaluate(*torch.tensor(goal, dtype=torch.float64))
+    values = function.evaluate(grid_x, grid_y)
+    if not function.optima:
+        minimum = torch.cat([values[values.isfinite()], minimum[None]]).min()
+    return grid_x.numpy(), grid_y.numpy(), (values - minimum).numpy()
 
 
-def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) -> None:
+def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) -> list[DrawnLine]:
     # Points of a divergence are beyond what can be drawn: they are moved, still far outside of the window.
     reach = window.part(np.array(-1000.0), np.array(1000.0))
+    lines = []
     for index, trajectory in enumerate(trajectories):
         style = _line_style(index, len(trajectories))
         points = np.clip(trajectory.points, reach.low, reach.high).T
-        axes.plot(*points, color="white", linewidth=style["linewidth"] + 1.2, zorder=2)
-        axes.plot(*points, **style, zorder=3)
-        axes.plot(*trajectory.final_point, **_LAST | {"color": style["color"]})
-    axes.plot(*trajectories[0].points[0], **_START)
-    for optimum in trajectories[0].function.optima:
-        axes.plot(*optimum, **_OPTIMUM)
+        (edge,) = axes.plot(*points, color="white", linewidth=style["linewidth"] + 1.2, zorder=2)
+        (line,) = axes.plot(*points, **style, zorder=3)
+        (last,) = axes.plot(*points[:, -1:], **_LAST | {"color": style["color"]})
+        lines.append(DrawnLine(points, (edge, line), last))
+    return lines
+
+
+def _draw_marks(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Line2D]:
+    style = _OPTIMUM if trajectories[0].function.optima else _LOWEST
+    goals = axes.plot(*np.transpose(_goals(trajectories)), **style)
+    return goals + axes.plot(*trajectories[0].points[0], **_START)
 
 
 def _line_style(index: int, count: int) -> dict[str, Any]:
@@ -235,11 +287,16 @@ def _line_style(index: int, count: int) -> dict[str, Any]:
     return {**line_style(index), "linewidth": float(width)}
 
 
-def _legend_handles(trajectories: Sequence[Trajectory]) -> list[Line2D]:
-    count = len(trajectories)
+def _legend_handles(panels: Sequence[Sequence[Trajectory]]) -> list[Line2D]:
+    settings = [item.settings for item in panels[0]]
     lines = [
-        Line2D([], [], label=item.settings.label, **_line_style(index, count))
-        for index, item in enumerate(trajectories)
+        Line2D([], [], label=setting.label, **_line_style(index, len(settings)))
+        for index, setting in enumerate(settings)
     ]
-    marks = {"start": _START, "last point": _LAST, "optimum": _OPTIMUM}
+    marks = {"start": _START, "last point": _LAST}
+    known = [bool(panel[0].function.optima) for panel in panels]
+    if any(known):
+        marks["optimum"] = _OPTIMUM
+    if not all(known):
+        marks["lowest point found"] = _LOWEST
     return [*lines, *(Line2D([], [], label=label, **style) for label, style in marks.items())]

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from asgo_cli import app, viz
-from models.functions import FUNCTIONS, PAPER_FUNCTIONS
+from models.functions import FUNCTIONS, NOISY_FUNCTIONS, PAPER_FUNCTIONS
 from pipelines.analysis import trajectories
 from pipelines.analysis.trajectories import default_settings, parse_settings, run_trajectories
 
@@ -35,6 +36,7 @@ def asgo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def test_the_names_in_the_help_are_those_of_the_functions() -> None:
     assert tuple(FUNCTIONS) == viz.FUNCTION_NAMES
     assert tuple(function.name for function in PAPER_FUNCTIONS) == viz.PAPER_FUNCTIONS
+    assert tuple(function.name for function in NOISY_FUNCTIONS) == viz.NOISY_FUNCTIONS
 
 
 def test_the_command_is_imported_without_torch() -> None:
@@ -74,6 +76,8 @@ def test_json_gives_the_full_floats(asgo: Run) -> None:
         "final_value": run.final_value,
         "distance": run.distance,
         "steps_to_reach": run.steps_to_reach,
+        "lowest_point": list(run.lowest_point),
+        "lowest_value": run.values.min(),
         "diverged_at": None,
     }
     assert printed["figure"] == "booth.png"
@@ -95,6 +99,45 @@ def test_several_functions_are_panels_of_one_figure(asgo: Run, tmp_path: Path) -
     assert svg.count(">Matyas<") == svg.count(">Ackley<") == 1
 
 
+def test_an_expression_takes_start_steps_and_any_optimizer(asgo: Run, tmp_path: Path) -> None:
+    arguments = ("--expression", "x**2 + 10*y**2", "--start", "4,-3", "--steps", "30")
+    optimizers = ("--optimizer", "accasro:lr=0.02,increment=0.2", "--optimizer", "rmsprop")
+    code, out, err = asgo(*arguments, *optimizers)
+    assert code == 0
+    assert "expression: x**2 + 10*y**2\nfrom (4, -3) in 30 steps" in "\n".join(map(str.rstrip, out.splitlines()))
+    assert "lowest value" in out
+    assert "distance" not in out
+    assert (tmp_path / "expression.png").exists()
+    assert "asgo viz --expression 'x**2 + 10*y**2' --optimizer" in err
+    code, out, _ = asgo(*arguments, *optimizers, "--json")
+    assert code == 0
+    (function,) = json.loads(out)["functions"]
+    assert (function["formula"], function["optima"]) == ("x**2 + 10*y**2", [])
+    for row in function["trajectories"]:
+        x, y = row["lowest_point"]
+        assert row["lowest_value"] == pytest.approx(x**2 + 10 * y**2)
+        assert row["distance"] is row["steps_to_reach"] is None
+
+
+def test_a_gif_moves(asgo: Run, tmp_path: Path) -> None:
+    code, _, err = asgo("booth", "--steps", "6", "--optimizer", "adam", "--out", "new/a.GIF")
+    assert code == 0
+    assert "new/a.GIF: trajectories on booth" in err
+    with Image.open(tmp_path / "new/a.GIF") as gif:
+        assert getattr(gif, "n_frames", 1) == 7
+
+
+def test_the_seed_decides_the_noise(asgo: Run) -> None:
+    ends = []
+    for seed in ("1", "1", "2"):
+        code, out, _ = asgo("noisy_rosenbrock", "--seed", seed, "--steps", "9", "--json")
+        assert code == 0
+        (function,) = json.loads(out)["functions"]
+        assert function["gradient_noise"] == 10
+        ends.append(function["trajectories"][0]["final_point"])
+    assert ends[0] == ends[1] != ends[2]
+
+
 def test_a_divergence_is_said_in_the_table_and_is_a_step_in_json(asgo: Run) -> None:
     arguments = ("rosenbrock", "--optimizer", "sgd-momentum:lr=1", "--optimizer", "adam", "--steps", "50")
     code, out, _ = asgo(*arguments)
@@ -113,7 +156,7 @@ def test_a_divergence_is_said_in_the_table_and_is_a_step_in_json(asgo: Run) -> N
     [
         (("rosenbrok",), "unknown function 'rosenbrok'; did you mean 'rosenbrock'? `asgo viz --help` lists them"),
         (("abs_sum", "xyzzy"), "unknown function 'xyzzy'; `asgo viz --help` lists them"),
-        (("abs_sum", "--out", "a.jpg"), "a.jpg: the name of a figure must end in .png, .pdf, .svg"),
+        (("abs_sum", "--out", "a.jpg"), "a.jpg: the name of a figure must end in .png, .pdf, .svg, .gif"),
         (("abs_sum", "--optimizer", "adm"), "unknown optimizer: 'adm'; did you mean 'adam'?"),
         (("abs_sum", "--optimizer", "adam", "--optimizer", "muon"), "muon updates matrices"),
         (("abs_sum", "--start", "1"), "--start 1: it takes two finite numbers, as in --start -1.5,2"),
@@ -121,7 +164,13 @@ def test_a_divergence_is_said_in_the_table_and_is_a_step_in_json(asgo: Run) -> N
         (("abs_sum", "--start", "inf,0"), "--start inf,0: it takes two finite numbers"),
         (("beale", "--start", "1e160,3"), "beale is not finite at"),
         (("abs_sum", "--steps", "0"), "--steps"),
-        ((), "FUNCTION"),
+        (("--expression", "x**2 + foo(y)"), "--expression: character 8, 'foo': is not a known function"),
+        (
+            ("--expression", "log(x)", "--start", "-1,0"),
+            "expression is not finite at (-1.0, 0.0): choose another --start",
+        ),
+        (("noisy_abs_sum", "--seed", "-1"), "--seed"),
+        ((), "give a FUNCTION, as in `asgo viz rosenbrock`, or an --expression"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -137,5 +186,9 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 def test_the_arguments_are_checked_before_the_work(asgo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trajectories, "run_panels", lambda *_: pytest.fail("ran before the check"))
-    for arguments in (("abs_sum", "--out", "a.gif"), ("abs_sum", "--optimizer", "adam", "--optimizer", "adm")):
+    for arguments in (
+        ("abs_sum", "--out", "a.bmp"),
+        ("abs_sum", "--expression", "x^2"),
+        ("abs_sum", "--optimizer", "adam", "--optimizer", "adm"),
+    ):
         assert asgo(*arguments)[0] == 2

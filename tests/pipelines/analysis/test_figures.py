@@ -5,15 +5,19 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
-from models.functions import FUNCTIONS
+from models.expression import expression_function
+from models.functions import FUNCTIONS, Point
 from pipelines.analysis.loss_figure import LossCurve, draw_losses, smoothed
 from pipelines.analysis.trajectories import Trajectory, default_settings, parse_settings, run_trajectories
+from pipelines.analysis.trajectory_animation import animate_trajectories, frame_steps
 from pipelines.analysis.trajectory_figure import draw_trajectories, place_inset
 from pipelines.errors import UsageError
 
@@ -121,6 +125,79 @@ def test_a_start_at_the_optimum_can_be_drawn(tmp_path: Path) -> None:
     still = run_trajectories(FUNCTIONS["booth"], default_settings(), (1.0, 3.0), 3)
     draw_trajectories([still], tmp_path / "a.png")
     assert (tmp_path / "a.png").exists()
+
+
+def own_function(
+    expression: str, start: Point | None = None, optimizers: Sequence[str] = ("adam",)
+) -> list[Trajectory]:
+    settings = [parse_settings(text) for text in optimizers]
+    return run_trajectories(expression_function(expression), settings, start, steps=40)
+
+
+def test_where_the_optimum_is_unknown_the_lowest_point_found_is_marked(tmp_path: Path) -> None:
+    own = own_function("x**2 - 3*y + y**2", optimizers=["adam:lr=0.01", "sgd-momentum:lr=0.1"])
+    window, _ = place_inset(own, own[1].lowest_point)
+    assert window.count(np.array([own[1].lowest_point])) == 1
+    for panels, legend in (([own], [False, True]), ([trajectories("booth"), own], [True, True])):
+        draw_trajectories(panels, tmp_path / "a.svg")
+        svg = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert [f">{text}<" in svg for text in ("optimum", "lowest point found")] == legend
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["0*x", "sqrt(-abs(x))", "-exp(x**2)", "log(x)*log(y)", "x**100", "-" + "+".join(["x*sin(y)"] * 30), "1e307*x*y"],
+    ids=lambda text: text[:20],
+)
+@pytest.mark.filterwarnings("error")
+def test_odd_expressions_can_be_drawn(tmp_path: Path, expression: str) -> None:
+    start = (0.0, 1.0) if "sqrt" in expression else None
+    draw_trajectories([own_function(expression, start, ("adam", "sgd-momentum:lr=100"))], tmp_path / "a.png")
+    assert png_size((tmp_path / "a.png").read_bytes())[0] == 800
+
+
+@pytest.fixture(scope="module")
+def animation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two panels of different lengths that move."""
+    path = tmp_path_factory.mktemp("animated") / "new folder" / "a.gif"
+    own = run_trajectories(expression_function("x**2 + y**2"), default_settings(), steps=200)
+    animate_trajectories([trajectories("booth"), own], path)
+    return path
+
+
+def test_an_animation_grows_from_the_start_to_the_last_point_and_repeats(animation: Path) -> None:
+    with Image.open(animation) as gif:
+        assert gif.info["loop"] == 0
+        frames, times = [], []
+        for frame in ImageSequence.Iterator(gif):
+            frames.append(np.asarray(frame.convert("RGB")).astype(int))
+            times.append(frame.info["duration"])
+    assert 20 < len(frames) <= 60, "frames that are alike are one"
+    assert times[-1] == 2500
+    blue = [int((abs(frame - (0x00, 0x77, 0xBB)).max(axis=2) < 40).sum()) for frame in frames]
+    red = [int((abs(frame - (0xCC, 0x33, 0x11)).max(axis=2) < 40).sum()) for frame in frames]
+    assert red[0] < red[len(red) // 2] < red[-1]
+    assert blue[0] < blue[-1]
+    for mark in ((0xFF, 0x9E, 0x1B), (0x7B, 0x1F, 0xA2)):  # the start and the goal, from the first frame on
+        assert all((abs(frame - mark).max(axis=2) < 25).sum() > 30 for frame in frames)
+    assert animation.stat().st_size < 300_000
+
+
+def test_an_animation_shows_the_first_and_the_last_step_and_the_early_ones_longer() -> None:
+    for length in (1, 20, 20_000):
+        steps = frame_steps(length)
+        assert (steps[0], steps[-1], len(steps)) == (0, length, 60)
+        assert steps == sorted(steps)
+    assert frame_steps(20_000)[30] < 200
+
+
+def test_the_view_and_the_noise_of_a_function_are_shown(tmp_path: Path) -> None:
+    panel = trajectories("mccormick", steps=2)
+    assert panel[0].function.view is not None
+    window, _ = place_inset(panel, (0.5 - math.pi / 3, -0.5 - math.pi / 3))
+    assert window.count(np.array(panel[0].function.view)) == 2
+    draw_trajectories([trajectories("noisy_rosenbrock", steps=2)], tmp_path / "a.svg")
+    assert ">gradient noise 10<" in (tmp_path / "a.svg").read_text(encoding="utf-8")
 
 
 def test_many_settings_all_get_a_legend_entry(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ import numpy.typing as npt
 import pytest
 
 from models.functions import FUNCTIONS, PAPER_FUNCTIONS
-from pipelines.analysis.trajectories import Trajectory, default_settings, parse_settings, run_trajectories
+from pipelines.analysis.trajectories import (
+    Trajectory,
+    choose_functions,
+    default_settings,
+    gradient_noise,
+    parse_settings,
+    run_trajectories,
+)
 from pipelines.errors import UsageError
 
 Points = npt.NDArray[np.float64]
@@ -137,6 +144,46 @@ def test_every_point_of_a_trajectory_has_its_value_and_distance() -> None:
 def test_start_and_steps_can_be_chosen() -> None:
     (trajectory,) = run_trajectories(FUNCTIONS["abs_sum"], [parse_settings("adam:lr=0.5")], start=(1.0, -1.0), steps=1)
     assert trajectory.points == pytest.approx(np.array([(1, -1), (0.5, -0.5)]), abs=1e-7)
+
+
+def test_noise_follows_from_the_seed_and_the_step_alone() -> None:
+    noise = gradient_noise(3, 4000)
+    assert (gradient_noise(3, 10) == noise[:10]).all()
+    assert not np.isclose(gradient_noise(4, 10), noise[:10]).any()
+    assert noise.mean(axis=0) == pytest.approx([0, 0], abs=0.06)
+    assert np.cov(noise.T) == pytest.approx(np.eye(2), abs=0.06)
+
+
+def test_all_settings_find_the_same_noise_added_to_the_gradient() -> None:
+    function, lr = FUNCTIONS["abs_sum"].with_noise(0.5), 0.01
+    settings = [parse_settings(f"sgd-momentum:lr={lr},momentum=0"), parse_settings("adam:lr=0.1")]
+    sgd, _ = run_trajectories(function, settings, steps=20, seed=7)
+    found = -np.diff(sgd.points, axis=0) / lr
+    assert found == pytest.approx(1 + 0.5 * gradient_noise(7, 20), abs=1e-9)
+    assert sgd.values == pytest.approx(abs(sgd.points).sum(axis=1)), "the values are without noise"
+    (alone,) = run_trajectories(function, settings[:1], steps=10, seed=7)
+    assert (alone.points == sgd.points[:11]).all()
+
+
+def test_an_expression_is_a_function_without_a_known_optimum() -> None:
+    own, beale = reversed(choose_functions(["beale"], "x**2*exp(-y**2/9) - y"))
+    assert beale is FUNCTIONS["beale"]
+    (trajectory,) = run_trajectories(own, [parse_settings("adam:lr=0.3")], start=(-1.0, 2.0), steps=60)
+    x, y = trajectory.points.T
+    values = x**2 * np.exp(-(y**2) / 9) - y
+    assert trajectory.values == pytest.approx(values, rel=1e-12)
+    assert trajectory.lowest_step == values.argmin()
+    assert trajectory.lowest_point == tuple(trajectory.points[values.argmin()])
+    assert trajectory.distance == math.inf
+    assert trajectory.steps_to_reach is None
+
+
+def test_a_bad_expression_and_a_start_without_a_value_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"^--expression: character 2, '\^', has no meaning here"):
+        choose_functions([], "x^2")
+    (own,) = choose_functions([], "log(x)")
+    with pytest.raises(UsageError, match=r"expression is not finite at \(-1.0, 0.0\): choose another --start"):
+        run_trajectories(own, [parse_settings("adam")], start=(-1.0, 0.0))
 
 
 def trajectory_at(distances: list[float], diverged_at: int | None = None) -> Trajectory:
