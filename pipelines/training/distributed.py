@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from pipelines.config import TrainingSettings
-from pipelines.errors import AsgoError, UsageError
+from pipelines.errors import AsgoError, RunInterrupted, UsageError
 
 Value = TypeVar("Value")
 
@@ -108,7 +108,7 @@ def _broadcast_json(value: Any, is_first: bool) -> Any:
 
 @contextlib.contextmanager
 def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, if it did; they part at the end.
+    """Join the processes that torchrun started, if it did; they part at the end, unless that is an error.
 
     Tensors of a GPU travel by NCCL, those of a CPU by gloo. The backends wait for twice `timeout_s`, so that the
     watchdog, which knows whom they wait for, is first. Raises `AsgoError` when the others do not come.
@@ -129,8 +129,11 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
         raise AsgoError(f"the other processes of the run cannot be reached: {' '.join(str(error).split())}") from None
     try:
         yield Ranks(rank, size, PrefixStore("watchdog", store))
-    finally:
+    except RunInterrupted:
         dist.destroy_process_group()
+        raise
+    # Not after an error: others may be gone or waiting, and NCCL would wait for them before the error could be told.
+    dist.destroy_process_group()
 
 
 def local_rank() -> int:

@@ -65,6 +65,13 @@ def go_on(watchdog: Watchdog, store: dist.Store, rank: int) -> None:
         time.sleep(0.05)
 
 
+def be_quiet(watchdog: Watchdog, store: dist.Store, rank: int) -> None:
+    """One step of half the time that a watchdog waits, in short sleeps, so that a suspension makes it no shorter."""
+    watchdog.beat("step 1")
+    for _ in range(30):
+        time.sleep(TIMEOUT_S / 60)
+
+
 def run(work: Callable[..., None], port: int, rank: int, folder: Path) -> None:
     """A process of the run: its last words are a file."""
     store = dist.TCPStore("localhost", port, is_master=False, timeout=timedelta(seconds=60))
@@ -148,7 +155,8 @@ def test_training_goes_on_without_the_store_and_a_hang_is_bounded_all_the_same(
 
 
 def test_time_for_which_the_whole_run_was_suspended_does_not_count(a_run: Callable[..., SimpleNamespace]) -> None:
-    run = a_run(go_on)
+    run = a_run(be_quiet)
+    time.sleep(TIMEOUT_S / 6)
     for worker in run.workers:
         os.kill(worker.pid, signal.SIGSTOP)
     time.sleep(1.5 * TIMEOUT_S)
