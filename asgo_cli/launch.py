@@ -137,14 +137,21 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
     """Start the processes, wait for them, and tell how they ended; returns the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(launch)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ["PYTHONSAFEPATH"] = "1"
-    root = Path(__file__).resolve().parents[1]
-    if Path(sys.path[0]).resolve() == root:  # run from a clone, which a safe path leaves out
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    os.environ.update(own_path())
 
     from asgo_cli.agent import run_workers
 
     return run_workers(torchrun_arguments(launch, arguments))
+
+
+def own_path() -> dict[str, str]:
+    """Variables by which `python -m asgo_cli` is this one, whatever lies in the working directory."""
+    root = Path(__file__).resolve().parents[1]
+    if Path(sys.path[0]).resolve() != root:
+        return {"PYTHONSAFEPATH": "1"}
+    # Run from a clone, which a safe path leaves out.
+    path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
 
 
 def _without_launch_options(arguments: Sequence[str]) -> list[str]:

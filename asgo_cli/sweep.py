@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asgo_cli import console
+from asgo_cli.launch import own_path
 from asgo_cli.worker import is_worker
 from pipelines.errors import AsgoError, UsageError
 
@@ -95,14 +96,10 @@ def _carry_out(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: 
 
 
 def _program() -> Program:
-    """This `asgo`, as its runs are to start it: where it was found, and not what lies in the working directory."""
+    """This `asgo`, as its runs are to start it."""
     from pipelines.sweeps.queue import Program
 
-    environment = {"PYTHONSAFEPATH": "1"}
-    root = Path(__file__).resolve().parents[1]
-    if Path(sys.path[0]).resolve() == root:  # run from a clone, which a safe path leaves out
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    return Program([sys.executable, "-m", "asgo_cli.sweep_child", str(os.getpid())], environment)
+    return Program([sys.executable, "-m", "asgo_cli.sweep_child", str(os.getpid())], own_path())
 
 
 def _facts(run: SweepRun) -> dict[str, Any]:

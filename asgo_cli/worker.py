@@ -67,10 +67,16 @@ def begin_worker() -> None:
         console.silence()
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
-    if OUTCOMES in os.environ and sys.platform == "linux":
-        import ctypes
-
+    if OUTCOMES in os.environ:
         # A launcher that is killed cannot pass anything on; its processes would go on unseen, beside a resumed run.
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have this process asked to save and stop when the one that started it is gone; on Linux alone."""
+    if sys.platform == "linux":
+        import ctypes  # for processes of a launcher alone
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

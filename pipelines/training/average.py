@@ -10,7 +10,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipelines.training.weights import Tensors, local, model_tensors
+from optim.transport import local
+from pipelines.training.weights import Tensors, model_tensors
 
 
 class WeightAverage:

@@ -18,11 +18,6 @@ def model_tensors(model: nn.Module) -> Tensors:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless the model is in shares."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of one in shares, from all processes."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

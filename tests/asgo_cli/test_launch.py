@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 PATIENCE_S = 60
 
-# A server process loads torch once, and every launcher is a fork of it.
+# A server process loads torch once, and every launcher is a fork of it. Like `launch.start`, before torch is loaded:
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["asgo_cli.agent"])
 
