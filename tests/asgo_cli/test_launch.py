@@ -46,14 +46,31 @@ def end(*words):
 def wait():
     time.sleep(100)
 
+def wait_for(is_true):
+    while not is_true():
+        time.sleep(0.01)
+
+def is_dead(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
 if scenario == "refused":
     end("refused", 1, "the disk is full") if rank == "1" else wait()
 if scenario == "same everywhere":
     end("refused", 2, "no such folder")
 if scenario == "killed" and attempt == "0":
-    while not Path("begun-1-0").exists():
-        time.sleep(0.01)
-    os.kill(os.getpid(), signal.SIGKILL) if rank == "0" else end("consequence", 1, "lost the connection")
+    if rank == "0":
+        wait_for(Path("deaf").exists)
+        Path("doomed").write_text(str(os.getpid()))
+        Path("doomed").rename("victim")
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, which would end this process without its word
+    Path("deaf").touch()
+    wait_for(Path("victim").exists)
+    wait_for(lambda: is_dead(Path("victim").read_text()))
+    end("consequence", 1, "lost the connection")
 if scenario == "hung":
     end("hung", 1, "no progress for 9 s: process 1 (b) has not gone beyond step 7")
 if scenario == "without a word" and rank == "1":
