@@ -18,6 +18,14 @@ class UsageError(AsgoError):
     exit_code = 2
 
 
+class Diverged(AsgoError):
+    """A loss or gradient was not finite; the same run would end the same way again (exit code 1)."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
 class RunInterrupted(AsgoError):
     """Stopped by SIGTERM or SIGINT, with everything saved (exit code 75)."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from pipelines.config import RunConfig
-from pipelines.errors import AsgoError, RunInterrupted
+from pipelines.errors import AsgoError, Diverged, RunInterrupted
 from pipelines.stopping import StopRequest
 from pipelines.training.checkpoint import last_good, take_snapshot
 from pipelines.training.checkpoint_writer import CheckpointWriter
@@ -57,7 +57,8 @@ def fit(run: Run) -> None:
 
     Raises:
         RunInterrupted: a signal asked to stop; the run is saved.
-        AsgoError: a loss or gradient is not finite (the weights are those before it), or the disk refuses.
+        Diverged: a loss or gradient is not finite (the weights are those before it).
+        AsgoError: the disk refuses.
     """
     config, state = run.config, run.state
     while True:
@@ -94,7 +95,9 @@ def evaluate(run: Run) -> None:
     if figures is None:
         return
     if not math.isfinite(figures["loss"]):
-        raise AsgoError(f"step {run.state.step}: the validation loss is {figures['loss']}; {_last_good(run)}")
+        raise Diverged(
+            run.state.step, f"step {run.state.step}: the validation loss is {figures['loss']}; {_last_good(run)}"
+        )
     row = Row(**_counts(run), split="val", **figures)  # type: ignore[typeddict-item]
     _record(run, row)
     run.reporter.validated(row)
@@ -206,7 +209,7 @@ def _clip(run: Run) -> Tensor:
 
 
 def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -> None:
-    """`AsgoError` before the weights change; gradients that overflow under a loss scale are skipped by the scaler."""
+    """`Diverged` before the weights change; gradients that overflow under a loss scale are skipped by the scaler."""
     scaler = run.state.scaler
     if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1.0)):
         return
@@ -217,10 +220,11 @@ def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -
         if param.grad is not None and not param.grad.isfinite().all()
     ]
     shown = ", ".join(names[:_NAMES_SHOWN]) + (f" and {len(names) - _NAMES_SHOWN} more" * (len(names) > _NAMES_SHOWN))
-    raise AsgoError(
+    raise Diverged(
+        run.state.step + 1,
         f"step {run.state.step + 1}: the loss is {loss}, its gradient's norm {grad_norm}, at learning rate {lr:g}; "
         f"gradients that are not finite: {shown or 'none'}; the weights were not changed; {_last_good(run)}; "
-        "try a lower --lr"
+        "try a lower --lr",
     )
 
 

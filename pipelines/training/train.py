@@ -14,7 +14,7 @@ import torch
 from optim import build_optimizer
 from optim.sharded import ShardedOptimizer
 from pipelines.config import RunConfig, differences
-from pipelines.errors import AsgoError, UsageError
+from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.stopping import stop_on_signals
 from pipelines.training.average import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
@@ -26,7 +26,7 @@ from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, replicated
 from pipelines.training.reporter import Reporter
-from pipelines.training.run_folder import RunFolder, refuse_existing
+from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.state import TrainState
 from pipelines.training.task import Task
 from pipelines.training.tasks import build_task
@@ -83,7 +83,8 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         resume = ranks.any(resume)  # of several machines, the one that came back may not be the first
         continues = ranks.first_does(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
-        with contextlib.closing(build_task(config, device, ranks)) as task:
+        with contextlib.closing(build_task(config, device, ranks)) as task, contextlib.closing(folder):
+            ranks.first_does(lambda: _claim(folder, continues))
             return _train(task, config, folder, device, reporter, ranks, beat, continues)
 
 
@@ -105,6 +106,13 @@ def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
         return True
     refuse_existing(folder)
     return False
+
+
+def _claim(folder: RunFolder, continues: bool) -> None:
+    """Keep other processes out of the folder. Raises `UsageError` if another one trains, or has trained, there."""
+    folder.lock()
+    if not continues:
+        refuse_existing(folder)  # one that began a moment ago may have ended already
 
 
 def _train(
@@ -133,10 +141,13 @@ def _train(
         with stop_on_signals() as stop, CheckpointWriter(folder.checkpoints, config.checkpoint.keep) as writer:
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
             fit(Run(task, config, folder, state, reporter, stop, writer, beat, saved))
+    except Diverged as error:
+        if ranks.is_first:
+            folder.record_divergence(Divergence(error.step, str(error)))
+        raise
     finally:
         for line in task.notes():
             reporter.note(line)
-        folder.close()
     return state.rows
 
 
