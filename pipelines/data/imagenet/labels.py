@@ -41,9 +41,9 @@ def read_devkit(path: Path) -> Labels:
     """Read the development kit, of which nothing is unpacked to the disk.
 
     The ground truth counts classes by ILSVRC2012_ID, which is not the order of the WordNet ids. `map_clsloc.txt`, in
-    the kit or beside it, says which is which; without one it is the kit's `meta.mat`, which needs scipy.
+    the kit or beside it, says which is which; without one it is the kit's `meta.mat`.
 
-    Raises `AsgoError` when the kit cannot be read or lacks one of them, scipy is missing, or the numbers do not fit.
+    Raises `AsgoError` when the kit cannot be read or lacks one of them, or the numbers do not fit.
     """
     files = _read_files(path)
     beside = path.parent / MAP
@@ -90,13 +90,8 @@ def _parse_map(content: bytes, origin: str) -> dict[int, ImageClass]:
 
 
 def _parse_meta(content: bytes, path: Path) -> dict[int, ImageClass]:
-    try:
-        import scipy.io
-    except ImportError:
-        raise AsgoError(
-            f"{path}: its {_META} is read by scipy, which is missing: pip install 'asgo[imagenet]', "
-            f"or put {MAP} beside it"
-        ) from None
+    import scipy.io  # not needed by those who have the table
+
     try:
         synsets = scipy.io.loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
         rows = [
