@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -23,6 +24,27 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
+def test_the_source_archive_builds_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    def build(source: Path, target: str) -> Path:
+        command = [sys.executable, "-m", "hatchling", "build", "--target", target, "--directory", str(tmp_path)]
+        subprocess.run(command, cwd=source, check=True, capture_output=True)
+        (built,) = tmp_path.glob("*.tar.gz" if target == "sdist" else "*.whl")
+        return built
+
+    with tarfile.open(build(ROOT, "sdist")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert {"LICENSE", "CITATION.cff", "CHANGELOG.md", "Makefile", "tests", "docs"} <= {
+        path.name for path in source.iterdir()
+    }
+    again = build(source, "wheel")
+    first, second = (
+        {name: archive.read(name) for name in archive.namelist()}
+        for archive in (zipfile.ZipFile(wheel), zipfile.ZipFile(again))
+    )
+    assert first == second
+
+
 def test_the_wheel_holds_the_four_rooms_with_presets_vocabulary_and_kernels(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packages = {name.split("/")[0] for name in names}
@@ -36,6 +58,8 @@ def test_the_wheel_holds_the_four_rooms_with_presets_vocabulary_and_kernels(whee
     assert len(presets) >= 5
     vocabulary = {"pipelines/data/gpt2.tiktoken.xz", "pipelines/data/gpt2.tiktoken.LICENSE"}
     assert names >= {*presets, *vocabulary, "optim/native.c"}
+    (information,) = (name for name in packages if name.endswith(".dist-info"))
+    assert names >= {f"{information}/licenses/{file}" for file in ("LICENSE", "pipelines/data/gpt2.tiktoken.LICENSE")}
 
 
 def test_an_installed_wheel_works_away_from_its_source(wheel: Path, tmp_path: Path) -> None:
