@@ -44,7 +44,7 @@ def parse(words: list[str]) -> None:
         name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
 
 
-@pytest.mark.parametrize("words", commands())
+@pytest.mark.parametrize("words", list(commands()))
 def test_a_command_in_the_documents_is_understood(words: list[str]) -> None:
     parse(words)
 
