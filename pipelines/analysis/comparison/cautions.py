@@ -1,0 +1,186 @@
+"""Why runs may not be comparable: plain sentences, each naming whom it is about."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+from pipelines.analysis.comparison.entries import finished
+from pipelines.analysis.comparison.results import Entry, Run, Sensitivity, State
+from pipelines.analysis.comparison.settings import differing_keys, in_words, settings_of
+from pipelines.config import GPTRunConfig
+
+_SHOWN = 4
+
+
+def cautions_of(
+    runs: Sequence[Run], entries: Sequence[Entry], contenders: Sequence[Entry], sensitivities: Sequence[Sensitivity]
+) -> list[str]:
+    """What to know before believing the comparison, the gravest first."""
+    results = [run for run in runs if not run.is_trial]
+    return [
+        *_no_results(results),
+        *_different_work(entries),
+        *_not_finished(results),
+        *_seeds(contenders),
+        *_repeated_seeds(entries),
+        *_chosen_by_result(entries, contenders),
+        *_best_at_an_end(sensitivities),
+        *_unequal_trials([run for run in runs if run.is_trial]),
+        *_sentence("Different devices or versions of torch", _owners(entries, _machine), "times do not compare"),
+    ]
+
+
+def _some(names: Iterable[str]) -> str:
+    """The names, or the first of many."""
+    known = list(dict.fromkeys(names))
+    more = len(known) - _SHOWN
+    return ", ".join(known) if more < 2 else f"{', '.join(known[:_SHOWN])} and {more} more"
+
+
+def _owners(entries: Sequence[Entry], shown: Callable[[Run], str]) -> dict[str, list[str]]:
+    """The labels of the entries by what is shown of their runs."""
+    owners: dict[str, list[str]] = defaultdict(list)
+    for entry in entries:
+        for run in entry.runs:
+            owners[shown(run)].append(entry.label)
+    return owners
+
+
+def _sentence(what: str, owners: dict[str, list[str]], so: str) -> list[str]:
+    """Who has which value, and what follows; nothing where all have the same."""
+    if len(owners) < 2:
+        return []
+    parts = _some(f"{value or 'unknown'} ({_some(names)})" for value, names in owners.items())
+    return [f"{what}: {parts}; {so}."]
+
+
+def _no_results(results: Sequence[Run]) -> list[str]:
+    if results:
+        return []
+    return ["All runs are trials of a search: they show what a learning rate does, and are no results."]
+
+
+def _different_work(entries: Sequence[Entry]) -> list[str]:
+    """Differences after which losses are not of the same thing."""
+
+    def owners(prefix: str) -> dict[str, list[str]]:
+        keys = [
+            key for key in differing_keys([settings_of(entry.runs[0]) for entry in entries]) if key.startswith(prefix)
+        ]
+        return _owners(entries, lambda run: in_words(settings_of(run), keys))
+
+    decays = any(entry.runs[0].config.schedule.kind != "constant" for entry in entries)
+    at_other_rates = ", and at equal steps their learning rates have not decayed equally" if decays else ""
+    return [
+        *_sentence("Different data", owners("data"), "their losses do not compare"),
+        *_sentence(
+            "Validated on different amounts of data", _owners(entries, _validated_on), "losses differ for that too"
+        ),
+        *_sentence("Different models", owners("model."), "a difference may be the model's, not the optimizer's"),
+        *_sentence("Different batch sizes", owners("training.batch_size"), "equal steps are not equal work"),
+        *_sentence(
+            "Different amounts of training", _owners(entries, _budget), f"final losses do not compare{at_other_rates}"
+        ),
+    ]
+
+
+def _validated_on(run: Run) -> str:
+    samples = run.config.validation_samples
+    return "all" if samples is None else f"{samples:,} samples"
+
+
+def _budget(run: Run) -> str:
+    training = run.config.training
+    samples = training.steps * training.batch_size
+    if isinstance(run.config, GPTRunConfig):
+        return f"{samples * run.config.model.context_length:,} tokens"
+    return f"{samples:,} images"
+
+
+def _not_finished(results: Sequence[Run]) -> list[str]:
+    by_state: dict[State, list[Run]] = defaultdict(list)
+    for run in results:
+        by_state[run.state].append(run)
+    diverged, unfinished, empty = (by_state[state] for state in ("diverged", "unfinished", "empty"))
+    decaying = [run for run in unfinished if run.config.schedule.kind != "constant"]
+    found = []
+    if diverged:
+        found.append(f"Diverged, and so without a final loss: {_some(run.name for run in diverged)}.")
+    if unfinished:
+        names = _some(f"{run.name} ({run.reason})" for run in unfinished)
+        found.append(f"Not finished, and so without a final loss: {names}; curves over seeds end with the shortest.")
+    if decaying:
+        names = _some(run.name for run in decaying)
+        found.append(f"Stopped before the learning rate had decayed, which brings losses down: {names}.")
+    if empty:
+        found.append(f"Nothing recorded yet: {_some(run.name for run in empty)}.")
+    return found
+
+
+def _seeds(contenders: Sequence[Entry]) -> list[str]:
+    ended = [entry for entry in contenders if entry.final is not None]
+    single = [entry.label for entry in ended if finished(entry) == 1]
+    found = []
+    if single:
+        found.append(f"One finished seed alone: {_some(single)}; how much of a difference is chance cannot be told.")
+    counts: dict[str, list[str]] = defaultdict(list)
+    for entry in ended:
+        counts[str(finished(entry))].append(entry.label)
+    return found + _sentence("Unequal numbers of finished seeds", counts, "the means are not equally sure")
+
+
+def _repeated_seeds(entries: Sequence[Entry]) -> list[str]:
+    found = []
+    for entry in entries:
+        counts = Counter(run.config.seed for run in entry.runs if run.final_loss is not None)
+        repeated = [str(seed) for seed, count in counts.items() if count > 1]
+        if repeated:
+            found.append(
+                f"{entry.label} has several runs of seed {_some(repeated)}: they are not independent, "
+                "and its interval is too narrow."
+            )
+    return found
+
+
+def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry]) -> list[str]:
+    found = []
+    for chosen in contenders:
+        rivals = [entry for entry in entries if entry.family == chosen.family and finished(entry) == finished(chosen)]
+        if chosen.final is not None and len(rivals) > 1:
+            found.append(
+                f"{chosen.label} was chosen among {len(rivals)} learning rates by the same runs that it is judged by: "
+                "its final loss is a little flattered."
+            )
+    return found
+
+
+def _best_at_an_end(sensitivities: Sequence[Sensitivity]) -> list[str]:
+    found = []
+    for sensitivity in sensitivities:
+        points = sensitivity.points
+        ended = [point for point in points if point.losses]
+        if not ended:
+            continue
+        best = min(ended, key=lambda point: sum(point.losses) / len(point.losses))
+        if best in (points[0], points[-1]):
+            end = "lowest" if best is points[0] else "highest"
+            found.append(
+                f"{sensitivity.family}: the best learning rate, {best.lr:g}, is the {end} of those tried; "
+                "the true best may lie beyond."
+            )
+    return found
+
+
+def _unequal_trials(trials: Sequence[Run]) -> list[str]:
+    """By contender: the trials of several workers of one search lie in several folders."""
+    counts = Counter(run.path.resolve().name.rpartition("-t")[0] for run in trials if run.state != "empty")
+    contenders: dict[str, list[str]] = defaultdict(list)
+    for contender, count in counts.items():
+        contenders[str(count)].append(contender)
+    return _sentence("Unequal numbers of trials", contenders, "the search was kinder to some")
+
+
+def _machine(run: Run) -> str:
+    versions = run.environment.get("versions", {})
+    return f"{run.environment.get('device')} with torch {versions.get('torch')}"

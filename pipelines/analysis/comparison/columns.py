@@ -1,0 +1,60 @@
+"""The records of a run as columns, fast: a hundred runs of 50,000 steps take seconds."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+
+from pipelines.errors import AsgoError
+from pipelines.training.metrics import SPLITS, read_lines, rows_to_columns
+
+Columns = dict[str, np.ndarray[Any, Any]]
+
+_TYPES = {
+    "split": pa.string(),
+    "step": pa.int64(),
+    "tokens": pa.int64(),
+    "elapsed_s": pa.float64(),
+    "loss": pa.float64(),
+    "accuracy": pa.float64(),
+    "step_ms": pa.float64(),
+    "optimizer_ms": pa.float64(),
+}
+"""What a comparison reads; the other figures are passed over."""
+_NEEDED = ("split", "step", "tokens", "elapsed_s", "loss")
+_PARSING = pyarrow.json.ParseOptions(explicit_schema=pa.schema(_TYPES), unexpected_field_behavior="ignore")
+_READING = pyarrow.json.ReadOptions(use_threads=False)  # runs are read side by side instead
+
+
+def read_columns(path: Path) -> Columns:
+    """The columns of a metrics file as `rows_to_columns` makes them; a torn last line is dropped.
+
+    Raises `AsgoError` for a line that is not a row.
+    """
+    content = path.read_bytes()
+    whole = pa.py_buffer(content).slice(0, content.rfind(b"\n") + 1)
+    if not whole.size:
+        return rows_to_columns([])
+    try:
+        table = pyarrow.json.read_json(pa.BufferReader(whole), _READING, _PARSING)
+    except pa.ArrowInvalid:
+        return _read_slowly(path)
+    codes = pc.index_in(table["split"], value_set=pa.array(SPLITS))
+    if codes.null_count or any(table[name].null_count for name in _NEEDED):
+        return _read_slowly(path)
+    return {name: table[name].to_numpy() for name in _TYPES} | {"split": codes.to_numpy()}
+
+
+def _read_slowly(path: Path) -> Columns:
+    """A line at a time, which can say what is wrong with which."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        columns = rows_to_columns(read_lines(path))
+        if all(np.isfinite(columns[name]).all() for name in _NEEDED):
+            return columns
+    raise AsgoError(f"{path}: not the metrics of a run")

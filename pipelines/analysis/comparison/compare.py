@@ -1,0 +1,70 @@
+"""Comparing training runs from their folders alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.analysis.comparison.cautions import cautions_of
+from pipelines.analysis.comparison.entries import Labels, contenders_of, entries_of, families_of
+from pipelines.analysis.comparison.find_runs import find_runs
+from pipelines.analysis.comparison.read_runs import read_runs
+from pipelines.analysis.comparison.results import Comparison, Run
+from pipelines.analysis.comparison.sensitivity import sensitivities_of
+from pipelines.analysis.comparison.statistics import rule, verdicts
+from pipelines.analysis.comparison.targets import target_of, with_reach
+from pipelines.errors import UsageError
+
+
+def compare_runs(paths: Sequence[Path], target: float | None = None, confidence: float = 0.95) -> Comparison:
+    """Compare runs, or all runs in folders of runs; a run that is still being written counts as far as it has come.
+
+    `target` is a validation loss to come to, in nats; `confidence` is that of intervals and verdicts, between 0 and 1.
+
+    Raises:
+        UsageError: a path is no run and holds none, the runs are of different tasks, or a number is out of its range.
+        AsgoError: no run can be read.
+    """
+    _check_numbers(target, confidence)
+    readings, left_out = read_runs(find_runs(paths))
+    runs = [reading.run for reading in readings]
+    task = _common_task(runs)
+    families = families_of(readings)
+    labels = Labels(families)
+    entries = entries_of(families, labels, confidence)
+    aim = target_of(contenders_of(entries), target)
+    entries = [with_reach(entry, aim) for entry in entries]
+    contenders = contenders_of(entries)
+    sensitivities = sensitivities_of(families, labels)
+    return Comparison(
+        task=task,
+        unit="images" if task == "imagenet" else "tokens",
+        entries=tuple(entries),
+        contenders=tuple(contenders),
+        verdicts=verdicts(contenders, confidence),
+        rule=rule(confidence),
+        confidence=confidence,
+        target=aim,
+        sensitivities=tuple(sensitivities),
+        cautions=(*left_out, *cautions_of(runs, entries, contenders, sensitivities)),
+    )
+
+
+def _check_numbers(target: float | None, confidence: float) -> None:
+    if target is not None and not math.isfinite(target):
+        raise UsageError(f"the target should be a loss, not {target}")
+    if not 0 < confidence < 1:
+        raise UsageError(f"the confidence should be between 0 and 1, not {confidence}; 0.95 is usual")
+
+
+def _common_task(runs: Sequence[Run]) -> str:
+    """The task of all runs; `UsageError` where there are two."""
+    first = runs[0]
+    for run in runs:
+        if run.config.task != first.config.task:
+            raise UsageError(
+                f"{first.path} trains {first.config.task}, {run.path} {run.config.task}: "
+                "their losses do not compare; give runs of one task"
+            )
+    return first.config.task

@@ -1,0 +1,136 @@
+"""What run folders tell, read side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.analysis.comparison.columns import Columns, read_columns
+from pipelines.analysis.comparison.find_runs import is_trial
+from pipelines.analysis.comparison.results import Array, Curve, Run, State
+from pipelines.analysis.comparison.state_size import optimizer_state_bytes
+from pipelines.analysis.comparison.thinning import Indices, keep_evenly, keep_spikes, moving_mean
+from pipelines.config import RunConfig
+from pipelines.errors import AsgoError
+from pipelines.training.metrics import SPLITS, Split, rows_to_columns
+from pipelines.training.run_folder import RunFolder
+
+_AT_ONCE = 4  # runs in memory as they are on disk
+_POINTS = 2000
+_SMOOTHED_POINTS = 1000
+_SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this share of the run
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run, and its training losses as means over a window, at steps that the runs of an entry share."""
+
+    run: Run
+    smoothed: Curve
+
+
+def read_runs(paths: Mapping[str, Path]) -> tuple[list[Reading], list[str]]:
+    """The runs by name, and a sentence for each that cannot be read. Raises `AsgoError` where that leaves none."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parser works outside of Python's lock
+        results = list(pool.map(_try_to_read, paths, paths.values()))
+    readings = [result for result in results if isinstance(result, Reading)]
+    failures = [result for result in results if isinstance(result, str)]
+    if not readings:
+        raise AsgoError(f"none of the runs can be read: {failures[0]}")
+    return readings, failures
+
+
+def _try_to_read(name: str, path: Path) -> Reading | str:
+    try:
+        return read_run(name, path)
+    except AsgoError as error:
+        return f"{name} is left out: {error}."
+    except OSError as error:
+        return f"{name} is left out: {error.filename}: {error.strerror}."
+
+
+def read_run(name: str, path: Path) -> Reading:
+    """Read one run. Raises `AsgoError` if its configuration or its metrics are damaged."""
+    folder = RunFolder(path)
+    config = folder.config()
+    record = json.loads(folder.config_path.read_text(encoding="utf-8"))
+    columns = read_columns(folder.metrics_path) if folder.metrics_path.is_file() else rows_to_columns([])
+    train, val = _curve(columns, "train"), _curve(columns, "val")
+    state, reason = _state(folder, config, train, val)
+    run = Run(
+        name=name,
+        path=path,
+        config=config,
+        data=record.get("data", {}),
+        environment=record.get("environment", {}),
+        state=state,
+        is_trial=is_trial(path),
+        train=_take(train, keep_spikes(train.losses, _POINTS)),
+        val=val,
+        val_accuracy=_known(columns["accuracy"][_rows(columns, "val")]),
+        final_loss=float(val.losses[-1]) if state == "finished" else None,
+        best_loss=float(val.losses.min()) if len(val.losses) else None,
+        step_ms=_median(columns["step_ms"]),
+        optimizer_ms=_median(columns["optimizer_ms"]),
+        state_bytes=optimizer_state_bytes(folder.checkpoints),
+        reason=reason,
+    )
+    return Reading(run, _smoothed(train, config))
+
+
+def _rows(columns: Columns, split: Split) -> npt.NDArray[np.intp]:
+    return np.flatnonzero(columns["split"] == SPLITS.index(split))
+
+
+def _curve(columns: Columns, split: Split) -> Curve:
+    rows = _rows(columns, split)
+    return Curve(*(columns[name][rows].astype(np.float64) for name in ("step", "tokens", "elapsed_s", "loss")))
+
+
+def _take(curve: Curve, kept: Indices) -> Curve:
+    return Curve(curve.steps[kept], curve.tokens[kept], curve.seconds[kept], curve.losses[kept])
+
+
+def _smoothed(train: Curve, config: RunConfig) -> Curve:
+    recorded = config.training.steps / config.metrics.every
+    means = replace(train, losses=moving_mean(train.losses, int(recorded * _SMOOTHED / 2)))
+    return _take(means, keep_evenly(train.steps, config.training.steps, _SMOOTHED_POINTS))
+
+
+def _known(figures: Array) -> Array:
+    return figures if np.isfinite(figures).all() else np.empty(0)
+
+
+def _median(figures: Array) -> float | None:
+    known = figures[np.isfinite(figures)]
+    return float(np.median(known)) if len(known) else None
+
+
+def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tuple[State, str | None]:
+    """What has become of the run, and why it is not finished."""
+    steps = config.training.steps
+    divergence = folder.divergence()
+    if divergence is not None:
+        return "diverged", f"a loss or gradient that is not finite at step {divergence.step:,}"
+    if not len(val.steps) and not len(train.steps):
+        return "empty", "nothing recorded yet"
+    if _is_no_better_than_untrained(val, steps):
+        return (
+            "diverged",
+            f"validation loss {val.losses[-1]:.4g} at step {val.steps[-1]:,.0f}, untrained {val.losses[0]:.4g}",
+        )
+    if len(val.steps) and val.steps[-1] == steps:
+        return "finished", None
+    last = max(curve.steps[-1] for curve in (train, val) if len(curve.steps))
+    return "unfinished", f"at step {last:,.0f} of {steps:,}"
+
+
+def _is_no_better_than_untrained(val: Curve, steps: int) -> bool:
+    """Whether training has brought nothing, when half of the steps or more are done."""
+    return len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and val.losses[-1] >= val.losses[0]

@@ -1,0 +1,55 @@
+"""In which settings runs differ, in few words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pipelines.analysis.comparison.results import Run
+from pipelines.config import MAY_CHANGE_ON_RESUME, flatten
+
+Settings = Mapping[str, Any]
+LR = "optimizer.lr"
+_DATA = "data"
+_NOT_COMPARED = ("seed", "preset", *MAY_CHANGE_ON_RESUME)
+_VAGUE = ("every", "kind", "name", "batches")
+"""Last parts of keys that say nothing without the first."""
+
+
+def settings_of(run: Run) -> Settings:
+    """By dotted key, all that makes runs different for more than chance; the data by their fingerprint, as `data`."""
+    flat = flatten(run.config.model_dump(mode="json"))
+    kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
+    return {**kept, _DATA: run.data.get("fingerprint")}
+
+
+def identity(settings: Settings) -> str:
+    """Equal for equal settings alone."""
+    return json.dumps(settings, sort_keys=True)
+
+
+def differing_keys(tables: Sequence[Settings]) -> list[str]:
+    """The keys whose values are not the same in all tables, in the order of the configuration."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]
+
+
+def in_words(settings: Settings, keys: Iterable[str]) -> str:
+    """Such as `lr=0.01 d_model=256`; different values never read the same."""
+    return " ".join(f"{_short(key)}={_shown(key, settings.get(key))}" for key in keys)
+
+
+def _short(key: str) -> str:
+    last = key.rpartition(".")[2]
+    return key if last in _VAGUE else last
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == _DATA:
+        return str(value)[:8]
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    if isinstance(value, list):
+        return ",".join(_shown(key, part) for part in value)
+    return value if isinstance(value, str) else json.dumps(value)
