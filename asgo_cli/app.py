@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from asgo_cli import bench, console, data, demo, export, generate, sweep, train, viz, worker
+from asgo_cli import (
+    bench,
+    compare,
+    console,
+    data,
+    demo,
+    doctor,
+    export,
+    export_model,
+    generate,
+    sweep,
+    train,
+    viz,
+    worker,
+)
 
 app = typer.Typer(
     help="Train with, and compare, neural-network optimizers.",
@@ -20,11 +34,14 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("viz", epilog=viz.EXAMPLES)(viz.viz)
 app.command("export-metrics", epilog=export.EXAMPLES)(export.export_metrics)
+app.command("export-model", epilog=export_model.EXAMPLES)(export_model.export_model)
 app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.add_typer(bench.app, name="bench")
 app.command("demo", epilog=demo.EXAMPLES)(demo.demo)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,13 +17,13 @@ from pipelines.errors import AsgoError, UsageError
 
 if TYPE_CHECKING:
     from pipelines.sweeps.definition import SweepRun
-    from pipelines.sweeps.queue import Failure, Program
+    from pipelines.sweeps.queue import Failure, Program, Source
     from pipelines.sweeps.standing import Standing
 
 EXAMPLES = (
     "Examples: `asgo sweep asro-gpt-paper --dry-run`; `asgo sweep asgo-nanogpt-paper --seeds 1,2,3 --gpus 4`; "
     "`asgo sweep my.toml --slots 2 --set training.steps=500`. Shipped: asro-gpt-paper, asro-imagenet-paper, "
-    "asgo-gpt2-paper, asgo-nanogpt-paper."
+    "asgo-gpt2-paper, asgo-nanogpt-paper, asgo-nanogpt-search."
 )
 
 
@@ -43,7 +43,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they cost, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the results as JSON on stdout.")] = False,
 ) -> None:
-    """Train a list or a grid of configurations, several at once.
+    """Train a list or a grid of configurations, or search for the best settings of each, several runs at once.
 
     A run that is done is skipped, a partial one goes on, and one that fails leaves the others alone: the same command
     goes on after any interruption.
@@ -53,17 +53,23 @@ def sweep(
     from pipelines.sweeps.standing import standings
 
     definition = read_sweep(source)
-    runs = resolve_runs(definition, assignment_layer(assignments or []), _parse_seeds(seeds))
+    set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
     folder = out or Path("runs") / definition.name
+    if definition.search is not None:
+        from asgo_cli.sweep_search import search
+        from pipelines.sweeps.contenders import plan_search
+
+        search(plan_search(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json)
+        return
+    runs = resolve_runs(definition, set_layer, final_seeds)
     plan = standings(runs, folder)
     if dry_run:
         _show_plan(plan, as_json)
         return
-    failures = _carry_out(plan, folder, slots, gpus)
+    failures = _train(plan, folder, slots, gpus)
     _show_results(standings(runs, folder), failures, as_json)
-    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv")
-    if failures:
-        raise AsgoError("\n".join(f"run {run.name} failed: {run.reason}; its log: {run.log}" for run in failures))
+    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv", f"asgo compare {folder}")
+    raise_failures(failures)
 
 
 def _parse_seeds(text: str | None) -> list[int]:
@@ -75,7 +81,21 @@ def _parse_seeds(text: str | None) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _carry_out(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: int | None) -> list[Failure]:
+def _train(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: int | None) -> list[Failure]:
+    from pipelines.sweeps.queue import FixedRuns
+
+    left = [run for run in plan if run.state != "done"]
+    if len(left) < len(plan):
+        console.say(f"{len(plan) - len(left)} of {len(plan)} runs are done already")
+    if not left:
+        return []
+    return work_off(FixedRuns(left), [run.run for run in left], len(left), folder, slots, gpus)
+
+
+def work_off(
+    source: Source, like: Sequence[SweepRun], count: int, folder: Path, slots: int | None, gpus: int | None
+) -> list[Failure]:
+    """Train `count` runs of the source, with data and devices as those that they are like; returns what failed."""
     from asgo_cli.sweep_progress import SweepProgress
     from pipelines.sweeps.queue import carry_out
     from pipelines.sweeps.slots import make_slots
@@ -83,16 +103,17 @@ def _carry_out(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: 
 
     if is_worker():
         raise UsageError("asgo sweep starts its runs by itself; give it without torchrun")
-    left = [run for run in plan if run.state != "done"]
-    if len(left) < len(plan):
-        console.say(f"{len(plan) - len(left)} of {len(plan)} runs are done already")
-    if not left:
-        return []
-    check_data([run.run for run in left])
-    on_gpus = any(run.run.config.runtime.device in ("auto", "cuda") for run in left)
+    check_data(like)
+    on_gpus = any(run.config.runtime.device in ("auto", "cuda") for run in like)
     places = make_slots(slots, gpus, on_gpus)
-    with SweepProgress(len(left)) as progress:
-        return carry_out(left, folder, places, _program(), progress)
+    with SweepProgress(count) as progress:
+        return carry_out(source, folder, places, _program(), progress)
+
+
+def raise_failures(failures: Sequence[Failure]) -> None:
+    """`AsgoError` with a line for each, if there are any."""
+    if failures:
+        raise AsgoError("\n".join(f"run {run.name} failed: {run.reason}; its log: {run.log}" for run in failures))
 
 
 def _program() -> Program:
@@ -123,7 +144,7 @@ def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
             run.run.config.optimizer.name,
             f"{run.run.config.optimizer.lr:g}",
             f"{run.run.config.training.steps:,}",
-            _rounded(run.tokens),
+            rounded(run.tokens),
             run.state,
         )
         for run in plan
@@ -133,7 +154,7 @@ def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
     console.say("dry run: nothing was written")
 
 
-def _rounded(count: int) -> str:
+def rounded(count: int) -> str:
     """Four digits, so that the table fits a narrow terminal."""
     for size, letter in ((10**9, "B"), (10**6, "M")):
         if count >= size:

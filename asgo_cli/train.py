@@ -80,6 +80,10 @@ ShardModelOption = Annotated[
     bool | None,
     typer.Option("--shard-model/--no-shard-model", help="Divide the weights, too: for what does not fit on one GPU."),
 ]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="tensorboard|wandb", help="Send the records there, too; may be given twice."),
+]
 PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
 ]
@@ -93,6 +97,12 @@ def gpt(
     ] = None,
     optimizer: OptimizerOption = None,
     data: Annotated[Path | None, typer.Option(help="Folder of token shards, made by `asgo data`.")] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Begin with the weights, and the shape, of a local Hugging Face GPT-2 folder."
+        ),
+    ] = None,
     steps: StepsOption = None,
     lr: LrOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all processes.")] = None,
@@ -111,6 +121,7 @@ def gpt(
     max_restarts: MaxRestartsOption = 0,
     shard_optimizer: ShardOptimizerOption = None,
     shard_model: ShardModelOption = None,
+    track: TrackOption = None,
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -120,6 +131,7 @@ def gpt(
     flags = {
         "--optimizer": ("optimizer.name", optimizer),
         "--data": ("data.folder", None if data is None else str(data)),
+        "--init-from": ("init_from", None if init_from is None else str(init_from)),
         "--steps": ("training.steps", steps),
         "--lr": ("optimizer.lr", lr),
         "--batch-size": ("training.batch_size", batch_size),
@@ -128,6 +140,7 @@ def gpt(
         "--compile": ("runtime.compile", compile_model),
         "--shard-optimizer": ("runtime.shard_optimizer", shard_optimizer),
         "--shard-model": ("runtime.shard_model", shard_model),
+        "--track": ("runtime.track", track),
     }
     settings = _resolve("gpt", preset, config, flags, assignments or [], out if resume else None)
     _carry_out(settings, out, resume, print_config, dry_run, asked)
@@ -160,6 +173,7 @@ def imagenet(
     max_restarts: MaxRestartsOption = 0,
     shard_optimizer: ShardOptimizerOption = None,
     shard_model: ShardModelOption = None,
+    track: TrackOption = None,
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
@@ -179,6 +193,7 @@ def imagenet(
         "--compile": ("runtime.compile", compile_model),
         "--shard-optimizer": ("runtime.shard_optimizer", shard_optimizer),
         "--shard-model": ("runtime.shard_model", shard_model),
+        "--track": ("runtime.track", track),
     }
     settings = _resolve("imagenet", preset, config, flags, assignments or [], out if resume else None)
     _carry_out(settings, out, resume, print_config, dry_run, asked)
@@ -209,7 +224,8 @@ def _resolve(
     assignments: list[str],
     resumed: Path | None,
 ) -> RunConfig:
-    from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, resolve, saved_layer
+    from pipelines.exchange.initial_model import resolve_with_initial_model
+    from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, saved_layer
 
     continues = resumed is not None and preset is None and config is None
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
@@ -219,7 +235,7 @@ def _resolve(
     )
     layers: list[Layer] = [base or preset_layer(task, str(named)), *files]
     layers += [Layer(flag, {key: value}) for flag, (key, value) in flags.items() if value is not None]
-    return resolve([*layers, assignment_layer(assignments)])
+    return resolve_with_initial_model([*layers, assignment_layer(assignments)])
 
 
 def _print_config(settings: RunConfig) -> None:

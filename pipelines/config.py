@@ -172,6 +172,8 @@ class GPTSettings(Settings):
     bias: bool = True
     tied_head: bool = True
     dropout: Decay = 0.0
+    gelu: Literal["exact", "tanh"] = "exact"
+    """`tanh` is the approximation that the published GPT-2 was trained with."""
     vocab_multiple: PositiveInt = 1
     """The vocabulary is padded to a multiple of this."""
 
@@ -268,6 +270,13 @@ class MetricsSettings(Settings):
     """Steps from one recorded training loss to the next."""
 
 
+class StatisticsSettings(Settings):
+    """Whether to record what a step does to each layer; see `pipelines.training.layer_statistics`."""
+
+    every: PositiveInt | None = None
+    """Steps from one record of every layer to the next; never if absent."""
+
+
 class CheckpointSettings(Settings):
     """When to save, and how much to keep."""
 
@@ -275,6 +284,9 @@ class CheckpointSettings(Settings):
     """Steps from one checkpoint to the next; the last step is always saved."""
     keep: PositiveInt = 2
     """How many of the newest checkpoints stay."""
+
+
+TrackerName = Literal["tensorboard", "wandb"]
 
 
 class RuntimeSettings(Settings):
@@ -288,6 +300,8 @@ class RuntimeSettings(Settings):
     """Whether each process keeps a share of every weight only, and so of the optimizer's state too."""
     timeout_s: Positive = 600.0
     """Seconds without a step after which the processes of a run give up on the one that is behind."""
+    track: tuple[TrackerName, ...] = ()
+    """What is given the records as well; see `pipelines.training.trackers`."""
 
 
 class ImageRuntimeSettings(RuntimeSettings):
@@ -310,6 +324,7 @@ class RunConfig(Settings):
     training: TrainingSettings
     evaluation: EvaluationSettings
     metrics: MetricsSettings = MetricsSettings()
+    statistics: StatisticsSettings = StatisticsSettings()
     checkpoint: CheckpointSettings
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -317,6 +332,15 @@ class RunConfig(Settings):
     def _shares_have_no_loss_scale(self) -> Self:
         if self.runtime.shard_model and self.training.precision == "fp16":
             raise ValueError("training.precision=fp16 cannot go with runtime.shard_model; use bf16")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_have_no_statistics(self) -> Self:
+        shared = [key for key in ("shard_optimizer", "shard_model") if getattr(self.runtime, key)]
+        if self.statistics.every is not None and shared:
+            raise ValueError(
+                f"statistics.every cannot go with runtime.{shared[0]}, where no process has it all; drop one"
+            )
         return self
 
     @property
@@ -335,6 +359,10 @@ class GPTRunConfig(RunConfig):
 
     task: Literal["gpt"]
     model: GPTSettings
+    init_from: str | None = None
+    """A local Hugging Face GPT-2 folder, whose weights are the first ones; fresh ones if absent."""
+    initial_weights_sha256: str | None = None
+    """Of those weights."""
 
 
 class ImageNetRunConfig(RunConfig):
@@ -357,7 +385,7 @@ def load_run_config(values: Any) -> RunConfig:
     return run_config_of(values if isinstance(values, Mapping) else {}).model_validate(values)
 
 
-MAY_CHANGE_ON_RESUME = ("data.folder", "checkpoint.", "runtime.")
+MAY_CHANGE_ON_RESUME = ("data.folder", "init_from", "statistics.", "checkpoint.", "runtime.")
 """Dotted keys, or prefixes of keys, in which a resumed run may differ from the one it continues."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.gpt import GPT, next_token_loss
 from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
+from pipelines.exchange.initial_model import refuse_other_vocabulary
 from pipelines.training.device import autocast, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
 from pipelines.training.parallel import place_model
@@ -22,7 +23,11 @@ def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
     """A freshly initialized decoder for a vocabulary, which is padded as the settings say."""
     multiple = settings.vocab_multiple
     padded = -(-vocab_size // multiple) * multiple
-    return GPT(vocab_size=padded, **settings.model_dump(exclude={"vocab_multiple"}))
+    model = GPT(vocab_size=padded, **settings.model_dump(exclude={"gelu", "vocab_multiple"}))
+    for module in model.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = "tanh" if settings.gelu == "tanh" else "none"
+    return model
 
 
 class GPTTask:
@@ -33,6 +38,7 @@ class GPTTask:
         training = config.training
         self._share = batch_share(training, ranks)
         self.data = open_token_data(Path(config.data.folder))
+        refuse_other_vocabulary(config, self.data.vocab_size)
         self.tokens_per_sample = config.model.context_length
         # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
         pinned = device.type == "cuda"

@@ -46,6 +46,8 @@ class Run:
     saved: tuple[int, int] | None = None
     """Step and number of records of the newest checkpoint."""
     told_of_slow_saves: bool = False
+    measuring: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext()
+    """Is open while the optimizer makes the step it is told, to measure what that does."""
 
     def should_stop(self) -> bool:
         """Whether a signal asked any of the processes to save and stop; a question of all of them together."""
@@ -148,7 +150,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
     _refuse_not_finite(run, loss_value, norm_value, factor)
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    with state.clock.optimizer():
+    with run.measuring(state.step + 1), state.clock.optimizer():
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if state.average is not None:

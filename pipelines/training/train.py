@@ -13,8 +13,9 @@ import torch
 
 from optim import build_optimizer
 from optim.sharded import ShardedOptimizer
-from pipelines.config import RunConfig, differences
+from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
+from pipelines.exchange.initial_weights import load_initial_weights
 from pipelines.stopping import stop_on_signals
 from pipelines.training.average import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
@@ -22,14 +23,17 @@ from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, joined_ranks, seed_of_rank
+from pipelines.training.layer_statistics import LayerStatistics
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, replicated
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.state import TrainState
+from pipelines.training.statistics_file import STATISTICS, continue_statistics
 from pipelines.training.task import Task
 from pipelines.training.tasks import build_task
+from pipelines.training.trackers import require_trackers, tracked
 from pipelines.training.watchdog import Watchdog
 
 
@@ -49,8 +53,9 @@ class Plan:
 def plan(config: RunConfig, processes: int = 1) -> Plan:
     """Open the data, build the model, and count for one of the processes; nothing is written.
 
-    Raises `UsageError` for a batch that the processes cannot share.
+    Raises `UsageError` for a batch that the processes cannot share, and for a tracker that is not installed.
     """
+    require_trackers(config.runtime.track)
     device = pick_device(config.runtime)
     share = batch_share(config.training, Ranks(size=processes))
     task = build_task(config, torch.device("cpu"))
@@ -81,6 +86,7 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
     with joined_ranks(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
         resume = ranks.any(resume)  # of several machines, the one that came back may not be the first
+        ranks.first_does(lambda: require_trackers(config.runtime.track))
         continues = ranks.first_does(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
         with contextlib.closing(build_task(config, device, ranks)) as task, contextlib.closing(folder):
@@ -125,28 +131,36 @@ def _train(
     beat: Callable[[str], None],
     continues: bool,
 ) -> list[Row]:
-    state = fresh_state(task, config, device, ranks)
     checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
+    if checkpoint is None and isinstance(config, GPTRunConfig):
+        load_initial_weights(task.model, config)
+    state = fresh_state(task, config, device, ranks)
     if checkpoint is not None:
         restore(checkpoint, state)
     if ranks.is_first:
         if not continues:
             folder.begin(config, task.description(), describe_device(device))
         folder.continue_from(state.rows)
+        continue_statistics(folder.path / STATISTICS, state.step)
         reporter.begin(state.step, config.training.steps)
     if config.runtime.compile:
         compile_model(task.model)
     task.network = replicated(task.model, ranks)
+    statistics = LayerStatistics(state, config, folder.path / STATISTICS)
     try:
-        with stop_on_signals() as stop, CheckpointWriter(folder.checkpoints, config.checkpoint.keep) as writer:
+        with (
+            stop_on_signals() as stop,
+            tracked(reporter, config, folder.path, state.rows, ranks) as told,  # closed when all is saved
+            CheckpointWriter(folder.checkpoints, config.checkpoint.keep) as writer,
+        ):
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
-            fit(Run(task, config, folder, state, reporter, stop, writer, beat, saved))
+            fit(Run(task, config, folder, state, told, stop, writer, beat, saved, measuring=statistics.of_step))
     except Diverged as error:
         if ranks.is_first:
             folder.record_divergence(Divergence(error.step, str(error)))
         raise
     finally:
-        for line in task.notes():
+        for line in [*task.notes(), *statistics.notes()]:
             reporter.note(line)
     return state.rows
 

@@ -1,0 +1,64 @@
+"""`asgo compare`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from asgo_cli import console
+
+if TYPE_CHECKING:
+    from pipelines.analysis.comparison.results import Comparison
+
+EXAMPLES = "Examples: `asgo compare runs/asgo runs/adamw`; `asgo compare runs --target 3.28 --out report`."
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier report is replaced.")] = Path("report"),
+    target: Annotated[
+        float | None, typer.Option(metavar="LOSS", help="Validation loss to come to; AdamW's final one if absent.")
+    ] = None,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.9999, help="Of the intervals, and of calling a difference certain.")
+    ] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
+) -> None:
+    """Compare training runs: one HTML page, figures and tables.
+
+    Runs that differ in the seed alone are taken together. Nothing is needed but the run folders.
+    """
+    from pipelines.analysis.comparison.compare import compare_runs
+    from pipelines.analysis.comparison.headline import headline
+    from pipelines.analysis.comparison.report import check_report_folder, summary, write_report
+
+    check_report_folder(out)
+    comparison = compare_runs(runs, target, confidence)
+    page = write_report(comparison, out, shlex.join(["asgo", *sys.argv[1:]]))
+    for caution in comparison.cautions:
+        console.warn(caution)
+    if as_json:
+        console.show_json(summary(comparison))
+    else:
+        _show_contenders(comparison)
+    console.say(headline(comparison))
+    console.say(f"{page}: the report; figures and tables are beside it")
+    console.suggest_next(f"python -m webbrowser {shlex.quote(str(page))}")
+
+
+def _show_contenders(comparison: Comparison) -> None:
+    """What fits a narrow terminal; the report has the rest."""
+    from pipelines.analysis.comparison.figures import shown
+    from pipelines.analysis.comparison.tables import entry_table
+
+    table = entry_table(comparison, shown(comparison))
+    kept = ["", "seeds", "final loss" if "final loss" in table.heads else "best loss", "steps to target", "step, ms"]
+    places = [table.heads.index(head) for head in kept if head in table.heads]
+    console.show_table([table.heads[place] for place in places], [[row[p] for p in places] for row in table.texts])
+    left_out = len(comparison.contenders) - len(table.texts)
+    if left_out:
+        console.say(f"and {left_out} more in the report")

@@ -1,0 +1,39 @@
+"""`asgo doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from asgo_cli import console
+
+EXAMPLES = "Examples: `asgo doctor`, in the folder that runs are written to; `asgo doctor --json`."
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
+    """What is here, and what of it will bite.
+
+    Looks at Python, torch, GPUs, compilers, the disk and the packages. The table is made for bug reports: neither a
+    user's name nor a machine's is in it, and nothing is sent anywhere.
+    """
+    from dataclasses import asdict
+
+    from pipelines.doctor import examine
+    from pipelines.errors import AsgoError
+
+    findings = list(examine(Path.cwd()))
+    if as_json:
+        console.show_json([asdict(finding) for finding in findings])
+    else:
+        console.show_facts(
+            fact
+            for finding in findings
+            for fact in [(finding.what, finding.found), *([("", f"! {finding.warning}")] if finding.warning else [])]
+        )
+    broken = [finding.what for finding in findings if finding.broken]
+    if broken:
+        raise AsgoError(f"nothing can be trained here before this is mended: {', '.join(broken)}")
+    count = sum(bool(finding.warning) for finding in findings)
+    console.say(f"{count} warning{'s' * (count > 1)}, marked with !" if count else "nothing here will bite")

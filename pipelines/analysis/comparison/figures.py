@@ -1,0 +1,250 @@
+"""The figures of a comparison, for papers and talks."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity
+from pipelines.analysis.comparison.tables import digits
+from pipelines.analysis.figure_style import figure_style, legend_below, line_style, save_figure
+
+Abscissa = Literal["steps", "tokens", "seconds"]
+
+MOST_SHOWN = 24
+"""Contenders in a figure: there are no more kinds of lines that can be told apart."""
+
+_BEGINNING = 0.2  # of the run: losses fall so far there that nothing else would be seen beside them
+_GREY = "#777777"
+
+
+def shown(comparison: Comparison) -> tuple[Entry, ...]:
+    """The contenders that figures have room for, the best first."""
+    return comparison.contenders[:MOST_SHOWN]
+
+
+def write_figures(comparison: Comparison, folder: Path) -> tuple[str, ...]:
+    """Write what can be drawn, each as PNG and PDF; the names, without their endings, in the order of `FIGURES`."""
+    names = []
+    with figure_style():
+        for name, draw in _DRAWERS.items():
+            figure = draw(comparison)
+            if figure is not None:
+                save_figure(figure, folder / f"{name}.png")
+                figure.set_layout_engine("none")  # it is laid out now: a second time would take as long as all the rest
+                save_figure(figure, folder / f"{name}.pdf")
+                names.append(name)
+    return tuple(names)
+
+
+def axis_title(abscissa: Abscissa, unit: str) -> str:
+    """What is on the axis, in words."""
+    return {"steps": "step", "tokens": unit, "seconds": "seconds of training, without validation"}[abscissa]
+
+
+def _draw_losses(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
+    entries = [(line_style(index), entry) for index, entry in enumerate(shown(comparison))]
+    drawn = [(style, entry) for style, entry in entries if entry.train or entry.val or entry.diverged]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+    training, validation = figure.subplots(1, 2)
+    for style, entry in drawn:
+        _draw_band(training, entry.train, abscissa, style)
+        _draw_band(validation, entry.val, abscissa, style)
+        for run in entry.runs:
+            if run.state == "diverged":
+                _draw_curve(training, run.train, abscissa, style)
+                _draw_curve(validation, run.val, abscissa, style)
+    training.set(title="Training, smoothed", ylabel="loss")
+    validation.set(title="Validation")
+    for axes, bands in ((training, [e.train for _, e in drawn]), (validation, [e.val for _, e in drawn])):
+        axes.set_xlabel(axis_title(abscissa, comparison.unit))
+        axes.locator_params(axis="x", nbins=6)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
+        _leave_out_beginning(axes, [(getattr(band, abscissa), band.mean) for band in bands if band is not None])
+        _plain(axes)
+    if comparison.target is not None:
+        validation.axhline(comparison.target.loss, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)))
+    legend_below(figure, _handles(drawn))
+    return figure
+
+
+def _draw_band(axes: Axes, band: Band | None, abscissa: Abscissa, style: dict[str, Any]) -> None:
+    if band is not None and len(band.steps):
+        x = getattr(band, abscissa)
+        axes.fill_between(x, band.lowest, band.highest, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(x, band.mean, **style, linewidth=1.1)
+
+
+def _draw_curve(axes: Axes, curve: Curve, abscissa: Abscissa, style: dict[str, Any]) -> None:
+    axes.plot(getattr(curve, abscissa), curve.losses, **style, linewidth=0.5, alpha=0.5)
+
+
+def _leave_out_beginning(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
+    last = max((float(x[-1]) for x, _ in curves if len(x)), default=0.0)
+    late = [losses[(x >= _BEGINNING * last) & np.isfinite(losses)] for x, losses in curves]
+    late = [losses for losses in late if len(losses)]
+    if last > 0 and late:
+        low = min(float(losses.min()) for losses in late)
+        high = without_outliers(low, [float(losses.max()) for losses in late])
+        margin = 0.06 * max(high - low, 1e-3)
+        axes.set(xlim=(0, last * 1.02), ylim=(low - margin, high + margin))
+
+
+def without_outliers(low: float, highs: Sequence[float]) -> float:
+    """The highest of the values, but for those of many so far off that they would press the others into a line."""
+    middle = statistics.median(highs)
+    return max(high for high in highs if len(highs) < 5 or high <= middle + 3 * (middle - low))
+
+
+def _draw_finals(comparison: Comparison) -> Figure | None:
+    entries = [entry for entry in shown(comparison) if entry.final is not None]
+    if not entries:
+        return None
+    figure = Figure(figsize=(7.0, 0.9 + 0.23 * len(entries)), layout="constrained")
+    axes = figure.subplots()
+    means = [entry.final.mean for entry in entries if entry.final]
+    edge = without_outliers(means[0], means)
+    for row, entry in enumerate(entries):
+        _draw_final(axes, row, entry, edge)
+    if comparison.target is not None:
+        axes.axvline(comparison.target.loss, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
+    axes.set_yticks(range(len(entries)), [_literal(entry.label) for entry in entries])
+    axes.set(xlabel="final validation loss", ylim=(len(entries) - 0.4, -0.6))
+    axes.margins(x=0.04)
+    _plain(axes)
+    seed = Line2D([], [], color=_GREY, marker="o", markersize=3, markerfacecolor="none", linestyle="", label="a seed")
+    mean = Line2D([], [], color=_GREY, marker="|", markersize=11, label=f"mean, {comparison.confidence:.0%} interval")
+    legend_below(figure, [mean, seed])
+    return figure
+
+
+def _draw_final(axes: Axes, row: int, entry: Entry, edge: float) -> None:
+    assert entry.final is not None
+    final, colour = entry.final, line_style(row)["color"]
+    if final.mean > edge:
+        text = {"textcoords": "offset points", "xytext": (-6, 0), "va": "center", "ha": "right", "fontsize": 7}
+        place = axes.get_yaxis_transform()
+        axes.plot(0.99, row, marker=">", markersize=4.5, color=colour, transform=place)
+        axes.annotate(f"{final.mean:.4f}", (0.99, row), xycoords=place, **text)  # type: ignore[arg-type]
+        return
+    if final.low is not None and final.high is not None:
+        axes.plot([final.low, final.high], [row, row], color=colour, linewidth=1.4)
+    seeds = [run.final_loss for run in entry.runs if run.state == "finished" and run.final_loss is not None]
+    axes.plot(seeds, [row] * len(seeds), linestyle="", marker="o", markersize=3.5, markerfacecolor="none", color=colour)
+    axes.plot(final.mean, row, marker="|", markersize=11, markeredgewidth=1.6, color=colour)
+
+
+def _draw_sensitivity(comparison: Comparison) -> Figure | None:
+    families = comparison.sensitivities[:MOST_SHOWN]
+    if not families:
+        return None
+    figure = Figure(figsize=(7.0, 3.4), layout="constrained")
+    axes = figure.subplots()
+    styles = _family_styles(comparison, families)
+    for row, (style, family) in enumerate(zip(styles, families, strict=True)):
+        _draw_family(axes, family, style, row)
+    losses = [loss for family in families for point in family.points for loss in (*point.losses, *point.unfinished)]
+    if losses:
+        low, high = min(losses), without_outliers(min(losses), losses)
+        margin = 0.06 * max(high - low, 1e-3)
+        axes.set_ylim(low - margin, high + 2 * margin)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="final validation loss")
+    _plain(axes)
+    labels = [_literal(family.family) for family in families]
+    handles = [Line2D([], [], label=label, **style) for label, style in zip(labels, styles, strict=True)]
+    if any(point.unfinished for family in families for point in family.points):
+        handles.append(_mark("o", "stopped early, best loss", markerfacecolor="none"))
+    if any(point.diverged for family in families for point in family.points):
+        handles.append(_mark("x", "diverged"))
+    legend_below(figure, handles)
+    return figure
+
+
+def _family_styles(comparison: Comparison, families: Sequence[Sensitivity]) -> list[dict[str, Any]]:
+    """A family looks like its contender in the other figures; one without a contender has a look of its own."""
+    known = [entry.family for entry in comparison.contenders]
+    known += [family.family for family in families if family.family not in known]
+    return [line_style(known.index(family.family)) for family in families]
+
+
+def _draw_family(axes: Axes, family: Sensitivity, style: dict[str, Any], row: int) -> None:
+    colour = style["color"]
+    means = [(point.lr, statistics.fmean(point.losses)) for point in family.points if point.losses]
+    if means:
+        axes.plot(*zip(*means, strict=True), **style, linewidth=1.1)
+    for point in family.points:
+        axes.plot([point.lr] * len(point.losses), point.losses, "o", markersize=3, color=colour)
+        stopped = [point.lr] * len(point.unfinished)
+        axes.plot(stopped, point.unfinished, "o", markersize=4, markerfacecolor="none", color=colour)
+        if point.diverged:
+            height = 0.985 - 0.028 * (row % 8)  # as a share of the axes, so that families lie below each other
+            axes.plot(point.lr, height, "x", markersize=4, color=colour, transform=axes.get_xaxis_transform())
+
+
+def _draw_cost(comparison: Comparison) -> Figure | None:
+    entries = [entry for entry in shown(comparison) if entry.step_ms]
+    if not entries:
+        return None
+    states = [entry.state_bytes or 0 for entry in entries]
+    figure = Figure(figsize=(7.0, 0.9 + 0.23 * len(entries)), layout="constrained")
+    panels = figure.subplots(1, 2 if any(states) else 1, sharey=True, squeeze=False)[0]
+    rows, times = np.arange(len(entries)), panels[0]
+    steps = np.array([entry.step_ms or 0.0 for entry in entries])
+    parts = np.array([entry.optimizer_ms or 0.0 for entry in entries])
+    times.barh(rows, parts, height=0.62, color="#0077BB", label="optimizer")
+    times.barh(rows, np.maximum(steps - parts, 0), left=parts, height=0.62, color="#cfd8dc", label="the rest of a step")
+    times.set_yticks(rows, [_literal(entry.label) for entry in entries])
+    times.set(xlabel="milliseconds a step, median", ylim=(len(entries) - 0.4, -0.6))
+    if any(states):
+        panels[1].barh(rows, np.array(states) / 1e6, height=0.62, color="#997700")
+        panels[1].set_xlabel("optimizer state, MB")
+    for axes in panels:
+        _plain(axes)
+        axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _literal(label: str) -> str:
+    """A label in which no formula is looked for."""
+    return label.replace("$", r"\$")
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(color="#e4e4e4", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _handles(drawn: Sequence[tuple[dict[str, Any], Entry]]) -> list[Line2D]:
+    handles = [Line2D([], [], label=_literal(entry.label), linewidth=1.5, **style) for style, entry in drawn]
+    if any(len(entry.runs) > 1 for _, entry in drawn):
+        handles.append(Line2D([], [], color=_GREY, alpha=0.3, linewidth=6, label="lowest to highest seed"))
+    return handles
+
+
+def _mark(marker: str, label: str, **more: Any) -> Line2D:
+    return Line2D([], [], color=_GREY, marker=marker, markersize=4, linestyle="", label=label, **more)
+
+
+_DRAWERS: dict[str, Callable[[Comparison], Figure | None]] = {
+    "loss-steps": partial(_draw_losses, abscissa="steps"),
+    "loss-tokens": partial(_draw_losses, abscissa="tokens"),
+    "loss-seconds": partial(_draw_losses, abscissa="seconds"),
+    "final-losses": _draw_finals,
+    "sensitivity": _draw_sensitivity,
+    "optimizer-cost": _draw_cost,
+}
+FIGURES = tuple(_DRAWERS)
+"""The names of all figures that there may be."""

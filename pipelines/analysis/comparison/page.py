@@ -1,0 +1,176 @@
+"""The page of a comparison: one file, with everything in it, that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.analysis.comparison.figures import FIGURES, MOST_SHOWN, Abscissa, axis_title, shown
+from pipelines.analysis.comparison.headline import by_pair, headline
+from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
+from pipelines.analysis.comparison.tables import Table, entry_table, run_table
+from pipelines.analysis.figure_style import line_style
+
+GENERATOR = '<meta name="generator" content="asgo compare">'
+"""Stands in every page, so that one can be told from other files."""
+
+MOST_RUNS = 30
+"""Single runs in the curves; each has up to about 2,000 points."""
+
+MOST_NUMBERS = 14
+"""Contenders whose differences fit the page as numbers; of more, the signs alone are shown."""
+
+_DASHES = {"-": "solid", "--": "dash", ":": "dot"}  # matplotlib's names and plotly's
+_ABSCISSAS: tuple[Abscissa, ...] = ("steps", "tokens", "seconds")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's contender against a column's: what is seen, and what is told when pointed at."""
+
+    text: str
+    outcome: Outcome | None
+    details: str
+
+
+def render_page(comparison: Comparison, images: Mapping[str, bytes], origin: Sequence[tuple[str, str]]) -> str:
+    """The whole page; `images` are PNG files by the names of `figures.FIGURES`, `origin` says how it was made."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "template"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    contenders = shown(comparison)
+    runs = [run for entry in comparison.entries for run in entry.runs]
+    return environment.get_template("page.html.jinja").render(
+        generator=GENERATOR,
+        plotly=get_plotlyjs(),
+        comparison=comparison,
+        headline=headline(comparison),
+        run_count=len(runs),
+        final=entry_table(comparison, contenders),
+        others=_other_entries(comparison),
+        contenders=contenders,
+        matrix=_matrix(comparison),
+        curves=_curves(comparison),
+        left_out=_left_out(comparison),
+        runs=run_table(comparison),
+        images={name: base64.b64encode(images[name]).decode() for name in FIGURES if name in images},
+        origin=origin,
+    )
+
+
+def _other_entries(comparison: Comparison) -> Table | None:
+    contenders = {entry.label for entry in shown(comparison)}
+    others = [entry for entry in comparison.entries if entry.label not in contenders]
+    return entry_table(comparison, others) if others else None
+
+
+def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
+    """The contenders that have a final loss against each other; nothing for one alone."""
+    labels = [entry.label for entry in shown(comparison) if entry.final is not None]
+    verdicts = by_pair(comparison)
+    rows = []
+    for first in labels:
+        cells = []
+        for second in labels:
+            verdict = verdicts.get((first, second))
+            if verdict is None or verdict.difference is None:
+                cells.append(Cell("", None, ""))
+                continue
+            difference = verdict.difference
+            span = f", {difference.low:+.4f} to {difference.high:+.4f}" if difference.low is not None else ""
+            p = f", p = {verdict.p:.2g}" if verdict.p is not None else ""
+            details = f"{first} minus {second}: {difference.mean:+.4f}{span}{p}: {verdict.outcome}"
+            text = f"{difference.mean:+.4f}".replace("-", "−")
+            cells.append(Cell(text if len(labels) <= MOST_NUMBERS else text[0], verdict.outcome, details))
+        rows.append((first, cells))
+    return rows if len(rows) > 1 else []
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    """What the curves do not show, a sentence each."""
+    sentences = []
+    contenders = shown(comparison)
+    if len(contenders) < len(comparison.contenders):
+        sentences.append(
+            f"The curves, as the figures and the differences, are of the first {MOST_SHOWN} of "
+            f"{len(comparison.contenders)} contenders."
+        )
+    runs = sum(len(entry.runs) for entry in contenders)
+    if runs > MOST_RUNS:
+        sentences.append(f"{MOST_RUNS} of the contenders' {runs} single runs are here, diverged ones first.")
+    return sentences
+
+
+def _curves(comparison: Comparison) -> dict[str, Any]:
+    """What the page's script draws; see `template/page.js`."""
+    contenders = shown(comparison)
+    singles = _single_runs(contenders)
+    return {
+        "titles": {name: axis_title(name, comparison.unit) for name in _ABSCISSAS},
+        "target": None if comparison.target is None else comparison.target.loss,
+        "contenders": [
+            {
+                # Plotly reads labels as a kind of HTML.
+                "label": html.escape(entry.label),
+                **_look(index),
+                "train": _band(entry.train),
+                "val": _band(entry.val),
+                "runs": [_run(run) for run in entry.runs if run.name in singles],
+            }
+            for index, entry in enumerate(contenders)
+        ],
+    }
+
+
+def _look(index: int) -> dict[str, str]:
+    style = line_style(index)
+    return {"color": style["color"], "dash": _DASHES[style["linestyle"]]}
+
+
+def _single_runs(contenders: Sequence[Entry]) -> set[str]:
+    runs = [run for entry in contenders for run in entry.runs]
+    return {run.name for run in sorted(runs, key=lambda run: run.state != "diverged")[:MOST_RUNS]}
+
+
+def _band(band: Band | None) -> dict[str, Any] | None:
+    if band is None or not len(band.steps):
+        return None
+    return {
+        **_abscissas(band),
+        "mean": _numbers(band.mean),
+        "lowest": _numbers(band.lowest),
+        "highest": _numbers(band.highest),
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "name": html.escape(run.name),
+        "diverged": run.state == "diverged",
+        "train": {**_abscissas(run.train), "losses": _numbers(run.train.losses)},
+    }
+
+
+def _abscissas(curve: Band | Curve) -> dict[str, list[float | None]]:
+    return {name: _numbers(getattr(curve, name)) for name in _ABSCISSAS}
+
+
+def _numbers(values: Array) -> list[float | None]:
+    """With seven digits, more than can be seen; steps and tokens are whole and stay exact."""
+    return [_number(value) for value in np.asarray(values, np.float64).tolist()]
+
+
+def _number(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else float(f"{value:.7g}")

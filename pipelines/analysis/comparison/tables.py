@@ -1,0 +1,290 @@
+"""The tables of a comparison: rounded texts for people, exact records for programs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run
+
+Record = dict[str, str | int | float | None]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: `texts` are cells below `heads`; `records` hold the same, and more, as numbers, None where unknown."""
+
+    name: str
+    heads: tuple[str, ...]
+    texts: tuple[tuple[str, ...], ...]
+    records: tuple[Record, ...]
+
+    def markdown(self) -> str:
+        """The texts as a Markdown table: the first column to the left, the others to the right."""
+        rule = ("---", *("---:" for _ in self.heads[1:]))
+        lines = [self.heads, rule, *([_escaped(text) for text in row] for row in self.texts)]
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def csv(self) -> str:
+        """The records with a header; floats read back as the same floats."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.records[0] if self.records else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.records)
+        return text.getvalue()
+
+
+def make_tables(comparison: Comparison) -> tuple[Table, ...]:
+    """Entries, verdicts, runs and sensitivity; those that have rows."""
+    made = (
+        entry_table(comparison, comparison.entries),
+        _verdict_table(comparison),
+        run_table(comparison),
+        _sensitivity_table(comparison),
+    )
+    return tuple(table for table in made if table.records)
+
+
+TABLES = ("entries", "verdicts", "runs", "sensitivity")
+"""The names that `make_tables` gives."""
+
+
+def entry_table(comparison: Comparison, entries: Sequence[Entry]) -> Table:
+    """Some entries of a comparison, a row each; without texts that are empty in all of them."""
+    columns: list[tuple[str, Callable[[Entry], str]]] = [
+        ("", lambda entry: entry.label),
+        ("seeds", _seeds),
+        ("diverged", lambda entry: str(entry.diverged or "")),
+        ("final loss", lambda entry: with_margin(entry.final)),
+        ("best loss", lambda entry: loss(_best(entry))),
+        ("top-1", lambda entry: percent(_accuracy(entry))),
+        ("steps to target", lambda entry: _to_target(entry, "steps")),
+        (f"{comparison.unit} to target", lambda entry: _to_target(entry, "tokens")),
+        ("seconds to target", lambda entry: _to_target(entry, "seconds")),
+        ("step, ms", lambda entry: digits(entry.step_ms)),
+        ("optimizer, ms", _with_share),
+        ("state, MB", lambda entry: digits(None if entry.state_bytes is None else entry.state_bytes / 1e6)),
+    ]
+    shown = [(head, [show(entry) for entry in entries]) for head, show in columns]
+    shown = [(head, texts) for head, texts in shown if any(texts)]
+    rows = tuple(zip(*(texts for _, texts in shown), strict=True))
+    return Table("entries", tuple(head for head, _ in shown), rows, tuple(map(_entry_record, entries)))
+
+
+def _entry_record(entry: Entry) -> Record:
+    reach = entry.reach
+    return _finite(
+        {
+            "entry": entry.label,
+            "optimizer": entry.optimizer,
+            "family": entry.family,
+            "lr": entry.lr,
+            "runs": len(entry.runs),
+            **_interval_record("final_loss", entry.final),
+            "best_loss": _best(entry),
+            "accuracy": _accuracy(entry),
+            "steps_to_target": median_with_misses(reach.steps) if reach else None,
+            "tokens_to_target": median_with_misses(reach.tokens) if reach else None,
+            "seconds_to_target": median_with_misses(reach.seconds) if reach else None,
+            "missed_target": reach.misses if reach else None,
+            "step_ms": entry.step_ms,
+            "optimizer_ms": entry.optimizer_ms,
+            "state_bytes": entry.state_bytes,
+            "diverged": entry.diverged,
+        }
+    )
+
+
+def _verdict_table(comparison: Comparison) -> Table:
+    texts, records = [], []
+    for verdict in comparison.verdicts:
+        difference = verdict.difference
+        p = "" if verdict.p is None else f"{verdict.p:.2g}"
+        texts.append((verdict.first, verdict.second, verdict.outcome, with_margin(difference, sign="+"), p))
+        records.append(
+            _finite(
+                {
+                    "first": verdict.first,
+                    "second": verdict.second,
+                    "outcome": verdict.outcome,
+                    "difference": None if difference is None else difference.mean,
+                    "low": None if difference is None else difference.low,
+                    "high": None if difference is None else difference.high,
+                    "p": verdict.p,
+                }
+            )
+        )
+    heads = ("first", "second", "the first is", "first minus second", "p, corrected")
+    return Table("verdicts", heads, tuple(texts), tuple(records))
+
+
+def run_table(comparison: Comparison) -> Table:
+    """All runs but a search's trials."""
+    runs = [(entry, index, run) for entry in comparison.entries for index, run in enumerate(entry.runs)]
+    heads = ("run", "entry", "seed", "state", "step", "final loss", "best loss", "why not finished")
+    texts = tuple(
+        (
+            run.name,
+            entry.label,
+            str(run.config.seed),
+            run.state,
+            f"{run.last_step:,}",
+            loss(run.final_loss),
+            loss(run.best_loss),
+            run.reason or "",
+        )
+        for entry, _, run in runs
+    )
+    return Table("runs", heads, texts, tuple(_run_record(*run) for run in runs))
+
+
+def _run_record(entry: Entry, index: int, run: Run) -> Record:
+    reach = entry.reach
+    return _finite(
+        {
+            "run": run.name,
+            "entry": entry.label,
+            "optimizer": entry.optimizer,
+            "lr": entry.lr,
+            "seed": run.config.seed,
+            "state": run.state,
+            "reason": run.reason,
+            "step": run.last_step,
+            "steps": run.config.training.steps,
+            "final_loss": run.final_loss,
+            "best_loss": run.best_loss,
+            "accuracy": _last_accuracy(run),
+            "steps_to_target": reach.steps[index] if reach else None,
+            "tokens_to_target": reach.tokens[index] if reach else None,
+            "seconds_to_target": reach.seconds[index] if reach else None,
+            "step_ms": run.step_ms,
+            "optimizer_ms": run.optimizer_ms,
+            "state_bytes": run.state_bytes,
+            "device": run.environment.get("device"),
+        }
+    )
+
+
+def _sensitivity_table(comparison: Comparison) -> Table:
+    texts, records = [], []
+    for family in comparison.sensitivities:
+        for point in family.points:
+            mean = statistics.fmean(point.losses) if point.losses else None
+            stopped = min(point.unfinished, default=None)
+            counts = (len(point.losses), len(point.unfinished), point.diverged)
+            texts.append((family.family, f"{point.lr:g}", loss(mean), loss(stopped), *map(str, counts)))
+            records.append(
+                _finite(
+                    {
+                        "family": family.family,
+                        "optimizer": family.optimizer,
+                        "lr": point.lr,
+                        "final_loss": mean,
+                        "lowest": min(point.losses, default=None),
+                        "highest": max(point.losses, default=None),
+                        "best_loss_unfinished": stopped,
+                        "finished": counts[0],
+                        "unfinished": counts[1],
+                        "diverged": counts[2],
+                    }
+                )
+            )
+    heads = ("", "lr", "final loss", "best loss if unfinished", "finished", "unfinished", "diverged")
+    return Table("sensitivity", heads, tuple(texts), tuple(records))
+
+
+def median_with_misses(values: Iterable[float | None]) -> float | None:
+    """The median where a miss counts as never: None if half of the values, or more, are misses."""
+    median = statistics.median(math.inf if value is None else value for value in values)
+    return None if math.isinf(median) else median
+
+
+def loss(value: float | None) -> str:
+    """Four decimals."""
+    return "" if value is None else f"{value:.4f}"
+
+
+def percent(share: float | None) -> str:
+    """A share, with one decimal."""
+    return "" if share is None else f"{share:.1%}"
+
+
+def digits(value: float | None) -> str:
+    """Three digits, or all that are before the point; millions and billions with their letter."""
+    if value is None:
+        return ""
+    for size, letter in ((1e9, " B"), (1e6, " M")):
+        if value >= size:
+            return f"{value / size:,.3g}{letter}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def with_margin(interval: Interval | None, sign: str = "") -> str:
+    """A mean and half of its interval."""
+    if interval is None:
+        return ""
+    mean = f"{interval.mean:{sign}.4f}"
+    if interval.low is None or interval.high is None:
+        return mean
+    return f"{mean} ± {(interval.high - interval.low) / 2:.4f}"
+
+
+def _seeds(entry: Entry) -> str:
+    finished = entry.final.count if entry.final else 0
+    return str(finished) if finished == len(entry.runs) else f"{finished} of {len(entry.runs)}"
+
+
+def _to_target(entry: Entry, what: str) -> str:
+    if entry.reach is None:
+        return ""
+    middle, misses = median_with_misses(getattr(entry.reach, what)), entry.reach.misses
+    if middle is None:
+        return "missed" if misses == len(entry.runs) else f"{misses} of {len(entry.runs)} missed"
+    return digits(middle) + (f" ({misses} missed)" if misses else "")
+
+
+def _with_share(entry: Entry) -> str:
+    if entry.optimizer_ms is None or not entry.step_ms:
+        return digits(entry.optimizer_ms)
+    return f"{digits(entry.optimizer_ms)} ({entry.optimizer_ms / entry.step_ms:.0%})"
+
+
+def _best(entry: Entry) -> float | None:
+    return min((run.best_loss for run in entry.runs if run.best_loss is not None), default=None)
+
+
+def _accuracy(entry: Entry) -> float | None:
+    """Mean top-1 share of the finished runs' last validations."""
+    found = [_last_accuracy(run) for run in entry.runs if run.final_loss is not None]
+    known = [accuracy for accuracy in found if accuracy is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _last_accuracy(run: Run) -> float | None:
+    return float(run.val_accuracy[-1]) if np.size(run.val_accuracy) else None
+
+
+def _interval_record(name: str, interval: Interval | None) -> Record:
+    values = (None,) * 4 if interval is None else (interval.mean, interval.low, interval.high, interval.std)
+    keys = (name, f"{name}_low", f"{name}_high", f"{name}_std")
+    return {**dict(zip(keys, values, strict=True)), "finished": interval.count if interval else 0}
+
+
+def _finite(record: dict[str, Any]) -> Record:
+    """Without figures that are not finite, which JSON has no word for."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+
+
+def _escaped(text: str) -> str:
+    """As Markdown: a folder's name may hold anything."""
+    safe = text.replace("\\", "\\\\").replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")
+    return " ".join(safe.split())

@@ -1,0 +1,51 @@
+"""A checkpoint of a classifier as weights that torchvision's own constructor loads, and what goes with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from models.vision import build_classifier
+from pipelines.config import ImageNetRunConfig
+from pipelines.data.imagenet.transforms import MEAN, STD, CentreCrop, build_transforms
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.weights import model_tensors, require_same_names
+
+
+def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path) -> str:
+    """Write weights and description; returns a command that loads them, with {out} for the folder.
+
+    Raises `AsgoError` for weights that are not the model's.
+    """
+    classes = checkpoint.state["data"]["classes"]
+    tensors = checkpoint.model_tensors()
+    model = build_classifier(config.model.name, len(classes))
+    require_same_names(model_tensors(model), tensors, str(checkpoint.folder))
+    # Not by save_file, whose files nobody else on the machine may read.
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
+    arguments: dict[str, Any] = {"num_classes": len(classes)}
+    if hasattr(model, "aux_logits"):  # GoogLeNet and Inception were built without their other outputs
+        arguments |= {"aux_logits": False, "init_weights": False}
+    _, seen = build_transforms(config.data.transform, config.data.resolution)
+    assert isinstance(seen, CentreCrop)
+    description = {
+        "model": config.model.name,
+        "arguments": arguments,
+        "resize": seen.resize,
+        "resolution": seen.size,
+        "interpolation": "bilinear",
+        "mean": MEAN,
+        "std": STD,
+        "classes": [{"wnid": wnid, "name": name} for wnid, name in classes],
+    }
+    text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
+    (folder / "description.json").write_text(text, encoding="utf-8")
+    keywords = ", ".join(f"{key}={value}" for key, value in arguments.items())
+    return (
+        'python -c "import safetensors.torch, torchvision; '
+        f"torchvision.models.{config.model.name}({keywords}).load_state_dict("
+        "safetensors.torch.load_file('{out}/model.safetensors'))\""
+    )

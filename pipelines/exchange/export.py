@@ -1,0 +1,75 @@
+"""A trained model as other libraries read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipelines.config import GPTRunConfig, ImageNetRunConfig, RunConfig
+from pipelines.errors import AsgoError, UsageError
+from pipelines.exchange.gpt2_export import write_gpt2
+from pipelines.storage import staged_folder
+from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from pipelines.training.run_folder import RunFolder
+
+Format = Literal["hf", "torchvision"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, of what, and how to load it."""
+
+    checkpoint: Path
+    averaged: bool
+    """Whether it is the moving average of the weights, which was validated in their place."""
+    skipped: list[str]
+    """A line for each newer checkpoint that is damaged."""
+    usage: str
+    """A command that loads it."""
+
+
+def export_model(path: Path, form: Format, out: Path) -> Exported:
+    """Write the model of a checkpoint, or of a run's newest good one, as the folder `out`, whole or not at all.
+
+    Raises:
+        UsageError: `out` holds something already, or the model is not of the kind that the format is for.
+        AsgoError: there is no good checkpoint, or the disk refuses.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(f"{out}: exists already; choose another --out")
+    checkpoint, skipped = find_checkpoint(path)
+    config = checkpoint.config()
+    try:
+        with staged_folder(out.absolute()) as folder:
+            usage = _write(checkpoint, config, form, folder)
+    except OSError as error:
+        raise AsgoError(f"{out}: could not be written: {error.strerror}") from error
+    averaged = config.training.ema_decay is not None
+    return Exported(checkpoint.folder, averaged, skipped, usage.format(out=out))
+
+
+def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint, or a run's newest good one, and a line for each newer one that is damaged."""
+    run = RunFolder(path)
+    if not run.exists():
+        return open_checkpoint(path), []
+    checkpoint, skipped = newest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
+    return checkpoint, skipped
+
+
+def _write(checkpoint: Checkpoint, config: RunConfig, form: Format, folder: Path) -> str:
+    """Write the files; returns a command that loads them, with {out} for the folder."""
+    match config, form:
+        case GPTRunConfig(), "hf":
+            return write_gpt2(checkpoint, config, folder)
+        case ImageNetRunConfig(), "torchvision":
+            from pipelines.exchange.classifier_export import write_classifier  # takes a second to import
+
+            return write_classifier(checkpoint, config, folder)
+        case GPTRunConfig(), _:
+            raise UsageError(f"{checkpoint.folder}: of a GPT, which torchvision does not have; take --format hf")
+        case _:
+            raise UsageError(f"{checkpoint.folder}: of a classifier of torchvision; take --format torchvision")

@@ -1,0 +1,49 @@
+"""A checkpoint of a GPT as a folder that Hugging Face's `transformers` loads as GPT-2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from pipelines.config import GPTRunConfig
+from pipelines.data.tokenizers import CharsTokenizer, build_tokenizer
+from pipelines.exchange.gpt2_config import to_gpt2_config
+from pipelines.exchange.gpt2_weights import to_gpt2
+from pipelines.exchange.tokenizer_files import tokenizer_files
+from pipelines.training.checkpoint import Checkpoint
+from pipelines.training.gpt_task import build_gpt
+from pipelines.training.weights import require_same_names
+
+
+def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path) -> str:
+    """Write configuration, weights and tokenizer; returns a command that uses them, with {out} for the folder.
+
+    Raises `AsgoError` for weights that are not the model's.
+    """
+    settings = config.model
+    tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
+    tensors = checkpoint.model_tensors()
+    with torch.device("meta"):
+        own = build_gpt(settings, tokenizer.vocab_size)
+    require_same_names(dict(own.named_parameters()), tensors, str(checkpoint.folder))
+    weights = to_gpt2(tensors, settings.n_layers, tokenizer.vocab_size)
+    # Not by save_file, whose files nobody else on the machine may read.
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+    model = to_gpt2_config(settings, tokenizer.vocab_size, tokenizer.end_of_text)
+    files = {
+        "config.json": json.dumps(model, indent=1) + "\n",
+        "generation_config.json": json.dumps(ends, indent=1) + "\n",
+        **tokenizer_files(tokenizer, settings.context_length),
+    }
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    if not isinstance(tokenizer, CharsTokenizer):
+        return "lm_eval --model hf --model_args pretrained={out} --tasks lambada_openai"
+    # The texts of public tasks have characters that it does not know.
+    length = min(100, settings.context_length // 2)  # left to itself, it writes past the last position and fails
+    writing = f"pipeline('text-generation', '{{out}}')('TEXT', max_new_tokens={length})"
+    return f'python -c "from transformers import pipeline; print({writing})"'

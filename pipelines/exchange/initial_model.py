@@ -1,0 +1,138 @@
+"""The local Hugging Face GPT-2 that `init_from` names, from which a run takes the shape of its model. Free of torch."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config import GPTRunConfig, RunConfig
+from pipelines.errors import UsageError
+from pipelines.exchange.gpt2_config import from_gpt2_config, problems_of
+from pipelines.resolve import Layer, resolve
+from pipelines.storage import sha256_of
+
+_CONFIG = "config.json"
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLE = "pytorch_model*.bin"
+_LARGEST_PADDING = 255
+"""Rows that a table of symbols may have beyond the tokenizer's: models pad it to a multiple of 64 to 256."""
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A folder that was found to hold a GPT-2."""
+
+    folder: Path
+    shape: dict[str, Any]
+    """Keys of `GPTSettings`."""
+    weights: tuple[Path, ...]
+    """Safetensors files, which hold every tensor once."""
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Hexadecimal digest of the weights: of the file, or of the digests of several in their order."""
+        digests = [sha256_of(path) for path in self.weights]
+        return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def open_initial_model(folder: Path) -> InitialModel:
+    """Read the configuration and find the weights; `UsageError` for anything but a GPT-2 in safetensors."""
+    if not folder.is_dir():
+        raise UsageError(
+            f"{folder}: no such folder; --init-from takes one on this disk, "
+            "such as `hf download NAME --local-dir FOLDER` makes"
+        )
+    config = _read_json(folder / _CONFIG)
+    problems = problems_of(config)
+    if problems:
+        raise UsageError("\n".join(f"{folder / _CONFIG}: {problem}" for problem in problems))
+    return InitialModel(folder, from_gpt2_config(config), _weight_files(folder))
+
+
+def resolve_with_initial_model(layers: Sequence[Layer]) -> RunConfig:
+    """As `resolve`; where a layer names `init_from`, with the shape of that model laid over the lowest layer.
+
+    A run that is continued, whose configuration is the lowest layer, needs the folder no more.
+    Raises `UsageError` for a folder that is no GPT-2, and for settings that contradict it.
+    """
+    base, *given = layers
+    folder = next((layer.values["init_from"] for layer in reversed(layers) if "init_from" in layer.values), None)
+    if folder in (None, base.values.get("init_from")):
+        return resolve(layers)
+    initial = open_initial_model(Path(str(folder)))
+    values = {f"model.{key}": value for key, value in initial.shape.items()}
+    beginning = Layer(str(folder), {**values, "initial_weights_sha256": initial.sha256})
+    config = resolve([base, beginning, *given])
+    assert isinstance(config, GPTRunConfig)
+    refuse_contradictions(config, initial)
+    return config
+
+
+def refuse_contradictions(config: GPTRunConfig, initial: InitialModel) -> None:
+    """`UsageError` with a line for each setting of the model that its weights do not allow.
+
+    A shorter context and a model without biases are fine: the former is a part of it, the latter is for its weights to
+    say.
+    """
+    asked = config.model.model_dump()
+    problems = [
+        f"model.{key} is {asked[key]}, but {value} in {initial.folder}: leave it out"
+        for key, value in initial.shape.items()
+        if key not in ("context_length", "bias") and asked[key] != value
+    ]
+    longest = initial.shape["context_length"]
+    if config.model.context_length > longest:
+        problems.append(f"model.context_length is {config.model.context_length}, but {initial.folder} allows {longest}")
+    if config.initial_weights_sha256 not in (None, initial.sha256):
+        problems.append(f"{initial.folder}: its weights are not those that initial_weights_sha256 names")
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def refuse_other_vocabulary(config: GPTRunConfig, vocab_size: int) -> None:
+    """`UsageError` unless the data's tokenizer has as many symbols as the initial model, but for its padding."""
+    symbols = config.model.vocab_multiple
+    if config.init_from is not None and not vocab_size <= symbols <= vocab_size + _LARGEST_PADDING:
+        raise UsageError(
+            f"{config.init_from}: a model of {symbols:,} symbols, but {config.data.folder} has {vocab_size:,}; "
+            "give it --data made with the model's own tokenizer"
+        )
+
+
+def _weight_files(folder: Path) -> tuple[Path, ...]:
+    if (folder / _WEIGHTS).is_file():
+        return (folder / _WEIGHTS,)
+    if (folder / _INDEX).is_file():
+        try:
+            names = sorted({Path(name).name for name in _read_json(folder / _INDEX)["weight_map"].values()})
+        except (KeyError, AttributeError, TypeError):
+            raise UsageError(f"{folder / _INDEX}: damaged: it names no files of weights") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UsageError(f"{folder / missing[0]}: missing from the model")
+        return tuple(folder / name for name in names)
+    pickled = sorted(folder.glob(_PICKLE))
+    if pickled:
+        raise UsageError(
+            f"{pickled[0]}: a pickle, which can run any code and is never opened here; "
+            "save it anew with the save_pretrained of transformers, which writes safetensors"
+        )
+    raise UsageError(f"{folder}: has no {_WEIGHTS}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent}: not a Hugging Face model: it has no {path.name}") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: damaged: not a JSON object")
+    return content

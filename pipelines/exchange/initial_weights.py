@@ -1,0 +1,51 @@
+"""The weights with which a run begins, from the folder that `init_from` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import nn
+
+from pipelines.config import GPTRunConfig
+from pipelines.errors import AsgoError, UsageError
+from pipelines.exchange.gpt2_weights import from_gpt2
+from pipelines.exchange.initial_model import InitialModel, open_initial_model, refuse_contradictions
+from pipelines.training.weights import Tensors, copy_into, model_tensors
+
+
+def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:
+    """Give the model, whole or in shares, the weights that `init_from` names; nothing where it names none.
+
+    Every process reads them for itself. Raises `UsageError` where they do not fit the configuration, and `AsgoError`
+    where they are damaged.
+    """
+    if config.init_from is None:
+        return
+    initial = open_initial_model(Path(config.init_from))
+    refuse_contradictions(config, initial)
+    settings = config.model
+    tensors = from_gpt2(_read(initial), settings.n_layers, settings.tied_head, config.init_from)
+    positions = tensors["position_embedding.weight"]
+    tensors["position_embedding.weight"] = positions[: settings.context_length]
+    if not settings.bias:
+        tensors = _without_biases(tensors, config.init_from)
+    copy_into(model_tensors(model), tensors, config.init_from)
+
+
+def _read(initial: InitialModel) -> Tensors:
+    tensors: Tensors = {}
+    for path in initial.weights:
+        try:
+            tensors |= safetensors.torch.load_file(path)
+        except SafetensorError as error:
+            raise AsgoError(f"{path}: damaged: {error}") from None
+    return tensors
+
+
+def _without_biases(tensors: Tensors, folder: str) -> Tensors:
+    biases = [name for name in tensors if name.endswith(".bias")]
+    if any(tensors[name].any() for name in biases):
+        raise UsageError(f"model.bias is False, but {folder} has biases that are not zero: leave it out")
+    return {name: tensor for name, tensor in tensors.items() if name not in biases}

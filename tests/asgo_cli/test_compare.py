@@ -1,0 +1,119 @@
+"""`asgo compare` as a user types it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipelines.analysis.comparison.figures import FIGURES
+from pipelines.analysis.comparison.report import check_report_folder
+from pipelines.errors import UsageError
+from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+FINALS = {"asgo": (3.0, 3.01, 3.02), "adamw": (3.2, 3.21, 3.25)}
+
+
+def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "asgo_cli", "compare", *arguments],
+        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `runs`: two optimizers with three seeds each, and one run that was stopped."""
+    folder = tmp_path_factory.mktemp("compare")
+    for optimizer, finals in FINALS.items():
+        for seed, final in enumerate(finals):
+            path = folder / "runs" / f"{optimizer}-s{seed}"
+            write_run(path, falling_to(final), [4.0] * 160, optimizer=optimizer, seed=seed)
+    write_run(folder / "runs/muon", {0: 5.0, 80: 4.0}, [4.0] * 90, optimizer="muon")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compared(folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command, with a target."""
+    return compare(folder, "runs", "--target", "3.1")
+
+
+def test_the_terminal_tells_who_won_and_where_the_report_is(compared: subprocess.CompletedProcess[str]) -> None:
+    assert compared.returncode == 0, compared.stderr
+    asgo = next(line for line in compared.stdout.splitlines() if line.startswith("│ asgo"))
+    assert [cell.strip() for cell in asgo.strip("│").split("│")][:2] == ["asgo", "3"]
+    assert f"{np.mean(FINALS['asgo']):.4f} ± " in asgo
+    assert max(map(len, compared.stdout.splitlines())) <= 80
+    *warnings, won, page, following = compared.stderr.splitlines()
+    assert any(line.startswith("warning: ") and "muon (at step 90 of 160)" in line for line in warnings)
+    assert won.startswith("asgo wins: it ends at 3.0100, 0.2100 (95% interval")
+    assert page == "report/index.html: the report; figures and tables are beside it"
+    assert following == "next: python -m webbrowser report/index.html"
+
+
+def test_the_report_holds_the_page_the_figures_and_the_tables(
+    folder: Path, compared: subprocess.CompletedProcess[str]
+) -> None:
+    assert compared.returncode == 0, compared.stderr
+    report = folder / "report"
+    assert "asgo compare runs --target 3.1" in (report / "index.html").read_text(encoding="utf-8")
+    drawn = {path.stem for path in (report / "figures").iterdir()}
+    assert drawn == {*FIGURES} - {"sensitivity"}
+    with (report / "tables/entries.csv").open() as file:
+        rows = {row["entry"]: row for row in csv.DictReader(file)}
+    for optimizer, finals in FINALS.items():
+        assert float(rows[optimizer]["final_loss"]) == pytest.approx(np.mean(finals), rel=1e-12)
+    assert rows["adamw"]["steps_to_target"] == ""
+    assert (report / "tables/runs.md").read_text(encoding="utf-8").startswith("| run | entry | seed |")
+
+
+def test_json_is_the_numbers_and_replaces_an_earlier_report(
+    folder: Path, compared: subprocess.CompletedProcess[str]
+) -> None:
+    before = (folder / "report/index.html").stat().st_mtime_ns
+    result = compare(folder, "runs/asgo-s0", "runs/adamw-s0", "--json", "--confidence", "0.9")
+    numbers = json.loads(result.stdout)
+    assert numbers["contenders"] == ["asgo", "adamw"]
+    assert [row["final_loss"] for row in numbers["entries"]] == [3.0, 3.2]
+    assert numbers["verdicts"][0]["outcome"] == "cannot tell"
+    assert (numbers["confidence"], numbers["target"]["loss"]) == (0.9, 3.2)
+    assert (folder / "report/index.html").stat().st_mtime_ns > before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_not_a_report_stays_as_it_is(folder: Path) -> None:
+    kept = (folder / "runs/muon/metrics.jsonl").read_bytes()
+    result = compare(folder, "runs", "--out", "runs")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: runs: exists and is not a report; choose another --out\n"
+    assert (folder / "runs/muon/metrics.jsonl").read_bytes() == kept
+
+
+def test_a_report_with_something_of_the_users_in_it_is_not_replaced(
+    folder: Path, compared: subprocess.CompletedProcess[str]
+) -> None:
+    note = folder / "report/figures/mine.png"
+    note.touch()
+    with pytest.raises(UsageError, match=r"report: holds figures/mine.png beside a report; move it away, or"):
+        check_report_folder(folder / "report")
+    note.unlink()
+    check_report_folder(folder / "report")
+    (folder / "file").touch()
+    with pytest.raises(UsageError, match=r"file: exists and is not a folder; choose another --out"):
+        check_report_folder(folder / "file")
+
+
+def test_a_path_without_runs_is_one_line(folder: Path) -> None:
+    result = compare(folder, "nowhere", "--out", "new")
+    assert result.returncode == 2
+    assert result.stderr == "error: nowhere: no such folder; give runs, or folders of runs\n"
+    assert not (folder / "new").exists()

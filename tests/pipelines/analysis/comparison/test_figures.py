@@ -1,0 +1,126 @@
+"""The figures: what they show is what was compared, and what cannot be drawn is left out."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from pipelines.analysis.comparison import figures
+from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.figures import FIGURES, MOST_SHOWN, shown, without_outliers, write_figures
+from pipelines.analysis.comparison.results import Comparison
+from pipelines.analysis.figure_style import line_style
+from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
+
+TRAIN = [4.0] * 160
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Two optimizers with two seeds, other learning rates of one, and a diverged and an unfinished run."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        for optimizer, final in (("asgo", 3.0), ("adamw", 3.2)):
+            name = f"{optimizer}{seed}"
+            write_run(folder / name, falling_to(final + seed / 10), TRAIN, optimizer=optimizer, seed=seed)
+    write_run(folder / "low", falling_to(3.5), TRAIN, optimizer="asgo", optimizer__lr=1e-4)
+    write_run(folder / "high", {0: 5.0, 80: 6.0}, TRAIN[:90], optimizer="asgo", optimizer__lr=0.5)
+    write_run(folder / "stopped", {0: 5.0, 80: 3.7}, TRAIN[:40], optimizer="asgo", optimizer__lr=0.1)
+    return compare_runs([folder])
+
+
+def drawn(comparison: Comparison, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+    """The figures, before they become files."""
+    kept: dict[str, Figure] = {}
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: kept.setdefault(path.stem, figure))
+    write_figures(comparison, folder)
+    return kept
+
+
+def test_every_figure_is_written_as_png_and_pdf(comparison: Comparison, tmp_path: Path) -> None:
+    assert write_figures(comparison, tmp_path) == FIGURES
+    for name in FIGURES:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    assert len(list(tmp_path.iterdir())) == 2 * len(FIGURES)
+
+
+@pytest.mark.parametrize(("abscissa", "last"), [("steps", 160), ("tokens", 160 * 2048), ("seconds", 80)])
+def test_losses_are_drawn_over_steps_tokens_and_seconds(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abscissa: str, last: float
+) -> None:
+    training, validation = drawn(comparison, tmp_path, monkeypatch)[f"loss-{abscissa}"].axes
+    asgo, adamw, target = validation.lines
+    np.testing.assert_allclose(asgo.get_xdata(), [0, last / 2, last])
+    np.testing.assert_allclose(asgo.get_ydata(), [5.0, (5 + 3.05) / 2, 3.05])
+    np.testing.assert_allclose(adamw.get_ydata(), [5.0, (5 + 3.25) / 2, 3.25])
+    assert (asgo.get_color(), adamw.get_color()) == (line_style(0)["color"], line_style(1)["color"])
+    np.testing.assert_allclose(target.get_ydata(), 3.25)
+    band = validation.collections[0].get_paths()[0].vertices
+    assert {round(y, 6) for x, y in band if x == last} == {3.0, 3.1}
+    assert len(training.lines) == 2
+
+
+def test_a_diverged_run_is_drawn_beside_the_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "good", falling_to(3.0), TRAIN, seed=1)
+    write_run(tmp_path / "lost", {0: 5.0, 160: 7.0}, TRAIN, seed=2)
+    training, validation = drawn(compare_runs([tmp_path]), tmp_path, monkeypatch)["loss-steps"].axes
+    assert [line.get_ydata()[-1] for line in validation.lines] == [3.0, 7.0]
+    assert len(training.lines) == 2
+
+
+def test_final_losses_show_every_seed_and_the_interval(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (axes,) = drawn(comparison, tmp_path, monkeypatch)["final-losses"].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [entry.label for entry in shown(comparison)]
+    interval, seeds, mean = axes.lines[:3]
+    final = comparison.contenders[0].final
+    assert final is not None
+    assert list(interval.get_xdata()) == [final.low, final.high]
+    assert list(seeds.get_xdata()) == [3.0, 3.1]
+    assert list(mean.get_xdata()) == [pytest.approx(3.05)]
+
+
+def test_learning_rates_show_what_diverged_and_what_was_stopped(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (axes,) = drawn(comparison, tmp_path, monkeypatch)["sensitivity"].axes
+    assert axes.get_xscale() == "log"
+    (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
+    assert list(cross.get_xdata()) == [0.5]
+    assert cross.get_ydata()[0] > 0.9  # of the height
+    (hollow,) = [line for line in axes.lines if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+    assert (list(hollow.get_xdata()), list(hollow.get_ydata())) == ([0.1], [3.7])
+
+
+def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/one", falling_to(3.0), TRAIN)
+    one = write_figures(compare_runs([tmp_path / "runs"]), tmp_path / "one")
+    assert one == ("loss-steps", "loss-tokens", "loss-seconds", "final-losses", "optimizer-cost")
+    write_run(tmp_path / "begun/none", {})
+    assert write_figures(compare_runs([tmp_path / "begun"]), tmp_path / "none") == ()
+
+
+def test_a_label_that_looks_like_a_formula_is_drawn_as_it_is(comparison: Comparison, tmp_path: Path) -> None:
+    first, *others = comparison.contenders
+    named = dataclasses.replace(first, label=r"$\frac$ a_b^c")
+    assert write_figures(dataclasses.replace(comparison, contenders=(named, *others)), tmp_path) == FIGURES
+
+
+def test_figures_show_no_more_contenders_than_there_are_lines_to_tell_apart(comparison: Comparison) -> None:
+    entry = comparison.contenders[0]
+    many = tuple(dataclasses.replace(entry, label=str(index)) for index in range(100))
+    kept = shown(dataclasses.replace(comparison, contenders=many))
+    assert [entry.label for entry in kept] == [str(index) for index in range(MOST_SHOWN)]
+    assert len({tuple(line_style(index).items()) for index in range(MOST_SHOWN)}) == MOST_SHOWN
+
+
+def test_one_far_off_does_not_press_the_others_into_a_line() -> None:
+    assert without_outliers(3.0, [3.0, 3.1, 3.1, 3.2, 9.0]) == 3.2
+    assert without_outliers(3.0, [3.0, 9.0]) == 9.0
+    assert without_outliers(3.0, [3.0]) == 3.0

@@ -1,0 +1,282 @@
+"""A run begins with the weights of a Hugging Face GPT-2; what is none is refused by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from pipelines.config import GPTRunConfig, RunConfig
+from pipelines.data.batches import ValidationBatches, open_token_data
+from pipelines.errors import AsgoError, UsageError
+from pipelines.exchange.export import export_model
+from pipelines.exchange.initial_model import resolve_with_initial_model
+from pipelines.resolve import Layer, preset_layer
+from pipelines.training.checkpoint import checkpoint_folders
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.train import train
+from tests.conftest import SMALL, SilentReporter
+from tests.pipelines.training.processes import Job, carry_out
+
+Begin = Callable[..., RunConfig]
+
+SHAPE = {"n_positions": 16, "n_embd": 24, "n_layer": 2, "n_head": 2}
+OWN_SHAPE = [key for key in SMALL if key.startswith("model.")]
+STILL = {"optimizer__name": "adam", "optimizer__lr": 0.0, "optimizer__weight_decay": 0.0}
+"""A run that changes nothing."""
+
+
+@pytest.fixture
+def symbols(token_folder: Path) -> int:
+    """The size of the data's vocabulary."""
+    return open_token_data(token_folder).vocab_size
+
+
+@pytest.fixture
+def save(tmp_path: Path, symbols: int) -> Callable[..., Path]:
+    """Save a GPT-2 of transformers, all of whose weights are random, and return its folder."""
+
+    def make(name: str = "gpt2", **changes: Any) -> Path:
+        torch.manual_seed(1)
+        model = GPT2LMHeadModel(GPT2Config(**{**SHAPE, "vocab_size": symbols, "bos_token_id": 0, **changes}))
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(torch.randn_like(param) * 0.3)
+        model.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def begin(token_folder: Path) -> Begin:
+    """The configuration of a small run that begins with a folder, as the command line makes it."""
+
+    def make(folder: Path, **changes: Any) -> RunConfig:
+        small = {key: value for key, value in SMALL.items() if key not in OWN_SHAPE}
+        values = {key.replace("__", "."): value for key, value in changes.items()}
+        asked = {**small, "data.folder": str(token_folder), "init_from": str(folder), **values}
+        return resolve_with_initial_model([preset_layer("gpt", "tiny"), Layer("test", asked)])
+
+    return make
+
+
+def first_loss(run: Path) -> float:
+    """The validation loss before the first step."""
+    row = next(row for row in RunFolder(run).rows() if row["split"] == "val")
+    assert row["step"] == 0
+    return row["loss"]
+
+
+def loss_of(model: GPT2LMHeadModel, config: RunConfig) -> float:
+    """The loss that transformers computes on the run's validation windows."""
+    assert isinstance(config, GPTRunConfig)
+    data = open_token_data(Path(config.data.folder))
+    windows = ValidationBatches(data, config.model.context_length, config.validation_samples)
+    inputs, targets = windows.read(range(len(windows)))
+    with torch.no_grad():
+        logits = model.eval()(inputs).logits.double()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint_folders(run / "checkpoints")[-1] / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({}, {}),
+        ({"activation_function": "gelu", "tie_word_embeddings": False, "n_inner": 40}, {}),
+        ({"n_positions": 32}, {"model__context_length": 16, "training__ema_decay": 0.9}),
+        ({"vocab_size": 64}, {}),
+    ],
+    ids=["as published", "exact GELU, own head, width within", "a part of the context, averaged", "padded"],
+)
+def test_the_first_loss_is_that_of_transformers(
+    theirs: dict[str, Any], ours: dict[str, Any], save: Callable[..., Path], begin: Begin,
+    tmp_path: Path, reporter: SilentReporter,
+) -> None:  # fmt: skip
+    folder = save(**theirs)
+    config = begin(folder, **ours)
+    train(config, tmp_path / "run", reporter)
+    expected = loss_of(AutoModelForCausalLM.from_pretrained(folder), config)
+    assert abs(first_loss(tmp_path / "run") - expected) < 1e-4
+    assert abs(RunFolder(tmp_path / "run").rows()[-1]["loss"] - expected) > 1e-3, "it trains"
+
+
+def test_there_and_back_again_every_bit_is_the_same(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    for name, tied, activation in (("tied", True, "gelu_new"), ("untied", False, "gelu")):
+        folder = save(name, tie_word_embeddings=tied, activation_function=activation)
+        train(begin(folder, **STILL), tmp_path / f"run-{name}", reporter)
+        export_model(tmp_path / f"run-{name}", "hf", tmp_path / f"out-{name}")
+        out = tmp_path / f"out-{name}"
+        assert json.loads((out / "config.json").read_text())["activation_function"] == activation
+        before, after = (load_file(each / "model.safetensors") for each in (folder, out))
+        assert before.keys() == after.keys()
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor), key
+
+
+def test_a_run_of_ours_goes_on_after_its_export(
+    small_config: Begin, begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """Also without biases, which GPT-2 always has: zeros there."""
+    train(small_config(model__bias=False), tmp_path / "first", reporter)
+    export_model(tmp_path / "first", "hf", tmp_path / "out")
+    train(begin(tmp_path / "out", model__bias=False, **STILL), tmp_path / "second", reporter)
+    first, second = final_weights(tmp_path / "first"), final_weights(tmp_path / "second")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_model_in_several_files_or_half_precision_or_with_masks_is_the_same(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """Masks lie in the published files of GPT-2, and names without the prefix."""
+    folder = save()
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 16, 16).tril() for layer in range(2)}
+    save_file({**weights, **masks}, folder / "model.safetensors")
+    shutil.copytree(folder, tmp_path / "parts")
+    (tmp_path / "parts/model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, its in parts.items():
+        save_file({name: weights[name] for name in its}, tmp_path / "parts" / file)
+    index = {"weight_map": {name: file for file, its in parts.items() for name in its}}
+    (tmp_path / "parts/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    for name in ("gpt2", "parts"):
+        train(begin(tmp_path / name, **STILL), tmp_path / f"run-{name}", reporter)
+        assert torch.equal(
+            final_weights(tmp_path / f"run-{name}")["token_embedding.weight"], weights["wte.weight"].float()
+        )
+    assert first_loss(tmp_path / "run-gpt2") == first_loss(tmp_path / "run-parts")
+
+
+def test_a_run_resumes_exactly_without_the_folder(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    folder = save()
+    config = begin(folder, checkpoint__keep=3)
+    train(config, tmp_path / "run", reporter)
+    assert RunFolder(tmp_path / "run").config() == config
+    expected = final_weights(tmp_path / "run")
+    for later in checkpoint_folders(tmp_path / "run/checkpoints")[1:]:
+        shutil.rmtree(later)
+    shutil.rmtree(folder)
+    train(config, tmp_path / "run", reporter, resume=True)
+    resumed = final_weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_does_not_begin_with_weights_that_were_changed_since(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    folder = save()
+    config = begin(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.bias"][0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UsageError, match="its weights are not those that initial_weights_sha256 names"):
+        train(config, tmp_path / "run", reporter)
+
+
+def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    folder = save()
+    brief = {"training__steps": 1, "training__micro_batch_size": 2, "evaluation__batches": 4}
+    train(begin(folder, **brief), tmp_path / "one", reporter)
+    shared = begin(folder, runtime__shard_model=True, **brief)
+    carry_out([Job(shared, tmp_path / "two")], 2, tmp_path)
+    assert abs(first_loss(tmp_path / "one") - first_loss(tmp_path / "two")) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama'; only gpt2 can be taken"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; only these can be taken: gelu, gelu_new"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False; only True can be taken"),
+        ({"add_cross_attention": True}, "add_cross_attention is True"),
+        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
+        ({"n_layer": "two"}, "n_layer must be a positive whole number"),
+        ({"n_inner": 0}, "n_inner must be a positive whole number or null"),
+    ],
+)
+def test_what_is_no_gpt2_is_refused_by_name(
+    changes: dict[str, Any], message: str, save: Callable[..., Path], begin: Begin
+) -> None:
+    folder = save()
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}), encoding="utf-8")
+    with pytest.raises(UsageError) as error:
+        begin(folder)
+    assert str(error.value).startswith(f"{path}: {message}")
+
+
+def test_settings_that_contradict_it_are_refused_a_line_each(save: Callable[..., Path], begin: Begin) -> None:
+    folder = save()
+    with pytest.raises(UsageError) as error:
+        begin(folder, model__n_layers=3, model__tied_head=False, model__context_length=17)
+    assert str(error.value).splitlines() == [
+        f"model.n_layers is 3, but 2 in {folder}: leave it out",
+        f"model.tied_head is False, but True in {folder}: leave it out",
+        f"model.context_length is 17, but {folder} allows 16",
+    ]
+
+
+def test_biases_are_not_dropped_in_silence(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    with pytest.raises(UsageError, match="has biases that are not zero"):
+        train(begin(save(), model__bias=False), tmp_path / "run", reporter)
+
+
+@pytest.mark.parametrize("difference", [-1, 256])
+def test_a_model_of_another_vocabulary_is_refused(
+    difference: int, symbols: int, save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    config = begin(save(vocab_size=symbols + difference))
+    with pytest.raises(UsageError, match=rf"a model of {symbols + difference} symbols, but .* has {symbols}"):
+        train(config, tmp_path / "run", reporter)
+
+
+def test_damaged_folders_are_refused_in_one_line(
+    save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    with pytest.raises(UsageError, match="nowhere: no such folder"):
+        begin(tmp_path / "nowhere")
+    folder = save()
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    tensors = load_file(weights)
+    for without, message in (("transformer.h.1.attn.c_attn.bias", "has no 'h.1.attn.c_attn.bias'"), (None, "'extra'")):
+        kept = {name: tensor for name, tensor in tensors.items() if name != without}
+        save_file(kept if without else {**kept, "extra": torch.zeros(1)}, weights)
+        with pytest.raises(AsgoError, match=message):
+            train(begin(folder), tmp_path / "run", reporter)
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(AsgoError, match=r"model\.safetensors: damaged"):
+        train(begin(folder), tmp_path / "run", reporter)
+    weights.rename(folder / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"pytorch_model\.bin: a pickle, .* never opened here"):
+        begin(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(UsageError, match=r"has no model\.safetensors"):
+        begin(folder)
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"config\.json: damaged"):
+        begin(folder)
