@@ -43,9 +43,9 @@ class SweepProgress:
     ) -> None:
         self._progress.stop()
 
-    def waiting(self) -> None:
+    def note(self, message: str) -> None:
         """Say why nothing happens yet."""
-        console.say("waiting for the runs of another sweep in this folder to save and end")
+        console.say(message)
 
     def started(self, run: Standing, slot: int) -> None:
         """Give the run a line."""

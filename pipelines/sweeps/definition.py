@@ -1,4 +1,4 @@
-"""A sweep's file: common settings, a list of runs, a grid and seeds, and the configurations they make."""
+"""A sweep's file: common settings, a list of runs, a grid, seeds and a search, and the configurations they make."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 from pipelines.config import GPTRunConfig, RunConfig, flatten
 from pipelines.errors import UsageError
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names, resolve
+from pipelines.sweeps.search_table import Search, read_search
 
 _SHIPPED = resources.files("pipelines") / "presets" / "sweeps"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -54,17 +55,25 @@ class Sweep:
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     seeds: tuple[int, ...] = ()
+    search: Search | None = None
 
 
 @dataclass(frozen=True)
-class _Variant:
-    """A run before its seed."""
+class Variant:
+    """A run before its seed; in a search, a contender."""
 
     name: str
     settings: dict[str, Any]
+    origin: str
+    base: tuple[Layer, ...] = ()
+    """What is common to all."""
+
+    def resolve(self, settings: Mapping[str, Any]) -> RunConfig:
+        """The configuration with `settings` on top of its own. Raises `UsageError` like `pipelines.resolve.resolve`."""
+        return resolve([*self.base, Layer(self.origin, {**self.settings, **settings})])
 
 
-class _Problems:
+class Problems:
     """Lines about runs, each told once with the names of the runs it is about."""
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -112,15 +121,12 @@ def resolve_runs(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> l
     Without `seeds` and seeds in the file, each has its preset's. Raises `UsageError` with a line for every problem of
     any run, named where not all have it.
     """
-    variants = _variants(sweep)
-    _refuse_to_overrule(variants, set_layer)
-    base = [preset_layer(sweep.task, sweep.preset), Layer(sweep.origin, sweep.common), set_layer]
-    runs, problems = [], _Problems([variant.name for variant in variants])
+    variants = resolve_variants(sweep, set_layer)
+    runs, problems = [], Problems([variant.name for variant in variants])
     # The first seed of every variant comes before the second of any: what is there early can be compared.
     for seed, variant in itertools.product(tuple(seeds) or sweep.seeds or (None,), variants):
-        own = Layer(sweep.origin, variant.settings if seed is None else {**variant.settings, "seed": seed})
         try:
-            config = resolve([*base, own])
+            config = variant.resolve({} if seed is None else {"seed": seed})
         except UsageError as error:
             problems.add(variant.name, error)
         else:
@@ -129,8 +135,18 @@ def resolve_runs(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> l
     return runs
 
 
+def resolve_variants(sweep: Sweep, set_layer: Layer) -> list[Variant]:
+    """The list, at each point of the grid. Raises `UsageError` for a --set that would make their names untrue."""
+    base = (preset_layer(sweep.task, sweep.preset), Layer(sweep.origin, sweep.common), set_layer)
+    variants = _variants(sweep, base)
+    _refuse_to_overrule(variants, set_layer)
+    return variants
+
+
 def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
-    common = {key: value for key, value in values.items() if key.split(".")[0] not in ("runs", "grid", "seeds")}
+    common = {
+        key: value for key, value in values.items() if key.split(".")[0] not in ("runs", "grid", "seeds", "search")
+    }
     grid = {key.removeprefix("grid."): value for key, value in values.items() if key.startswith("grid.")}
     runs, problems = _named_runs(values.get("runs", []))
     seeds = values.get("seeds", [])
@@ -143,9 +159,21 @@ def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
         problems.append(f"seeds is {seeds!r}: write it as a list of whole numbers, such as seeds = [1, 2, 3]")
     problems += _shape_problems(values, grid)
     problems += _misplaced_seeds(common, grid, runs)
+    search = None
+    try:
+        search = _search_of(values)
+    except UsageError as error:
+        problems += str(error).splitlines()
     if problems:
         raise UsageError("\n".join(f"{origin}: {line}" for line in problems))
-    return Sweep(name, origin, str(task), str(preset), common, runs, grid, tuple(dict.fromkeys(seeds)))
+    return Sweep(name, origin, str(task), str(preset), common, runs, grid, tuple(dict.fromkeys(seeds)), search)
+
+
+def _search_of(values: Mapping[str, Any]) -> Search | None:
+    if "search" in values:
+        raise UsageError("search: should be a table, under a line [search]")
+    table = {key.removeprefix("search."): value for key, value in values.items() if key.startswith("search.")}
+    return read_search(table) if table else None
 
 
 def _named_runs(tables: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -189,7 +217,7 @@ def _misplaced_seeds(common: Mapping[str, Any], grid: Mapping[str, Any], runs: M
     ]
 
 
-def _variants(sweep: Sweep) -> list[_Variant]:
+def _variants(sweep: Sweep, base: tuple[Layer, ...]) -> list[Variant]:
     """Each run, or the common settings where there is no list, at each point of the grid."""
     points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     variants = []
@@ -198,7 +226,7 @@ def _variants(sweep: Sweep) -> list[_Variant]:
         problems += [f"run {name}: {key} is set, and varied by the grid too" for key in settings if key in sweep.grid]
         for point in points:
             parts = [name, *(_short(key, value) for key, value in point.items())]
-            variants.append(_Variant("-".join(filter(None, parts)), {**settings, **point}))
+            variants.append(Variant("-".join(filter(None, parts)), {**settings, **point}, sweep.origin, base))
     names = [variant.name for variant in variants]
     problems += [f"two runs are named {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
@@ -213,7 +241,7 @@ def _short(key: str, value: Any) -> str:
     return label + re.sub(r"[^A-Za-z0-9.-]+", "_", text)
 
 
-def _refuse_to_overrule(variants: Sequence[_Variant], set_layer: Layer) -> None:
+def _refuse_to_overrule(variants: Sequence[Variant], set_layer: Layer) -> None:
     """`UsageError` for a --set of what the runs differ in, which would make their names untrue."""
     problems = []
     for key in set_layer.values:

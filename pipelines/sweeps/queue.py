@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import tomli_w
 
@@ -27,10 +27,9 @@ from pipelines.training.run_folder import RunFolder
 
 _POLL_S = 0.2
 _LOCK_WAIT_S = 60.0
-_TAIL_BYTES = 4096
 _STOPPED = (RunInterrupted.exit_code, -signal.SIGTERM)
 """Exit codes of a run that was asked to stop: saved, or before it had begun."""
-_FOLDER = "sweep"
+FOLDER = "sweep"
 """Beside the runs, whose names end with their seeds: their configurations and logs, and the lock."""
 
 
@@ -43,11 +42,58 @@ class Failure:
     log: Path
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a run's process ended."""
+
+    kind: Literal["done", "stopped", "failed"]
+    words: str
+    """For people; of a failure, the reason."""
+
+
+class Source(Protocol):
+    """Where the runs come from."""
+
+    @property
+    def waiting(self) -> str | None:
+        """What more runs depend on, in words, when `next` has none; None if nothing can bring more."""
+
+    def next(self) -> Standing | None:
+        """A run to start now, if there is one."""
+
+    def recorded(self, run: Standing, row: Row) -> bool:
+        """A validation was recorded; returns whether the run is to be given up."""
+
+    def ended(self, run: Standing, ending: Ending) -> Ending:
+        """A run's process has ended; returns what that means here."""
+
+
+class FixedRuns:
+    """A list of runs, each started once."""
+
+    waiting = None
+
+    def __init__(self, runs: Sequence[Standing]) -> None:
+        self._runs = list(runs)
+
+    def next(self) -> Standing | None:
+        """In their order."""
+        return self._runs.pop(0) if self._runs else None
+
+    def recorded(self, run: Standing, row: Row) -> bool:
+        """None is given up."""
+        return False
+
+    def ended(self, run: Standing, ending: Ending) -> Ending:
+        """It means what it says."""
+        return ending
+
+
 class QueueReporter(Protocol):
     """Receives what happens to the runs."""
 
-    def waiting(self) -> None:
-        """The runs of an earlier sweep have not ended yet."""
+    def note(self, message: str) -> None:
+        """Why nothing happens yet."""
 
     def started(self, run: Standing, slot: int) -> None:
         """A run's process was started."""
@@ -56,7 +102,7 @@ class QueueReporter(Protocol):
         """The newest training record of a run."""
 
     def ended(self, run: Standing, slot: int, how: str) -> None:
-        """A run's process has ended: `done`, `stopped`, or with the reason of a failure."""
+        """A run's process has ended, in words."""
 
 
 @dataclass
@@ -67,6 +113,8 @@ class _Process:
     log: Path
     log_start: int
     """Where this process's lines begin, after those of earlier ones."""
+    records: RecordsFollower
+    given_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,19 +126,16 @@ class Program:
 
 
 def carry_out(
-    runs: Sequence[Standing], out: Path, slots: Sequence[Slot], program: Program, reporter: QueueReporter
+    source: Source, out: Path, slots: Sequence[Slot], program: Program, reporter: QueueReporter
 ) -> list[Failure]:
-    """Train the runs that are not done, one a slot, in their order; returns those that failed.
+    """Train the source's runs in `out`, one a slot; returns those that failed.
 
     `program` is `asgo`. A first signal is passed on; when all runs have ended, raises `RunInterrupted`. Raises
     `UsageError` where another sweep is at work in `out`.
     """
-    waiting = [run for run in runs if run.state != "done"]
-    if not waiting:
-        return []
-    folder = out / _FOLDER
+    folder = out / FOLDER
     with _locked(folder, reporter) as lock, stop_on_signals() as stop:
-        queue = _Queue(waiting, folder, slots, program, reporter, lock)
+        queue = _Queue(source, folder, slots, program, reporter, lock)
         queue.work(stop)
     return queue.failures
 
@@ -98,7 +143,7 @@ def carry_out(
 class _Queue:
     def __init__(
         self,
-        waiting: list[Standing],
+        source: Source,
         folder: Path,
         slots: Sequence[Slot],
         program: Program,
@@ -106,25 +151,28 @@ class _Queue:
         lock: int,
     ) -> None:
         self.failures: list[Failure] = []
-        self._waiting = waiting
+        self._source = source
         self._folder = folder
         self._slots = slots
         self._program = program
         self._reporter = reporter
         self._lock = lock
         self._busy: dict[int, _Process] = {}
+        self._told: str | None = None
 
     def work(self, stop: StopRequest) -> None:
         """Start and watch processes until there is nothing left to do, or all have ended after a signal."""
         passed_on = False
         try:
-            while self._busy or (self._waiting and not stop):
+            while True:
                 if not stop:
                     self._fill_slots()
                 elif not passed_on:
                     passed_on = True
                     for process in self._busy.values():
                         process.child.terminate()
+                if not self._busy and (stop or not self._waits()):
+                    break
                 time.sleep(_POLL_S)
                 for process in list(self._busy.values()):
                     self._look_at(process, bool(stop))
@@ -137,9 +185,20 @@ class _Queue:
             raise RunInterrupted(f"{stop.signal_name}: {told}; the same command goes on")
 
     def _fill_slots(self) -> None:
-        free = [slot for slot in range(len(self._slots)) if slot not in self._busy]
-        for slot in free[: len(self._waiting)]:
-            self._busy[slot] = self._start(self._waiting.pop(0), slot)
+        for slot in range(len(self._slots)):
+            if slot not in self._busy:
+                run = self._source.next()
+                if run is None:
+                    return
+                self._busy[slot] = self._start(run, slot)
+
+    def _waits(self) -> bool:
+        """Whether more runs may come although none is at work; says what for, once."""
+        waiting = self._source.waiting
+        if waiting is not None and waiting != self._told:
+            self._reporter.note(waiting)
+        self._told = waiting
+        return waiting is not None
 
     def _start(self, run: Standing, slot: int) -> _Process:
         name = run.run.name
@@ -159,38 +218,61 @@ class _Queue:
                 pass_fds=[self._lock],
             )  # fmt: skip
         self._reporter.started(run, slot)
-        return _Process(run, slot, child, log, log_start)
+        return _Process(run, slot, child, log, log_start, RecordsFollower(RunFolder(run.folder).metrics_path))
 
     def _look_at(self, process: _Process, stopping: bool) -> None:
         code = process.child.poll()
         if code is None:
-            row = newest_training_row(RunFolder(process.run.folder).metrics_path)
-            if row is not None:
-                self._reporter.progressed(process.run, process.slot, row)
+            self._read_records(process)
             return
         del self._busy[process.slot]
-        how = "done" if code == 0 else "stopped"
-        if code != 0 and not (stopping and code in _STOPPED):
-            failure = Failure(process.run.run.name, _reason(process, code), process.log)
-            self.failures.append(failure)
-            how = f"failed: {failure.reason}"
-        self._reporter.ended(process.run, process.slot, how)
+        ending = self._source.ended(process.run, _ending(process, code, stopping))
+        if ending.kind == "failed":
+            self.failures.append(Failure(process.run.run.name, ending.words, process.log))
+        words = f"failed: {ending.words}" if ending.kind == "failed" else ending.words
+        self._reporter.ended(process.run, process.slot, words)
 
-
-def newest_training_row(path: Path) -> Row | None:
-    """The last whole training record of a metrics file that may be being written."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
-            lines = file.read().split(b"\n")[1:-1]
-    except OSError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):
-            row: Row = json.loads(line)
+    def _read_records(self, process: _Process) -> None:
+        newest = None
+        for row in process.records.new_rows():
             if row["split"] == "train":
-                return row
-    return None
+                newest = row
+            elif not process.given_up and self._source.recorded(process.run, row):
+                process.given_up = True
+                process.child.terminate()
+        if newest is not None:
+            self._reporter.progressed(process.run, process.slot, newest)
+
+
+class RecordsFollower:
+    """Reads a metrics file while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._inode = -1
+        self._position = 0
+
+    def new_rows(self) -> list[Row]:
+        """The whole records since the last call; all of them again where the file was replaced, as by a resumed run."""
+        try:
+            with self._path.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._position = inode, 0
+                file.seek(self._position)
+                whole, newline, _torn = file.read().rpartition(b"\n")
+        except OSError:
+            return []
+        self._position += len(whole) + len(newline)
+        return [json.loads(line) for line in whole.split(b"\n")] if newline else []
+
+
+def _ending(process: _Process, code: int, stopping: bool) -> Ending:
+    if code == 0:
+        return Ending("done", "done")
+    if code in _STOPPED and (stopping or process.given_up):
+        return Ending("stopped", "stopped")
+    return Ending("failed", _reason(process, code))
 
 
 def _reason(process: _Process, code: int) -> str:
@@ -216,7 +298,7 @@ def _locked(folder: Path, reporter: QueueReporter) -> Iterator[int]:
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _try_lock(descriptor):
-            reporter.waiting()
+            reporter.note("waiting for the runs of another sweep in this folder to save and end")
             deadline = time.monotonic() + _LOCK_WAIT_S
             while not _try_lock(descriptor):
                 if time.monotonic() > deadline:

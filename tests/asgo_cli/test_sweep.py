@@ -49,7 +49,7 @@ def command(*arguments: object) -> list[str]:
 
 def run_sweep(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False
+        command(*arguments), cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
 
 
@@ -147,7 +147,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytes
     told = []
 
     class Reporter:
-        def waiting(self) -> None:
+        def note(self, message: str) -> None:
             told.append("waiting")
 
     (tmp_path / "lock").touch()

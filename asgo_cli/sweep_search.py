@@ -1,0 +1,160 @@
+"""`asgo sweep` of a file with a table `[search]`: its plan, its trials and final runs, and what they found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from asgo_cli import console
+from asgo_cli.sweep import raise_failures, rounded, work_off
+from pipelines.errors import AsgoError
+
+if TYPE_CHECKING:
+    from pipelines.sweeps.contenders import Contender, SearchPlan
+    from pipelines.sweeps.queue import Failure
+    from pipelines.sweeps.search import SearchResult, SearchRuns
+
+
+def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, dry_run: bool, as_json: bool) -> None:
+    """Carry out what of the plan is left, or show it."""
+    from pipelines.sweeps.search import is_begun, open_search, record_search
+
+    if dry_run:
+        _show_plan(plan, open_search(plan, folder) if is_begun(folder) else None, as_json)
+        return
+    runs = open_search(plan, folder)
+    left = _left(plan, runs)
+    failures: list[Failure] = []
+    if left:
+        record_search(plan, folder)
+        failures = work_off(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
+    _show_results(plan, runs, failures, as_json)
+    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv")
+    raise_failures(failures)
+    _raise_left_elsewhere(runs)
+
+
+def _left(plan: SearchPlan, runs: SearchRuns) -> int:
+    """Trials and final runs that have not ended, of this and other workers."""
+    trials = sum(plan.search.trials - result.trials for result in runs.results())
+    losses = runs.final_losses()
+    barren = [result.contender.name for result in runs.results() if result.complete and result.settings is None]
+    return trials + sum(losses.get(name) is None for name, contender in _finals(plan) if contender.name not in barren)
+
+
+def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
+    return [(contender.final_name(seed), contender) for contender in plan.contenders for seed in plan.seeds]
+
+
+def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None:
+    done = {} if runs is None else {result.contender.name: result.trials for result in runs.results()}
+    losses = {} if runs is None else runs.final_losses()
+    tokens = {run.name: run.samples * run.tokens_per_sample for run in (each.whole for each in plan.contenders)}
+    total = (plan.search.trials + len(plan.seeds)) * sum(tokens.values())
+    spent = sum(done.get(name, 0) * count for name, count in tokens.items())
+    spent += sum(tokens[contender.name] for name, contender in _finals(plan) if losses.get(name) is not None)
+    unit = "images" if plan.contenders[0].config.task == "imagenet" else "tokens"
+    if as_json:
+        rows = [
+            {
+                "contender": contender.name,
+                "optimizer": contender.config.optimizer.name,
+                "own": contender.own,
+                "first_points": contender.first_points() if plan.search.sampler == "grid" else None,
+                "trials": plan.search.trials,
+                "trials_done": done.get(contender.name, 0),
+                unit: (plan.search.trials + len(plan.seeds)) * tokens[contender.name],
+            }
+            for contender in plan.contenders
+        ]
+        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: total, f"{unit}_left": total - spent})
+        return
+    cells = [
+        (name, _points(contender), f"{done.get(name, 0)} of {plan.search.trials}", rounded(tokens[name]))
+        for contender in plan.contenders
+        for name in [contender.name]
+    ]
+    console.show_table(("contender", "searched", "trials done", f"{unit} a run"), cells)
+    counts = f"{len(cells) * plan.search.trials} trials and {len(_finals(plan))} final runs"
+    at_most = "" if plan.search.pruner == "none" else "at most "
+    console.show_facts([(counts, f"{at_most}{total:,} {unit}, {total - spent:,} of them left")])
+    console.say("dry run: nothing was written")
+
+
+def _points(contender: Contender) -> str:
+    """What is searched, in a few words."""
+    if contender.search.sampler == "grid":
+        (key,) = contender.search.space
+        points = [point[key] for point in contender.first_points()]
+        return f"{_short_key(key)} {min(points):.3g} to {max(points):.3g}, {len(points)} points"
+    return ", ".join(_short_key(key) for key in contender.search.space)
+
+
+def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
+    losses, results = runs.final_losses(), runs.results()
+    finals = {
+        result.contender.name: {seed: losses.get(result.contender.final_name(seed)) for seed in plan.seeds}
+        for result in results
+    }
+    if as_json:
+        rows = [_facts(result, finals[result.contender.name]) for result in results]
+        reasons = [{"run": run.name, "reason": run.reason, "log": str(run.log)} for run in failures]
+        console.show_json({"contenders": rows, "failures": reasons})
+    else:
+        cells = [
+            (
+                result.contender.name,
+                f"{result.trials} of {plan.search.trials}",
+                _words(result.settings),
+                "" if result.loss is None else f"{result.loss:.4f}",
+                " ".join("-" if loss is None else f"{loss:.4f}" for loss in finals[result.contender.name].values()),
+            )
+            for result in results
+        ]
+        console.show_table(("contender", "trials", "best", "its loss", "final losses"), cells)
+    for result in results:
+        if result.complete and result.settings is None:
+            console.warn(f"{result.contender.name}: no trial ended with a finite loss, so it has no final runs")
+        if result.complete and result.on_edge:
+            console.warn(
+                f"{result.contender.name}: its best, {_words(result.settings)}, still lies on the edge of what was"
+                " tried; give all contenders more trials"
+            )
+
+
+def _facts(result: SearchResult, finals: Mapping[int, float | None]) -> dict[str, Any]:
+    return {
+        "contender": result.contender.name,
+        "trials": result.trials,
+        "pruned": result.pruned,
+        "diverged": result.diverged,
+        "best": result.settings,
+        "best_loss": result.loss,
+        "on_edge": result.on_edge,
+        "final_losses": [{"seed": seed, "loss": loss} for seed, loss in finals.items()],
+    }
+
+
+def _raise_left_elsewhere(runs: SearchRuns) -> None:
+    """Say what other workers are still at; `AsgoError` for what they have left unfinished."""
+    for run in runs.elsewhere():
+        if run.left is None:
+            console.say(f"{run.name}: at work at {run.place}")
+    left = [run for run in runs.elsewhere() if run.left is not None]
+    if left:
+        lines = (f"run {run.name}: {run.left} at {run.place}; the same command there goes on with it" for run in left)
+        raise AsgoError("\n".join(lines))
+
+
+def _words(settings: Mapping[str, Any] | None) -> str:
+    if settings is None:
+        return ""
+    return ", ".join(
+        f"{_short_key(key)} {value:.4g}" if isinstance(value, float) else f"{_short_key(key)} {value}"
+        for key, value in settings.items()
+    )
+
+
+def _short_key(key: str) -> str:
+    return key.split(".")[-1]

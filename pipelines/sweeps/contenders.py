@@ -1,0 +1,147 @@
+"""The contenders of a search: what the trials of each may be, and what its final runs are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pipelines.config import RunConfig, flatten
+from pipelines.errors import UsageError
+from pipelines.resolve import Layer
+from pipelines.sweeps.definition import Problems, Sweep, SweepRun, Variant, resolve_variants
+from pipelines.sweeps.grid import first_positions
+from pipelines.sweeps.search_table import Around, Range, Search
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of those that are compared, each at its best settings."""
+
+    variant: Variant
+    search: Search
+    config: RunConfig
+    """With its own settings, and the search's seed."""
+
+    @property
+    def name(self) -> str:
+        """Of the runs' folders, before the trial's number or the seed."""
+        return self.variant.name
+
+    @property
+    def whole(self) -> SweepRun:
+        """A run as long as each of its own, for what it costs."""
+        return SweepRun(self.name, self.name, self.config)
+
+    @cached_property
+    def own(self) -> dict[str, Any]:
+        """Its own value of each setting that is searched."""
+        settings = flatten(self.config.model_dump(mode="json"))
+        return {key: settings[key] for key in self.search.space}
+
+    @property
+    def row(self) -> tuple[str, Around]:
+        """The setting that a grid searches."""
+        ((key, dimension),) = self.search.space.items()
+        assert isinstance(dimension, Around)
+        return key, dimension
+
+    def at(self, position: float) -> dict[str, float]:
+        """The settings at a position of the grid."""
+        key, row = self.row
+        return {key: row.value(self.own[key], position)}
+
+    def first_points(self) -> list[dict[str, float]]:
+        """What a grid begins with."""
+        return [self.at(position) for position in first_positions(self.row[1].points)]
+
+    def extremes(self) -> list[dict[str, Any]]:
+        """The settings farthest out, one at a time."""
+        found: list[dict[str, Any]] = []
+        for key, dimension in self.search.space.items():
+            if isinstance(dimension, Around):
+                beyond = self.search.trials - dimension.points if self.search.sampler == "grid" else 0
+                found += [{key: end} for end in dimension.ends(self.own[key], beyond)]
+            elif isinstance(dimension, Range):
+                found += [{key: dimension.low}, {key: dimension.high}]
+            else:
+                found += [{key: value} for value in dimension]
+        return found
+
+    def trial(self, number: int, settings: Mapping[str, Any]) -> SweepRun:
+        """The run that tries the settings."""
+        config = self.variant.resolve({**settings, "seed": self.search.seed})
+        return SweepRun(self.trial_name(number), self.name, config)
+
+    def trial_name(self, number: int) -> str:
+        """Of the run of a trial."""
+        return f"{self.name}-t{number}"
+
+    def final(self, settings: Mapping[str, Any], seed: int) -> SweepRun:
+        """A run with the best settings."""
+        return SweepRun(self.final_name(seed), self.name, self.variant.resolve({**settings, "seed": seed}))
+
+    def final_name(self, seed: int) -> str:
+        """Of a final run, before its settings are known."""
+        return f"{self.name}-s{seed}"
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """What a search will do."""
+
+    name: str
+    search: Search
+    contenders: tuple[Contender, ...]
+    seeds: tuple[int, ...]
+    """Of the final runs."""
+
+    @property
+    def finals(self) -> list[str]:
+        """The final runs' names."""
+        return [contender.final_name(seed) for seed in self.seeds for contender in self.contenders]
+
+
+def plan_search(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> SearchPlan:
+    """Check the search with every contender; `UsageError` with a line for every problem of any."""
+    assert sweep.search is not None
+    search, final_seeds = sweep.search, tuple(seeds) or sweep.seeds
+    if not final_seeds:
+        raise UsageError(
+            f"{sweep.origin}: the final runs of a search need seeds: add seeds = [1, 2, 3] or --seeds 1,2,3"
+        )
+    if search.seed in final_seeds:
+        raise UsageError(
+            f"{sweep.origin}: seed {search.seed} is the search's own, with which the best settings are chosen; take it"
+            " out of the seeds of the final runs, or change search.seed"
+        )
+    variants = resolve_variants(sweep, set_layer)
+    problems = Problems([variant.name for variant in variants])
+    contenders = []
+    for variant in variants:
+        try:
+            contenders.append(_contender(variant, search))
+        except UsageError as error:
+            problems.add(variant.name, error)
+    problems.raise_if_any()
+    return SearchPlan(sweep.name, search, tuple(contenders), final_seeds)
+
+
+def _contender(variant: Variant, search: Search) -> Contender:
+    contender = Contender(variant, search, variant.resolve({"seed": search.seed}))
+    settings = flatten(contender.config.model_dump(mode="json"))
+    for key, dimension in search.space.items():
+        if key not in settings:
+            nearest = difflib.get_close_matches(key, settings, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "--print-config of asgo train lists them"
+            raise UsageError(f"{variant.origin}: search.space: {key}: unknown setting; {hint}")
+        if isinstance(dimension, Around) and not (isinstance(settings[key], float) and settings[key] > 0):
+            raise UsageError(
+                f"{variant.origin}: search.space.{key}: its own value is {settings[key]!r}, which no geometric row goes"
+                " around; give { low, high } or a list"
+            )
+    for extreme in contender.extremes():
+        variant.resolve(extreme)
+    return contender

@@ -1,0 +1,372 @@
+"""A search: the trials of every contender, then its final runs with the best settings."""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from pipelines.config import differences, flatten, load_run_config
+from pipelines.errors import AsgoError, UsageError
+from pipelines.storage import write_atomically
+from pipelines.sweeps.contenders import Contender, SearchPlan
+from pipelines.sweeps.definition import SweepRun
+from pipelines.sweeps.grid import next_position, on_edge
+from pipelines.sweeps.queue import FOLDER, Ending
+from pipelines.sweeps.search_table import Around, Range
+from pipelines.sweeps.standing import Standing, standing
+from pipelines.sweeps.study import (
+    Claims,
+    Space,
+    Worker,
+    between,
+    make_pruner,
+    make_sampler,
+    one_of,
+    open_storage,
+    require_sampler,
+)
+from pipelines.training.metrics import Row
+from pipelines.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
+    from optuna.trial import FrozenTrial
+
+TRIALS = "trials"
+_JOURNAL = "study.log"
+_RECORD = "search.json"
+_ASK_AGAIN_S = 1.0
+
+
+def open_search(plan: SearchPlan, out: Path) -> SearchRuns:
+    """Join the search in its storage. Raises `UsageError` if it is another one there, or optuna cannot serve it."""
+    require_sampler(plan.search.sampler)
+    runs = SearchRuns(plan, open_storage(plan.search.storage, out / TRIALS / _JOURNAL), out)
+    runs.agree()
+    return runs
+
+
+def is_begun(out: Path) -> bool:
+    """Whether there is something to join that was begun in this folder."""
+    return (out / TRIALS / _RECORD).is_file()
+
+
+def record_search(plan: SearchPlan, out: Path) -> None:
+    """Leave word beside the trials of what they are trials of; without the storage, whose URL may hold a password."""
+    record = {
+        "sweep": plan.name,
+        **plan.search.model_dump(mode="json", exclude={"storage"}),
+        "contenders": [contender.name for contender in plan.contenders],
+        "seeds": plan.seeds,
+    }
+    (out / TRIALS).mkdir(parents=True, exist_ok=True)
+    write_atomically(out / TRIALS / _RECORD, (json.dumps(record, indent=1) + "\n").encode())
+
+
+class ContenderTrials:
+    """The trials of one contender, by all workers."""
+
+    def __init__(self, contender: Contender, name: str, storage: BaseStorage) -> None:
+        self.contender = contender
+        self.search = contender.search
+        config = contender.config
+        pruner = make_pruner(self.search.pruner, config.evaluation.every, config.training.steps)
+        self.claims = Claims(storage, name, self.search.trials, pruner)
+
+    def agree(self) -> list[str]:
+        """Write what is searched, or a line for everything in which it is something else in the storage."""
+        search = self.search.model_dump(mode="json", exclude={"storage"})
+        if self.claims.definition is None:
+            self.claims.define({"search": search, "config": self.contender.config.model_dump(mode="json")})
+        saved = self.claims.definition
+        try:
+            changed = differences(load_run_config(saved["config"]), self.contender.config)
+        except ValidationError:
+            changed = ["it was begun by a version of asgo with other settings"]
+        old, new = flatten(saved["search"]), flatten(search)
+        lines = [
+            f"{key} is {old.get(key)} there, {new.get(key)} now"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+        return lines + changed
+
+    def claim(self, worker: Worker) -> FrozenTrial | None:
+        """A trial for this worker to run; None if enough are held."""
+        while len(held := self.claims.held()) < self.search.trials:
+            choice = params = None
+            if self.search.sampler == "grid":
+                choice = next_position(self.contender.row[1].points, _losses(held))
+                params = self.contender.at(choice)
+            trial = self.claims.add(worker, choice, params or {}, self.space if params else {})
+            if trial is not None:
+                return trial
+        return None
+
+    def run(self, trial: FrozenTrial) -> SweepRun:
+        """The run of a claimed trial."""
+        settings = trial.params
+        if self.search.sampler != "grid":
+            sampler = make_sampler(self.search.sampler, self.search.seed, trial.number)
+            settings = self.claims.sample(trial.number, self.space, sampler)
+        return self.contender.trial(trial.number, settings)
+
+    @cached_property
+    def space(self) -> Space:
+        """What the trials differ in, for optuna."""
+        space = {}
+        for key, dimension in self.search.space.items():
+            own = self.contender.own[key]
+            if isinstance(dimension, Around):
+                beyond = self.search.trials if self.search.sampler == "grid" else 0
+                space[key] = between(*dimension.ends(own, beyond), log=True)
+            elif isinstance(dimension, Range):
+                number = float if isinstance(own, float) else lambda end: end
+                space[key] = between(number(dimension.low), number(dimension.high), log=dimension.log)
+            else:
+                space[key] = one_of(dimension)
+        return space
+
+    def result(self) -> SearchResult:
+        """What is known of it by now."""
+        held = self.claims.held()
+        done = [trial for trial in held if trial.state.is_finished()]
+        finite = [trial for trial in done if trial.state.name == "COMPLETE" and math.isfinite(_loss(trial))]
+        best = min(finite, key=lambda trial: (_loss(trial), trial.number), default=None)
+        return SearchResult(
+            self.contender,
+            trials=len(done),
+            pruned=sum(trial.state.name == "PRUNED" for trial in done),
+            diverged=sum(trial.value == math.inf for trial in done),
+            settings=None if best is None else best.params,
+            loss=None if best is None else best.value,
+            on_edge=best is not None and self.search.sampler == "grid" and on_edge(_losses(held)),
+        )
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the trials of a contender have found."""
+
+    contender: Contender
+    trials: int
+    """Those that have ended, the pruned and diverged ones among them."""
+    pruned: int
+    diverged: int
+    settings: dict[str, Any] | None
+    """The best; None while, or if, no trial has a finite loss."""
+    loss: float | None
+    on_edge: bool
+    """Whether nothing was tried on one side of the best."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all trials have ended."""
+        return self.trials == self.contender.search.trials
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """An unfinished run of another worker."""
+
+    name: str
+    is_trial: bool
+    place: str
+    left: str | None
+    """Why it stands still; None for one that is at work, or was killed."""
+
+
+@dataclass(frozen=True)
+class _Claimed:
+    claims: Claims
+    number: int
+    trials: ContenderTrials | None
+    """None for a final run."""
+
+
+class SearchRuns:
+    """The runs of a search for `pipelines.sweeps.queue`, claimed one by one from what all workers share.
+
+    Trials come first, a contender with fewer of them before one with more; a contender's final runs when all its
+    trials have ended. A run that this folder's worker has left unfinished comes before any new one.
+    """
+
+    waiting: str | None = None
+
+    def __init__(self, plan: SearchPlan, storage: BaseStorage, out: Path) -> None:
+        self._plan = plan
+        self._out = out
+        self._contenders = [
+            ContenderTrials(contender, f"{plan.name}/{contender.name}", storage) for contender in plan.contenders
+        ]
+        self._finals = Claims(storage, f"{plan.name}: final runs")  # a name that no contender's study has
+        self._claimed: dict[str, _Claimed] = {}
+        """Every run that this call has started, by name."""
+        self._failed: set[str] = set()
+        """Contenders with a trial that failed: what to try next may depend on it, so they wait for the next call."""
+        self._given_up: set[str] = set()
+        self._asked_s = -math.inf
+
+    def agree(self) -> None:
+        """`UsageError` if the storage has another search of this name."""
+        lines = [f"{trials.contender.name}: {line}" for trials in self._contenders for line in trials.agree()]
+        if lines:
+            place = (
+                "choose another --out" if self._plan.search.storage is None else "give the sweep's file another name"
+            )
+            raise UsageError(
+                "\n".join(f"search {self._plan.name} is another one here: {line}; {place}" for line in lines)
+            )
+
+    def results(self) -> list[SearchResult]:
+        """What is known of each contender by now."""
+        return [trials.result() for trials in self._contenders]
+
+    def final_losses(self) -> dict[str, float | None]:
+        """Of the final runs that were claimed, by name; None for one that has not ended."""
+        return {trial.user_attrs["choice"]: trial.value for trial in self._finals.held()}
+
+    def elsewhere(self) -> list[Elsewhere]:
+        """Unfinished runs of other folders' workers."""
+        studies = [(trials.claims, trials.contender) for trials in self._contenders]
+        found = []
+        for claims, contender in [*studies, (self._finals, None)]:
+            for trial in claims.held():
+                attributes = trial.user_attrs
+                if not trial.state.is_finished() and attributes["worker"] != self._worker.id:
+                    name = attributes["choice"] if contender is None else contender.trial_name(trial.number)
+                    found.append(Elsewhere(name, contender is not None, attributes["place"], attributes.get("left")))
+        return found
+
+    def next(self) -> Standing | None:
+        """Claim a run; a moment after there was none, there is none."""
+        if time.monotonic() - self._asked_s < _ASK_AGAIN_S:
+            return None
+        found = self._left_behind() or self._new_trial() or self._new_final()
+        if found is None:
+            self._asked_s = time.monotonic()
+            self.waiting = self._others_at_work()
+            return None
+        run, folder, claimed = found
+        self._claimed[run.name] = claimed
+        claimed.claims.leave(claimed.number, None)
+        try:
+            return standing(run, folder)
+        except AsgoError:  # something else is in the way, which the run's own process refuses
+            return Standing(run, folder / run.name, 0, begun=False)
+
+    def recorded(self, run: Standing, row: Row) -> bool:
+        """Tell the pruner; the first validation is of the model as it was made, the last comes too late."""
+        claimed = self._claimed[run.run.name]
+        if claimed.trials is None or not 0 < row["step"] < run.run.config.training.steps:
+            return False
+        if not claimed.claims.report(claimed.number, row["step"], row["loss"]):
+            return False
+        self._given_up.add(run.run.name)
+        return True
+
+    def ended(self, run: Standing, ending: Ending) -> Ending:
+        """Tell the others what came of it."""
+        claimed = self._claimed[run.run.name]
+        self._asked_s = -math.inf
+        if ending.kind == "done":
+            loss = standing(run.run, run.folder.parent).final_loss()
+            assert loss is not None
+            claimed.claims.finish(claimed.number, loss)
+            return Ending("done", f"done, {self._settings(run)}: loss {loss:.4f}")
+        if claimed.trials is not None and ending.kind == "stopped" and run.run.name in self._given_up:
+            claimed.claims.prune(claimed.number)
+            return Ending("stopped", f"pruned, {self._settings(run)}")
+        divergence = RunFolder(run.folder).divergence()
+        if claimed.trials is not None and ending.kind == "failed" and divergence is not None:
+            claimed.claims.finish(claimed.number, math.inf)
+            return Ending("done", f"diverged at step {divergence.step}, {self._settings(run)}")
+        if ending.kind == "failed" and claimed.trials is not None:
+            self._failed.add(claimed.trials.contender.name)
+        claimed.claims.leave(claimed.number, ending.words)
+        return ending
+
+    def _left_behind(self) -> tuple[SweepRun, Path, _Claimed] | None:
+        for trials in self._contenders:
+            for trial in self._own(trials.claims):
+                if trials.contender.trial_name(trial.number) not in self._claimed:
+                    return trials.run(trial), self._out / TRIALS, _Claimed(trials.claims, trial.number, trials)
+        for trial in self._own(self._finals):
+            name = trial.user_attrs["choice"]
+            if name in self._final_runs and name not in self._claimed:
+                return self._final_runs[name], self._out, _Claimed(self._finals, trial.number, None)
+        return None
+
+    def _new_trial(self) -> tuple[SweepRun, Path, _Claimed] | None:
+        for trials in sorted(self._contenders, key=lambda trials: len(trials.claims.held())):
+            if trials.contender.name not in self._failed:
+                trial = trials.claim(self._worker)
+                if trial is not None:
+                    return trials.run(trial), self._out / TRIALS, _Claimed(trials.claims, trial.number, trials)
+        return None
+
+    def _new_final(self) -> tuple[SweepRun, Path, _Claimed] | None:
+        held = self.final_losses()
+        for name, run in self._final_runs.items():
+            if name not in held:
+                trial = self._finals.add(self._worker, name, {}, {})
+                if trial is not None:
+                    return run, self._out, _Claimed(self._finals, trial.number, None)
+        return None
+
+    @property
+    def _final_runs(self) -> dict[str, SweepRun]:
+        """Of the contenders whose trials have all ended; the first seed of each before the second of any."""
+        results = [result for result in self.results() if result.complete and result.settings is not None]
+        runs = [result.contender.final(result.settings or {}, seed) for seed in self._plan.seeds for result in results]
+        return {run.name: run for run in runs}
+
+    def _own(self, claims: Claims) -> list[FrozenTrial]:
+        """Unfinished claims of this folder's worker; its lock says that nobody else is at work on them."""
+        running = (trial for trial in claims.held() if not trial.state.is_finished())
+        return [trial for trial in running if trial.user_attrs["worker"] == self._worker.id]
+
+    def _others_at_work(self) -> str | None:
+        elsewhere = [run for run in self.elsewhere() if run.is_trial and run.left is None]
+        if not elsewhere:
+            return None
+        places = ", ".join(sorted({run.place for run in elsewhere}))
+        return f"waiting for {len(elsewhere)} trials of other workers: {places}"
+
+    @cached_property
+    def _worker(self) -> Worker:
+        """This folder's, under its lock."""
+
+        path = self._out / FOLDER / "worker"
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, uuid.uuid4().hex.encode())
+        return Worker(path.read_text(), f"{socket.gethostname()}:{self._out.absolute()}")
+
+    def _settings(self, run: Standing) -> str:
+        settings = flatten(run.run.config.model_dump(mode="json"))
+        return ", ".join(f"{key.split('.')[-1]} {_short(settings[key])}" for key in self._plan.search.space)
+
+
+def _loss(trial: FrozenTrial) -> float:
+    assert trial.value is not None
+    return trial.value
+
+
+def _losses(held: Sequence[FrozenTrial]) -> dict[float, float]:
+    """By position of the grid; what is not known, or not comparable, is infinite."""
+    return {trial.user_attrs["choice"]: _loss(trial) if trial.state.name == "COMPLETE" else math.inf for trial in held}
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,127 @@
+"""`asgo sweep` of a search as a user types it, with real processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomli_w
+
+from asgo_cli.sweep import _program
+from pipelines.resolve import assignment_layer
+from pipelines.sweeps.contenders import plan_search
+from pipelines.sweeps.definition import SweepRun, read_sweep
+from pipelines.sweeps.queue import Ending, FixedRuns, carry_out
+from pipelines.sweeps.search import open_search
+from pipelines.sweeps.slots import Slot
+from pipelines.sweeps.standing import Standing
+from pipelines.training.metrics import Row
+from pipelines.training.train import train
+from tests.asgo_cli.test_sweep import ENVIRONMENT, asgo, command, final_weights, run_sweep, wait_for_steps
+from tests.conftest import SMALL, SilentReporter
+
+LONG = {"training.steps": 400, "checkpoint.every": 100, "evaluation.every": 200}
+"""About two seconds of training: enough to be killed in."""
+
+
+def write_search(path: Path, data: Path, **search: object) -> Path:
+    table = {"trials": 3, "space": {"optimizer.lr": {"factor": 10.0, "points": 3}}, **search}
+    settings = {**SMALL, **LONG, "data.folder": str(data), "seeds": [1]}
+    runs = [{"name": "a", "optimizer.name": "adamw"}]
+    path.write_text(tomli_w.dumps({"task": "gpt", "preset": "tiny", **settings, "runs": runs, "search": table}))
+    return path
+
+
+def test_a_search_that_is_killed_goes_on_to_the_same_end(
+    token_folder: Path,
+    tmp_path: Path,
+    reporter: SilentReporter,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lr = {"low": 1e-3, "high": 1e-1, "log": True}
+    definition = write_search(
+        tmp_path / "my.toml", token_folder, trials=2, sampler="random", space={"optimizer.lr": lr}
+    )
+    out = tmp_path / "runs/my"
+    process = subprocess.Popen(command("my.toml"), cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(out / "trials/a-t0", process=process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not list((out / "trials").glob("a-t0/checkpoints/step-00000400")), "killed in time"
+    result = run_sweep(tmp_path, "my.toml", "--json")
+    assert result.returncode == 0, result.stderr
+
+    alone = open_search(plan_search(read_sweep(str(definition)), assignment_layer([])), tmp_path / "alone")
+    while (run := alone.next()) is not None:
+        train(run.run.config, run.folder, reporter)
+        alone.ended(run, Ending("done", "done"))
+    assert sorted(path.name for path in (out / "trials").glob("a-*")) == ["a-t0", "a-t1"]
+    for name in ("trials/a-t0", "trials/a-t1", "a-s1"):
+        assert final_weights(out / name) == final_weights(tmp_path / "alone" / name)
+    (expected,), (row,) = alone.results(), json.loads(result.stdout)["contenders"]
+    assert (row["trials"], row["best"], row["best_loss"]) == (2, expected.settings, expected.loss)
+    assert row["final_losses"] == [{"seed": 1, "loss": alone.final_losses()["a-s1"]}]
+    assert json.loads((out / "trials/search.json").read_text())["contenders"] == ["a"]
+
+    monkeypatch.chdir(tmp_path)
+    assert asgo(monkeypatch, "my.toml", "--dry-run", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert (plan["tokens"], plan["tokens_left"]) == (3 * 400 * 4 * 16, 0)
+    assert plan["contenders"][0]["trials_done"] == 2
+
+
+def test_a_run_that_is_given_up_ends_before_its_last_step(
+    token_folder: Path,
+    tmp_path: Path,
+    small_config,
+    reporter: SilentReporter,  # type: ignore[no-untyped-def]
+) -> None:
+    class GivesUp(FixedRuns):
+        def recorded(self, run: Standing, row: Row) -> bool:
+            return row["step"] > 0
+
+    told = []
+
+    class Reporter:
+        def started(self, run: Standing, slot: int) -> None: ...
+        def progressed(self, run: Standing, slot: int, row: Row) -> None: ...
+        def ended(self, run: Standing, slot: int, how: str) -> None:
+            told.append(how)
+
+    endless = SweepRun("a-t0", "a", small_config(training__steps=10**8, metrics__every=100))
+    run = Standing(endless, tmp_path / "a-t0", 0, begun=False)
+    assert carry_out(GivesUp([run]), tmp_path, [Slot(1)], _program(), Reporter()) == []  # type: ignore[arg-type]
+    assert told == ["stopped"]
+    assert list((tmp_path / "a-t0/checkpoints").glob("step-*"))
+
+
+def test_a_dry_run_shows_the_grid_and_the_cost_and_writes_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert asgo(monkeypatch, "asgo-nanogpt-search", "--dry-run") == 0
+    shown = capsys.readouterr().out
+    assert "lr 0.001 to 0.1, 5 points" in shown
+    tokens = (7 + 3) * 8 * 2_400 * 256 * 256
+    assert f"56 trials and 24 final runs   {tokens:,} tokens, {tokens:,} of them left" in shown
+    assert list(tmp_path.iterdir()) == []
+    definition = write_search(tmp_path / "my.toml", tmp_path, pruner="median")
+    assert asgo(monkeypatch, definition, "--dry-run") == 0
+    assert f"at most {4 * 400 * 4 * 16:,} tokens" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [definition]
+
+
+def test_a_search_without_optuna_names_the_way_to_it(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for module in ("study", "search"):
+        monkeypatch.delitem(sys.modules, f"pipelines.sweeps.{module}", raising=False)
+    assert asgo(monkeypatch, write_search(tmp_path / "my.toml", token_folder)) == 2
+    assert capsys.readouterr().err == "error: a search needs optuna: pip install 'asgo[search]'\n"
