@@ -14,7 +14,8 @@ from typing import Literal
 from models.functions import FUNCTIONS
 from pipelines.analysis.export import records, write_csv
 from pipelines.analysis.loss_figure import LossCurve, draw_losses
-from pipelines.analysis.trajectories import default_settings, run_trajectories
+from pipelines.analysis.optimizer_settings import default_settings
+from pipelines.analysis.trajectories import run_trajectories
 from pipelines.analysis.trajectory_figure import draw_trajectories
 from pipelines.config import RunConfig
 from pipelines.data.prepare import prepare_text

@@ -14,33 +14,14 @@ from matplotlib.lines import Line2D
 from matplotlib.text import Annotation
 from PIL import Image
 
-from pipelines.analysis.figure_style import check_figure_path, figure_style
+from pipelines.analysis.figure_style import figure_style
 from pipelines.analysis.trajectories import Trajectory
-from pipelines.analysis.trajectory_figure import Plane, compose, draw_trajectories
-from pipelines.errors import UsageError
+from pipelines.analysis.trajectory_figure import Plane, compose
 from pipelines.storage import write_atomically
 
 _FRAMES = 60
 _FRAME_TIME, _LAST_FRAME_TIME = 80, 2500  # milliseconds
 _DPI = 110
-
-
-def check_trajectories_path(path: Path) -> None:
-    """Raise `UsageError` unless `write_trajectories` can write a file of this name."""
-    try:
-        check_figure_path(path)
-    except UsageError as error:
-        if not _is_animation(path):
-            raise UsageError(f"{error}, .gif") from None
-
-
-def write_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
-    """Write the panels as a figure, or, where the file's name ends in .gif, as an animation."""
-    (animate_trajectories if _is_animation(path) else draw_trajectories)(panels, path)
-
-
-def _is_animation(path: Path) -> bool:
-    return path.suffix.lower() == ".gif"
 
 
 def animate_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:

@@ -31,8 +31,8 @@ from pipelines.analysis.trajectories import Trajectory
 Array = npt.NDArray[np.float64]
 
 # Pale, so that lines of any colour stand out; dark is low.
-_CONTOUR_COLOURS = LinearSegmentedColormap.from_list("contours", ["#6d95a8", "#a3bdc8", "#d0dde1", "#f7f6f1"])
-_LEVELS = 26
+CONTOUR_COLOURS = ("#6d95a8", "#a3bdc8", "#d0dde1", "#f7f6f1")
+LEVELS = 26
 _GRID = 300  # points of the contour grid along each axis
 _INSET = 0.37  # side of the inset, as a share of the panel's
 _ZOOM = 0.055  # half the side of what the inset shows, as a share of the window's
@@ -126,7 +126,7 @@ def compose(panels: Sequence[Sequence[Trajectory]]) -> tuple[Figure, list[Plane]
 
 def _draw_panel(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Plane]:
     function = trajectories[0].function
-    goal = _approached_goal(trajectories)
+    goal = approached_goal(trajectories)
     window, corner = place_inset(trajectories, goal)
     zoom = window.around(goal)
     inset = axes.inset_axes((corner[0], corner[1], _INSET, _INSET))
@@ -169,7 +169,7 @@ def _wrapped(formula: str) -> list[str]:
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
 
 
-def _goals(trajectories: Sequence[Trajectory]) -> Sequence[Point]:
+def goals(trajectories: Sequence[Trajectory]) -> Sequence[Point]:
     """The optima, or the lowest point found where none is known."""
     function = trajectories[0].function
     if function.optima:
@@ -179,18 +179,18 @@ def _goals(trajectories: Sequence[Trajectory]) -> Sequence[Point]:
     return [min(ended, key=lambda item: float(item.values.min())).lowest_point]
 
 
-def _approached_goal(trajectories: Sequence[Trajectory]) -> Point:
+def approached_goal(trajectories: Sequence[Trajectory]) -> Point:
     """The goal that some trajectory ends nearest to."""
     ends = np.array([trajectory.final_point for trajectory in trajectories])
-    return min(_goals(trajectories), key=lambda goal: float(np.hypot(*(ends - np.array(goal)).T).min()))
+    return min(goals(trajectories), key=lambda goal: float(np.hypot(*(ends - np.array(goal)).T).min()))
 
 
 def _landmarks(trajectories: Sequence[Trajectory]) -> Array:
     view = trajectories[0].function.view or ()
-    return np.array([trajectories[0].points[0], *_goals(trajectories), *view])
+    return np.array([trajectories[0].points[0], *goals(trajectories), *view])
 
 
-def _enclose(trajectories: Sequence[Trajectory]) -> Window:
+def enclose(trajectories: Sequence[Trajectory]) -> Window:
     """Start, optima and trajectories with a margin; without trajectories that overshoot far, or diverge."""
     landmarks = _landmarks(trajectories)
     low, high = landmarks.min(axis=0), landmarks.max(axis=0)
@@ -207,7 +207,7 @@ def place_inset(trajectories: Sequence[Trajectory], goal: Point) -> tuple[Window
     """The window, and the inset's lower left corner in shares of the panel's sides, such that it hides the least."""
     lines = np.concatenate([_along(trajectory) for trajectory in trajectories])
     least_hidden = math.inf
-    for window, corner in _layouts(_enclose(trajectories)):
+    for window, corner in _layouts(enclose(trajectories)):
         # With room for the inset's tick labels. A hidden mark is worse than any length of hidden line.
         cover = window.part(corner - 0.1, corner + _INSET + 0.05)
         marks = np.concatenate([_landmarks(trajectories), window.around(goal).corners()])
@@ -232,33 +232,38 @@ def _along(trajectory: Trajectory) -> Array:
 
 
 def _draw_contours(axes: Axes, function: TestFunction, window: Window, goal: Point) -> None:
-    x, y, heights = _heights(function, window, goal)
-    highest = float(heights.max(initial=0.0, where=np.isfinite(heights)))
-    if highest == 0:
-        return  # flat, or finite nowhere
-    lowest = max(float(np.quantile(heights[np.isfinite(heights)], 0.005)), highest * 1e-12)
-    heights = np.clip(heights, lowest, highest)
-    levels = np.geomspace(lowest, highest, _LEVELS)
+    relief = relief_in(function, window, goal)
+    if relief is None:
+        return
+    x, y, heights = relief
+    lowest, highest = float(heights.min()), float(heights.max())
+    levels = np.geomspace(lowest, highest, LEVELS)
     norm = LogNorm(lowest, highest)
-    axes.contourf(x, y, heights, levels=levels, norm=norm, cmap=_CONTOUR_COLOURS, zorder=0)
+    colours = LinearSegmentedColormap.from_list("contours", CONTOUR_COLOURS)
+    axes.contourf(x, y, heights, levels=levels, norm=norm, cmap=colours, zorder=0)
     # In a narrow valley the grid is too coarse for lines at the lowest levels: they would be dotted.
     axes.contour(x, y, heights, levels=levels[3:], colors="white", linewidths=0.35, alpha=0.7, zorder=0)
     # Contours become an image also in a vector file, where they would take megabytes.
     axes.set_rasterization_zorder(1)
 
 
-def _heights(function: TestFunction, window: Window, goal: Point) -> tuple[Array, Array, Array]:
-    """Grid of x and y over the window, and the function's height above its minimum there, `(_GRID, _GRID)` each.
+def relief_in(function: TestFunction, window: Window, goal: Point) -> tuple[Array, Array, Array] | None:
+    """x and y over the window, `(_GRID,)` each, and the function's height above its minimum there, `(_GRID, _GRID)`.
 
-    Where the minimum is unknown, it is the lowest value of the goal and the grid.
+    Heights are cut at both ends so that their logarithms are finite; `None` for a function that is flat in the window,
+    or finite nowhere. Where the minimum is unknown, it is the lowest value of the goal and the grid.
     """
     x, y = (torch.linspace(window.low[axis], window.high[axis], _GRID, dtype=torch.float64) for axis in (0, 1))
-    grid_x, grid_y = torch.meshgrid(x, y, indexing="xy")
     minimum = function.evaluate(*torch.tensor(goal, dtype=torch.float64))
-    values = function.evaluate(grid_x, grid_y)
+    values = function.evaluate(*torch.meshgrid(x, y, indexing="xy"))
     if not function.optima:
         minimum = torch.cat([values[values.isfinite()], minimum[None]]).min()
-    return grid_x.numpy(), grid_y.numpy(), (values - minimum).numpy()
+    heights = (values - minimum).numpy()
+    highest = float(heights.max(initial=0.0, where=np.isfinite(heights)))
+    if highest == 0:
+        return None
+    lowest = max(float(np.quantile(heights[np.isfinite(heights)], 0.005)), highest * 1e-12)
+    return x.numpy(), y.numpy(), np.clip(heights, lowest, highest)
 
 
 def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) -> list[DrawnLine]:
@@ -277,14 +282,17 @@ def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) 
 
 def _draw_marks(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Line2D]:
     style = _OPTIMUM if trajectories[0].function.optima else _LOWEST
-    goals = axes.plot(*np.transpose(_goals(trajectories)), **style)
-    return goals + axes.plot(*trajectories[0].points[0], **_START)
+    drawn = axes.plot(*np.transpose(goals(trajectories)), **style)
+    return drawn + axes.plot(*trajectories[0].points[0], **_START)
+
+
+def line_width(index: int, count: int) -> float:
+    """In points. Later lines lie on earlier ones: thinner, so that both are seen where they overlap."""
+    return float(np.linspace(_WIDEST, _NARROWEST, count)[index]) if count > 1 else 1.8
 
 
 def _line_style(index: int, count: int) -> dict[str, Any]:
-    """Later lines lie on earlier ones: thinner, so that both are seen where they overlap."""
-    width = np.linspace(_WIDEST, _NARROWEST, count)[index] if count > 1 else 1.8
-    return {**line_style(index), "linewidth": float(width)}
+    return {**line_style(index), "linewidth": line_width(index, count)}
 
 
 def _legend_handles(panels: Sequence[Sequence[Trajectory]]) -> list[Line2D]:

@@ -12,8 +12,11 @@ from PIL import Image
 
 from asgo_cli import app, viz
 from models.functions import FUNCTIONS, NOISY_FUNCTIONS, PAPER_FUNCTIONS
+from models.matrix_problems import PROBLEMS
 from pipelines.analysis import trajectories
-from pipelines.analysis.trajectories import default_settings, parse_settings, run_trajectories
+from pipelines.analysis.matrix_losses import run_losses
+from pipelines.analysis.optimizer_settings import MATRICES, default_settings, parse_settings
+from pipelines.analysis.trajectories import run_trajectories
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -37,6 +40,7 @@ def test_the_names_in_the_help_are_those_of_the_functions() -> None:
     assert tuple(FUNCTIONS) == viz.FUNCTION_NAMES
     assert tuple(function.name for function in PAPER_FUNCTIONS) == viz.PAPER_FUNCTIONS
     assert tuple(function.name for function in NOISY_FUNCTIONS) == viz.NOISY_FUNCTIONS
+    assert tuple(PROBLEMS) == viz.MATRIX_PROBLEMS
 
 
 def test_the_command_is_imported_without_torch() -> None:
@@ -127,6 +131,74 @@ def test_a_gif_moves(asgo: Run, tmp_path: Path) -> None:
         assert getattr(gif, "n_frames", 1) == 7
 
 
+def test_a_page_is_interactive(asgo: Run, tmp_path: Path) -> None:
+    code, _, err = asgo("--expression", "x*x + y**2", "--steps", "6", "--optimizer", "adam", "--out", "new/a.HTML")
+    assert code == 0
+    assert "new/a.HTML: trajectories on expression" in err
+    text = (tmp_path / "new/a.HTML").read_text(encoding="utf-8")
+    assert "<code>x*x + y**2</code>" in text
+    assert "Plotly.newPlot(" in text
+
+
+def test_matrix_optimizers_are_drawn_on_matrix_problems(asgo: Run, tmp_path: Path) -> None:
+    arguments = ("kronecker_quadratic", "matrix_factorization", "--steps", "40", "--seed", "3")
+    optimizers = ("--optimizer", "asgo:lr=0.1", "--optimizer", "adamw")
+    code, out, err = asgo(*arguments, *optimizers, "--json")
+    assert code == 0
+    printed = json.loads(out)
+    assert printed["figure"] == "problems.png"
+    assert (tmp_path / "problems.png").read_bytes().startswith(b"\x89PNG")
+    settings = [parse_settings(text, MATRICES) for text in ("asgo:lr=0.1", "adamw")]
+    for shown, problem in zip(printed["problems"], PROBLEMS.values(), strict=True):
+        runs = run_losses(problem, settings, steps=40, seed=3)
+        assert (shown["problem"], shown["seed"], shown["steps"]) == (problem.name, 3, 40)
+        assert shown["first_loss"] == runs[0].values[0]
+        for row, run in zip(shown["runs"], runs, strict=True):
+            assert (row["label"], row["keywords"]) == (run.settings.label, run.settings.keywords)
+            assert row["final_loss"] == pytest.approx(run.values[-1], rel=1e-6)
+            assert row["lowest_loss"] == pytest.approx(run.values.min(), rel=1e-6)
+            assert (row["steps_to_reach"], row["diverged_at"]) == (run.steps_to_reach, None)
+    code, out, err = asgo(*arguments, *optimizers, "--out", "a.html")
+    assert code == 0
+    assert "ASGO, lr 0.1" in out
+    assert f"{printed['problems'][0]['runs'][0]['final_loss']:.3g}" in out
+    assert "Kronecker quadratic" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "asgo viz kronecker_quadratic matrix_factorization --lr-grid" in err
+
+
+def test_a_grid_of_rates_is_a_table_and_a_figure(asgo: Run, tmp_path: Path) -> None:
+    arguments = ("inseparable_l2", "--lr-grid", "1e-2:1:3", "--optimizer", "adam", "--optimizer", "sgd-momentum")
+    code, out, _ = asgo(*arguments, "--json")
+    assert code == 0
+    printed = json.loads(out)
+    assert printed["rates"] == [0.01, 0.1, 1]
+    assert (tmp_path / "inseparable_l2-rates.png").read_bytes().startswith(b"\x89PNG")
+    (problem,) = printed["problems"]
+    for scan in problem["optimizers"]:
+        steps = {}
+        for row in scan["runs"]:
+            text = f"{scan['optimizer']}:lr={row['lr']}"
+            (run,) = run_trajectories(FUNCTIONS["inseparable_l2"], [parse_settings(text)])
+            assert (row["steps_to_converge"], row["diverged_at"]) == (run.steps_to_reach, run.diverged_at)
+            if run.steps_to_reach is not None:
+                steps[row["lr"]] = run.steps_to_reach
+        assert (scan["lowest_converging_rate"], scan["highest_converging_rate"]) == (min(steps), max(steps))
+        assert scan["best_steps"] == min(steps.values()) == steps[scan["best_rate"]]
+    code, out, err = asgo(*arguments)
+    assert code == 0
+    assert "converging: stays within 0.1 of an optimum, in 400 steps" in out
+    assert f"asgo viz inseparable_l2 --optimizer adam:lr={problem['optimizers'][0]['best_rate']:g}" in err
+
+
+def test_a_grid_of_rates_works_on_matrices(asgo: Run) -> None:
+    code, out, _ = asgo(
+        "matrix_factorization", "--lr-grid", "0.05:0.5:2", "--optimizer", "muon", "--optimizer", "asgo", "--steps", "20"
+    )
+    assert code == 0
+    assert "converging: the loss stays below 0.001 of the first, in 20 steps" in out
+    assert out.count("none") == 2
+
+
 def test_the_seed_decides_the_noise(asgo: Run) -> None:
     ends = []
     for seed in ("1", "1", "2"):
@@ -156,7 +228,7 @@ def test_a_divergence_is_said_in_the_table_and_is_a_step_in_json(asgo: Run) -> N
     [
         (("rosenbrok",), "unknown function 'rosenbrok'; did you mean 'rosenbrock'? `asgo viz --help` lists them"),
         (("abs_sum", "xyzzy"), "unknown function 'xyzzy'; `asgo viz --help` lists them"),
-        (("abs_sum", "--out", "a.jpg"), "a.jpg: the name of a figure must end in .png, .pdf, .svg, .gif"),
+        (("abs_sum", "--out", "a.jpg"), "a.jpg: the name of a figure must end in .png, .pdf, .svg, .gif, .html"),
         (("abs_sum", "--optimizer", "adm"), "unknown optimizer: 'adm'; did you mean 'adam'?"),
         (("abs_sum", "--optimizer", "adam", "--optimizer", "muon"), "muon updates matrices"),
         (("abs_sum", "--start", "1"), "--start 1: it takes two finite numbers, as in --start -1.5,2"),
@@ -170,6 +242,22 @@ def test_a_divergence_is_said_in_the_table_and_is_a_step_in_json(asgo: Run) -> N
             "expression is not finite at (-1.0, 0.0): choose another --start",
         ),
         (("noisy_abs_sum", "--seed", "-1"), "--seed"),
+        (("beale", "--optimizer", "asgo"), "or draw a problem of matrices: kronecker_quadratic, matrix_factorization"),
+        (
+            ("kronecker_quadratic", "beale"),
+            "kronecker_quadratic is a problem of matrices and beale a function of x and y: draw them by two commands",
+        ),
+        (("kronecker_quadratic", "--expression", "x*y"), "and --expression a function of x and y"),
+        (("kronecker_quadratic", "--start", "1,2"), "--start 1,2: kronecker_quadratic has no x and y"),
+        (("matrix_factorization", "--out", "a.gif"), "a.gif: losses do not move; give --out FILE.png"),
+        (("matrix_factorization", "--out", "a.jpg"), "a.jpg: the name of a figure must end in .png, .pdf, .svg, .html"),
+        (("matrix_factorization", "--optimizer", "asgo:root_method=guess"), "invalid root_method: 'guess'"),
+        (("booth", "--lr-grid", "1:2"), "--lr-grid 1:2: it takes LOW:HIGH:COUNT, as in --lr-grid 1e-4:1:13"),
+        (
+            ("booth", "--lr-grid", "1:2:3", "--optimizer", "adam:betas=0.8,0.9,lr=1"),
+            "--lr-grid chooses the learning rate; leave lr out",
+        ),
+        (("booth", "--lr-grid", "1:2:3", "--out", "a.html"), "must end in .png, .pdf, .svg, with --lr-grid"),
         ((), "give a FUNCTION, as in `asgo viz rosenbrock`, or an --expression"),
     ],
 )
@@ -185,7 +273,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_the_arguments_are_checked_before_the_work(asgo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trajectories, "run_panels", lambda *_: pytest.fail("ran before the check"))
+    monkeypatch.setattr(trajectories, "run_trajectories", lambda *_: pytest.fail("ran before the check"))
     for arguments in (
         ("abs_sum", "--out", "a.bmp"),
         ("abs_sum", "--expression", "x^2"),

@@ -16,7 +16,8 @@ from PIL import Image, ImageSequence
 from models.expression import expression_function
 from models.functions import FUNCTIONS, Point
 from pipelines.analysis.loss_figure import LossCurve, draw_losses, smoothed
-from pipelines.analysis.trajectories import Trajectory, default_settings, parse_settings, run_trajectories
+from pipelines.analysis.optimizer_settings import default_settings, parse_settings
+from pipelines.analysis.trajectories import Trajectory, run_trajectories
 from pipelines.analysis.trajectory_animation import animate_trajectories, frame_steps
 from pipelines.analysis.trajectory_figure import draw_trajectories, place_inset
 from pipelines.errors import UsageError

@@ -10,14 +10,8 @@ import numpy.typing as npt
 import pytest
 
 from models.functions import FUNCTIONS, PAPER_FUNCTIONS
-from pipelines.analysis.trajectories import (
-    Trajectory,
-    choose_functions,
-    default_settings,
-    gradient_noise,
-    parse_settings,
-    run_trajectories,
-)
+from pipelines.analysis.optimizer_settings import default_settings, parse_settings
+from pipelines.analysis.trajectories import Trajectory, choose_functions, gradient_noise, run_trajectories
 from pipelines.errors import UsageError
 
 Points = npt.NDArray[np.float64]
@@ -270,7 +264,7 @@ def test_every_elementwise_optimizer_runs_by_its_name_alone(name: str) -> None:
         ("adam:betas=0.9", "betas takes 2 numbers, not '0.9'"),
         ("sgd-momentum:nesterov=maybe", "nesterov takes true or false, not 'maybe'"),
         ("accasro:min_scale=30", "invalid min_scale: 30 is above max_scale, 20.0"),
-        ("muon", "muon updates matrices and cannot move a point; choose from asro, accasro, adam"),
+        ("muon", "muon updates matrices and cannot move a point; choose from accasro, asro, adam"),
         ("asgo:lr=0.1", "asgo updates matrices"),
     ],
 )

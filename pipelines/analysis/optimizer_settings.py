@@ -1,0 +1,141 @@
+"""Which optimizer, with which keywords: what `asgo viz` compares."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from models.matrix_problems import PROBLEMS
+from optim.keywords import unknown_name
+from optim.registry import optimizer_class
+from pipelines.errors import UsageError
+from pipelines.resolve import read_preset
+
+POINTS, MATRICES = "asro-functions", "matrix-problems"  # the presets, for 2-D functions and for matrix problems
+
+_TITLES = {
+    "asgo": "ASGO",
+    "dasgo": "DASGO",
+    "muon": "Muon",
+    "shampoo": "Shampoo",
+    "asro": "Asro",
+    "accasro": "AccAsro",
+    "adam": "Adam",
+    "adamw": "AdamW",
+    "amsgrad": "AMSGrad",
+    "radam": "RAdam",
+    "rmsprop": "RMSprop",
+    "adagrad": "Adagrad",
+    "sgd-momentum": "SGD momentum",
+    "sgd-nesterov": "SGD Nesterov",
+}
+# How a trajectory is computed is not the user's choice, and its length is said once, for all optimizers.
+_NOT_OFFERED = {"params", "total_steps", "foreach", "fused", "capturable", "differentiable", "maximize"}
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """An optimizer with the keywords of its constructor, and its name in legends and tables."""
+
+    optimizer: str
+    keywords: Mapping[str, Any]
+    label: str
+
+
+def default_settings(preset: str = POINTS) -> list[OptimizerSettings]:
+    """What is shown where no optimizer is named: on points, the settings of the Asro paper's figure."""
+    if preset == MATRICES:
+        return [parse_settings(name, preset) for name in read_preset(preset)["shown"]]
+    entries: list[dict[str, Any]] = read_preset(preset)["trajectories"]
+    return [_settings(entry.pop("optimizer"), entry, shown=["lr"]) for entry in entries]
+
+
+def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) -> OptimizerSettings:
+    """Read `NAME` or `NAME:key=value,key=value`, for example `accasro:lr=0.02,betas=0.9,0.99`.
+
+    Keywords that are left out take the preset's value for that optimizer, or else the constructor's default.
+    With `all_rates` the learning rate is not the text's to say, nor in the label.
+    Raises `UsageError` for a name, a keyword or a value that cannot be, before anything is computed.
+    """
+    name, _, listed = text.partition(":")
+    try:
+        optimizer_class(name)
+        defaults = read_preset(preset)["optimizers"]
+        if name not in defaults:
+            raise ValueError(
+                f"{name} updates matrices and cannot move a point; choose from {', '.join(defaults)}; "
+                f"or draw a problem of matrices: {', '.join(PROBLEMS)}"
+            )
+        given = _parse_keywords(name, listed)
+        if all_rates and "lr" in given:
+            raise ValueError("--lr-grid chooses the learning rate; leave lr out")
+        settings = _settings(name, {**defaults[name], **given}, shown=[*([] if all_rates else ["lr"]), *given])
+        build(settings, [{"params": [torch.zeros(2, 2)]}], total_steps=1)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {text}: {error}") from None
+    return settings
+
+
+def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], total_steps: int) -> torch.optim.Optimizer:
+    """The optimizer of these settings for parameter groups, which may override any keyword."""
+    cls, fixed = optimizer_class(settings.optimizer)
+    keywords = {**fixed, **settings.keywords}
+    if "total_steps" in inspect.signature(cls).parameters:
+        keywords["total_steps"] = total_steps
+    return cls([dict(group) for group in groups], **keywords)
+
+
+def _settings(name: str, keywords: Mapping[str, Any], shown: Collection[str]) -> OptimizerSettings:
+    values = [f"{key} {_plain(value)}" for key, value in keywords.items() if key in shown]
+    return OptimizerSettings(name, dict(keywords), ", ".join([_TITLES[name], *values]))
+
+
+def _plain(value: Any) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _parse_keywords(name: str, listed: str) -> dict[str, Any]:
+    cls, _ = optimizer_class(name)
+    offered = {key: entry for key, entry in inspect.signature(cls).parameters.items() if key not in _NOT_OFFERED}
+    keywords: dict[str, Any] = {}
+    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
+    for item in re.split(r",(?=[^,=]*=)", listed) if listed else []:
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ValueError(f"{item!r} is not key=value")
+        if key not in offered:
+            raise unknown_name(f"keyword of {name}", key, offered)
+        keywords[key] = _parse_value(key, value, offered[key].default)
+    return keywords
+
+
+def _parse_value(key: str, text: str, default: Any) -> Any:
+    """Read a value of the default's kind: true or false, several numbers, a word, or one number."""
+    if isinstance(default, bool):
+        if text not in ("true", "false"):
+            raise ValueError(f"{key} takes true or false, not {text!r}")
+        return text == "true"
+    if isinstance(default, tuple):
+        numbers = tuple(_number(key, part) for part in text.split(","))
+        if len(numbers) != len(default):
+            raise ValueError(f"{key} takes {len(default)} numbers, not {text!r}")
+        return numbers
+    if isinstance(default, str):
+        return text  # the constructor knows which words there are
+    return _number(key, text)
+
+
+def _number(key: str, text: str) -> int | float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{key} takes a number, not {text!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"{key} takes a finite number, not {text!r}")
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else value

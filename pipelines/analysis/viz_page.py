@@ -1,0 +1,94 @@
+"""The interactive page of `asgo viz`: one file, with everything in it, that needs no network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.analysis.comparison.thinning import keep_spikes
+from pipelines.analysis.figure_style import line_style
+from pipelines.storage import write_atomically
+
+Array = npt.NDArray[np.float64]
+
+GRID_COLOUR = "#e4e4e4"
+_DASHES = {"-": "solid", "--": "dash", ":": "dot"}  # matplotlib's names and plotly's
+_MOST_POINTS = 1200  # of a curve: about two a pixel of its width
+_DECADES = 12  # at most, that an axis of values shows
+
+
+@dataclass(frozen=True)
+class PagePanel:
+    """A plot with its heading: traces and layout are plotly's, `frames` the steps at which a slider stops, if any."""
+
+    heading: str
+    formula: str
+    traces: list[dict[str, Any]] = field(repr=False)
+    layout: dict[str, Any] = field(repr=False)
+    frames: list[int] = field(default_factory=list)
+
+
+def write_page(panels: Sequence[PagePanel], path: Path) -> None:
+    """Write a page with these plots."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader(__package__, "viz_template"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    page = environment.get_template("page.html.jinja").render(
+        title=", ".join(panel.heading for panel in panels), panels=panels, plotly=get_plotlyjs()
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page.encode())
+
+
+def line(index: int, label: str, width: float = 2.0) -> dict[str, Any]:
+    """What the traces of the setting at this position in the legend have in common: a click hides them together."""
+    style = line_style(index)
+    return {
+        "mode": "lines",
+        "name": label,
+        "legendgroup": str(index),
+        "line": {"color": style["color"], "dash": _DASHES[style["linestyle"]], "width": width},
+    }
+
+
+def value_curve(values: Array, minimum: float) -> dict[str, Any]:
+    """The height of the values, `(steps + 1,)`, above the minimum, with every peak; hover gives the value.
+
+    Of a long run the lowest and the highest value of each stretch is kept. The logarithm of 0 would leave a gap.
+    """
+    kept = keep_spikes(values, _MOST_POINTS)
+    return {
+        "x": kept.tolist(),
+        "y": short(np.maximum(values[kept] - minimum, np.finfo(np.float64).tiny)),
+        "customdata": [[int(step), value] for step, value in zip(kept, short(values[kept]), strict=True)],
+        "hovertemplate": "step %{x:,d}<br>value %{customdata[1]:.5g}",
+    }
+
+
+def value_axis(title: str, curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """An axis for such curves, of at most twelve decades from the highest downwards."""
+    heights = np.concatenate([curve["y"] for curve in curves])
+    highest = math.log10(float(heights.max()))
+    lowest = max(math.log10(float(heights.min())), highest - _DECADES)
+    return {
+        "type": "log",
+        "range": [lowest - 0.2, highest + 0.2],
+        "title": {"text": title},
+        "gridcolor": GRID_COLOUR,
+        "exponentformat": "power",
+    }
+
+
+def short(values: Array) -> list[float]:
+    """Six digits of each: more than can be seen, or read."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

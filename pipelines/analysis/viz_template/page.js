@@ -1,0 +1,73 @@
+"use strict";
+
+const COMMON = {
+  font: { family: "DejaVu Sans, Verdana, sans-serif", size: 12, color: "#222" },
+  margin: { l: 60, r: 15, t: 15, b: 50 },
+  legend: { orientation: "h", x: 0, y: -0.13, yanchor: "top" },
+  hovermode: "closest",
+  plot_bgcolor: "white",
+};
+const FRAME_TIME = 80; // milliseconds
+
+for (const section of document.querySelectorAll("section")) {
+  const panel = JSON.parse(section.querySelector(".data").textContent);
+  const plot = section.querySelector(".plot");
+  Plotly.newPlot(plot, panel.traces, { ...COMMON, ...panel.layout }, { responsive: true, displaylogo: false });
+  if (panel.frames.length) addPlayer(section, plot, panel);
+}
+
+// Shows the lines up to the step that the slider is at; the button moves it.
+function addPlayer(section, plot, panel) {
+  const [button, slider, label] = ["button", "input", "output"].map((name) => section.querySelector(name));
+  const moving = panel.traces.flatMap((trace, index) => (trace.customdata ? [index] : []));
+  const full = moving.map((index) => ({ ...panel.traces[index] }));
+  const last = panel.frames[panel.frames.length - 1];
+  let timer = null;
+
+  function show() {
+    const step = panel.frames[slider.value];
+    label.value = `step ${step.toLocaleString("en")} of ${last.toLocaleString("en")}`;
+    const cuts = full.map((trace) => {
+      const end = countUntil(trace.customdata, step);
+      return [trace.meta === "last" ? end - 1 : 0, end];
+    });
+    const part = (key) => full.map((trace, index) => trace[key].slice(...cuts[index]));
+    Plotly.restyle(plot, { x: part("x"), y: part("y"), customdata: part("customdata") }, moving);
+  }
+
+  function stop() {
+    clearInterval(timer);
+    timer = null;
+    button.textContent = "play";
+  }
+
+  function advance() {
+    if (+slider.value === panel.frames.length - 1) return stop();
+    slider.value = +slider.value + 1;
+    show();
+  }
+
+  button.addEventListener("click", () => {
+    if (timer !== null) return stop();
+    if (+slider.value === panel.frames.length - 1) slider.value = 0;
+    button.textContent = "pause";
+    show();
+    timer = setInterval(advance, FRAME_TIME);
+  });
+  slider.addEventListener("input", () => {
+    stop();
+    show();
+  });
+  show();
+}
+
+// How many points, each with its step first, are there up to this step; they ascend.
+function countUntil(points, step) {
+  let [low, high] = [0, points.length];
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (points[middle][0] <= step) low = middle + 1;
+    else high = middle;
+  }
+  return low;
+}
