@@ -105,7 +105,7 @@ def _describe(error: Exception) -> tuple[worker.Kind, int, str]:
     if isinstance(error, AsgoError):
         return "refused", error.exit_code, str(error)
     if isinstance(error, TyperException):
-        return "refused", error.exit_code, f"{error.format_message()} (see --help)"
+        return "refused", error.exit_code, f"{' '.join(error.format_message().split())} (see --help)"
     if isinstance(error, OSError) and error.filename is not None:
         return "crashed", 1, f"{error.filename}: {error.strerror}"
     return "crashed", 1, f"{type(error).__name__}: {error} (ASGO_DEBUG=1 shows where)"

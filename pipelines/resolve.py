@@ -215,8 +215,12 @@ def _explain(
 
 
 def _origin(key: str, sources: Mapping[str, str]) -> str:
-    """The layer that set a key, or any key under it."""
-    found = [source for name, source in sources.items() if name == key or name.startswith(f"{key}.")]
+    """The layer that set a key, any key under it, or the list that it is an element of."""
+    found = [
+        source
+        for name, source in sources.items()
+        if name == key or name.startswith(f"{key}.") or key.startswith(f"{name}.")
+    ]
     return found[-1] if found else "configuration"
 
 

@@ -55,7 +55,10 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     staged.mkdir(parents=True)
     try:
         yield staged
+        readable = staged.stat().st_mode & 0o666
         for path in staged.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)  # safetensors lets nobody but its writer read a file
             sync(path)
         sync(staged)
         if replace and target.exists():

@@ -13,7 +13,8 @@ from typing import Any
 
 from pipelines.config import GPTRunConfig, RunConfig, flatten
 from pipelines.errors import UsageError
-from pipelines.resolve import Layer, file_layer, preset_layer, preset_names, resolve
+from pipelines.exchange.initial_model import resolve_with_initial_model
+from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
 from pipelines.sweeps.search_table import Search, read_search
 
 _SHIPPED = resources.files("pipelines") / "presets" / "sweeps"
@@ -70,7 +71,7 @@ class Variant:
 
     def resolve(self, settings: Mapping[str, Any]) -> RunConfig:
         """The configuration with `settings` on top of its own. Raises `UsageError` like `pipelines.resolve.resolve`."""
-        return resolve([*self.base, Layer(self.origin, {**self.settings, **settings})])
+        return resolve_with_initial_model([*self.base, Layer(self.origin, {**self.settings, **settings})])
 
 
 class Problems:

@@ -109,7 +109,8 @@ def _not_finished(results: Sequence[Run]) -> list[str]:
         found.append(f"Diverged, and so without a final loss: {_some(run.name for run in diverged)}.")
     if unfinished:
         names = _some(f"{run.name} ({run.reason})" for run in unfinished)
-        found.append(f"Not finished, and so without a final loss: {names}; curves over seeds end with the shortest.")
+        curves = "their curves are drawn only where no seed is finished"
+        found.append(f"Not finished, and so without a final loss: {names}; {curves}.")
     if decaying:
         names = _some(run.name for run in decaying)
         found.append(f"Stopped before the learning rate had decayed, which brings losses down: {names}.")

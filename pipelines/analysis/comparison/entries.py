@@ -133,7 +133,8 @@ def _standing(entry: Entry) -> float:
 
 def _entry(label: str, family: str, readings: Sequence[Reading], confidence: float) -> Entry:
     runs = tuple(reading.run for reading in readings)
-    going = [reading for reading in readings if reading.run.state in ("finished", "unfinished")]
+    ended = [reading for reading in readings if reading.run.state == "finished"]
+    going = ended or [reading for reading in readings if reading.run.state == "unfinished"]
     return Entry(
         label=label,
         optimizer=runs[0].config.optimizer.name,

@@ -13,6 +13,7 @@ import numpy as np
 
 from pipelines.analysis.comparison.figures import FIGURES, MOST_SHOWN, Abscissa, axis_title, shown
 from pipelines.analysis.comparison.headline import by_pair, headline
+from pipelines.analysis.comparison.layers import LayerFigures
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
 from pipelines.analysis.comparison.tables import Table, entry_table, run_table
 from pipelines.analysis.figure_style import line_style
@@ -39,7 +40,12 @@ class Cell:
     details: str
 
 
-def render_page(comparison: Comparison, images: Mapping[str, bytes], origin: Sequence[tuple[str, str]]) -> str:
+def render_page(
+    comparison: Comparison,
+    images: Mapping[str, bytes],
+    layers: Sequence[LayerFigures],
+    origin: Sequence[tuple[str, str]],
+) -> str:
     """The whole page; `images` are PNG files by the names of `figures.FIGURES`, `origin` says how it was made."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from plotly.offline import get_plotlyjs
@@ -63,9 +69,14 @@ def render_page(comparison: Comparison, images: Mapping[str, bytes], origin: Seq
         curves=_curves(comparison),
         left_out=_left_out(comparison),
         runs=run_table(comparison),
-        images={name: base64.b64encode(images[name]).decode() for name in FIGURES if name in images},
+        images={name: _base64(images[name]) for name in FIGURES if name in images},
+        layers=[(each.run, [(words, _base64(image)) for words, image in each.images]) for each in layers],
         origin=origin,
     )
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def _other_entries(comparison: Comparison) -> Table | None:

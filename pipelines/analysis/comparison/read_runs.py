@@ -133,4 +133,6 @@ def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tu
 
 def _is_no_better_than_untrained(val: Curve, steps: int) -> bool:
     """Whether training has brought nothing, when half of the steps or more are done."""
-    return len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and val.losses[-1] >= val.losses[0]
+    return (
+        len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and not val.losses[-1] < val.losses[0]
+    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.analysis.comparison.figures import FIGURES, write_figures
+from pipelines.analysis.comparison.figures import FIGURES, shown, write_figures
 from pipelines.analysis.comparison.headline import headline
+from pipelines.analysis.comparison.layers import FOLDER, write_layers
 from pipelines.analysis.comparison.page import GENERATOR, render_page
 from pipelines.analysis.comparison.results import Comparison, Run
 from pipelines.analysis.comparison.tables import TABLES, make_tables
@@ -26,6 +28,9 @@ _OURS = {
 }
 
 
+_LAYERS = re.compile(rf"figures/{FOLDER}(/[^/]+(/layer-[a-z]+\.(png|pdf))?)?")
+
+
 def check_report_folder(out: Path) -> None:
     """`UsageError` unless there is nothing at `out`, an empty folder, or a report alone, which may be replaced."""
     if not out.exists():
@@ -35,8 +40,9 @@ def check_report_folder(out: Path) -> None:
     found = {path.relative_to(out).as_posix() for path in out.rglob("*")}
     if found and not _is_report(out / PAGE):
         raise UsageError(f"{out}: exists and is not a report; choose another --out")
-    if not found <= _OURS:
-        raise UsageError(f"{out}: holds {min(found - _OURS)} beside a report; move it away, or choose another --out")
+    others = {name for name in found - _OURS if not _LAYERS.fullmatch(name)}
+    if others:
+        raise UsageError(f"{out}: holds {min(others)} beside a report; move it away, or choose another --out")
 
 
 def _is_report(page: Path) -> bool:
@@ -61,7 +67,8 @@ def write_report(comparison: Comparison, out: Path, command: str) -> Path:
             (tables / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
             (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
         images = {name: (figures / f"{name}.png").read_bytes() for name in names}
-        page = render_page(comparison, images, _origin(comparison, command))
+        layers = write_layers(shown(comparison), figures)
+        page = render_page(comparison, images, layers, _origin(comparison, command))
         (staged / PAGE).write_text(page, encoding="utf-8")
     return out / PAGE
 

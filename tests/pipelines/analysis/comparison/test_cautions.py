@@ -82,8 +82,8 @@ def test_runs_without_a_final_loss_are_told(runs: Path) -> None:
     write_run(runs / "asgo-s7", {}, optimizer="asgo", seed=7)
     assert compare_runs([runs]).cautions == (
         "Diverged, and so without a final loss: asgo-s5, asgo-s6.",
-        "Not finished, and so without a final loss: asgo-s4 (at step 80 of 160); curves over seeds end with the "
-        "shortest.",
+        "Not finished, and so without a final loss: asgo-s4 (at step 80 of 160); their curves are drawn only "
+        "where no seed is finished.",
         "Stopped before the learning rate had decayed, which brings losses down: asgo-s4.",
         "Nothing recorded yet: asgo-s7.",
     )

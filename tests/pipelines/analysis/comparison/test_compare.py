@@ -126,8 +126,8 @@ def test_the_target_is_the_final_loss_of_a_reference(tmp_path: Path) -> None:
 
 def test_bands_are_over_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
     noise = np.random.default_rng(0)
-    losses = [noise.normal(4.0, 0.1, count) for count in (160, 160, 100)]
-    vals = [{0: 5.0, 40: 4.0, 80: 3.5, 160: 3.0}, {0: 5.2, 40: 4.3, 80: 3.4, 160: 3.1}, {0: 5.1, 40: 4.1, 80: 3.9}]
+    losses = [noise.normal(4.0, 0.1, count) for count in (120, 120, 100)]
+    vals = [{0: 5.0, 40: 4.0, 80: 3.5, 120: 3.0}, {0: 5.2, 40: 4.3, 80: 3.4, 120: 3.1}, {0: 5.1, 40: 4.1, 80: 3.9}]
     for seed, (val, of_train) in enumerate(zip(vals, losses, strict=True)):
         write_run(tmp_path / str(seed), val, of_train.tolist(), seed=seed, seconds_a_step=seed + 1.0)
     diverged = {0: 5.0, 40: 99.0, 80: 99.0}
@@ -149,6 +149,22 @@ def test_bands_are_over_the_steps_that_all_seeds_have(tmp_path: Path) -> None:
     windows = [of_train[47:54].mean() for of_train in losses]
     assert found.train.mean[50] == pytest.approx(np.mean(windows))
     assert (found.train.lowest[50], found.train.highest[50]) == pytest.approx((min(windows), max(windows)))
+
+
+def test_a_seed_that_has_just_begun_does_not_cut_the_finished_ones_short(tmp_path: Path) -> None:
+    write_run(tmp_path / "1", falling_to(3.0), seed=1)
+    write_run(tmp_path / "2", {0: 5.0}, seed=2)
+    (found,) = compare_runs([tmp_path]).entries
+    assert found.val is not None
+    assert found.val.steps.tolist() == list(falling_to(3.0))
+    assert found.val.mean.tolist() == list(falling_to(3.0).values())
+
+
+def test_a_last_validation_that_is_no_number_is_a_divergence(tmp_path: Path) -> None:
+    write_run(tmp_path / "1", {**falling_to(3.0), 160: float("nan")}, seed=1)
+    write_run(tmp_path / "2", falling_to(3.0), seed=2)
+    (found,) = compare_runs([tmp_path]).entries
+    assert (found.diverged, found.final and found.final.count) == (1, 1)
 
 
 def test_sensitivities_have_trials_and_final_runs(tmp_path: Path) -> None:

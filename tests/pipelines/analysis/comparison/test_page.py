@@ -159,7 +159,7 @@ def test_nothing_is_loaded_from_anywhere(page: Path) -> None:
 
 def test_one_run_and_nothing_finished_have_pages_too(tmp_path: Path) -> None:
     write_run(tmp_path / "half", {0: 5.0, 80: 4.0}, [5.0] * 90)
-    content = render_page(compare_runs([tmp_path]), {}, [])
+    content = render_page(compare_runs([tmp_path]), {}, [], [])
     assert "No run has finished: there is no final loss to compare." in content
     assert 'class="matrix' not in content
     assert "at step 90 of 160" in content
@@ -171,7 +171,7 @@ def test_a_page_of_many_runs_says_what_it_leaves_out(tmp_path: Path, monkeypatch
         decay = 0.01 * index
         write_run(tmp_path / str(index), falling_to(3 + decay), [5.0] * 160, optimizer__weight_decay=decay)
     write_run(tmp_path / "lost", {0: 5.0, 160: 6.0}, [5.0] * 160, optimizer__weight_decay=0.0, seed=1)
-    content = html.unescape(render_page(compare_runs([tmp_path]), {}, []))
+    content = html.unescape(render_page(compare_runs([tmp_path]), {}, [], []))
     assert "are of the first 24 of 26 contenders" in content
     assert "4 of the contenders' 25 single runs" in content
     assert "<summary>2 other settings</summary>" in content

@@ -1,0 +1,42 @@
+"""Layer statistics in the report of a comparison, from runs that were really trained."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.report import write_report
+from pipelines.config import RunConfig
+from pipelines.errors import UsageError
+from pipelines.training.train import train
+from tests.conftest import SilentReporter
+
+
+def test_each_contender_that_recorded_its_layers_shows_them(
+    small_config: Callable[..., RunConfig], tmp_path: Path, reporter: SilentReporter
+) -> None:
+    accasro = {"optimizer__name": "accasro", "statistics__every": 2}
+    train(small_config(**accasro), tmp_path / "runs" / "accasro", reporter)
+    train(small_config(**accasro, seed=43), tmp_path / "runs" / "accasro-43", reporter)
+    train(small_config(optimizer__name="adamw"), tmp_path / "runs" / "adamw", reporter)
+    page = write_report(compare_runs([tmp_path / "runs"]), tmp_path / "report", "asgo compare runs")
+    layers = tmp_path / "report" / "figures" / "layers"
+    assert sorted(path.relative_to(layers).as_posix() for path in layers.rglob("*.*")) == [
+        f"accasro/layer-{name}.{suffix}" for name in ("norms", "scales", "updates") for suffix in ("pdf", "png")
+    ]
+    content = page.read_text(encoding="utf-8")
+    assert "What happened in the layers" in content
+    for image in layers.rglob("*.png"):
+        assert base64.b64encode(image.read_bytes()).decode() in content
+
+    write_report(compare_runs([tmp_path / "runs" / "adamw"]), tmp_path / "report", "asgo compare")
+    assert not layers.exists(), "an earlier report is replaced as a whole"
+    assert "What happened in the layers" not in page.read_text(encoding="utf-8")
+    layers.mkdir()
+    (layers / "mine.txt").write_text("not a figure")
+    with pytest.raises(UsageError, match=r"holds figures/layers/mine.txt beside a report"):
+        write_report(compare_runs([tmp_path / "runs"]), tmp_path / "report", "asgo compare")
