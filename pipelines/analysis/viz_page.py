@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from pipelines.analysis.comparison.thinning import keep_spikes
 from pipelines.analysis.figure_style import line_style
+from pipelines.analysis.page_template import render
 from pipelines.storage import write_atomically
 
 Array = npt.NDArray[np.float64]
@@ -36,16 +37,8 @@ class PagePanel:
 
 def write_page(panels: Sequence[PagePanel], path: Path) -> None:
     """Write a page with these plots."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=PackageLoader(__package__, "viz_template"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    page = environment.get_template("page.html.jinja").render(
-        title=", ".join(panel.heading for panel in panels), panels=panels, plotly=get_plotlyjs()
-    )
+    title = ", ".join(panel.heading for panel in panels)
+    page = render(Path(__file__).parent / "viz_template", title=title, panels=panels)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode())
 

@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from pipelines.analysis.comparison.layers import LayerFigures
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
 from pipelines.analysis.comparison.tables import Table, entry_table, run_table
 from pipelines.analysis.figure_style import line_style
+from pipelines.analysis.page_template import render
 
 GENERATOR = '<meta name="generator" content="asgo compare">'
 """Stands in every page, so that one can be told from other files."""
@@ -47,18 +49,11 @@ def render_page(
     origin: Sequence[tuple[str, str]],
 ) -> str:
     """The whole page; `images` are PNG files by the names of `figures.FIGURES`, `origin` says how it was made."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=PackageLoader(__package__, "template"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     contenders = shown(comparison)
     runs = [run for entry in comparison.entries for run in entry.runs]
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        Path(__file__).parent / "template",
         generator=GENERATOR,
-        plotly=get_plotlyjs(),
         comparison=comparison,
         headline=headline(comparison),
         run_count=len(runs),

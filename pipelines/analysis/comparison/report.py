@@ -21,14 +21,14 @@ from pipelines.storage import staged_folder
 PAGE = "index.html"
 _OURS = {
     PAGE,
-    "figures",
-    "tables",
+    "figures/",
+    "tables/",
     *(f"figures/{name}{suffix}" for name in FIGURES for suffix in (".png", ".pdf")),
     *(f"tables/{name}{suffix}" for name in TABLES for suffix in (".md", ".csv")),
 }
 
 
-_LAYERS = re.compile(rf"figures/{FOLDER}(/[^/]+(/layer-[a-z]+\.(png|pdf))?)?")
+_LAYERS = re.compile(rf"figures/{FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
 
 
 def check_report_folder(out: Path) -> None:
@@ -37,7 +37,7 @@ def check_report_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise UsageError(f"{out}: exists and is not a folder; choose another --out")
-    found = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    found = {path.relative_to(out).as_posix() + "/" * path.is_dir() for path in out.rglob("*")}
     if found and not _is_report(out / PAGE):
         raise UsageError(f"{out}: exists and is not a report; choose another --out")
     others = {name for name in found - _OURS if not _LAYERS.fullmatch(name)}
