@@ -12,7 +12,10 @@ const FRAME_TIME = 80; // milliseconds
 for (const section of document.querySelectorAll("section")) {
   const panel = JSON.parse(section.querySelector(".data").textContent);
   const plot = section.querySelector(".plot");
-  Plotly.newPlot(plot, panel.traces, { ...COMMON, ...panel.layout }, { responsive: true, displaylogo: false });
+  // Plotly's own set of buttons has one that uploads the plot.
+  Plotly.newPlot(plot, panel.traces, { ...COMMON, ...panel.layout }, {
+    responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+  });
   if (panel.frames.length) addPlayer(section, plot, panel);
 }
 
