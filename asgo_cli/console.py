@@ -21,19 +21,24 @@ def silence() -> None:
 
 def say(message: str) -> None:
     """One plain line for a person."""
-    words.print(escape(message), soft_wrap=True)
+    words.print(_shown(message), soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One line for something that the user should look at."""
-    words.print(f"[yellow]warning:[/] {escape(message)}", soft_wrap=True)
+    words.print(f"[yellow]warning:[/] {_shown(message)}", soft_wrap=True)
 
 
 def fail(message: str) -> None:
     """One line for each problem that stopped the command."""
     words.quiet = False
-    for line in message.splitlines():
-        words.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    for line in message.split("\n"):
+        words.print(f"[bold red]error:[/] {_shown(line)}", soft_wrap=True)
+
+
+def _shown(text: str) -> str:
+    """Text that may hold what a user typed or named a file: a terminal is not to obey it."""
+    return escape("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
 def suggest_next(*commands: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -79,6 +80,8 @@ def undo_exchange(outgoing: Path, target: Path) -> None:
 
 
 def _sibling(target: Path, state: str) -> Path:
+    if not target.name:  # of the root, and of `.`
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     return target.with_name(f".{target.name}.{state}")
 
 

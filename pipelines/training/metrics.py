@@ -94,7 +94,7 @@ def read_lines(path: Path) -> list[Row]:
 
     Raises `AsgoError` for any other line that is not a row.
     """
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    *lines, _torn = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
