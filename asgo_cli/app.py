@@ -7,6 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from asgo_cli import (
@@ -24,9 +25,40 @@ from asgo_cli import (
     viz,
     worker,
 )
+from asgo_cli.help_text import examples
+
+_ORDER = (
+    "demo",
+    "doctor",
+    "data",
+    "train",
+    "sweep",
+    "compare",
+    "viz",
+    "export-metrics",
+    "export-model",
+    "generate",
+    "bench",
+)
+
+
+class _InOrder(TyperGroup):
+    """Lists the commands in the order in which one comes to need them."""
+
+    def list_commands(self, ctx: object) -> list[str]:
+        return sorted(self.commands, key=_ORDER.index)
+
 
 app = typer.Typer(
-    help="Train with, and compare, neural-network optimizers.",
+    cls=_InOrder,
+    help="Train with, and compare, neural-network optimizers.\n\n"
+    "Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 interrupted, and saved.",
+    epilog=examples(
+        "asgo demo",
+        "asgo data text articles.jsonl --out data/mine",
+        "asgo train gpt --preset tiny --data data/mine --optimizer asgo",
+        "asgo train gpt --help",
+    ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asgo_cli import bench_data, bench_train, console
+from asgo_cli.help_text import examples
+from asgo_cli.names import CLASSIFIERS, OPTIMIZERS, completing
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
 
@@ -15,16 +17,19 @@ if TYPE_CHECKING:
     from pipelines.benchmarks.report import Measurement, Report
 
 app = typer.Typer(
-    help="Measure side by side with what is installed of the peers.",
+    help="Measure speed, side by side with other libraries.",
+    epilog=examples("asgo bench optimizers --model gpt2", "asgo bench train"),
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 # As in pipelines.benchmarks.shapes, which cannot be imported here: it would import torch.
 MODEL_NAMES = ("gpt2-layer", "gpt2", "asro-gpt", "nanogpt", "tiny")
-OPTIMIZERS_EXAMPLES = (
-    "Examples: `asgo bench optimizers`; `asgo bench optimizers --model gpt2 --optimizer asgo --optimizer torch.Muon`; "
-    "`asgo bench optimizers --optimizer asgo:root_method=polar_express --optimizer heavyball.SOAP --json > bench.json`."
+OPTIMIZERS_EXAMPLES = examples(
+    "asgo bench optimizers",
+    "asgo bench optimizers --model gpt2 --optimizer asgo --optimizer torch.Muon",
+    "asgo bench optimizers --optimizer asgo:root_method=polar_express",
+    "asgo bench optimizers --optimizer heavyball.SOAP --json > bench.json",
 )
 
 
@@ -42,7 +47,7 @@ def optimizers(
             metavar="NAME",
             help=f"Whose parameters to update: {', '.join(MODEL_NAMES)}, or a classifier of torchvision such as "
             "efficientnet_b1. gpt2-layer is the six weight matrices of one layer of GPT-2.",
-            autocompletion=lambda: list(MODEL_NAMES),
+            autocompletion=completing((*MODEL_NAMES, *CLASSIFIERS)),
         ),
     ] = "gpt2-layer",
     optimizer: Annotated[
@@ -52,6 +57,7 @@ def optimizers(
             help="asgo, dasgo, muon, shampoo, asro, accasro; torch.CLASS, pytorch_optimizer.CLASS, heavyball.CLASS; "
             "with keywords of the constructor; may be given several times. Without it: ours, and some of each library "
             "that is installed.",
+            autocompletion=completing(OPTIMIZERS),
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each optimizer after the first.")] = 10,
@@ -65,7 +71,7 @@ def optimizers(
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, each step's time too, as JSON.")] = False,
 ) -> None:
-    """Time a step of each optimizer, interleaved, and weigh its state.
+    """Time a step of each optimizer, and weigh its state.
 
     In each round every optimizer takes one step with the same gradients; times are medians over the rounds. The
     yardstick is the fused AdamW of torch. On a whole model, the matrix optimizers of ours and the Muons of torch and

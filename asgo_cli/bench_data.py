@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 from asgo_cli.progress import TurnsProgress
 
 if TYPE_CHECKING:
@@ -16,9 +17,18 @@ if TYPE_CHECKING:
     from pipelines.benchmarks.imagenet_archives import ArchivesReport
     from pipelines.benchmarks.loader import LoaderReport
 
-DATA_EXAMPLES = "Examples: `asgo bench data`; `asgo bench data articles.jsonl --workers 8 --json`."
-LOADER_EXAMPLES = "Examples: `asgo bench loader`; `asgo bench loader photographs/ --workers 8 --json`."
-ARCHIVES_EXAMPLES = "Examples: `asgo bench archives`; `asgo bench archives --classes 100 --images 100`."
+DATA_EXAMPLES = examples(
+    "asgo bench data",
+    "asgo bench data articles.jsonl --workers 8 --json",
+)
+LOADER_EXAMPLES = examples(
+    "asgo bench loader",
+    "asgo bench loader photographs/ --workers 8 --json",
+)
+ARCHIVES_EXAMPLES = examples(
+    "asgo bench archives",
+    "asgo bench archives --classes 100 --images 100",
+)
 
 Repeats = Annotated[int, typer.Option(min=1, metavar="N", help="Rounds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything, each round too, as JSON.")]
@@ -38,7 +48,7 @@ def data(
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, each round too, as JSON.")] = False,
 ) -> None:
-    """Time how text becomes token shards, and how shards become batches.
+    """Time making token shards, and reading batches of them.
 
     From a Parquet file to tokens on the disk, in turns: a plain multiprocessing.Pool that encodes a document a call and
     returns lists, as public scripts have it, and asgo with tiktoken and, where it is installed, gigatoken.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
+from asgo_cli.names import OPTIMIZERS, completing
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
 
@@ -16,9 +18,10 @@ if TYPE_CHECKING:
 
 # As in pipelines.benchmarks.training_workload, which cannot be imported here: it would import torch.
 MODEL_NAMES = ("gpt2", "asro-gpt", "nanogpt", "tiny")
-EXAMPLES = (
-    "Examples: `asgo bench train`; `asgo bench train --model gpt2 --optimizer asgo --optimizer "
-    "asgo:precond_frequency=5 --json > bench.json`."
+EXAMPLES = examples(
+    "asgo bench train",
+    "asgo bench train --model gpt2 --optimizer asgo --optimizer adamw",
+    "asgo bench train --optimizer asgo:precond_frequency=5 --json > bench.json",
 )
 
 ModelOption = Annotated[
@@ -27,7 +30,7 @@ ModelOption = Annotated[
         metavar="NAME",
         help=f"What to train: {', '.join(MODEL_NAMES)}.",
         show_default="gpt2, which is GPT-2 124 M, on a CUDA device; tiny elsewhere",
-        autocompletion=lambda: list(MODEL_NAMES),
+        autocompletion=completing(MODEL_NAMES),
     ),
 ]
 OptimizersOption = Annotated[
@@ -36,6 +39,7 @@ OptimizersOption = Annotated[
         metavar="NAME[:key=value,...]",
         help="As `asgo train gpt` takes it, with settings of its own; may be given several times.",
         show_default="adamw, accasro, muon, asgo",
+        autocompletion=completing(OPTIMIZERS),
     ),
 ]
 BatchSizeOption = Annotated[

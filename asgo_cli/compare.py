@@ -10,21 +10,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 
 if TYPE_CHECKING:
     from pipelines.analysis.comparison.results import Comparison
 
-EXAMPLES = "Examples: `asgo compare runs/asgo runs/adamw`; `asgo compare runs --target 3.28 --out report`."
+EXAMPLES = examples(
+    "asgo compare runs/asgo runs/adamw",
+    "asgo compare runs --target 3.28 --out report",
+)
 
 
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
-    out: Annotated[Path, typer.Option(help="Folder of the report; an earlier report is replaced.")] = Path("report"),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of the report; an earlier report is replaced.")
+    ] = Path("report"),
     target: Annotated[
-        float | None, typer.Option(metavar="LOSS", help="Validation loss to come to; AdamW's final one if absent.")
+        float | None, typer.Option(metavar="LOSS", help="Validation loss to come to.", show_default="AdamW's final one")
     ] = None,
     confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.9999, help="Of the intervals, and of calling a difference certain.")
+        float,
+        typer.Option(min=0.5, max=0.9999, metavar="X", help="Of the intervals, and of calling a difference certain."),
     ] = 0.95,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
 ) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
+from time import monotonic
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+SECONDS_BETWEEN_LINES = 60.0
 
 words = Console(stderr=True, highlight=False)
 data = Console(highlight=False)
@@ -19,9 +23,27 @@ def silence() -> None:
     words.quiet = data.quiet = True
 
 
+def is_live() -> bool:
+    """Whether a line that changes can be shown: on a terminal, unless it is a dumb one."""
+    return words.is_terminal and words.is_interactive and not words.quiet
+
+
 def say(message: str) -> None:
     """One plain line for a person."""
     words.print(_shown(message), soft_wrap=True)
+
+
+class MinuteLines:
+    """How far work is, where nothing live shows it, as in a log: the first line at once, then one a minute at most."""
+
+    def __init__(self) -> None:
+        self._said_s = -math.inf
+
+    def say(self, line: str, *, is_last: bool = False) -> None:
+        """Say it if it is time for a line, or if it is the last."""
+        if not is_live() and (is_last or monotonic() - self._said_s >= SECONDS_BETWEEN_LINES):
+            self._said_s = monotonic()
+            say(line)
 
 
 def warn(message: str) -> None:

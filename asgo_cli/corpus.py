@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import shlex
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from rich.text import Text
 
 from asgo_cli import console
 from asgo_cli.data_folder import summarize
+from asgo_cli.help_text import examples
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     from pipelines.data.corpus.prepare import CorpusOptions
     from pipelines.data.corpus.sources import Corpus
 
-FINEWEB_EXAMPLES = (
-    "Examples: `asgo data fineweb --shards 10`; `asgo data fineweb --subset CC-MAIN-2024-10`; from a copy of the files "
-    "`asgo data fineweb --source /data/fineweb-edu`."
+FINEWEB_EXAMPLES = examples(
+    "asgo data fineweb --shards 10",
+    "asgo data fineweb --subset CC-MAIN-2024-10",
+    "asgo data fineweb --source /data/fineweb-edu    # a copy of the files",
 )
-OPENWEBTEXT_EXAMPLES = (
-    "Examples: `asgo data openwebtext --shards 10`; `asgo data openwebtext --source /data/openwebtext`."
+OPENWEBTEXT_EXAMPLES = examples(
+    "asgo data openwebtext --shards 10",
+    "asgo data openwebtext --source /data/openwebtext    # a copy of the files",
 )
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 Shards = Annotated[int, typer.Option(metavar="N", help="Training shards; the validation shard comes on top.")]
 ShardTokens = Annotated[int, typer.Option(metavar="N", help="Tokens in a shard.")]
@@ -111,12 +111,12 @@ def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool)
 
 
 class _CorpusProgress:
-    """Two live lines on a terminal, while `bar` is entered; a plain one now and then elsewhere."""
+    """Two live lines on a terminal, while `bar` is entered; a plain one a minute elsewhere."""
 
     def __init__(self, shards: int, medium: str) -> None:
         self._shards = shards
         self._medium = medium
-        self._last_line_s = time.monotonic()
+        self._lines = console.MinuteLines()
         self.bar = _TwoLines(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -124,7 +124,7 @@ class _CorpusProgress:
             TextColumn("{task.fields[left]}"),
             console=console.words,
             transient=True,
-            disable=not console.words.is_terminal,
+            disable=not console.is_live(),
         )
         self._task = self.bar.add_task("opening", total=None, left="")
 
@@ -133,7 +133,7 @@ class _CorpusProgress:
         console.say(f"{self._medium}: {message}")
 
     def show(self, status: Status) -> None:
-        """Move the bar; without a terminal, write a line now and then."""
+        """Move the bar."""
         shard = f"shard {min(status.finished_shards + 1, self._shards)} of {self._shards}"
         self.bar.below = self._figures(status)
         self.bar.update(
@@ -143,11 +143,9 @@ class _CorpusProgress:
             total=status.tokens_wanted,
             left=_time_left(status.seconds_left),
         )
-        now = time.monotonic()
-        if not console.words.is_terminal and now - self._last_line_s >= _SECONDS_BETWEEN_LINES:
-            self._last_line_s = now
-            share = f"{status.tokens / status.tokens_wanted:.1%}"
-            console.say(f"{shard}, {share}: {self._figures(status)}; {_time_left(status.seconds_left)}")
+        share = f"{status.tokens / status.tokens_wanted:.1%}"
+        left = f"; {_time_left(status.seconds_left)}" if status.seconds_left is not None else ""
+        self._lines.say(f"{shard}, {share}: {self._figures(status)}{left}")
 
     def _figures(self, status: Status) -> str:
         return (

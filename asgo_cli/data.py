@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
 from asgo_cli import console, corpus, data_folder, imagenet
+from asgo_cli.help_text import examples
+from asgo_cli.progress import WorkProgress
 
 app = typer.Typer(
     help="Prepare and check data.",
+    epilog=examples(
+        "asgo data fineweb --shards 10", "asgo data text books/ --out data/books", "asgo data info data/books"
+    ),
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-TEXT_EXAMPLES = "Example: `asgo data text articles.jsonl.gz books/ --tokenizer gpt2 --out data/mine`"
-SHAKESPEARE_EXAMPLES = "Example: `asgo data shakespeare`, or offline `asgo data shakespeare --input input.txt`"
-
-_SECONDS_BETWEEN_LINES = 10.0
+TEXT_EXAMPLES = examples(
+    "asgo data text articles.jsonl.gz books/ --out data/mine",
+    "asgo data text poems.txt --tokenizer chars --val-fraction 0.1 --out data/poems",
+)
+SHAKESPEARE_EXAMPLES = examples(
+    "asgo data shakespeare",
+    "asgo data shakespeare --input input.txt    # without a network",
+)
 
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a data folder that is already there.")]
 
@@ -43,7 +50,7 @@ def text(
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")],
     tokenizer: Annotated[Literal["gpt2", "bytes", "chars"], typer.Option(help="How text becomes tokens.")] = "gpt2",
-    val_fraction: Annotated[float, typer.Option(help="Share of the text that validates.")] = 0.0005,
+    val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of the text that validates.")] = 0.0005,
     shard_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens in a training shard.")] = 100_000_000,
     overwrite: OverwriteOption = False,
 ) -> None:
@@ -54,7 +61,8 @@ def text(
     """
     from pipelines.data.prepare import prepare_text
 
-    with _progress() as progress:
+    progress = _CharactersProgress()
+    with progress.bar:
         manifest = prepare_text(
             inputs,
             out,
@@ -62,7 +70,7 @@ def text(
             val_fraction=val_fraction,
             shard_tokens=shard_tokens,
             overwrite=overwrite,
-            progress=progress,
+            progress=progress.show,
         )
     data_folder.summarize(manifest, out)
     console.suggest_next(f"asgo train gpt --preset tiny --data {_quoted(out)}")
@@ -85,8 +93,9 @@ def shakespeare(
     """
     from pipelines.data.shakespeare import prepare_shakespeare
 
-    with _progress() as progress:
-        manifest = prepare_shakespeare(text_input, out, overwrite=overwrite, progress=progress)
+    progress = _CharactersProgress()
+    with progress.bar:
+        manifest = prepare_shakespeare(text_input, out, overwrite=overwrite, progress=progress.show)
     data_folder.summarize(manifest, out)
     console.suggest_next(f"asgo train gpt --preset asgo-nanogpt --data {_quoted(out)}")
 
@@ -95,35 +104,16 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, int, int | None], None]]:
-    """Shows (phase, characters done, total or None): a bar on a terminal, now and then a line elsewhere."""
-    if not console.words.is_terminal:
-        yield _lines()
-        return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+class _CharactersProgress(WorkProgress):
+    """How many characters are done of a phase."""
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console.words, transient=True) as bar:
-        task = bar.add_task("reading", total=None)
+    def __init__(self) -> None:
+        super().__init__(TaskProgressColumn(), TimeRemainingColumn())
 
-        def show(phase: str, done: int, total: int | None) -> None:
-            bar.update(task, description=f"{phase} {done / 1e6:,.1f} M characters", completed=done, total=total)
-
-        yield show
-
-
-def _lines() -> Callable[[str, int, int | None], None]:
-    spoken_at = time.monotonic()
-
-    def show(phase: str, done: int, total: int | None) -> None:
-        nonlocal spoken_at
-        if time.monotonic() - spoken_at < _SECONDS_BETWEEN_LINES:
-            return
-        spoken_at = time.monotonic()
-        console.say(f"{phase}: {done:,}{f' of {total:,}' if total else ''} characters")
-
-    return show
+    def show(self, phase: str, done: int, total: int | None) -> None:
+        """Show how far it is; `total` is None where nobody knows."""
+        line = f"{phase}: {done:,}{f' of {total:,}' if total else ''} characters"
+        self._show(f"{phase} {done / 1e6:,.1f} M characters", done, total, line)
 
 
 app.command("fineweb", epilog=corpus.FINEWEB_EXAMPLES)(corpus.fineweb)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.filesize import decimal
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from asgo_cli import console
-from asgo_cli.progress import PhaseProgress
+from asgo_cli.help_text import examples
+from asgo_cli.progress import PhaseProgress, WorkProgress
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
     from pipelines.data.info import FolderInfo
     from pipelines.data.manifest import DocumentCounts, Manifest, ShardEntry, SourcePosition
 
-INFO_EXAMPLES = (
-    "Examples: `asgo data info data/mine`; `asgo data info data/mine --lines 20`; "
-    "`asgo data info data/imagenet --contact-sheet sheet.png`"
+INFO_EXAMPLES = examples(
+    "asgo data info data/mine",
+    "asgo data info data/mine --lines 20",
+    "asgo data info data/imagenet --contact-sheet sheet.png",
 )
-VERIFY_EXAMPLES = "Example: `asgo data verify data/mine`"
+VERIFY_EXAMPLES = examples(
+    "asgo data verify data/mine",
+    "asgo data verify data/imagenet --json",
+)
 
-_SECONDS_BETWEEN_LINES = 10.0
 _MOST_CLASSES, _FIRST_CLASSES = 40, 20  # of more than so many, the table has so many
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")]
@@ -145,8 +148,9 @@ def verify(
     if holds_imagenet(folder):
         _verify_imagenet(folder, as_json)
         return
-    with _progress() as progress:
-        results = verify_folder(folder, progress)
+    progress = _BytesProgress()
+    with progress.bar:
+        results = verify_folder(folder, progress.show)
     if as_json:
         console.show_json([asdict(result) for result in results])
     else:
@@ -265,31 +269,12 @@ def _visible(text: str) -> str:
     )
 
 
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """Shows (bytes checked, bytes in total): a bar on a terminal, now and then a line elsewhere."""
-    if not console.words.is_terminal:
-        yield _lines()
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+class _BytesProgress(WorkProgress):
+    """How many bytes are checked."""
 
-    columns = (TextColumn("checking"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console.words, transient=True) as bar:
-        task = bar.add_task("", total=None)
+    def __init__(self) -> None:
+        super().__init__(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield show
-
-
-def _lines() -> Callable[[int, int], None]:
-    spoken_at = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal spoken_at
-        if time.monotonic() - spoken_at >= _SECONDS_BETWEEN_LINES:
-            spoken_at = time.monotonic()
-            console.say(f"checking: {decimal(done)} of {decimal(total)}")
-
-    return show
+    def show(self, done: int, total: int) -> None:
+        """Show how far it is."""
+        self._show("checking", done, total, f"checking: {decimal(done)} of {decimal(total)}")

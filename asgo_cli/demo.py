@@ -9,20 +9,24 @@ from typing import Annotated
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 from asgo_cli.progress import TrainingProgress
 
-EXAMPLES = "Example: `asgo demo`, and a second time to see the results again."
+EXAMPLES = examples(
+    "asgo demo",
+    "asgo demo --out /tmp/demo",
+)
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of data, runs and figures; a finished part is kept.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of data, runs and figures; a finished part is kept.")
+    ] = Path("runs/demo"),
 ) -> None:
-    """The whole way in three minutes.
+    """See the whole program at work, in three minutes.
 
     Tokenizes the Python sources of the standard library, trains a small GPT with three optimizers from one seed,
-    exports the metrics, and draws losses and trajectories; without a network.
+    exports the metrics, and draws losses and trajectories; without a network. A second time it shows the results again.
     """
     from pipelines.demo import run_demo
 

@@ -8,15 +8,19 @@ from typing import Annotated
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 
-EXAMPLES = "Examples: `asgo doctor`, in the folder that runs are written to; `asgo doctor --json`."
+EXAMPLES = examples(
+    "asgo doctor",
+    "asgo doctor --json",
+)
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """What is here, and what of it will bite.
+    """Examine what training needs of this machine.
 
-    Looks at Python, torch, GPUs, compilers, the disk and the packages. The table is made for bug reports: neither a
-    user's name nor a machine's is in it, and nothing is sent anywhere.
+    Python, torch, GPUs, compilers, the packages, and the disk of the folder that it is called in. The table is made
+    for bug reports: neither a user's name nor a machine's is in it, and nothing is sent anywhere.
     """
     from dataclasses import asdict
 

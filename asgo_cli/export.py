@@ -10,13 +10,19 @@ from typing import Annotated
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 
-EXAMPLES = "Example: `asgo export-metrics runs/ --out metrics.csv`; `--out -` writes to stdout."
+EXAMPLES = examples(
+    "asgo export-metrics runs --out metrics.csv",
+    "asgo export-metrics runs/asgo --out -    # to stdout",
+)
 
 
 def export_metrics(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A checkpoint, a run, or a folder of runs.")],
-    out: Annotated[Path, typer.Option(help="The CSV file to write; - for stdout.")] = Path("metrics.csv"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The CSV file to write; - for stdout.")] = Path(
+        "metrics.csv"
+    ),
 ) -> None:
     """Write recorded metrics as CSV.
 

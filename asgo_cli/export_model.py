@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 
-EXAMPLES = (
-    "Examples: `asgo export-model runs/asgo --format hf --out models/asgo`; "
-    "`asgo export-model runs/b1/checkpoints/step-00010000 --format torchvision --out models/b1`."
+EXAMPLES = examples(
+    "asgo export-model runs/asgo --format hf --out models/asgo",
+    "asgo export-model runs/b1 --format torchvision --out models/b1",
 )
 
 

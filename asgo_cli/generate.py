@@ -7,20 +7,27 @@ from typing import Annotated
 
 import typer
 
+from asgo_cli.help_text import examples
 from asgo_cli.options import Device
 
-EXAMPLES = "Example: `asgo generate runs/tiny-accasro-s42 --prompt 'def ' --tokens 200 --temperature 0.8`"
+EXAMPLES = examples(
+    "asgo generate runs/tiny-accasro-s42 --prompt 'def '",
+    "asgo generate runs/tiny-accasro-s42 --prompt 'def ' --temperature 0",
+)
 
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest one.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to add.")] = 200,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")] = "",
+    tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How many tokens to add.")] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0, help="Below 1 is safer, above 1 wilder; 0 is the likeliest.")
+        float, typer.Option(min=0, metavar="X", help="Below 1 is safer, above 1 wilder; 0 is the likeliest.")
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw from the K likeliest tokens only.")] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="K", help="Draw from the K likeliest tokens only.", show_default="from all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
     device: Device = None,
 ) -> None:
     """Continue a prompt with a trained GPT.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 from asgo_cli.progress import PhaseProgress
 
 if TYPE_CHECKING:
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
 
     from pipelines.data.imagenet.manifest import ImagenetManifest
 
-EXAMPLES = (
-    "Examples: `asgo data imagenet --archives /data/archives`; to fetch them first `asgo data imagenet --archives "
-    "/data/archives --download`; to leave the images in the archives `asgo data imagenet --archives /data/archives "
-    "--no-extract`; from the hub, with your token, `asgo data imagenet --source hub --archives /data/hub --download`."
+EXAMPLES = examples(
+    "asgo data imagenet --archives /data/archives",
+    "asgo data imagenet --archives /data/archives --download",
+    "asgo data imagenet --archives /data/archives --no-extract    # read in place",
+    "asgo data imagenet --source hub --archives /data/hub --download",
 )
 
 Source = Literal["archives", "hub"]

@@ -17,15 +17,20 @@ import typer
 from asgo_cli.worker import is_worker
 from pipelines.errors import UsageError
 
-GpusOption = Annotated[int | None, typer.Option(min=1, help="Processes on this machine, with a GPU each.")]
-ProcessesOption = Annotated[int | None, typer.Option(min=1, help="Processes on this machine, on its CPU.")]
-NodesOption = Annotated[int | None, typer.Option(min=1, help="Machines; the same command is given on each.")]
-NodeRankOption = Annotated[int | None, typer.Option(min=0, help="Which of the machines this is, from 0.")]
+GpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, with a GPU each.")]
+ProcessesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, on its CPU.")]
+NodesOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Machines; the same command is given on each.")
+]
+NodeRankOption = Annotated[int | None, typer.Option(min=0, metavar="K", help="Which of the machines this is, from 0.")]
 RendezvousOption = Annotated[
     str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, at a free port.")
 ]
 MaxRestartsOption = Annotated[
-    int, typer.Option(min=0, help="How often a lost process is replaced; all go on from the newest checkpoint.")
+    int,
+    typer.Option(
+        min=0, metavar="N", help="How often a lost process is replaced; all go on from the newest checkpoint."
+    ),
 ]
 
 _OPTIONS = ("--gpus", "--processes", "--nodes", "--node-rank", "--rendezvous", "--max-restarts")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -23,9 +22,6 @@ from asgo_cli.worker import end_worker
 if TYPE_CHECKING:
     from pipelines.training.metrics import Row
 
-_PLAIN_INTERVAL_S = 30.0
-_WORK_INTERVAL_S = 10.0
-
 
 def figures(row: Row, unit: str) -> str:
     """The figures of a training row in a few words; `unit` is what its throughput counts."""
@@ -40,8 +36,9 @@ class TrainingProgress:
         self._name = name
         self._unit = unit
         self._total = 0
+        self._figures = ""
         self._validation = "-"
-        self._last_line_s = 0.0
+        self._lines = console.MinuteLines()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -49,7 +46,7 @@ class TrainingProgress:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=console.words,
-            disable=not console.words.is_terminal or console.words.quiet,
+            disable=not console.is_live(),
         )
         self._bar = self._progress.add_task(name, figures="", total=None)
 
@@ -68,20 +65,20 @@ class TrainingProgress:
         self._progress.reset(self._bar, total=last_step, completed=first_step)
 
     def trained(self, row: Row) -> None:
-        """Move the bar; without a terminal, write a line now and then."""
-        text = f"{figures(row, self._unit)}  val {self._validation}"
-        self._progress.update(self._bar, completed=row["step"], figures=text)
-        now = time.monotonic()
-        if not console.words.is_terminal and now - self._last_line_s >= _PLAIN_INTERVAL_S:
-            self._last_line_s = now
-            console.say(f"{self._name}  step {row['step']}/{self._total}  {figures(row, self._unit)}")
+        """Move the bar."""
+        self._figures = f"{figures(row, self._unit)}  "
+        self._show(row["step"])
 
     def validated(self, row: Row) -> None:
         """Show the new validation loss."""
         accuracy = f", top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
         self._validation = f"{row['loss']:.4f}{accuracy}"
-        if not console.words.is_terminal:
-            console.say(f"{self._name}  step {row['step']}/{self._total}  val {self._validation}")
+        self._show(row["step"], is_last=row["step"] == self._total)
+
+    def _show(self, step: int, *, is_last: bool = False) -> None:
+        text = f"{self._figures}val {self._validation}"
+        self._progress.update(self._bar, completed=step, figures=text)
+        self._lines.say(f"{self._name}  step {step}/{self._total}  {text}", is_last=is_last)
 
     def note(self, message: str) -> None:
         """Write a line above the bar."""
@@ -92,30 +89,27 @@ class TrainingProgress:
         end_worker("hung", 1, message)
 
 
-class _WorkProgress:
-    """A bar on a terminal, while `bar` is entered; a line now and then elsewhere."""
+class WorkProgress:
+    """A bar on a terminal, while `bar` is entered; a line a minute elsewhere."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
-        self._last_line_s = time.monotonic()
+        self._lines = console.MinuteLines()
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             *columns,
             console=console.words,
             transient=True,
-            disable=not console.words.is_terminal,
+            disable=not console.is_live(),
         )
         self._task = self.bar.add_task("", total=None)
 
     def _show(self, what: str, done: int, total: int | None, line: str) -> None:
         self.bar.update(self._task, description=what, completed=done, total=total)
-        now = time.monotonic()
-        if not console.words.is_terminal and now - self._last_line_s >= _WORK_INTERVAL_S:
-            self._last_line_s = now
-            console.say(line)
+        self._lines.say(line)
 
 
-class TurnsProgress(_WorkProgress):
+class TurnsProgress(WorkProgress):
     """Turns of a measurement, and the time they take."""
 
     def __init__(self) -> None:
@@ -130,7 +124,7 @@ class TurnsProgress(_WorkProgress):
         self._show(what, done, total, f"{what} ({done} of {total} done)")
 
 
-class PhaseProgress(_WorkProgress):
+class PhaseProgress(WorkProgress):
     """Work in phases, each from 0 to 100 %, and the time that is left of each."""
 
     def __init__(self) -> None:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asgo_cli import console
+from asgo_cli.help_text import examples
 from asgo_cli.launch import own_path
+from asgo_cli.names import SWEEPS, sweeps_and_files
 from asgo_cli.worker import is_worker
 from pipelines.errors import AsgoError, UsageError
 
@@ -20,33 +22,45 @@ if TYPE_CHECKING:
     from pipelines.sweeps.queue import Failure, Program, Source
     from pipelines.sweeps.standing import Standing
 
-EXAMPLES = (
-    "Examples: `asgo sweep asro-gpt-paper --dry-run`; `asgo sweep asgo-nanogpt-paper --seeds 1,2,3 --gpus 4`; "
-    "`asgo sweep my.toml --slots 2 --set training.steps=500`. Shipped: asro-gpt-paper, asro-imagenet-paper, "
-    "asgo-gpt2-paper, asgo-nanogpt-paper, asgo-nanogpt-search."
+EXAMPLES = examples(
+    "asgo sweep asro-gpt-paper --dry-run",
+    "asgo sweep asgo-nanogpt-paper --seeds 1,2,3 --gpus 4",
+    "asgo sweep my.toml --slots 2 --set training.steps=500",
 )
 
 
 def sweep(
-    source: Annotated[str, typer.Argument(metavar="NAME|FILE.toml", help="A shipped sweep, or a file of your own.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the runs; runs/NAME if absent.")] = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE.toml",
+            help=f"A shipped sweep ({', '.join(SWEEPS)}), or a file of your own.",
+            autocompletion=sweeps_and_files,
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the runs.", show_default="runs/NAME")
+    ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="1,2,3", help="Every run with each of these; the file's if absent.")
+        str | None, typer.Option(metavar="1,2,3", help="Every run with each of these seeds.", show_default="the file's")
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once; one a GPU, or one on the CPU, if absent.")
+        int | None, typer.Option(min=1, metavar="N", help="Runs at once.", show_default="one a GPU, or one on the CPU")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to use, a run each; all if absent.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="GPUs to use, a run each.", show_default="all")
+    ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key in all runs.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they cost, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The plan or the results as JSON on stdout.")] = False,
 ) -> None:
-    """Train a list or a grid of configurations, or search for the best settings of each, several runs at once.
+    """Train many configurations, or search for the best ones.
 
-    A run that is done is skipped, a partial one goes on, and one that fails leaves the others alone: the same command
-    goes on after any interruption.
+    A list or a grid of them, or a search for the best settings of each, several runs at once. A run that is done is
+    skipped, a partial one goes on, and one that fails leaves the others alone: the same command goes on after any
+    interruption.
     """
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import read_sweep, resolve_runs

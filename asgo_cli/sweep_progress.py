@@ -1,4 +1,4 @@
-"""How a sweep looks while it goes: a line a running slot on a terminal, a line a start and an end elsewhere."""
+"""How a sweep looks while it goes: a line a running slot on a terminal; elsewhere one a start, an end and a minute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class SweepProgress:
     def __init__(self, count: int) -> None:
         self._count = count
         self._started = 0
-        self._lines: dict[int, TaskID] = {}
+        self._lines = console.MinuteLines()
+        self._bars: dict[int, TaskID] = {}
+        self._positions: dict[int, str] = {}
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -31,7 +33,7 @@ class SweepProgress:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=console.words,
-            disable=not console.words.is_terminal,
+            disable=not console.is_live(),
         )
 
     def __enter__(self) -> Self:
@@ -48,23 +50,27 @@ class SweepProgress:
         console.say(message)
 
     def started(self, run: Standing, slot: int) -> None:
-        """Give the run a line."""
+        """Give the run a bar."""
         self._started += 1
         steps = run.run.config.training.steps
-        if console.words.is_terminal:
-            self._lines[slot] = self._progress.add_task(run.run.name, total=steps, completed=run.step, figures="")
+        if console.is_live():
+            self._bars[slot] = self._progress.add_task(run.run.name, total=steps, completed=run.step, figures="")
         else:
             origin = f" from step {run.step:,}" if run.step else ""
             console.say(f"{run.run.name}: started{origin}, run {self._started} of {self._count}, slot {slot}")
 
     def progressed(self, run: Standing, slot: int, row: Row) -> None:
-        """Move the run's line."""
-        if slot in self._lines:
+        """Move the run's bar."""
+        if slot in self._bars:
             unit = _SHORT_UNITS[run.run.config.task]
-            self._progress.update(self._lines[slot], completed=row["step"], figures=figures(row, unit))
+            self._progress.update(self._bars[slot], completed=row["step"], figures=figures(row, unit))
+        steps = run.run.config.training.steps
+        self._positions[slot] = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"
+        self._lines.say("; ".join(self._positions.values()))
 
     def ended(self, run: Standing, slot: int, how: str) -> None:
-        """Replace the run's line by how it ended."""
-        if slot in self._lines:
-            self._progress.remove_task(self._lines.pop(slot))
+        """Replace the run's bar by how it ended."""
+        self._positions.pop(slot, None)
+        if slot in self._bars:
+            self._progress.remove_task(self._bars.pop(slot))
         console.say(f"{run.run.name}: {how}")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from asgo_cli import console, launch
+from asgo_cli import console, launch, names
+from asgo_cli.help_text import examples
 from asgo_cli.launch import (
     GpusOption,
     Launch,
@@ -27,19 +28,27 @@ if TYPE_CHECKING:
     from pipelines.config import RunConfig
     from pipelines.resolve import Layer
 
-app = typer.Typer(help="Train a model with one of the optimizers.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Train a model with one of the optimizers.",
+    epilog=examples(
+        "asgo train gpt --preset tiny --data data/text --optimizer asgo", "asgo train imagenet --optimizer accasro"
+    ),
+    rich_markup_mode=None,
+)
 
 _UNITS = {"gpt": "tokens", "imagenet": "images"}
 _SHORT_UNITS = {"gpt": "tok", "imagenet": "img"}
-_DEFAULT_PRESETS = {"gpt": "asro-gpt", "imagenet": "asro-imagenet"}
-_GPT_EXAMPLES = (
-    "Examples: `asgo train gpt --preset tiny --data data/text --optimizer asgo`; "
-    "`asgo train gpt --resume --out runs/tiny-asgo-s42`; `asgo train gpt --optimizer accasro --gpus 4`; "
-    "`--set schedule.kind=linear` sets any key of `--print-config`."
+_GPT_EXAMPLES = examples(
+    "asgo train gpt --preset tiny --data data/text --optimizer asgo",
+    "asgo train gpt --resume --out runs/tiny-asgo-s42",
+    "asgo train gpt --optimizer accasro --gpus 4",
+    "asgo train gpt --preset tiny --data data/text --set schedule.kind=linear",
+    "asgo train gpt --preset tiny --print-config    # all keys for --set",
 )
-_IMAGENET_EXAMPLES = (
-    "Examples: `asgo train imagenet --optimizer accasro`; `asgo train imagenet --model resnet50 --optimizer asgo "
-    "--set data.transform=standard --set data.resolution=224`."
+_IMAGENET_EXAMPLES = examples(
+    "asgo train imagenet --optimizer accasro",
+    "asgo train imagenet --model resnet50 --optimizer asgo",
+    "asgo train imagenet --optimizer asro --gpus 8 --dry-run",
 )
 
 
@@ -49,23 +58,40 @@ def _group(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
+def _preset_option(task: str) -> Any:
+    known = names.PRESETS[task]
+    return typer.Option(
+        metavar="NAME",
+        help=f"Settings to begin with: {', '.join(known)}.",
+        show_default=known[0],
+        autocompletion=names.completing(known),
+    )
+
+
 OptimizerOption = Annotated[
     str | None,
     typer.Option(
-        help="asgo, dasgo, muon, shampoo, asro, accasro, adam, adamw, amsgrad, radam, rmsprop, adagrad, "
-        "sgd-momentum or sgd-nesterov."
+        metavar="NAME",
+        help=f"{', '.join(names.OPTIMIZERS[:-1])} or {names.OPTIMIZERS[-1]}.",
+        show_default="the preset's",
+        autocompletion=names.completing(names.OPTIMIZERS),
     ),
 ]
-StepsOption = Annotated[int | None, typer.Option(help="Optimizer steps.")]
-LrOption = Annotated[float | None, typer.Option(help="Peak learning rate.")]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of weights, data order and dropout.")]
-OutOption = Annotated[Path | None, typer.Option(help="Run folder; runs/PRESET-OPTIMIZER-sSEED if absent.")]
+StepsOption = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", show_default="the preset's")]
+LrOption = Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.", show_default="the preset's")]
+SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Seed of weights, data order and dropout.")]
+OutOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Run folder.", show_default="runs/PRESET-OPTIMIZER-sSEED")
+]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from the newest good checkpoint; begin if there is none.")
 ]
-ConfigOption = Annotated[Path | None, typer.Option(help="TOML file laid over the preset.")]
+ConfigOption = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Settings laid over the preset.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key, such as training.steps=100.")
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set one key, such as training.steps=100; may be given several times."
+    ),
 ]
 CompileOption = Annotated[
     bool | None, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
@@ -82,7 +108,11 @@ ShardModelOption = Annotated[
 ]
 TrackOption = Annotated[
     list[str] | None,
-    typer.Option(metavar="tensorboard|wandb", help="Send the records there, too; may be given twice."),
+    typer.Option(
+        metavar="|".join(names.TRACKERS),
+        help="Send the records there, too; may be given twice.",
+        autocompletion=names.completing(names.TRACKERS),
+    ),
 ]
 PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
@@ -92,11 +122,12 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be
 
 @app.command("gpt", epilog=_GPT_EXAMPLES)
 def gpt(
-    preset: Annotated[
-        str | None, typer.Option(help="Settings to begin with: asro-gpt (the default), asgo-gpt2, asgo-nanogpt, tiny.")
-    ] = None,
+    preset: Annotated[str | None, _preset_option("gpt")] = None,
     optimizer: OptimizerOption = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of token shards, made by `asgo data`.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Token shards, made by `asgo data`.", show_default="the preset's"),
+    ] = None,
     init_from: Annotated[
         Path | None,
         typer.Option(
@@ -105,7 +136,7 @@ def gpt(
     ] = None,
     steps: StepsOption = None,
     lr: LrOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step, over all processes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Sequences a step, over all processes.")] = None,
     seed: SeedOption = None,
     out: OutOption = None,
     resume: ResumeOption = False,
@@ -125,7 +156,10 @@ def gpt(
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Pretrain a GPT on token shards. Later settings win: preset, --config, flags, --set."""
+    """Pretrain a GPT on token shards.
+
+    Later settings win: the preset, --config, the other options, --set.
+    """
     asked = Launch(gpus, processes, nodes, node_rank, rendezvous, max_restarts)
     asked.check(device)
     flags = {
@@ -148,15 +182,26 @@ def gpt(
 
 @app.command("imagenet", epilog=_IMAGENET_EXAMPLES)
 def imagenet(
-    preset: Annotated[str | None, typer.Option(help="Settings to begin with: asro-imagenet, the default.")] = None,
+    preset: Annotated[str | None, _preset_option("imagenet")] = None,
     optimizer: OptimizerOption = None,
-    model: Annotated[str | None, typer.Option(help="A classifier of torchvision, such as resnet50.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of images, made by `asgo data imagenet`.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A classifier of torchvision, such as resnet50.",
+            show_default="efficientnet_b1",
+            autocompletion=names.completing(names.CLASSIFIERS),
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Images, made by `asgo data imagenet`.", show_default="the preset's"),
+    ] = None,
     steps: StepsOption = None,
     lr: LrOption = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images a step, over all processes.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images a step, over all processes.")] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Processes that decode images; one a processor if absent.")
+        int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one a processor")
     ] = None,
     seed: SeedOption = None,
     out: OutOption = None,
@@ -177,7 +222,10 @@ def imagenet(
     print_config: PrintConfigOption = False,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Train a classifier on ImageNet. Later settings win: preset, --config, flags, --set."""
+    """Train a classifier on ImageNet.
+
+    Later settings win: the preset, --config, the other options, --set.
+    """
     asked = Launch(gpus, processes, nodes, node_rank, rendezvous, max_restarts)
     asked.check(device)
     flags = {
@@ -231,7 +279,7 @@ def _resolve(
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
     files = [file_layer(config)] if config is not None else []
     named = preset or next(
-        (layer.values["preset"] for layer in files if "preset" in layer.values), _DEFAULT_PRESETS[task]
+        (layer.values["preset"] for layer in files if "preset" in layer.values), names.PRESETS[task][0]
     )
     layers: list[Layer] = [base or preset_layer(task, str(named)), *files]
     layers += [Layer(flag, {key: value}) for flag, (key, value) in flags.items() if value is not None]

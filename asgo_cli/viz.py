@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from asgo_cli.help_text import examples
+from asgo_cli.names import OPTIMIZERS, completing
 from asgo_cli.viz_losses import show_losses
 from asgo_cli.viz_rates import show_rates
 from asgo_cli.viz_request import Request
@@ -36,13 +38,14 @@ FUNCTION_NAMES = PAPER_FUNCTIONS + USUAL_FUNCTIONS + NOISY_FUNCTIONS
 MATRIX_PROBLEMS = ("kronecker_quadratic", "matrix_factorization")
 _NAMES = ("all", *FUNCTION_NAMES, *MATRIX_PROBLEMS)
 
-EXAMPLES = (
-    "Examples: `asgo viz rosenbrock`; `asgo viz all --out figure.pdf`; "
-    "`asgo viz --expression 'x**2 + 10*y**2' --start 4,-3`; "
-    "`asgo viz rosenbrock --optimizer adam:lr=0.05 --optimizer accasro:lr=0.02,increment=0.1 --start -1.5,2`; "
-    "`asgo viz beale himmelblau --out page.html`; "
-    "`asgo viz kronecker_quadratic --optimizer asgo:lr=0.05 --optimizer adamw`; "
-    "`asgo viz abs_sum --lr-grid 1e-4:1:13`."
+EXAMPLES = examples(
+    "asgo viz rosenbrock",
+    "asgo viz all --out figure.pdf",
+    "asgo viz --expression 'x**2 + 10*y**2' --start 4,-3",
+    "asgo viz beale --optimizer adam:lr=0.05 --optimizer accasro:lr=0.02",
+    "asgo viz beale himmelblau --out page.html",
+    "asgo viz kronecker_quadratic --optimizer asgo:lr=0.05 --optimizer adamw",
+    "asgo viz abs_sum --lr-grid 1e-4:1:13",
 )
 
 
@@ -54,7 +57,7 @@ FunctionsArgument = Annotated[
         f"of the field's usual ones: {', '.join(USUAL_FUNCTIONS)}; "
         f"of those with noise in the gradient: {', '.join(NOISY_FUNCTIONS)}; "
         f"or problems of matrices, for matrix optimizers too: {', '.join(MATRIX_PROBLEMS)}.",
-        autocompletion=lambda: list(_NAMES),
+        autocompletion=completing(_NAMES),
     ),
 ]
 ExpressionOption = Annotated[
@@ -69,8 +72,9 @@ OptimizersOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[:lr=0.01,...]",
-        help="An optimizer with keywords of its constructor; may be given several times. "
-        "Without it: the paper's three settings, or on matrices six optimizers.",
+        help="An optimizer with keywords of its constructor; may be given several times.",
+        show_default="the paper's three settings; on matrices six optimizers",
+        autocompletion=completing(OPTIMIZERS),
     ),
 ]
 LearningRatesOption = Annotated[
@@ -83,6 +87,7 @@ LearningRatesOption = Annotated[
 OutOption = Annotated[
     Path | None,
     typer.Option(
+        metavar="FILE",
         help="The figure: .png, .pdf or .svg; .gif, which moves; or .html, an interactive page.",
         show_default="FUNCTION.png or functions.png",
     ),
@@ -94,21 +99,25 @@ def viz(
     expression: ExpressionOption = None,
     optimizer: OptimizersOption = None,
     start: Annotated[
-        str | None, typer.Option(metavar="X,Y", help="Where every trajectory begins; each function has its own.")
+        str | None,
+        typer.Option(metavar="X,Y", help="Where every trajectory begins.", show_default="each function's own"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Length of the runs; each function has its own.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Length of the runs.", show_default="each function's own")
+    ] = None,
     lr_grid: LearningRatesOption = None,
     seed: Annotated[
-        int, typer.Option(min=0, help="Of the noise in the noisy functions, and of the matrix problems.")
+        int, typer.Option(min=0, metavar="N", help="Of the noise in the noisy functions, and of the matrix problems.")
     ] = 0,
     out: OutOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> None:
-    """Draw optimizers on test functions: their trajectories on 2-D ones, their losses on matrix problems.
+    """Draw optimizers on test functions and matrix problems.
 
-    Prints where each trajectory ends, and when it has come within 0.1 of an optimum for good, or how low it came; of a
-    matrix problem the final loss, and when it has fallen below a thousandth of the first for good. With --lr-grid:
-    which learning rates do so.
+    Draws trajectories on functions of x and y, losses over the steps on problems of matrices. Prints where each
+    trajectory ends, and when it has come within 0.1 of an optimum for good, or how low it came; of a matrix problem
+    the final loss, and when it has fallen below a thousandth of the first for good. With --lr-grid: which learning
+    rates do so.
     """
     from pipelines.errors import UsageError
 

@@ -34,7 +34,7 @@ class Request:
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
     """A bar of so many steps, on a terminal; gives a function that makes, for a name, what counts more steps."""
-    with Progress(console=console.words, transient=True, disable=not console.words.is_terminal) as progress:
+    with Progress(console=console.words, transient=True, disable=not console.is_live()) as progress:
         bar = progress.add_task("", total=total)
 
         def counter(name: str) -> Callable[[int], None]:

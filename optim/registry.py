@@ -45,6 +45,14 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     return _CLASSES[name]
 
 
+def own_keywords(name: str) -> dict[str, Any]:
+    """What can be set of an optimizer, and its defaults, None where it has none. `ValueError` for an unknown name."""
+    cls, fixed = optimizer_class(name)
+    own = {key: each.default for key, each in inspect.signature(cls).parameters.items()}
+    defaults = {key: None if default is inspect.Parameter.empty else default for key, default in own.items()}
+    return {key: value for key, value in {**defaults, **fixed}.items() if key not in ("params", "total_steps")}
+
+
 def build_optimizer(
     model: nn.Module,
     name: str,

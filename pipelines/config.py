@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -159,6 +169,47 @@ OptimizerSettings = Annotated[
     | SGDSettings,
     Field(discriminator="name"),
 ]
+
+
+OPTIMIZER_SETTINGS: dict[str, type[BaseModel]] = {
+    name: settings
+    for settings in get_args(get_args(OptimizerSettings)[0])
+    for name in get_args(settings.model_fields["name"].annotation)
+}
+"""The classes above, by the names of their optimizers."""
+
+
+class OtherOptimizerSettings(BaseModel):
+    """Keywords of an optimizer that `optim.registry` has and this file has not: those of its constructor."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str
+    lr: NonNegativeFloat
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With the constructor's defaults, so that a run records them. `ValueError` for a keyword it does not have."""
+        from optim.registry import own_keywords  # imports torch: for those who add an optimizer alone
+
+        defaults = own_keywords(values["name"])
+        unknown = sorted(values.keys() - defaults.keys() - {"name"})
+        if unknown:
+            raise ValueError(f"{unknown[0]}: not a keyword of {values['name']}, which has {', '.join(defaults)}")
+        return {**{key: value for key, value in defaults.items() if value is not None}, **values}
+
+
+def is_other_optimizer(name: object) -> bool:
+    """Whether `optim.registry` alone knows the optimizer."""
+    return isinstance(name, str) and name not in OPTIMIZER_SETTINGS and name in optimizer_names()
+
+
+def optimizer_names() -> tuple[str, ...]:
+    """All that `optim.registry` has."""
+    from optim.registry import OPTIMIZER_NAMES  # imports torch: for names that are not in this file
+
+    return OPTIMIZER_NAMES
 
 
 class GPTSettings(Settings):
@@ -377,7 +428,16 @@ class ImageNetRunConfig(RunConfig):
 
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
-    return ImageNetRunConfig if values.get("task") == "imagenet" else GPTRunConfig
+    kind = ImageNetRunConfig if values.get("task") == "imagenet" else GPTRunConfig
+    optimizer = values.get("optimizer")
+    if isinstance(optimizer, Mapping) and is_other_optimizer(optimizer.get("name")):
+        return _with_other_optimizer(kind)
+    return kind
+
+
+@functools.cache
+def _with_other_optimizer(kind: type[RunConfig]) -> type[RunConfig]:
+    return create_model(kind.__name__, __base__=kind, optimizer=(OtherOptimizerSettings, ...))
 
 
 def load_run_config(values: Any) -> RunConfig:

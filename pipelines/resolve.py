@@ -9,18 +9,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipelines.config import OptimizerSettings, RunConfig, ScheduleSettings, flatten, run_config_of
+from pipelines.config import (
+    OPTIMIZER_SETTINGS,
+    OtherOptimizerSettings,
+    RunConfig,
+    ScheduleSettings,
+    flatten,
+    is_other_optimizer,
+    optimizer_names,
+    run_config_of,
+)
 from pipelines.errors import UsageError
-
-_OPTIMIZER_MODELS: tuple[type[BaseModel], ...] = get_args(get_args(OptimizerSettings)[0])
-_MODEL_BY_OPTIMIZER = {
-    name: model for model in _OPTIMIZER_MODELS for name in get_args(model.model_fields["name"].annotation)
-}
 
 
 @dataclass(frozen=True)
@@ -162,8 +166,8 @@ def _table_problems(layer: Layer, chosen: str) -> list[str]:
     ]
     for name in dict.fromkeys(key.split(".")[1] for key in tables if key.count(".") >= 2):
         prefix = f"optimizers.{name}"
-        if name not in _MODEL_BY_OPTIMIZER:
-            problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, _MODEL_BY_OPTIMIZER)}")
+        if name not in OPTIMIZER_SETTINGS and not is_other_optimizer(name):
+            problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, optimizer_names())}")
         elif name != chosen:
             problems += _problems_in_table(layer, name, prefix)
     return problems
@@ -175,7 +179,7 @@ def _problems_in_table(layer: Layer, name: str, prefix: str) -> list[str]:
     settings = table["optimizers"][name]
     schedule = settings.pop("schedule", {})
     checks: tuple[tuple[type[BaseModel], Any, str], ...] = (
-        (_MODEL_BY_OPTIMIZER[name], {"name": name, **settings}, prefix),
+        (OPTIMIZER_SETTINGS.get(name, OtherOptimizerSettings), {"name": name, **settings}, prefix),
         (ScheduleSettings, schedule, f"{prefix}.schedule"),
     )
     for model, content, place in checks:
@@ -192,7 +196,7 @@ def _explain(
 ) -> str:
     """One line for one of pydantic's errors: where, which key, what is wrong, what to do."""
     loc = [str(part) for part in details["loc"]]
-    if loc[:1] == ["optimizer"] and len(loc) > 1 and issubclass(model, RunConfig):
+    if loc[:1] == ["optimizer"] and len(loc) > 1 and loc[1] in OPTIMIZER_SETTINGS and issubclass(model, RunConfig):
         del loc[1]  # pydantic names the member of the union there
     key = ".".join(loc)
     origin = source or _origin(key, sources)
@@ -205,7 +209,7 @@ def _explain(
         return f"{where}: {_unknown_key(loc[-1], table)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name", "") if isinstance(value, dict) else value
-        hint = _hint(str(name), _MODEL_BY_OPTIMIZER)
+        hint = _hint(str(name), optimizer_names())
         return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}"
     if kind == "value_error":
         return f"{where}: {details['msg'].removeprefix('Value error, ')}"
@@ -228,15 +232,15 @@ def _table_of(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | s
     """The model of the table that an unknown key is in."""
     for part in loc[:-1]:
         if part == "optimizer":
-            model = _MODEL_BY_OPTIMIZER[str(raw_loc[1])]
+            model = OPTIMIZER_SETTINGS[str(raw_loc[1])]
         else:
             model = cast(type[BaseModel], model.model_fields[part].annotation)
     return model
 
 
 def _unknown_key(key: str, table: type[BaseModel]) -> str:
-    takers = [name for name, other in _MODEL_BY_OPTIMIZER.items() if key in other.model_fields]
-    if table in _OPTIMIZER_MODELS and takers:
+    takers = [name for name, other in OPTIMIZER_SETTINGS.items() if key in other.model_fields]
+    if table in OPTIMIZER_SETTINGS.values() and takers:
         return f"unknown key of this optimizer; these have it: {', '.join(takers)}"
     return f"unknown key; {_hint(key, [name for name in table.model_fields if name not in ('name', 'preset', 'task')])}"
 

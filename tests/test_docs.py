@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 from typer.testing import CliRunner
 
 from asgo_cli.app import app
+from tests.command_lines import parse
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -32,16 +32,6 @@ def commands() -> Iterator[Any]:
                 words = shlex.split(line.split(" > ")[0], comments=True)
                 if words[:1] == ["asgo"] and "..." not in words:
                     yield pytest.param(words[1:], id=f"{page.name}: {' '.join(words)}")
-
-
-def parse(words: list[str]) -> None:
-    """Have the program read a command line as it does, up to where it would begin to work."""
-    name, command, context = "asgo", get_command(app), None
-    while True:
-        context = command.make_context(name, words, parent=context)
-        if not hasattr(command, "resolve_command"):
-            return
-        name, command, words = command.resolve_command(context, [*context._protected_args, *context.args])
 
 
 @pytest.mark.parametrize("words", list(commands()))

@@ -13,6 +13,7 @@ import torch
 
 from models.matrix_problems import PROBLEMS
 from optim.keywords import unknown_name
+from optim.matrix_optimizer import MatrixOptimizer
 from optim.registry import optimizer_class
 from pipelines.errors import UsageError
 from pipelines.resolve import read_preset
@@ -65,9 +66,9 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
     """
     name, _, listed = text.partition(":")
     try:
-        optimizer_class(name)
+        cls, _ = optimizer_class(name)
         defaults = read_preset(preset)["optimizers"]
-        if name not in defaults:
+        if preset == POINTS and issubclass(cls, MatrixOptimizer):
             raise ValueError(
                 f"{name} updates matrices and cannot move a point; choose from {', '.join(defaults)}; "
                 f"or draw a problem of matrices: {', '.join(PROBLEMS)}"
@@ -75,7 +76,7 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
         given = _parse_keywords(name, listed)
         if all_rates and "lr" in given:
             raise ValueError("--lr-grid chooses the learning rate; leave lr out")
-        settings = _settings(name, {**defaults[name], **given}, shown=[*([] if all_rates else ["lr"]), *given])
+        settings = _settings(name, {**defaults.get(name, {}), **given}, shown=[*([] if all_rates else ["lr"]), *given])
         build(settings, [{"params": [torch.zeros(2, 2)]}], total_steps=1)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--optimizer {text}: {error}") from None
@@ -93,7 +94,7 @@ def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], tota
 
 def _settings(name: str, keywords: Mapping[str, Any], shown: Collection[str]) -> OptimizerSettings:
     values = [f"{key} {_plain(value)}" for key, value in keywords.items() if key in shown]
-    return OptimizerSettings(name, dict(keywords), ", ".join([_TITLES[name], *values]))
+    return OptimizerSettings(name, dict(keywords), ", ".join([_TITLES.get(name, name), *values]))
 
 
 def _plain(value: Any) -> str:

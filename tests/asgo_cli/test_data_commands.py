@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from asgo_cli import data
+from asgo_cli import console, data
 from pipelines.data.verify import verify
 from pipelines.errors import UsageError
 
@@ -85,7 +85,7 @@ def test_the_commands_are_there_without_the_heavy_libraries():
 
 
 def test_a_long_run_says_now_and_then_how_far_it_is(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
     result = asgo_data("text", text, "--val-fraction", "0.1", "--out", tmp_path / "out")
     assert "writing: 18,000 of 18,000 characters" in result.stderr
 

@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
-from asgo_cli import data, data_folder
+from asgo_cli import console, data
 from pipelines.data.imagenet.manifest import load_imagenet_manifest
 from pipelines.data.imagenet.prepare import prepare_imagenet
 from pipelines.data.manifest import DocumentCounts, SourcePosition, load_manifest, write_manifest
@@ -60,7 +60,7 @@ def test_verify_gives_json_and_nothing_else_on_stdout(folder: Path):
 
 
 def test_a_long_check_says_now_and_then_how_far_it_is(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(data_folder, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
     size = sum(path.stat().st_size for path in folder.glob("*.bin"))
     assert f"checking: {size / 1000:.1f} kB of {size / 1000:.1f} kB" in asgo_data("verify", folder).stderr
 

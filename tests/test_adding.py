@@ -1,0 +1,82 @@
+"""What `docs/adding.md` says is enough: its optimizer and its function are added to a copy of the source, and used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import SMALL
+from tests.test_docs import blocks
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "adding.md"
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the four rooms with what the page adds."""
+    copy = tmp_path_factory.mktemp("copy")
+    for room in ("asgo_cli", "optim", "models", "pipelines"):
+        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+    (file,) = blocks(PAGE, "python")
+    (copy / "optim" / "lion.py").write_text(file)
+    entry, _commands, function = blocks(PAGE, "")
+    insert(copy / "optim" / "registry.py", "from optim.muon import Muon\n", "from optim.lion import Lion\n")
+    insert(copy / "optim" / "registry.py", '    "asgo": (ASGO, {}),\n', entry)
+    insert(copy / "models" / "functions.py", "USUAL_FUNCTIONS = (\n", function)
+    insert(copy / "asgo_cli" / "viz.py", "USUAL_FUNCTIONS = (\n", '    "bohachevsky",\n')
+    return copy
+
+
+def insert(file: Path, after: str, text: str) -> None:
+    whole = file.read_text()
+    assert whole.count(after) == 1, f"{file}: {after}"
+    file.write_text(whole.replace(after, after + text))
+
+
+def asgo(source: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-m", "asgo_cli", *arguments]
+    ended = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    return ended
+
+
+def test_an_added_optimizer_trains_with_its_settings_recorded_and_resumes(extended: Path, token_folder: Path) -> None:
+    small = [f"--set={key}={value}" for key, value in SMALL.items()]
+    words = re.findall(r"^asgo (train gpt .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)[0].split()
+    words[words.index("data/mine")] = str(token_folder)
+    asgo(extended, *words, *small, "--out", "run")
+    config = json.loads((extended / "run" / "config.json").read_text())["config"]
+    assert config["optimizer"] == {"name": "lion", "lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}
+    assert "already" not in asgo(extended, "train", "gpt", "--resume", "--out", "run").stderr.replace("is done", "")
+    losses = [json.loads(line) for line in (extended / "run" / "metrics.jsonl").read_text().splitlines()]
+    final = [row["loss"] for row in losses if row["split"] == "val"]
+    assert final[-1] < final[0]
+
+
+def test_a_wrong_keyword_of_an_added_optimizer_is_named(extended: Path) -> None:
+    words = ["train", "gpt", "--preset", "tiny", "--optimizer", "lion", "--print-config"]
+    told = asgo(extended, *words, "--set", "optimizer.momentum=0.9", code=2).stderr
+    assert told.strip() == "error: --set: optimizer: momentum: not a keyword of lion, which has lr, betas, weight_decay"
+    assert "unknown optimizer 'lio'; did you mean 'lion'?" in asgo(extended, *words[:5], "lio", code=2).stderr
+
+
+def test_an_added_optimizer_is_drawn_on_an_added_function(extended: Path) -> None:
+    words = ["viz", "bohachevsky", "--optimizer", "lion:lr=0.01", "--steps", "500", "--json"]
+    (drawn,) = json.loads(asgo(extended, *words).stdout)["functions"]
+    (trajectory,) = drawn["trajectories"]
+    assert trajectory["optimizer"] == "lion"
+    assert trajectory["lowest_value"] < 5, "from (−4, 3) down among the waves"
+
+
+def test_an_added_optimizer_is_timed(extended: Path) -> None:
+    words = ["bench", "optimizers", "--optimizer", "lion", "--repeats", "1", "--json"]
+    assert '"lion"' in asgo(extended, *words).stdout
