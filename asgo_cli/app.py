@@ -57,7 +57,7 @@ app = typer.Typer(
         "asgo demo",
         "asgo data text articles.jsonl --out data/mine",
         "asgo train gpt --preset tiny --data data/mine --optimizer asgo",
-        "asgo train gpt --help",
+        "asgo compare runs",
     ),
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

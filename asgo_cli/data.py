@@ -24,7 +24,7 @@ app = typer.Typer(
 
 TEXT_EXAMPLES = examples(
     "asgo data text articles.jsonl.gz books/ --out data/mine",
-    "asgo data text poems.txt --tokenizer chars --val-fraction 0.1 --out data/poems",
+    "asgo data text poems.txt --tokenizer chars --out data/poems",
 )
 SHAKESPEARE_EXAMPLES = examples(
     "asgo data shakespeare",

@@ -77,6 +77,18 @@ OptimizerOption = Annotated[
         autocompletion=names.completing(names.OPTIMIZERS),
     ),
 ]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="A classifier of torchvision, such as resnet50.",
+        show_default="efficientnet_b1",
+        autocompletion=names.completing(names.CLASSIFIERS),
+    ),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one a processor")
+]
 StepsOption = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", show_default="the preset's")]
 LrOption = Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.", show_default="the preset's")]
 SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Seed of weights, data order and dropout.")]
@@ -184,15 +196,7 @@ def gpt(
 def imagenet(
     preset: Annotated[str | None, _preset_option("imagenet")] = None,
     optimizer: OptimizerOption = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="A classifier of torchvision, such as resnet50.",
-            show_default="efficientnet_b1",
-            autocompletion=names.completing(names.CLASSIFIERS),
-        ),
-    ] = None,
+    model: ModelOption = None,
     data: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Images, made by `asgo data imagenet`.", show_default="the preset's"),
@@ -200,9 +204,7 @@ def imagenet(
     steps: StepsOption = None,
     lr: LrOption = None,
     batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images a step, over all processes.")] = None,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one a processor")
-    ] = None,
+    workers: WorkersOption = None,
     seed: SeedOption = None,
     out: OutOption = None,
     resume: ResumeOption = False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -92,10 +91,10 @@ app(prog_name="asgo")
 
 
 def test_the_script_for_bash_works_in_bash(tmp_path: Path) -> None:
-    (tmp_path / "asgo").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m asgo_cli "$@"\n')
+    (tmp_path / "asgo").write_text(f"#!{sys.executable}\nfrom asgo_cli.app import main\nmain()\n")
     (tmp_path / "asgo").chmod(0o755)
     script = """
-eval "$(_ASGO_COMPLETE=source_bash asgo)"
+source <(_ASGO_COMPLETE=source_bash asgo)
 COMP_WORDS=(asgo train gpt --optimizer sg); COMP_CWORD=4
 _asgo_completion asgo
 echo "${COMPREPLY[@]}"
@@ -103,6 +102,7 @@ complete -p asgo
 """
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
-    done = subprocess.run(["bash", "--norc", "-c", script], env=environment, capture_output=True, text=True)
-    # `python -m asgo_cli` is named after its file, and so is the variable by which it is asked.
+    done = subprocess.run(
+        ["bash", "--norc", "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.stdout.splitlines() == ["sgd-momentum sgd-nesterov", "complete -o default -F _asgo_completion asgo"]

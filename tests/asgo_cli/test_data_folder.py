@@ -113,7 +113,8 @@ def test_info_gives_json_and_nothing_else_on_stdout(folder: Path):
 
 
 def test_the_makers_come_before_what_looks_at_a_folder():
-    listed = [line.split()[0] for line in asgo_data("--help").stdout.partition("Commands:")[2].splitlines() if line]
+    commands = asgo_data("--help").stdout.partition("Commands:\n")[2].partition("\n\n")[0]
+    listed = [line.split()[0] for line in commands.splitlines()]
     assert listed[0] == "text"
     assert listed[-2:] == ["info", "verify"]
 

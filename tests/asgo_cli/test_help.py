@@ -46,7 +46,7 @@ def test_every_command_and_option_is_explained_in_plain_words(name: str, command
 def test_help_fits_a_terminal_and_is_not_cut(name: str, command: Any) -> None:
     lines = help_of(name).splitlines()
     assert max(map(len, lines)) <= 80
-    assert not [line for line in lines if line.endswith("...") and "[" not in line]
+    assert not [line for line in lines if line.endswith("...") and not line.startswith("Usage:")]
 
 
 @pytest.mark.parametrize(("name", "command"), COMMANDS)
@@ -64,8 +64,8 @@ def test_an_example_is_understood(words: list[str]) -> None:
 
 @pytest.mark.parametrize("words", [each for each in examples() if each.values[0][1:2] == ["train"]])
 def test_the_settings_of_a_training_example_are_good(words: list[str]) -> None:
-    if "--help" in words or "--resume" in words or len(words) == 2:
-        pytest.skip("trains nothing, or goes on with a run that is not here")
+    if "--resume" in words:
+        pytest.skip("goes on with a run that is not here")
     result = CliRunner().invoke(app, [*words[1:], "--print-config"])
     assert result.exit_code == 0, result.output
 
