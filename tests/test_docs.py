@@ -13,7 +13,12 @@ import pytest
 from typer.testing import CliRunner
 
 from asgo_cli.app import app
+from pipelines.exchange.export import export_model
+from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.training.train import train
 from tests.command_lines import parse
+from tests.conftest import SMALL, SilentReporter
+from tests.pipelines.exchange.test_classifier_export import save
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -51,13 +56,29 @@ def test_the_settings_of_a_run_in_the_documents_are_good(
     assert list(tmp_path.iterdir()) == []
 
 
+def make_a_run_with_statistics(token_folder: Path) -> None:
+    layer = Layer("test", {**SMALL, "data.folder": str(token_folder), "statistics.every": 2})
+    train(resolve([preset_layer("gpt", "tiny"), layer]), Path("runs/tiny-accasro-s42"), SilentReporter())
+
+
+def make_an_exported_classifier(_token_folder: Path) -> None:
+    _, checkpoint = save(Path("runs"), "efficientnet_b1")
+    export_model(checkpoint, "torchvision", Path("models/b1"))
+
+
+MAKE = {"layers.md": make_a_run_with_statistics, "export.md": make_an_exported_classifier}
+"""What the Python of a page begins with."""
+
+
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: str(page.relative_to(ROOT))
 )
 def test_the_python_of_a_page_runs_from_top_to_bottom(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token_folder: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name in MAKE:
+        MAKE[page.name](token_folder)
     for variable in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(variable, "1")
     names: dict[str, Any] = {"__name__": "__main__"}

@@ -96,7 +96,7 @@ def test_one_that_fails_is_a_row_with_its_message(asgo: Run) -> None:
     code, out, err = asgo(*SMALL, "--optimizer", name, "--repeats", "4")
     assert code == 0
     assert cells(out, name)[1:] == ["failed", "", "", "", "", "4", ""]
-    assert f"warning: {name} failed: AsgoError: step 3: the loss is nan" in err
+    assert f"warning: {name} failed: Diverged: step 3: the loss is nan" in err
     assert cells(out, PLAIN)[-1] == "4"
 
 
