@@ -34,6 +34,7 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.launcher.api import LaunchConfig
 
 from asgo_cli import console
+from asgo_cli.live import clear_left_over
 from asgo_cli.worker import OUTCOMES, RESTARTED, Kind, Outcome, read_outcomes
 from pipelines.errors import AsgoError, RunInterrupted
 
@@ -72,9 +73,8 @@ def run_workers(arguments: Sequence[str]) -> int:
         try:
             return _run(config, str(command), command_arguments, Path(folder))
         except (RendezvousError, DistError) as error:
+            clear_left_over()
             raise AsgoError(_rendezvous_message(config, error)) from error
-        finally:
-            console.words.show_cursor()  # a worker that is killed leaves it hidden
 
 
 def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path) -> int:
@@ -82,8 +82,10 @@ def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: P
     try:
         agent.run()
     except WorkersEnded as ended:
+        clear_left_over()
         return _tell(ended.first)
     except SignalException as caught:
+        clear_left_over()
         return _tell_after_signal(agent, caught.sigval)
     finally:
         agent.leave()
@@ -175,7 +177,7 @@ class _Agent(LocalElasticAgent):
         self._failed_attempts += 1
         if first.kind in ("stopped", "refused") or self._failed_attempts > allowed:
             raise WorkersEnded(first)
-        console.words.show_cursor()
+        clear_left_over()
         console.warn(
             f"a worker was lost ({_sentence(first)}); "
             f"restart {self._failed_attempts} of {allowed} from the newest checkpoint"

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import RenderableType
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from asgo_cli import console
 from asgo_cli.data_folder import summarize
 from asgo_cli.help_text import examples
+from asgo_cli.live import LiveProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -122,9 +123,7 @@ class _CorpusProgress:
             BarColumn(),
             TaskProgressColumn(),
             TextColumn("{task.fields[left]}"),
-            console=console.words,
             transient=True,
-            disable=not console.is_live(),
         )
         self._task = self.bar.add_task("opening", total=None, left="")
 
@@ -155,7 +154,7 @@ class _CorpusProgress:
         )
 
 
-class _TwoLines(Progress):
+class _TwoLines(LiveProgress):
     """A progress bar with a line of figures below it."""
 
     below = ""

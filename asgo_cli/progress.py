@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Self
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from asgo_cli import console
+from asgo_cli.live import LiveProgress
 from asgo_cli.worker import end_worker
 
 if TYPE_CHECKING:
@@ -29,6 +30,18 @@ def figures(row: Row, unit: str) -> str:
     return f"loss {row['loss']:.4f}{accuracy}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
 
 
+def run_bars() -> LiveProgress:
+    """A bar for each run: its name, its steps and its "figures", which are the first to be cut where it is narrow."""
+    return LiveProgress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", table_column=Column(ratio=6, no_wrap=True)),
+        TimeRemainingColumn(compact=True),
+        expand=True,
+    )
+
+
 class TrainingProgress:
     """Draws the events of a training run on stderr; a context manager."""
 
@@ -39,15 +52,7 @@ class TrainingProgress:
         self._figures = ""
         self._validation = "-"
         self._lines = console.MinuteLines()
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            console=console.words,
-            disable=not console.is_live(),
-        )
+        self._progress = run_bars()
         self._bar = self._progress.add_task(name, figures="", total=None)
 
     def __enter__(self) -> Self:
@@ -94,14 +99,7 @@ class WorkProgress:
 
     def __init__(self, *columns: ProgressColumn) -> None:
         self._lines = console.MinuteLines()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            *columns,
-            console=console.words,
-            transient=True,
-            disable=not console.is_live(),
-        )
+        self.bar = LiveProgress(TextColumn("{task.description}"), BarColumn(), *columns, transient=True)
         self._task = self.bar.add_task("", total=None)
 
     def _show(self, what: str, done: int, total: int | None, line: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 
 from asgo_cli import console
-from asgo_cli.progress import figures
+from asgo_cli.progress import figures, run_bars
 
 if TYPE_CHECKING:
     from pipelines.sweeps.standing import Standing
@@ -26,15 +26,7 @@ class SweepProgress:
         self._lines = console.MinuteLines()
         self._bars: dict[int, TaskID] = {}
         self._positions: dict[int, str] = {}
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            console=console.words,
-            disable=not console.is_live(),
-        )
+        self._progress = run_bars()
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import Progress
-
-from asgo_cli import console
+from asgo_cli.live import LiveProgress
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Request:
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
     """A bar of so many steps, on a terminal; gives a function that makes, for a name, what counts more steps."""
-    with Progress(console=console.words, transient=True, disable=not console.is_live()) as progress:
+    with LiveProgress(transient=True) as progress:
         bar = progress.add_task("", total=total)
 
         def counter(name: str) -> Callable[[int], None]:

@@ -27,7 +27,7 @@ from pipelines.errors import AsgoError
 if TYPE_CHECKING:
     from types import ModuleType
 
-_TESTED_PYTHON = ((3, 11), (3, 12))
+_TESTED_PYTHON = ((3, 11), (3, 13))
 _TESTED_TORCH = ((2, 11), (2, 14))
 _CHECKPOINT_GB = 2.6
 """GPT-2 (124 M parameters) in float32 and the 17 bytes a parameter of AccAsro's state."""

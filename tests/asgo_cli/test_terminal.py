@@ -162,15 +162,23 @@ def test_a_dumb_terminal_gets_plain_lines_of_progress(token_folder: Path, tmp_pa
     assert b"accasro  step 6/6  loss " in written
 
 
-BAR = """
-import sys
+BARS = """
+import os, sys, time
+from rich.progress import BarColumn, TextColumn
 from asgo_cli import console
-from asgo_cli.progress import TrainingProgress
-console.say("before the bar")
-with TrainingProgress("asgo") as progress:
-    progress.begin(0, 500)
-    for step, _ in enumerate(sys.stdin, 100):
-        progress.trained({"step": step, "loss": 2.5, "lr": 1e-3, "throughput": 1e4})
+from asgo_cli.live import LiveProgress
+for number in range(30):  # as if the screen were full: tmux moves the cursor where it is not
+    console.say(f"line {number}")
+progress = LiveProgress("{task.description}", BarColumn(bar_width=None), "{task.fields[figures]}")
+progress.live.auto_refresh = False  # a frame for each width that is read
+with progress:
+    bars = [progress.add_task(name, figures="") for name in ("asgo", "muon")]
+    for frame, width in enumerate(sys.stdin):
+        while os.get_terminal_size(2).columns != int(width):
+            time.sleep(0.01)
+        for bar in bars:
+            progress.update(bar, figures=f"frame {frame}, and all that there is to say of it")
+        progress.refresh()
 """
 
 
@@ -181,10 +189,13 @@ class Tmux:
         self._command = ["tmux", "-S", str(socket), "-f", "/dev/null"]
 
     def __call__(self, *arguments: str) -> str:
-        return subprocess.run([*self._command, *arguments], check=True, capture_output=True, text=True).stdout
+        done = subprocess.run(
+            [*self._command, *arguments], env=asgo_environment(), check=True, capture_output=True, text=True
+        )
+        return done.stdout
 
     def lines(self) -> list[str]:
-        """All that it shows and has shown, but what was typed."""
+        """All that it shows and has shown."""
         return [line.rstrip() for line in self("capture-pane", "-p", "-S", "-").splitlines() if line.strip()]
 
     def wait_for(self, happened: Callable[[list[str]], bool]) -> list[str]:
@@ -202,29 +213,22 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
     # Not under `tmp_path`, which may be longer than the name of a socket can be.
     folder = tempfile.TemporaryDirectory(prefix="asgo-", dir="/tmp")
     tmux = Tmux(Path(folder.name) / "socket")
-    (tmp_path / "bar.py").write_text(BAR)
-    (tmp_path / "steps").touch()
-    environment = [part for name, value in asgo_environment().items() for part in ("-e", f"{name}={value}")]
-    follow = f"tail -f {tmp_path}/steps | {sys.executable} {tmp_path}/bar.py; sleep 1000"
-    tmux("new-session", "-d", "-x", "100", "-y", "24", *environment, follow)
+    (tmp_path / "bars.py").write_text(BARS)
+    (tmp_path / "frames").touch()
+    follow = f"tail -f {tmp_path}/frames | {sys.executable} {tmp_path}/bars.py; sleep 1000"
+    tmux("new-session", "-d", "-x", "100", "-y", "24", follow)
     yield tmux
     tmux("kill-server")
     folder.cleanup()
 
 
-def test_the_bar_of_a_terminal_that_is_resized_leaves_nothing_behind(tmux: Tmux, tmp_path: Path) -> None:
-    def step() -> None:
-        with (tmp_path / "steps").open("a") as file:
-            file.write("go\n")
-
-    step()
-    tmux.wait_for(lambda lines: "100/500" in lines[-1])
-    tmux("resize-window", "-x", "40")
-    narrow = tmux.wait_for(lambda lines: len(lines) == 2 and "…" in lines[-1])
-    assert narrow[0] == "before the bar"
-    assert len(narrow[1]) <= 40
-    tmux("resize-window", "-x", "100")
-    step()
-    wide = tmux.wait_for(lambda lines: "101/500" in lines[-1])
-    assert wide[:-1] == ["before the bar"]
-    assert 80 < len(wide[-1]) <= 100
+def test_bars_on_a_terminal_that_is_resized_leave_nothing_behind(tmux: Tmux, tmp_path: Path) -> None:
+    for frame, width in enumerate((100, 40, 100)):
+        tmux("resize-window", "-x", str(width))
+        with (tmp_path / "frames").open("a") as file:
+            file.write(f"{width}\n")
+        *before, asgo, muon = tmux.wait_for(lambda lines, frame=frame: f"frame {frame}" in lines[-1])
+        assert before == [f"line {number}" for number in range(30)]
+        assert asgo.startswith("a")
+        assert muon.startswith("m")
+        assert width / 2 < len(asgo) == len(muon) <= width
