@@ -1,0 +1,101 @@
+"""The commands of the documents are carried out as they stand there, on small data and with few steps.
+
+Those that need what is not here are named with the reason.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from asgo_cli.app import app
+from pipelines.data.prepare import prepare_text
+from pipelines.exchange.export import export_model
+from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.training.train import train
+from tests.conftest import SMALL, WORDS, SilentReporter
+from tests.pipelines.exchange.test_classifier_export import save
+from tests.test_docs import commands
+
+ELSEWHERE = {
+    "--gpus": "needs GPUs",
+    "--nodes": "needs several machines",
+    "--processes": "takes seconds to start: tests/asgo_cli/test_launch.py does it",
+    "fineweb": "needs a network: tests/pipelines/data/corpus has a hub of its own",
+    "openwebtext": "needs a copy of the hub's files: tests/pipelines/data/corpus makes one",
+    "imagenet": "needs ImageNet: tests/asgo_cli/test_imagenet.py makes archives",
+    "bench": "measures for minutes: tests/asgo_cli/test_bench*.py do it on less",
+    "lion": "is to be added: tests/test_adding.py does it",
+    "shakespeare": "needs a network, or --input",
+}
+"""Words of commands that this test leaves to others, and why."""
+
+OF_A_RUN = {key: value for key, value in SMALL.items() if not key.startswith("model.")}
+SWEEP = 'task = "gpt"\npreset = "tiny"\n[data]\nfolder = "data/text"\n[grid]\noptimizer.name = ["asgo", "adamw"]\n'
+FILES = {"sweeps.md": SWEEP, "README.md": SWEEP, "training.md": "[data]\nfolder = 'data/text'\n"}
+"""What `my.toml` is on a page."""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the documents speak of."""
+    root = tmp_path_factory.mktemp("world")
+    text = " ".join(random.Random(0).choices(WORDS, k=3000))
+    (root / "books").mkdir()
+    (root / "books" / "one.txt").write_text(text)
+    with gzip.open(root / "articles.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text[start : start + 500]}) + "\n" for start in range(0, len(text), 500))
+    for name in ("mine", "text"):
+        prepare_text([root / "books"], root / "data" / name, tokenizer="bytes", val_fraction=0.1)
+    for name in ("asgo", "asgo-s1", "asgo-s2", "adamw-s1", "adamw-s2", "a", "b", "my/asgo-s1", "my/adamw-s1", "NAME"):
+        values = {"optimizer.name": "adamw" if "adamw" in name else "asgo", "seed": int(name[-1:] == "2")}
+        layer = Layer("test", {**SMALL, "data.folder": str(root / "data" / "mine"), **values})
+        train(resolve([preset_layer("gpt", "tiny"), layer]), root / "runs" / name, SilentReporter())
+    _, checkpoint = save(root / "b1" / "checkpoints", "efficientnet_b1")
+    config = json.loads((checkpoint / "state.json").read_text())["config"]
+    (root / "b1" / "config.json").write_text(json.dumps({"config": config}))
+    for name in ("asgo", "gpt2"):
+        export_model(root / "runs" / "asgo", "hf", root / "models" / name)
+    return root
+
+
+def shortened(words: list[str]) -> list[str]:
+    """The command with what makes it small behind its own options."""
+    if words[0] == "viz":
+        return [*words, "--steps", "12"]
+    is_new_run = words[0] == "train" and "--resume" not in words
+    if not is_new_run and words[:2] != ["sweep", "my.toml"]:
+        return words
+    small = OF_A_RUN if "--init-from" in words else SMALL
+    own_data = {} if "--data" in words or words[0] == "sweep" else {"data.folder": "data/mine"}
+    return [*words, *(f"--set={key}={value}" for key, value in {**small, **own_data}.items())]
+
+
+def reason_to_leave(words: list[str]) -> str | None:
+    return next((why for key, why in ELSEWHERE.items() for word in words if key in re.split("[:/]", word)), None)
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_a_command_in_the_documents_does_its_work(
+    words: list[str], request: pytest.FixtureRequest, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reason = reason_to_leave(words)
+    if reason is not None:
+        pytest.skip(reason)
+    shutil.copytree(world, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    page = request.node.callspec.id.partition(":")[0]
+    Path("my.toml").write_text(FILES.get(page, ""))
+    if page == "export.md":
+        Path("b1").rename("runs/b1")
+    if "--out" in words and "--resume" not in words:
+        shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
+    result = CliRunner().invoke(app, shortened(words))
+    assert result.exit_code == 0, f"{result.output}{result.exception!r}"
