@@ -10,10 +10,9 @@ from models.gpt import sample
 from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.tokenizers import build_tokenizer
 from pipelines.errors import AsgoError
-from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
+from pipelines.training.checkpoint import find_checkpoint
 from pipelines.training.device import pick_device
 from pipelines.training.gpt_task import build_gpt
-from pipelines.training.run_folder import RunFolder
 from pipelines.training.weights import require_same_names
 
 
@@ -31,7 +30,7 @@ def generate(
 
     Raises `AsgoError` if there is no good checkpoint or the tokenizer does not know a character of the prompt.
     """
-    checkpoint = _find(path)
+    checkpoint, _ = find_checkpoint(path)
     config = checkpoint.config()
     if not isinstance(config, GPTRunConfig):
         raise AsgoError(f"{checkpoint.folder}: of a classifier of images, which writes no text")
@@ -52,13 +51,3 @@ def generate(
         generator=torch.Generator().manual_seed(seed),
     )
     return tokenizer.decode(tokens[1:].tolist())
-
-
-def _find(path: Path) -> Checkpoint:
-    run = RunFolder(path)
-    if not run.exists():
-        return open_checkpoint(path)
-    checkpoint, skipped = newest_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
-    return checkpoint

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from pipelines.analysis.comparison.thinning import moving_mean
 from pipelines.analysis.figure_style import figure_style, legend_below, line_style, save_figure
 
 Array = npt.NDArray[np.float64]
@@ -63,12 +64,7 @@ def smoothed(curve: LossCurve) -> tuple[Array, Array]:
     """Steps, and the mean of the training loss over a window around each; without losses that are not finite."""
     steps, losses = np.array(curve.train_steps, dtype=np.float64), np.array(curve.train_losses, dtype=np.float64)
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
-    sums = np.concatenate([[0.0], np.cumsum(losses)])
-    index = np.arange(len(losses))
-    # At the beginning, where the loss falls fast, the window shrinks so that it stays centred.
-    half = np.minimum(index, int(len(losses) * _SMOOTHED / 2))
-    first, end = index - half, np.minimum(index + half + 1, len(losses))
-    return steps, (sums[end] - sums[first]) / (end - first)
+    return steps, moving_mean(losses, int(len(losses) * _SMOOTHED / 2))
 
 
 def _show_second_half(axes: Axes, curves: Sequence[LossCurve]) -> None:

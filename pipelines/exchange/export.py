@@ -10,8 +10,7 @@ from pipelines.config import GPTRunConfig, ImageNetRunConfig, RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.gpt2_export import write_gpt2
 from pipelines.storage import staged_folder
-from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, open_checkpoint
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.checkpoint import Checkpoint, find_checkpoint
 
 Format = Literal["hf", "torchvision"]
 
@@ -47,17 +46,6 @@ def export_model(path: Path, form: Format, out: Path) -> Exported:
         raise AsgoError(f"{out}: could not be written: {error.strerror}") from error
     averaged = config.training.ema_decay is not None
     return Exported(checkpoint.folder, averaged, skipped, usage.format(out=out))
-
-
-def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint, or a run's newest good one, and a line for each newer one that is damaged."""
-    run = RunFolder(path)
-    if not run.exists():
-        return open_checkpoint(path), []
-    checkpoint, skipped = newest_checkpoint(run.checkpoints)
-    if checkpoint is None:
-        raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
-    return checkpoint, skipped
 
 
 def _write(checkpoint: Checkpoint, config: RunConfig, form: Format, folder: Path) -> str:

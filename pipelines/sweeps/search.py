@@ -20,6 +20,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 from pipelines.sweeps.contenders import Contender, SearchPlan
 from pipelines.sweeps.definition import SweepRun
+from pipelines.sweeps.folders import SEARCH_RECORD, TRIALS
 from pipelines.sweeps.grid import next_position, on_edge
 from pipelines.sweeps.queue import FOLDER, Ending
 from pipelines.sweeps.search_table import Around, Range
@@ -42,9 +43,7 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
     from optuna.trial import FrozenTrial
 
-TRIALS = "trials"
 _JOURNAL = "study.log"
-_RECORD = "search.json"
 _ASK_AGAIN_S = 1.0
 
 
@@ -58,7 +57,7 @@ def open_search(plan: SearchPlan, out: Path) -> SearchRuns:
 
 def is_begun(out: Path) -> bool:
     """Whether there is something to join that was begun in this folder."""
-    return (out / TRIALS / _RECORD).is_file()
+    return (out / TRIALS / SEARCH_RECORD).is_file()
 
 
 def record_search(plan: SearchPlan, out: Path) -> None:
@@ -70,7 +69,7 @@ def record_search(plan: SearchPlan, out: Path) -> None:
         "seeds": plan.seeds,
     }
     (out / TRIALS).mkdir(parents=True, exist_ok=True)
-    write_atomically(out / TRIALS / _RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(out / TRIALS / SEARCH_RECORD, (json.dumps(record, indent=1) + "\n").encode())
 
 
 class ContenderTrials:

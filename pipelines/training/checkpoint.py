@@ -21,6 +21,7 @@ from pipelines.storage import sha256_of, staged_folder, undo_exchange
 from pipelines.training.distributed import place, seed_of_rank
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
 from pipelines.training.random_state import gather_random_states, set_random_state
+from pipelines.training.run_folder import RunFolder
 from pipelines.training.state import TrainState
 from pipelines.training.weights import Tensors
 
@@ -219,6 +220,17 @@ def _write_state(folder: Path, content: dict[str, Any]) -> None:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint, or a run's newest good one, and a line for each newer one that is damaged."""
+    run = RunFolder(path)
+    if not run.exists():
+        return open_checkpoint(path), []
+    checkpoint, skipped = newest_checkpoint(run.checkpoints)
+    if checkpoint is None:
+        raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
+    return checkpoint, skipped
 
 
 def prune(parent: Path, newest_step: int, keep: int) -> None:

@@ -7,10 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import UsageError
+from pipelines.sweeps.folders import SEARCH_RECORD, TRIALS
 from pipelines.training.run_folder import RunFolder
-
-_TRIALS, _SEARCH_RECORD = "trials", "search.json"
-"""A search keeps its trials in a folder of that name, with that record of itself beside them."""
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
@@ -23,7 +21,7 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
 def is_trial(path: Path) -> bool:
     """Whether a search made the run, to find its settings."""
     parent = path.resolve().parent
-    return parent.name == _TRIALS and (parent / _SEARCH_RECORD).is_file()
+    return parent.name == TRIALS and (parent / SEARCH_RECORD).is_file()
 
 
 def _runs_of(path: Path) -> list[Path]:
