@@ -44,10 +44,10 @@ def test_every_preset_has_settings_that_its_optimizers_take(preset: str, name: s
 
 @pytest.mark.parametrize("name", ["asgo", "dasgo", "muon", "shampoo", "asro", "accasro"])
 def test_settings_have_the_keywords_and_defaults_of_the_constructor(name: str) -> None:
-    from pipelines.resolve import _MODEL_BY_OPTIMIZER
+    from pipelines.config import OPTIMIZER_SETTINGS
 
     own = ("name", *BUILD_KEYWORDS)
-    fields = {key: field for key, field in _MODEL_BY_OPTIMIZER[name].model_fields.items() if key not in own}
+    fields = {key: field for key, field in OPTIMIZER_SETTINGS[name].model_fields.items() if key not in own}
     accepted = dict(inspect.signature(optimizer_class(name)[0]).parameters)
     for key in ("params", "total_steps", "maximize", "capturable"):  # the last two are for other people's loops
         accepted.pop(key, None)

@@ -70,13 +70,13 @@ class Run:
         self.wait_for(lambda: len(list(self.out.glob("shard_*.bin"))) > before)
 
     def end(self) -> tuple[int, list[str]]:
-        """The exit code and what was said; all its processes are gone, or it fails."""
+        """The exit code and what was said, without how far it was; all its processes are gone, or it fails."""
         words = self.process.communicate(timeout=30)[1]
         deadline = time.monotonic() + 5
         while self.processes():
             assert time.monotonic() < deadline, f"left over: {self.processes()}"
             time.sleep(0.01)
-        return self.process.returncode, words.splitlines()
+        return self.process.returncode, [line for line in words.splitlines() if not line.startswith("shard ")]
 
 
 def command_line(pid: int) -> str:
