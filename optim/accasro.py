@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.adam import adam_scalars, move_moments, scaled_adam_step, zero_moments
-from optim.asro import since
-from optim.base import Group, Scalar, State, state_dtype
-from optim.elementwise import ElementwiseOptimizer
-from optim.rows import add_scaled_
+from .adam import adam_scalars, move_moments, scaled_adam_step, zero_moments
+from .asro import since
+from .base import Group, Scalar, State, state_dtype
+from .elementwise import ElementwiseOptimizer
+from .rows import add_scaled_
 
 
 def accasro_update(

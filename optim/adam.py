@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.base import Group, Scalar, State, gradient, on_host, state_dtype
-from optim.rows import as_vectors, is_dense
+from .base import Group, Scalar, State, gradient, on_host, state_dtype
+from .rows import as_vectors, is_dense
 
 
 def zero_moments(param: Tensor) -> State:

@@ -7,12 +7,12 @@ import math
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group
-from optim.blocks import Stack
-from optim.keywords import RootMethod
-from optim.matrix_functions import inverse_sqrt
-from optim.matrix_optimizer import UPDATE_RMS, with_norm
-from optim.preconditioned import PreconditionedOptimizer
+from .base import Group
+from .blocks import Stack
+from .keywords import RootMethod
+from .matrix_functions import inverse_sqrt
+from .matrix_optimizer import UPDATE_RMS, with_norm
+from .preconditioned import PreconditionedOptimizer
 
 
 def asgo_update(momenta: Tensor, roots: Tensor) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.adam import adam_scalars, move_moments, scaled_adam_step, zero_moments
-from optim.base import Group, Scalar, State, state_dtype
-from optim.elementwise import ElementwiseOptimizer
-from optim.rows import add_scaled_
+from .adam import adam_scalars, move_moments, scaled_adam_step, zero_moments
+from .base import Group, Scalar, State, state_dtype
+from .elementwise import ElementwiseOptimizer
+from .rows import add_scaled_
 
 
 def asro_update(

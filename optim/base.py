@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.keywords import check_keywords, unknown_name
+from .keywords import check_keywords, unknown_name
 
 State = dict[str, Tensor]
 Group = dict[str, Any]

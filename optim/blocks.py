@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.base import Scalar
+from .base import Scalar
 
 
 @dataclass(frozen=True)

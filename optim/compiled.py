@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optim.base import Scalar
-from optim.rows import Row, Update, update_rows
+from .base import Scalar
+from .rows import Row, Update, update_rows
 
 WORTH_FROM = 2**22
 """Elements in all from which compiling, which takes tens of seconds, is worth its time."""

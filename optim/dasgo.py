@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim import native
-from optim.base import Group, Scalar, State, gradient, on_host
-from optim.blocks import blocks_of
-from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer, of_one_kind
+from . import native
+from .base import Group, Scalar, State, gradient, on_host
+from .blocks import blocks_of
+from .matrix_optimizer import UPDATE_RMS, MatrixOptimizer, of_one_kind
 
 
 def dasgo_factors(

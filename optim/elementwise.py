@@ -15,9 +15,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from optim import compiled, native
-from optim.base import BaseOptimizer, Group, Scalar, State, gradient, new_step, on_host
-from optim.rows import Row, Update, as_vectors, in_pieces, update_rows
+from . import compiled, native
+from .base import BaseOptimizer, Group, Scalar, State, gradient, new_step, on_host
+from .rows import Row, Update, as_vectors, in_pieces, update_rows
 
 
 class ElementwiseOptimizer(BaseOptimizer):

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from optim.keywords import unknown_name
-from optim.matrix_optimizer import ADAM_RULE
+from .keywords import unknown_name
+from .matrix_optimizer import ADAM_RULE
 
 _NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 

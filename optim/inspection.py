@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.accasro import AccAsro
-from optim.asro import Asro
-from optim.base import Group
-from optim.blocks import Stack
-from optim.preconditioned import PreconditionedOptimizer
-from optim.preconditioner import Factor
+from .accasro import AccAsro
+from .asro import Asro
+from .base import Group
+from .blocks import Stack
+from .preconditioned import PreconditionedOptimizer
+from .preconditioner import Factor
 
 SCALE_BINS = 21
 """An odd number: where the clamps lie evenly about 1, at which all scales start, it is in the middle of a bin."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.adam import update_with_adam, zero_moments
-from optim.base import BaseOptimizer, Group, State, describe, gradient, new_step, state_dtype
-from optim.blocks import Stack, block_sizes, blocks_of, stacks_of
-from optim.matrix_functions import largest
+from .adam import update_with_adam, zero_moments
+from .base import BaseOptimizer, Group, State, describe, gradient, new_step, state_dtype
+from .blocks import Stack, block_sizes, blocks_of, stacks_of
+from .matrix_functions import largest
 
 UPDATE_RMS = 0.2
 """Root mean square of an update's entries: about AdamW's, so its learning rates carry over (arXiv 2502.16982)."""

@@ -7,9 +7,9 @@ import math
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, on_host
-from optim.matrix_functions import orthogonalize
-from optim.matrix_optimizer import UPDATE_RMS, MatrixOptimizer
+from .base import Group, on_host
+from .matrix_functions import orthogonalize
+from .matrix_optimizer import UPDATE_RMS, MatrixOptimizer
 
 
 def muon_update(momenta: Tensor, steps: int) -> Tensor:

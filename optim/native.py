@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL | None:
 
 def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
     source, target = folder / "native.c", folder / "native.so"
-    source.write_text((resources.files("optim") / "native.c").read_text(encoding="utf-8"), encoding="utf-8")
+    source.write_text((resources.files(__package__) / "native.c").read_text(encoding="utf-8"), encoding="utf-8")
     command = [*compiler, *_FLAGS, str(source), "-o", str(target), "-lm"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     return ctypes.CDLL(str(target))

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.base import Group, State
-from optim.piece_state import part_of_state
-from optim.pieces import SPLIT_FROM, Piece, chunked_rows, even_rows, matrix_cost, owners, split
-from optim.preconditioned import PreconditionedOptimizer
-from optim.transport import InPlace, Replicated, RowSharded, is_sharded
+from .base import Group, State
+from .piece_state import part_of_state
+from .pieces import SPLIT_FROM, Piece, chunked_rows, even_rows, matrix_cost, owners, split
+from .preconditioned import PreconditionedOptimizer
+from .transport import InPlace, Replicated, RowSharded, is_sharded
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.base import State
-from optim.pieces import Piece
+from .base import State
+from .pieces import Piece
 
 WholeState = dict[str, State]
 """What an unsharded optimizer has in `optimizer.state[param]`, by the name of the parameter."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optim.base import Group
-from optim.blocks import block_sizes
+from .base import Group
+from .blocks import block_sizes
 
 SPLIT_FROM = 2**12
 """Elements from which a parameter that is updated element by element is split; a smaller one has one owner."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optim.base import Group, State, describe, new_step, on_host
-from optim.blocks import Block, Stack
-from optim.matrix_functions import full_float32_products
-from optim.matrix_optimizer import MatrixOptimizer
-from optim.preconditioner import Factor, inverse_roots, move_factors, zero_factor
+from .base import Group, State, describe, new_step, on_host
+from .blocks import Block, Stack
+from .matrix_functions import full_float32_products
+from .matrix_optimizer import MatrixOptimizer
+from .preconditioner import Factor, inverse_roots, move_factors, zero_factor
 
 
 class PreconditionedOptimizer(MatrixOptimizer):

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.base import State
-from optim.matrix_functions import largest
+from .base import State
+from .matrix_functions import largest
 
 _RATIO_LIMIT = 2.0**63
 """Bounds the ratio of two scales, whose square must be finite; a larger one only ever meets a factor of zeros."""

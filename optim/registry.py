@@ -8,15 +8,15 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from optim.accasro import AccAsro
-from optim.asgo import ASGO
-from optim.asro import Asro
-from optim.dasgo import DASGO
-from optim.groups import RowBlocks, decay_groups, matrix_groups
-from optim.keywords import unknown_name
-from optim.matrix_optimizer import MatrixOptimizer
-from optim.muon import Muon
-from optim.shampoo import Shampoo
+from .accasro import AccAsro
+from .asgo import ASGO
+from .asro import Asro
+from .dasgo import DASGO
+from .groups import RowBlocks, decay_groups, matrix_groups
+from .keywords import unknown_name
+from .matrix_optimizer import MatrixOptimizer
+from .muon import Muon
+from .shampoo import Shampoo
 
 _CLASSES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "asgo": (ASGO, {}),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from optim.base import Scalar
+from .base import Scalar
 
 PIECE = 2**18
 """Elements that a CPU updates at a time, 8 MiB in all: pieces of half or twice this were slower (32 MiB of L3)."""

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from optim.base import Group, State, state_dtype
-from optim.blocks import Stack
-from optim.matrix_functions import frobenius_norm, inverse_fourth_root
-from optim.matrix_optimizer import with_norm
-from optim.preconditioned import PreconditionedOptimizer
+from .base import Group, State, state_dtype
+from .blocks import Stack
+from .matrix_functions import frobenius_norm, inverse_fourth_root
+from .matrix_optimizer import with_norm
+from .preconditioned import PreconditionedOptimizer
 
 
 def shampoo_update(momenta: Tensor, rms: Tensor, left: Tensor, right: Tensor, eps: float) -> Tensor:

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.base import Group, describe
-from optim.keywords import unknown_name
-from optim.parts import Part, share_out
-from optim.piece_state import WholeState, Wire, receive_state, send_state
-from optim.registry import OPTIMIZER_NAMES, optimizer_class
-from optim.transport import is_sharded, is_sharded_by_rows, local
+from .base import Group, describe
+from .keywords import unknown_name
+from .parts import Part, share_out
+from .piece_state import WholeState, Wire, receive_state, send_state
+from .registry import OPTIMIZER_NAMES, optimizer_class
+from .transport import is_sharded, is_sharded_by_rows, local
 
 
 class ShardedOptimizer(torch.optim.Optimizer):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim.pieces import Piece, chunked_rows
+from .pieces import Piece, chunked_rows
 
 BUCKET = 2**20
 """Elements up to which pieces of one owner are sent together; a larger one is sent alone, from where it lies."""

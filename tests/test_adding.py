@@ -28,7 +28,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (file,) = blocks(PAGE, "python")
     (copy / "optim" / "lion.py").write_text(file)
     entry, _commands, function = blocks(PAGE, "")
-    insert(copy / "optim" / "registry.py", "from optim.muon import Muon\n", "from optim.lion import Lion\n")
+    insert(copy / "optim" / "registry.py", "from .muon import Muon\n", "from .lion import Lion\n")
     insert(copy / "optim" / "registry.py", '    "asgo": (ASGO, {}),\n', entry)
     insert(copy / "models" / "functions.py", "USUAL_FUNCTIONS = (\n", function)
     insert(copy / "asgo_cli" / "viz.py", "USUAL_FUNCTIONS = (\n", '    "bohachevsky",\n')
