@@ -33,7 +33,7 @@ def imported_packages(path: Path) -> set[str]:
             if node.level == 0:
                 names.add(str(node.module).split(".")[0])
             else:
-                assert path.parent == ROOT / "optim" and node.level == 1, f"{path}: relative import"
+                assert (path.parent, node.level) == (ROOT / "optim", 1), f"{path}: relative import"
     return names
 
 
