@@ -7,13 +7,13 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 digest of a file."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -27,14 +27,23 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and what is missing above it, and flush each new name to disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        with contextlib.suppress(PermissionError):  # a parent that can be written to and not be read
+            sync(folder.parent)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a whole file under a hidden name, then rename it to `path`."""
     staged = _sibling(path, "partial")
     try:
         with naming(path):
             staged.write_bytes(content)
-        sync(staged)
-        staged.replace(path)
+            sync(staged)
+            staged.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
@@ -43,17 +52,20 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextlib.contextmanager
-def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def staged_folder(
+    target: Path, *, replace: bool = False, parents: bool = True, before_rename: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """Build a folder in a hidden sibling; on success every file is flushed and the folder renamed to `target`.
 
-    On an error nothing is left. With `replace`, an existing `target` is exchanged for the new folder as a whole;
-    without it, an existing non-empty `target` raises `OSError` at the end.
+    On an error, also one of `before_rename`, nothing is left. With `replace`, an existing `target` is exchanged for the
+    new folder as a whole; without it, an existing non-empty `target` raises `OSError` at the end. `parents` makes what
+    is missing above `target`.
     """
     staged, outgoing = _sibling(target, "partial"), _sibling(target, "outgoing")
     undo_exchange(outgoing, target)
     for leftover in (staged, outgoing):
         shutil.rmtree(leftover, ignore_errors=True)
-    staged.mkdir(parents=True)
+    staged.mkdir(parents=parents)
     try:
         yield staged
         readable = staged.stat().st_mode & 0o666
@@ -62,12 +74,14 @@ def staged_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
                 path.chmod(readable)  # safetensors lets nobody but its writer read a file
             sync(path)
         sync(staged)
+        before_rename()
         if replace and target.exists():
             target.rename(outgoing)
         staged.rename(target)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
-        undo_exchange(outgoing, target)
+        with contextlib.suppress(OSError):  # the first error is the one to tell; the next start tries again
+            undo_exchange(outgoing, target)
         raise
     sync(target.parent)
     shutil.rmtree(outgoing, ignore_errors=True)

@@ -41,7 +41,7 @@ class LoopTrainer:
         if config.runtime.compile:
             compile_model(task.model)
         folder = RunFolder(Path(config.data.folder, "run"))  # neither it nor the writer is ever used by a step
-        writer = CheckpointWriter(folder.checkpoints, config.checkpoint.keep)
+        writer = CheckpointWriter(folder, config.checkpoint.keep)
         self._run = Run(task, config, folder, state, _Silent(), StopRequest(), writer)
 
     def step(self) -> Lap:

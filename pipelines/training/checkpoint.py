@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +21,22 @@ from safetensors import SafetensorError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
-from pipelines.storage import sha256_of, staged_folder, undo_exchange
+from pipelines.storage import naming, sha256_of, staged_folder, undo_exchange
 from pipelines.training.distributed import place, seed_of_rank
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
 from pipelines.training.random_state import gather_random_states, set_random_state
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import RunFolder, checkpoint_folders, checkpoint_name, step_of
 from pipelines.training.state import TrainState
 from pipelines.training.weights import Tensors
 
 _FORMAT = 1
-_PREFIX = "step-"
 _STATE = "state.json"
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _HISTORY = "history.safetensors"
 _AVERAGE = "average.safetensors"
+_HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|outgoing|pruned)")
+"""What `staged_folder` and `prune` make."""
 
 
 def _random_file(rank: int) -> str:
@@ -111,24 +116,29 @@ def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, A
     return Snapshot(state.step, tensors, list(state.rows), content)
 
 
-def write_snapshot(parent: Path, snapshot: Snapshot, keep: int) -> Path:
+def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[[], None] = lambda: None) -> Path:
     """Write `parent/step-<step>`, leave the newest `keep` checkpoints, and return its path.
 
-    Raises `AsgoError` if the disk refuses; then the checkpoints that were there still are.
+    `check` is called before anything is written and before it is published; it raises `AsgoError` where that is not to
+    be. Raises `AsgoError` if the disk refuses; then the checkpoints that were there still are.
     """
-    target = parent / f"{_PREFIX}{snapshot.step:08d}"
+    target = parent / checkpoint_name(snapshot.step)
     try:
-        with staged_folder(target, replace=True) as folder:
+        check()
+        # Not the parents: a run folder that was deleted must not come back.
+        with staged_folder(target, replace=True, parents=False, before_rename=check) as folder:
             for name, tensors in snapshot.tensors.items():
                 safetensors.torch.save_file(tensors, folder / name)
             safetensors.numpy.save_file(rows_to_columns(snapshot.rows), folder / _HISTORY)
             _write_state(folder, snapshot.content)
-        prune(parent, snapshot.step, keep)
     except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            check()  # of a folder that was deleted meanwhile, the disk only says that files are missing
         reason = getattr(error, "strerror", None) or error
         raise AsgoError(
             f"{target}: could not be saved: {reason}; {last_good(parent)}; make room, then --resume"
         ) from error
+    prune(parent, snapshot.step, keep)
     return target
 
 
@@ -160,7 +170,14 @@ def _load(path: Path) -> Tensors:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a checkpoint, every byte of it; `AsgoError` saying what is wrong with it."""
+    """Verify a checkpoint, every byte of it; `AsgoError` saying what is wrong with it, or why it cannot be read."""
+    try:
+        return _verified(folder)
+    except OSError as error:
+        raise AsgoError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
+
+
+def _verified(folder: Path) -> Checkpoint:
     state = read_state(folder)
     for name, expected in state["files"].items():
         path = folder / name
@@ -177,7 +194,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     """The `state.json` of a checkpoint, verified; `AsgoError` if it is missing or altered."""
     path = folder / _STATE
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with naming(path):
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         recorded = state.pop("sha256")
     except FileNotFoundError:
         raise AsgoError(f"{folder}: not a checkpoint: it has no {_STATE}") from None
@@ -190,14 +208,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def checkpoint_folders(parent: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, whether they verify or not."""
-    return sorted(path for path in parent.glob(f"{_PREFIX}*") if path.is_dir())
-
-
 def last_good(parent: Path) -> str:
-    """Which checkpoint a run can go back to, in words."""
-    folders = checkpoint_folders(parent)
+    """Which checkpoint a run can go back to, in words; part of other messages, so that it never fails."""
+    folders = []
+    with contextlib.suppress(OSError):
+        folders = checkpoint_folders(parent)
     return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
 
 
@@ -215,7 +230,8 @@ def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
 def _write_state(folder: Path, content: dict[str, Any]) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     whole = {**content, "files": files}
-    (folder / _STATE).write_text(json.dumps({**whole, "sha256": _digest(whole)}, indent=1), encoding="utf-8")
+    with naming(folder / _STATE):
+        (folder / _STATE).write_text(json.dumps({**whole, "sha256": _digest(whole)}, indent=1), encoding="utf-8")
 
 
 def _digest(content: dict[str, Any]) -> str:
@@ -235,17 +251,33 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
 
 def prune(parent: Path, newest_step: int, keep: int) -> None:
     """Keep the newest `keep` checkpoints up to a good one; later ones are damaged, and will be replaced."""
-    steps = [path for path in checkpoint_folders(parent) if path.name <= f"{_PREFIX}{newest_step:08d}"]
+    steps = [path for path in checkpoint_folders(parent) if step_of(path) <= newest_step]
     for path in steps[:-keep]:
         # Under a hidden name it is no checkpoint any more, however far its removal gets.
         doomed = path.with_name(f".{path.name}.pruned")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        with _saved_all_the_same(path):
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def _saved_all_the_same(path: Path) -> Iterator[None]:
+    """Warn where the disk refuses to delete an old checkpoint: the run is saved, and goes on."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"{path}: the old checkpoint could not be deleted: {error.strerror}; the run goes on", stacklevel=4
+        )
 
 
 def remove_leftovers(parent: Path) -> None:
     """Remove what a kill left half-written or half-removed, and undo an exchange that it cut in two."""
-    for path in parent.glob(f".{_PREFIX}*.outgoing"):
-        undo_exchange(path, path.with_name(path.stem.removeprefix(".")))
-    for path in parent.glob(f".{_PREFIX}*"):
-        shutil.rmtree(path)
+    for path in parent.iterdir():
+        match = _HIDDEN.fullmatch(path.name)
+        if match:
+            if match[2] == "outgoing":
+                undo_exchange(path, parent / match[1])
+            with _saved_all_the_same(path):
+                if path.exists():
+                    shutil.rmtree(path)

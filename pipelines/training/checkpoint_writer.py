@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pipelines.training.checkpoint import Snapshot, write_snapshot
+from pipelines.training.run_folder import RunFolder
 
 
 class CheckpointWriter:
@@ -17,8 +17,8 @@ class CheckpointWriter:
     What the disk refuses is raised as `AsgoError` by the next call of any method.
     """
 
-    def __init__(self, parent: Path, keep: int) -> None:
-        self._parent = parent
+    def __init__(self, folder: RunFolder, keep: int) -> None:
+        self._folder = folder
         self._keep = keep
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[float] | None = None
@@ -53,5 +53,6 @@ class CheckpointWriter:
 
     def _write(self, snapshot: Snapshot) -> float:
         start = time.perf_counter()
-        write_snapshot(self._parent, snapshot, self._keep)
+        write_snapshot(self._folder.checkpoints, snapshot, self._keep, self._folder.settle)
+        self._folder.mark_saved()
         return time.perf_counter() - start

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from optim.inspection import preconditioner_spectra, scale_distributions, scale_edges
 from pipelines.config import RunConfig
 from pipelines.training.device import synchronize
+from pipelines.training.run_folder import RunFolder
 from pipelines.training.state import TrainState
 from pipelines.training.statistics_file import Header, Layer, Preconditioner, Record, Scale, append_record
 
@@ -26,11 +26,11 @@ class LayerStatistics:
     the same weights, gradients and state.
     """
 
-    def __init__(self, state: TrainState, config: RunConfig, path: Path) -> None:
+    def __init__(self, state: TrainState, config: RunConfig, folder: RunFolder) -> None:
         self._state = state
         self._every = config.statistics.every if state.ranks.is_first else None
         self._last_step = config.training.steps
-        self._path = path
+        self._folder = folder
         self._began_s = state.clock.elapsed_s
         self._cost_s = 0.0
 
@@ -38,7 +38,7 @@ class LayerStatistics:
     def of_step(self, step: int) -> Iterator[None]:
         """Record, if it is due, what the step of the optimizer inside does; it makes step `step` of the run.
 
-        Raises `AsgoError` if the disk refuses.
+        Raises `AsgoError` if the disk refuses, or the run's folder is gone.
         """
         if self._every is None or (step % self._every and step != self._last_step):
             yield
@@ -53,7 +53,8 @@ class LayerStatistics:
         with self._off_the_clock():
             layers = self._layers(params, before, grad_norms)
         cost_ms = 1e3 * (self._cost_s - cost_before_s)
-        append_record(self._path, self._header(), Record(step=step, cost_ms=cost_ms, layers=layers))
+        self._folder.require_ours()
+        append_record(self._folder.statistics_path, self._header(), Record(step=step, cost_ms=cost_ms, layers=layers))
 
     def notes(self) -> list[str]:
         """What the user should know at the end: how long the measuring took."""

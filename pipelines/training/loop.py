@@ -242,7 +242,8 @@ def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -
 
 
 def _last_good(run: Run) -> str:
-    run.writer.wait()
+    with contextlib.suppress(AsgoError):  # what this is a part of was first
+        run.writer.wait()
     return last_good(run.folder.checkpoints)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, cast
 import numpy as np
 
 from pipelines.errors import AsgoError
+from pipelines.storage import naming
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -94,7 +95,8 @@ def read_lines(path: Path) -> list[Row]:
 
     Raises `AsgoError` for any other line that is not a row.
     """
-    *lines, _torn = path.read_bytes().split(b"\n")
+    with naming(path):
+        *lines, _torn = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import os
 import platform
+import re
 import subprocess
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +19,11 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import write_atomically
+from pipelines.storage import make_folder, naming, sync, write_atomically
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
+from pipelines.training.statistics_file import STATISTICS
 
-_LOCK = ".lock"
+_CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,18})")
 _RECORDED_PACKAGES = ("asgo", "torch", "numpy", "safetensors", "tiktoken")
 
 
@@ -38,7 +41,9 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.statistics_path = path / STATISTICS
         self._divergence_path = path / "diverged.json"
+        self._lock_path = path / ".lock"
         self._metrics: IO[str] | None = None
         self._lock: IO[bytes] | None = None
 
@@ -59,7 +64,8 @@ class RunFolder:
     def config(self) -> RunConfig:
         """The configuration that the run was begun with."""
         try:
-            return load_run_config(json.loads(self.config_path.read_text(encoding="utf-8"))["config"])
+            with naming(self.config_path):
+                return load_run_config(json.loads(self.config_path.read_text(encoding="utf-8"))["config"])
         except (ValueError, KeyError, TypeError, ValidationError):
             raise AsgoError(f"{self.config_path}: not a configuration that this version of asgo can read") from None
 
@@ -76,7 +82,8 @@ class RunFolder:
 
     def record_divergence(self, divergence: Divergence) -> None:
         """Leave word that the run diverged, until somebody continues it; if the disk is full, go without."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AsgoError):
+            self.require_ours()
             write_atomically(self._divergence_path, (json.dumps(asdict(divergence), indent=1) + "\n").encode())
 
     def lock(self) -> None:
@@ -84,22 +91,54 @@ class RunFolder:
 
         Raises `UsageError` if another one does already. Disks that know no locks do without.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / _LOCK).open("ab")
+        make_folder(self.path)
+        self._lock = self._lock_path.open("ab", buffering=0)
         if not _try_lock(self._lock):
             raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another --out")
+        self.require_ours()
 
     def is_locked(self) -> bool:
         """Whether a process trains here now."""
         try:
-            with (self.path / _LOCK).open("r+b") as file:
+            with self._lock_path.open("r+b") as file:
                 return not _try_lock(file)
         except FileNotFoundError:
             return False
 
+    def require_ours(self) -> None:
+        """Raise `AsgoError` if the folder was deleted, moved or begun anew since `lock`.
+
+        To be called before every write: another run may train under the same path now.
+        """
+        assert self._lock is not None
+        try:
+            ours = os.path.samestat(self._lock_path.stat(), os.fstat(self._lock.fileno()))
+        except (FileNotFoundError, NotADirectoryError):
+            ours = False
+        if not ours or (self._metrics is not None and not self.config_path.exists()):
+            raise AsgoError(f"{self.path}: deleted, moved or begun anew while this run trained in it; the run stops")
+
+    def settle(self) -> None:
+        """Flush to disk what no checkpoint holds, before one is published; raises as `require_ours`."""
+        self.require_ours()
+        if self.statistics_path.exists():
+            sync(self.statistics_path)
+            sync(self.path)
+
+    def mark_saved(self) -> None:
+        """Remember that the run has had a checkpoint, in the lock file (best effort)."""
+        assert self._lock is not None
+        with contextlib.suppress(OSError):
+            if not self.was_saved():
+                self._lock.write(b"saved\n")
+
+    def was_saved(self) -> bool:
+        """Whether the run has had a checkpoint, which may have been removed since."""
+        return self._lock_path.exists() and self._lock_path.stat().st_size > 0
+
     def begin(self, config: RunConfig, description: dict[str, Any], device: str) -> None:
         """Make the folder, and record what the run is."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
         record = {"config": config.model_dump(mode="json"), "data": description, "environment": environment(device)}
         write_atomically(self.config_path, (json.dumps(record, indent=1) + "\n").encode())
 
@@ -110,16 +149,20 @@ class RunFolder:
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
-        """Add a record, in one write that readers see at once."""
+        """Add a record, in one write that readers see at once; raises as `require_ours`."""
         assert self._metrics is not None
-        self._metrics.write(to_line(row))
-        self._metrics.flush()
+        self.require_ours()
+        with naming(self.metrics_path):
+            self._metrics.write(to_line(row))
+            self._metrics.flush()
 
     def close(self) -> None:
         """Close the metrics file, and let other processes in."""
         for file in (self._metrics, self._lock):
             if file is not None:
-                file.close()
+                # What `append` could not flush fails a second time here, and would hide the first error.
+                with contextlib.suppress(OSError):
+                    file.close()
 
 
 def _try_lock(file: IO[bytes]) -> bool:
@@ -138,12 +181,45 @@ def refuse_existing(folder: RunFolder) -> None:
     """`UsageError` if a new run cannot begin in the folder."""
     if folder.exists():
         raise UsageError(f"{folder.path}: holds a run already; continue it with --resume, or choose another --out")
-    # A run killed before its first record leaves an empty `checkpoints`, or a configuration half-written.
-    leftovers = {"checkpoints", ".config.json.partial", _LOCK}
-    if folder.path.is_dir() and {path.name for path in folder.path.iterdir()} <= leftovers:
-        return
-    if folder.path.exists():
-        raise UsageError(f"{folder.path}: exists and is not a run; choose another --out")
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UsageError(f"{folder.path}: not a folder; choose another --out")
+    in_the_way = _in_the_way(folder)
+    if in_the_way is not None:
+        raise UsageError(f"{folder.path}: no place for a new run: {in_the_way} is in the way; choose another --out")
+
+
+def _in_the_way(folder: RunFolder) -> Path | None:
+    """What a new run would overwrite or be taken for a part of: records and checkpoints, shards, other runs.
+
+    Files of other kinds are not: a log, notes, what a run leaves that was killed before its first record.
+    """
+    names = ("metrics.jsonl", STATISTICS, "diverged.json", "tensorboard", "wandb", "manifest.json")
+    ours = [path for path in map(folder.path.joinpath, names) if path.exists()]
+    inner_runs = folder.path.glob("*/config.json")
+    return next(iter([*ours, *checkpoint_folders(folder.checkpoints), *sorted(inner_runs)]), None)
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint folder of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Step of a folder with such a name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoint_folders(parent: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first, whether they verify or not.
+
+    Copies that a user made, such as `step-00000200-best`, are not among them. Raises `OSError` if `parent` cannot be
+    read: a run whose checkpoints are not seen would begin anew.
+    """
+    try:
+        found = [path for path in parent.iterdir() if _CHECKPOINT.fullmatch(path.name)]
+    except FileNotFoundError:
+        return []
+    return sorted(filter(Path.is_dir, found), key=step_of)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from pipelines.errors import AsgoError
-from pipelines.storage import write_atomically
+from pipelines.storage import naming, write_atomically
 
 STATISTICS = "statistics.jsonl"
 """Its name in the run's folder."""
@@ -102,7 +102,8 @@ def read_statistics(path: Path) -> Statistics | None:
     """
     if not path.is_file():
         return None
-    *lines, _torn = path.read_text(encoding="utf-8").split("\n")
+    with naming(path):
+        *lines, _torn = path.read_text(encoding="utf-8").split("\n")
     if not lines:
         return None
     header = cast(Header, _parsed(path, 1, lines[0], Header))

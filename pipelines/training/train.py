@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from pipelines.training.parallel import compile_model, replicated
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.state import TrainState
-from pipelines.training.statistics_file import STATISTICS, continue_statistics
+from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
 from pipelines.training.tasks import build_task
 from pipelines.training.trackers import require_trackers, tracked
@@ -108,7 +109,9 @@ def _watched(ranks: Ranks, config: RunConfig, reporter: Reporter) -> Iterator[Ca
 def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
     """Whether there is a run to go on with. Raises `UsageError` if that is not to be, or cannot."""
     if resume and folder.exists():
-        _require_same_config(folder.path, folder.config(), config)
+        saved = folder.config()
+        _require_same_config(folder.path, saved, config, _how_to_train_further(folder.path, saved, config))
+        _require_data(folder.path, Path(config.data.folder))
         return True
     refuse_existing(folder)
     return False
@@ -141,17 +144,17 @@ def _train(
         if not continues:
             folder.begin(config, task.description(), describe_device(device))
         folder.continue_from(state.rows)
-        continue_statistics(folder.path / STATISTICS, state.step)
+        continue_statistics(folder.statistics_path, state.step)
         reporter.begin(state.step, config.training.steps)
     if config.runtime.compile:
         compile_model(task.model)
     task.network = replicated(task.model, ranks)
-    statistics = LayerStatistics(state, config, folder.path / STATISTICS)
+    statistics = LayerStatistics(state, config, folder)
     try:
         with (
             stop_on_signals() as stop,
             tracked(reporter, config, folder.path, state.rows, ranks) as told,  # closed when all is saved
-            CheckpointWriter(folder.checkpoints, config.checkpoint.keep) as writer,
+            CheckpointWriter(folder, config.checkpoint.keep) as writer,
         ):
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
             fit(Run(task, config, folder, state, told, stop, writer, beat, saved, measuring=statistics.of_step))
@@ -182,12 +185,31 @@ def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Rank
     return TrainState(task.model, optimizer, scaler, StepClock(device), ranks, average)
 
 
-def _require_same_config(place: Path, saved: RunConfig, config: RunConfig) -> None:
+def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advice: Sequence[str] = ()) -> None:
     changed = differences(saved, config)
     if changed:
-        raise UsageError(
-            "\n".join(f"{place}: cannot be resumed with another configuration: {line}" for line in changed)
-        )
+        lines = [f"{place}: cannot be resumed with another configuration: {line}" for line in changed]
+        raise UsageError("\n".join([*lines, *advice]))
+
+
+def _how_to_train_further(run: Path, saved: RunConfig, config: RunConfig) -> list[str]:
+    """What to do instead of giving a run other steps, on which its whole schedule depends."""
+    if saved.training.steps == config.training.steps:
+        return []
+    if not isinstance(saved, GPTRunConfig):
+        return [f"{run}: a run's schedule is made for its steps; train for others in another --out"]
+    model = f"{run}-model"
+    export = shlex.join(["asgo", "export-model", str(run), "--format", "hf", "--out", model])
+    return [
+        f"{run}: a run's schedule is made for its steps; to train its model further, begin a new run with it: "
+        f"{export}, then asgo train gpt --init-from {shlex.quote(model)} --out ANOTHER"
+    ]
+
+
+def _require_data(run: Path, data: Path) -> None:
+    if not data.exists():
+        missing = "is not there" if data.is_absolute() else f"is not in this directory, {Path.cwd()}"
+        raise UsageError(f"{run}: its data folder, {data}, {missing}; say where it is with --data FOLDER")
 
 
 def _find_checkpoint(
@@ -212,6 +234,7 @@ def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, report
     if checkpoint is None and skipped:
         raise AsgoError(f"{folder.path}: no checkpoint is good, so nothing was touched; train again in another --out")
     if checkpoint is None:
+        _require_never_saved(folder)
         reporter.note(f"{folder.path}: no checkpoint yet: starting from the beginning")
         return None
     _require_same_config(checkpoint.folder, checkpoint.config(), config)
@@ -220,3 +243,18 @@ def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, report
     prune(folder.checkpoints, checkpoint.step, config.checkpoint.keep)  # a kill may have come before its turn
     reporter.note(f"resuming from {checkpoint.folder}")
     return checkpoint
+
+
+def _require_never_saved(folder: RunFolder) -> None:
+    """`AsgoError` where a new beginning would empty the records of a run that had checkpoints.
+
+    Those of a run that was killed before its first checkpoint are made again. Each checkpoint waits for the one before
+    to be on the disk, so that records beyond the second one's step tell of a checkpoint, too.
+    """
+    reached = max((row["step"] for row in folder.rows()), default=0)
+    if reached and (folder.was_saved() or reached > 2 * folder.config().checkpoint.every):
+        finished = "finished, " if reached == folder.config().training.steps else ""
+        raise AsgoError(
+            f"{folder.path}: {finished}with records up to step {reached}, but its checkpoints are gone: it cannot go "
+            "on, and its records were not touched; train again in another --out"
+        )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from asgo_cli import app as command_line
 from pipelines.config import RunConfig
-from pipelines.training.checkpoint import checkpoint_folders
+from pipelines.training.run_folder import checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
 from tests.pipelines.exchange.test_classifier_export import save

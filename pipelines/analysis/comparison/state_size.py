@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipelines.training.run_folder import checkpoint_folders
+
 
 def optimizer_state_bytes(checkpoints: Path) -> int | None:
     """Bytes of the optimizer's tensors in the newest checkpoint; None where there is none, or it is damaged.
 
     A safetensors file is the header's length (8 bytes, little-endian), the header in JSON, and the tensors.
     """
-    files = sorted(checkpoints.glob("step-*/optimizer.safetensors"))
-    if not files:
-        return None
     try:
-        size = files[-1].stat().st_size
-        with files[-1].open("rb") as file:
+        folders = checkpoint_folders(checkpoints)
+        if not folders:
+            return None
+        path = folders[-1] / "optimizer.safetensors"
+        size = path.stat().st_size
+        with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(length, size)))
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]

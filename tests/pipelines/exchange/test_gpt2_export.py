@@ -18,8 +18,9 @@ from pipelines.data.tokenizers import build_tokenizer
 from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.export import export_model
 from pipelines.generation import generate
-from pipelines.training.checkpoint import checkpoint_folders, open_checkpoint
+from pipelines.training.checkpoint import open_checkpoint
 from pipelines.training.gpt_task import build_gpt
+from pipelines.training.run_folder import checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 

@@ -19,8 +19,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.export import export_model
 from pipelines.exchange.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer, preset_layer
-from pipelines.training.checkpoint import checkpoint_folders
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import RunFolder, checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
 from tests.pipelines.training.processes import Job, carry_out

@@ -16,11 +16,11 @@ from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import (
     Snapshot,
-    checkpoint_folders,
     newest_checkpoint,
     open_checkpoint,
     write_snapshot,
 )
+from pipelines.training.run_folder import checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 
@@ -165,9 +165,9 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     moved_on = threading.Event()
     saved: list[Path] = []
 
-    def held_up(parent: Path, snapshot: Snapshot, keep: int) -> Path:
+    def held_up(parent: Path, snapshot: Snapshot, keep: int, check: Callable[[], None]) -> Path:
         assert moved_on.wait(30)
-        saved.append(write_snapshot(parent, snapshot, keep))
+        saved.append(write_snapshot(parent, snapshot, keep, check))
         return saved[-1]
 
     class Watching(SilentReporter):
