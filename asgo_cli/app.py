@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Annotated
@@ -40,6 +41,10 @@ _ORDER = (
     "generate",
     "bench",
 )
+
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""What a disk answers that would answer the same after a restart."""
 
 
 class _InOrder(TyperGroup):
@@ -101,10 +106,19 @@ def main() -> None:
     # OpenMP threads that wait for each other spin, by default 300,000 times: with other work on the same two cores,
     # training fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000, and alone it loses nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    console.guard_streams()
     if worker.is_worker():
         worker.begin_worker()
     try:
         code = app(standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # later, Python would tell of an error in its own way
+    except SystemExit as ended:
+        # Typer takes every broken pipe for stdout's, and ends without a word.
+        error = ended.__context__
+        if not isinstance(error, BrokenPipeError) or error.filename == console.STDOUT:
+            raise
+        code = _report(error)
     except Exception as error:
         if os.environ.get("ASGO_DEBUG") == "1":
             raise
@@ -113,9 +127,8 @@ def main() -> None:
 
 
 def _report(error: Exception) -> int:
-    if isinstance(error, BrokenPipeError):
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (the reader left: nothing more to say)
-        return 1
+    if isinstance(error, BrokenPipeError) and error.filename == console.STDOUT:
+        return 1  # the reader has all that it wants
     kind, code, message = _describe(error)
     if worker.is_worker():
         worker.end_worker(kind, code, message)
@@ -138,6 +151,7 @@ def _describe(error: Exception) -> tuple[worker.Kind, int, str]:
         return "refused", error.exit_code, str(error)
     if isinstance(error, TyperException):
         return "refused", error.exit_code, f"{' '.join(error.format_message().split())} (see --help)"
-    if isinstance(error, OSError) and error.filename is not None:
-        return "crashed", 1, f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _REFUSALS):
+        kind: worker.Kind = "refused" if error.errno in _REFUSALS else "crashed"
+        return kind, 1, ": ".join(str(part) for part in (error.filename, error.strerror) if part is not None)
     return "crashed", 1, f"{type(error).__name__}: {error} (ASGO_DEBUG=1 shows where)"

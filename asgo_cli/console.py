@@ -2,20 +2,79 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from time import monotonic
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
 SECONDS_BETWEEN_LINES = 60.0
 
 words = Console(stderr=True, highlight=False)
 data = Console(highlight=False)
+
+
+STDOUT = "stdout"
+"""What an error of writing data names as its file."""
+
+
+class _Words(io.FileIO):
+    """Stderr whose writes cannot fail: work goes on though a reader left, a terminal closed, a disk is full."""
+
+    def write(self, text: ReadableBuffer, /) -> int:
+        try:
+            written: int | None = super().write(text)  # None where the stream would block
+        except OSError:
+            written = None
+        return memoryview(text).nbytes if written is None else written
+
+
+class _Data(io.FileIO):
+    """Stdout whose first error is the last: Python would write what it has buffered again, as it ends."""
+
+    _failed = False
+
+    def write(self, content: ReadableBuffer, /) -> int:
+        if self._failed:
+            return memoryview(content).nbytes
+        try:
+            return super().write(content)
+        except OSError as error:
+            self._failed = True
+            error.filename = STDOUT
+            raise
+
+
+def guard_streams() -> None:
+    """Have words that cannot be written ignored, and errors of stdout named; for the whole process.
+
+    Everything that writes through `sys.stderr` is covered: rich, warnings, logging, tracebacks.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which a file of ours would get otherwise
+    if sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout = _rewrapped(sys.stdout, _Data(1, "w", closefd=False))
+    if sys.stderr is sys.__stderr__ and sys.stderr is not None:
+        sys.stderr = _rewrapped(sys.stderr, _Words(2, "w", closefd=False))
+
+
+def _rewrapped(stream: TextIO, raw: io.FileIO) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.isatty() or raw.fileno() == 2
+    )
 
 
 def silence() -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from asgo_cli import console
 from asgo_cli.help_text import examples
 from asgo_cli.options import Device
 
@@ -45,5 +46,6 @@ def generate(
         top_k=top_k,
         seed=seed,
         runtime=RuntimeSettings(device=device or "auto"),
+        note=console.warn,
     )
     typer.echo(text)

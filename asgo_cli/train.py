@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -321,7 +322,11 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
     from pipelines.training.train import train
 
     warnings.showwarning = lambda message, *_: console.warn(str(message))
-    with TrainingProgress(settings.optimizer.name, _SHORT_UNITS[settings.task]) as progress:
+    # What a library prints is words, too, and must not end the run where stdout is a broken pipe.
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        TrainingProgress(settings.optimizer.name, _SHORT_UNITS[settings.task]) as progress,
+    ):
         rows = train(settings, folder, progress, resume=resume)
     first, *_, last = [row for row in rows if row["split"] == "val"]
     accuracy = f", top-1 {first['accuracy']:.1%} → {last['accuracy']:.1%}" if "accuracy" in last else ""

@@ -27,6 +27,6 @@ class Diverged(AsgoError):
 
 
 class RunInterrupted(AsgoError):
-    """Stopped by SIGTERM or SIGINT, with everything saved (exit code 75)."""
+    """Stopped by SIGTERM, SIGINT or SIGHUP, with everything saved (exit code 75)."""
 
     exit_code = 75

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,12 +26,16 @@ def generate(
     top_k: int | None,
     seed: int,
     runtime: RuntimeSettings,
+    note: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Continue a prompt with the model of a checkpoint, or of a run's newest one; returns prompt and continuation.
+    """Continue a prompt with the model of a checkpoint, or of a run's newest good one; returns prompt and continuation.
 
+    `note` gets a line for each newer checkpoint that is damaged or cannot be read.
     Raises `AsgoError` if there is no good checkpoint or the tokenizer does not know a character of the prompt.
     """
-    checkpoint, _ = find_checkpoint(path)
+    checkpoint, skipped = find_checkpoint(path)
+    for line in skipped:
+        note(line)
     config = checkpoint.config()
     if not isinstance(config, GPTRunConfig):
         raise AsgoError(f"{checkpoint.folder}: of a classifier of images, which writes no text")

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request that the loop reads, not as an exception at a random place."""
+"""SIGTERM, SIGINT and SIGHUP as a request that the loop reads, not as an exception at a random place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request; a second SIGINT interrupts at once."""
+    """Turn the first SIGTERM, SIGINT or SIGHUP (a closed terminal) into a request; a second SIGINT interrupts at once.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
     request = StopRequest()
 
     def ask(number: int, _frame: FrameType | None) -> None:
@@ -28,7 +31,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield request
     finally:
