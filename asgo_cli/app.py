@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -129,6 +130,9 @@ def main() -> None:
 def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError) and error.filename == console.STDOUT:
         return 1  # the reader has all that it wants
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
     kind, code, message = _describe(error)
     if worker.is_worker():
         worker.end_worker(kind, code, message)
