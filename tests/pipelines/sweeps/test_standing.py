@@ -48,13 +48,13 @@ def test_folders_of_other_runs_and_of_other_things_are_named_all_at_once(
     trained: SweepRun, small_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     (tmp_path / "b-s42").mkdir()
-    (tmp_path / "b-s42/notes.txt").touch()
+    (tmp_path / "b-s42/manifest.json").touch()
     longer = SweepRun("a-s42", "a", small_config(training__steps=9, runtime__timeout_s=5.0))
     with pytest.raises(UsageError) as error:
         standings([longer, SweepRun("b-s42", "b", small_config())], tmp_path)
     assert str(error.value).splitlines() == [
         f"{tmp_path}/a-s42: training.steps is 6 in the run, 9 now; choose another --out",
-        f"{tmp_path}/b-s42: exists and is not a run; choose another --out",
+        f"{tmp_path}/b-s42: no place for a new run: {tmp_path}/b-s42/manifest.json is in the way; choose another --out",
     ]
 
 

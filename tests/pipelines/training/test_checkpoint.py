@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 import shutil
@@ -16,6 +17,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import (
     Snapshot,
+    find_checkpoint,
     newest_checkpoint,
     open_checkpoint,
     write_snapshot,
@@ -126,6 +128,76 @@ def test_what_a_kill_left_is_removed_and_never_taken_for_a_checkpoint(
     assert "not a checkpoint" in skipped[0]
     train(small_config(checkpoint__keep=3), run, reporter, resume=True)
     assert not list(checkpoints.glob(".*"))
+
+
+def test_a_copy_with_a_name_of_its_own_is_neither_pruned_nor_taken_for_a_checkpoint(
+    run: Path, small_config: Make, reporter: SilentReporter
+) -> None:
+    checkpoints = run / "checkpoints"
+    copies = [checkpoints / name for name in ("step-00000002-best", "step-best", "step-2", ".step-best", "step-9")]
+    for copy in copies:
+        shutil.copytree(checkpoints / "step-00000002", copy)
+    assert [folder.name[5:] for folder in checkpoint_folders(checkpoints)] == ["00000002", "00000004", "00000006"]
+    shutil.rmtree(checkpoints / "step-00000006")
+    train(small_config(checkpoint__keep=1), run, reporter, resume=True)
+    assert sorted(checkpoints.iterdir()) == sorted([*copies, checkpoints / "step-00000006"])
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """A step of nine digits is later than every one of eight."""
+    for name in ("step-100000000", "step-99999999", "step-099999999", "step-00000001"):
+        (tmp_path / name).mkdir()
+    assert [folder.name for folder in checkpoint_folders(tmp_path)] == [
+        "step-00000001", "step-99999999", "step-100000000",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_cannot_be_read_is_skipped_for_an_older_one(
+    run: Path, small_config: Make, reporter: SilentReporter
+) -> None:
+    """A bad sector: the file opens, and reading it fails."""
+    if not Path("/proc/self/mem").exists():
+        pytest.skip("needs a file that cannot be read, such as Linux's /proc/self/mem")
+    state = run / "checkpoints/step-00000006/state.json"
+    state.unlink()
+    state.symlink_to("/proc/self/mem")  # nothing is mapped at address 0
+    checkpoint, skipped = find_checkpoint(run)
+    assert checkpoint.step == 4
+    assert skipped == [f"skipped {state}: cannot be read: Input/output error"]
+    train(small_config(checkpoint__keep=3), run, reporter, resume=True)
+    assert skipped[0] in reporter.notes
+    assert open_checkpoint(run / "checkpoints/step-00000006").step == 6
+
+
+def test_checkpoints_that_cannot_be_listed_do_not_let_a_run_begin_anew(
+    run: Path, small_config: Make, reporter: SilentReporter
+) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").touch()  # no folder: listing it fails
+    with pytest.raises(OSError, match="checkpoints"):
+        train(small_config(), run, reporter, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_end_the_run(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk on the network answers so while another machine still reads a file."""
+    rmtree = shutil.rmtree
+
+    def not_empty(path: Path, **keywords: Any) -> None:
+        if path.name.endswith(".pruned"):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+        rmtree(path, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", not_empty)
+    with pytest.warns(UserWarning, match="step-00000002: the old checkpoint could not be deleted: Directory not empty"):
+        train(small_config(checkpoint__keep=1), tmp_path / "run", reporter)
+    assert [folder.name for folder in checkpoint_folders(tmp_path / "run/checkpoints")] == ["step-00000006"]
+    monkeypatch.undo()
+    train(small_config(checkpoint__keep=1), tmp_path / "run", reporter, resume=True)
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"], "tried again"
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(

@@ -98,7 +98,7 @@ def test_a_run_killed_again_and_again_arrives(small_config: Make, tmp_path: Path
     assert_same_run(tmp_path / "whole", tmp_path / "run", STEPS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_signal_saves_the_step_it_came_in(number: signal.Signals, small_config: Make, tmp_path: Path) -> None:
     """No checkpoint is due for a long time: the one that is there was saved on the signal."""
     config = small_config(training__steps=100_000, checkpoint__every=100_000, evaluation__every=100_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from optim import OPTIMIZER_NAMES
 from pipelines.config import RunConfig
-from pipelines.errors import RunInterrupted, UsageError
+from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.training.gpt_task import GPTTask
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import RunFolder
@@ -130,10 +131,32 @@ def test_an_existing_run_is_not_overwritten(small_config: Make, tmp_path: Path, 
     train(small_config(), tmp_path / "run", reporter)
     with pytest.raises(UsageError, match="--resume"):
         train(small_config(), tmp_path / "run", reporter)
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="is not a run"):
-        train(small_config(), tmp_path / "other", reporter)
+
+
+def test_files_of_others_are_neither_in_the_way_nor_touched(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """A log that `tee` or Slurm writes into the run folder is there before the run."""
+    run = tmp_path / "run"
+    (run / "logs").mkdir(parents=True)
+    (run / "thesis.tex").write_text("mine")
+    train(small_config(), run, reporter)
+    assert (run / "thesis.tex").read_text() == "mine"
+    assert (run / "logs").is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "manifest.json", "checkpoints/step-00000002/state.json", "tiny-asgo-s42/config.json"]
+)
+def test_what_a_new_run_would_overwrite_or_mix_with_is_named(
+    name: str, small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.touch()
+    with pytest.raises(UsageError, match=r"no place for a new run: .*/run/.* is in the way; choose another --out"):
+        train(small_config(), tmp_path / "run", reporter)
+    assert [found for found in (tmp_path / "run").rglob("*") if found.is_file()] == [path]
 
 
 def test_resume_with_another_configuration_says_what_differs(
@@ -145,6 +168,9 @@ def test_resume_with_another_configuration_says_what_differs(
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'run'}: cannot be resumed with another configuration: seed is 42 in the run, 1 now",
         f"{tmp_path / 'run'}: cannot be resumed with another configuration: training.steps is 6 in the run, 8 now",
+        f"{tmp_path / 'run'}: a run's schedule is made for its steps; to train its model further, begin a new run with "
+        f"it: asgo export-model {tmp_path / 'run'} --format hf --out {tmp_path / 'run-model'}, then asgo train gpt "
+        f"--init-from {tmp_path / 'run-model'} --out ANOTHER",
     ]
     train(small_config(checkpoint__every=3, checkpoint__keep=5), tmp_path / "run", reporter, resume=True)
 
@@ -157,6 +183,46 @@ def test_resume_on_other_data_is_refused(small_config: Make, tmp_path: Path, rep
     prepare_text([tmp_path / "other.txt"], tmp_path / "other", tokenizer="chars", val_fraction=0.1)
     with pytest.raises(UsageError, match="was trained on other data"):
         train(small_config(data__folder=str(tmp_path / "other")), tmp_path / "run", reporter, resume=True)
+
+
+def test_resume_in_another_directory_asks_for_the_data(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run knows its data by the path that it was given, which may be a relative one."""
+    data = Path(small_config().data.folder)
+    monkeypatch.chdir(data.parent)
+    config = small_config(data__folder=data.name)
+    train(config, tmp_path / "run", reporter)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=rf"its data folder, {data.name}, is not in this directory.* --data FOLDER"):
+        train(config, tmp_path / "run", reporter, resume=True)
+    train(small_config(), tmp_path / "run", reporter, resume=True)
+
+
+@pytest.mark.parametrize("every", [2, 100])
+def test_resume_never_empties_the_record_of_a_run_whose_checkpoints_were_removed(
+    every: int, small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    run = tmp_path / "run"
+    train(small_config(checkpoint__every=every), run, reporter)
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(AsgoError, match="finished, with records up to step 6, but its checkpoints are gone"):
+        train(small_config(), run, reporter, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_copy_of_a_run_without_its_checkpoints_keeps_its_record(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """As `cp run/*` and `rsync --exclude checkpoints` make it."""
+    train(small_config(), tmp_path / "run", reporter)
+    (tmp_path / "copy").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(tmp_path / "run" / name, tmp_path / "copy")
+    with pytest.raises(AsgoError, match="its records were not touched"):
+        train(small_config(), tmp_path / "copy", reporter, resume=True)
+    assert (tmp_path / "copy/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
 
 
 def test_only_the_newest_checkpoints_stay(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:

@@ -1,8 +1,11 @@
-"""What a run folder tells others: that somebody trains there, and that a run diverged."""
+"""What a run folder tells others, and what happens to a run whose folder is taken away."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,8 +15,10 @@ import pytest
 from torch import Tensor
 
 from pipelines.config import RunConfig
-from pipelines.errors import Diverged, UsageError
+from pipelines.errors import AsgoError, Diverged, UsageError
+from pipelines.storage import sync
 from pipelines.training.gpt_task import GPTTask
+from pipelines.training.metrics import Row
 from pipelines.training.run_folder import Divergence, RunFolder
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
@@ -90,3 +95,80 @@ def test_a_run_that_diverged_says_so_until_it_is_continued(
     monkeypatch.undo()
     train(config, folder.path, reporter, resume=True)
     assert folder.divergence() is None
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["deleted", "begun anew"])
+@pytest.mark.parametrize("written_next", ["metrics", "checkpoint", "statistics"])
+def test_a_run_whose_folder_is_taken_away_stops_and_touches_nothing(
+    anew: bool,
+    written_next: str,
+    small_config: Make,
+    tmp_path: Path,
+    reporter: SilentReporter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the middle of a step: the folder is deleted, and another run may train to its end in its place."""
+    path = tmp_path / "run"
+    rare = {"metrics__every": 100, "evaluation__every": 100, "checkpoint__every": 100}
+    often = {"metrics": "metrics__every", "checkpoint": "checkpoint__every", "statistics": "statistics__every"}
+    config = small_config(**{**rare, often[written_next]: 1 if written_next == "metrics" else 4})
+    other = small_config(training__steps=2, optimizer__lr=0.5)
+    loss = GPTTask.loss
+    calls = []
+
+    def taken_away(task: GPTTask, batch: tuple[Tensor, ...]) -> Tensor:
+        calls.append(task.model.training)
+        if sum(calls) == 3:
+            monkeypatch.setattr(GPTTask, "loss", loss)
+            shutil.rmtree(path)
+            if anew:
+                train(other, path, SilentReporter())
+                left.update(contents(path))
+        return loss(task, batch)
+
+    left: dict[Path, bytes] = {}
+    monkeypatch.setattr(GPTTask, "loss", taken_away)
+    with pytest.raises(AsgoError, match=f"{path}: deleted, moved or begun anew while this run trained in it"):
+        train(config, path, reporter)
+    assert contents(path) == left
+    assert path.exists() == anew
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_closing_a_folder_on_a_full_disk_does_not_hide_the_error(small_config: Make, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    folder.begin(small_config(), {}, "cpu")
+    folder.continue_from([])
+    assert folder._metrics is not None
+    full = os.open("/dev/full", os.O_WRONLY)
+    os.dup2(full, folder._metrics.fileno())
+    os.close(full)
+    with pytest.raises(OSError, match="No space left") as error, contextlib.closing(folder):
+        folder.append(Row(split="val", step=0, tokens=0, samples=0, epoch=0.0, elapsed_s=0.0, loss=1.0))
+    assert error.value.filename == str(folder.metrics_path)
+
+
+def test_what_no_checkpoint_holds_is_on_the_disk_with_each(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of a new run and of the folders made for it, and its layer statistics, survive a power cut."""
+    synced: list[Path] = []
+
+    def recording(path: Path) -> None:
+        synced.append(path)
+        sync(path)
+
+    monkeypatch.setattr("pipelines.storage.sync", recording)
+    monkeypatch.setattr("pipelines.training.run_folder.sync", recording)
+    run = tmp_path / "new" / "run"
+    train(small_config(statistics__every=3), run, reporter)
+    assert {tmp_path, tmp_path / "new"} <= set(synced[: synced.index(run)]), "before anything in it"
+    published = [index for index, path in enumerate(synced) if path == run / "checkpoints"]
+    written = synced.index(run / "statistics.jsonl")
+    assert published[0] < written < published[1], "of step 3, with the checkpoint of step 4"
