@@ -65,7 +65,7 @@ class Checkpoint:
     def model_tensors(self) -> Tensors:
         """The weights that were validated, by parameter name, on the CPU: averages, where the run makes them."""
         name = _AVERAGE if _AVERAGE in self.state["files"] else _MODEL
-        return safetensors.torch.load_file(self.folder / name)
+        return _load(self.folder / name)
 
     def rows(self) -> list[Row]:
         """The run's records up to this step."""
@@ -74,7 +74,8 @@ class Checkpoint:
 
 def read_history(folder: Path) -> list[Row]:
     """The records inside a checkpoint folder."""
-    return columns_to_rows(safetensors.numpy.load_file(folder / _HISTORY))
+    with _readable(folder / _HISTORY):
+        return columns_to_rows(safetensors.numpy.load_file(folder / _HISTORY))
 
 
 @dataclass(frozen=True)
@@ -166,15 +167,24 @@ def _load(path: Path) -> Tensors:
     """The tensors of a file, mapped into memory. Raises `AsgoError` where another process sees it and this does not."""
     if not path.is_file():
         raise AsgoError(f"{path}: {place()} does not see it; the run folder must be on a disk that all machines share")
-    return safetensors.torch.load_file(path)
+    with _readable(path):
+        return safetensors.torch.load_file(path)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise `AsgoError` that names the file where it cannot be read."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise AsgoError(f"{getattr(error, 'filename', None) or path}: cannot be read: {reason}") from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Verify a checkpoint, every byte of it; `AsgoError` saying what is wrong with it, or why it cannot be read."""
-    try:
+    with _readable(folder):
         return _verified(folder)
-    except OSError as error:
-        raise AsgoError(f"{error.filename or folder}: cannot be read: {error.strerror or error}") from error
 
 
 def _verified(folder: Path) -> Checkpoint:

@@ -113,10 +113,15 @@ class RunFolder:
         assert self._lock is not None
         try:
             ours = os.path.samestat(self._lock_path.stat(), os.fstat(self._lock.fileno()))
-        except (FileNotFoundError, NotADirectoryError):
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
+                raise
             ours = False
         if not ours or (self._metrics is not None and not self.config_path.exists()):
-            raise AsgoError(f"{self.path}: deleted, moved or begun anew while this run trained in it; the run stops")
+            raise AsgoError(
+                f"{self.path}: deleted, moved or begun anew while this run trained in it, which stops; train again in "
+                "another --out, or go on with --resume where it was moved to"
+            )
 
     def settle(self) -> None:
         """Flush to disk what no checkpoint holds, before one is published; raises as `require_ours`."""

@@ -241,6 +241,7 @@ def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, report
     if checkpoint.state["data"]["fingerprint"] != task.description()["fingerprint"]:
         raise UsageError(f"{folder.path}: was trained on other data than --data holds now; give it the same shards")
     prune(folder.checkpoints, checkpoint.step, config.checkpoint.keep)  # a kill may have come before its turn
+    folder.mark_saved()
     reporter.note(f"resuming from {checkpoint.folder}")
     return checkpoint
 
