@@ -29,11 +29,12 @@ except ModuleNotFoundError:
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
+
+from pipelines.sweeps.journal import open_journal
 
 _LOCK_WAIT_S = 60.0
 _ATTEMPTS = 10
@@ -58,12 +59,10 @@ class Worker:
 def open_storage(storage: str | None, journal: Path) -> BaseStorage:
     """The database at a URL, or a journal file: the one that is named, or else `journal`.
 
-    Raises `UsageError` for a database that cannot be used.
+    Raises `UsageError` for a database that cannot be used, or a file that is no journal.
     """
     if storage is None or storage.endswith(".log"):
-        path = journal if storage is None else Path(storage)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path)))
+        return open_journal(journal if storage is None else Path(storage).expanduser())
     for _ in range(_ATTEMPTS):
         try:
             return optuna.storages.get_storage(_database(storage))
@@ -167,13 +166,11 @@ def require_sampler(name: str) -> None:
 def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
     """One of optuna's for one trial: what it draws depends on seed and number, not on what this process drew before."""
     drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-    kinds: dict[str, type[Any]] = {
-        "tpe": TPESampler,
-        "random": RandomSampler,
-        "gp": GPSampler,
-        "cmaes": CmaEsSampler,
-        "qmc": QMCSampler,
-    }
+    if name == "cmaes":
+        from pipelines.sweeps.cma_sampler import CmaSampler  # needs a package that the others do not
+
+        return CmaSampler(drawn)
+    kinds: dict[str, type[Any]] = {"tpe": TPESampler, "random": RandomSampler, "gp": GPSampler, "qmc": QMCSampler}
     with _no_warnings():
         sampler: BaseSampler = kinds[name](seed=drawn)
     return sampler

@@ -1,0 +1,95 @@
+"""CMA-ES as a sampler that keeps nothing: its state is computed anew from the trials.
+
+optuna's own sampler keeps a pickle in the study, and whoever has written the study's journal or database could make
+it run code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import cmaes
+import numpy as np
+from numpy.typing import NDArray
+from optuna import Study
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.search_space import IntersectionSearchSpace
+from optuna.trial import FrozenTrial, TrialState
+
+_Numbers = FloatDistribution | IntDistribution
+_SIGMA = 1 / 6
+"""The first deviation, as a share of each range."""
+
+
+class CmaSampler(BaseSampler):
+    """Draws numbers from a distribution that moves towards the best trials; the first trial and categories at random.
+
+    The trials that have ended are taken in their order, a generation after the other. Those of several workers end in
+    another order than they began in: a generation may then hold trials that were drawn for the one before it.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._random = RandomSampler(seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        space = IntersectionSearchSpace().calculate(study)
+        return {name: each for name, each in space.items() if isinstance(each, _Numbers) and not each.single()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if not search_space:
+            return {}
+        space = {name: each for name, each in search_space.items() if isinstance(each, _Numbers)}
+        dimensions = len(space)
+        bounds = np.tile([0.0, 1.0], (dimensions, 1))
+        cma = cmaes.CMA(np.full(dimensions, 0.5), _SIGMA, bounds, 10 * dimensions, self._seed)
+        points = [
+            (_to_unit(ended.params, space), ended.value)
+            for ended in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+            if ended.value is not None
+        ]
+        size = cma.population_size
+        for start in range(0, len(points) - size + 1, size):
+            cma.tell(points[start : start + size])
+        return _from_unit(cma.ask(), space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._random.sample_independent(study, trial, param_name, param_distribution)
+
+
+def _to_unit(params: Mapping[str, Any], space: Mapping[str, _Numbers]) -> NDArray[np.float64]:
+    """Values as shares of their ranges, shape (settings,)."""
+    shares = []
+    for name, distribution in space.items():
+        low, high = _ends(distribution)
+        shares.append((_scaled(params[name], distribution) - low) / (high - low))
+    return np.array(shares)
+
+
+def _from_unit(shares: NDArray[np.float64], space: Mapping[str, _Numbers]) -> dict[str, Any]:
+    """The inverse of `_to_unit`, rounded where a setting is a whole number."""
+    params = {}
+    for share, (name, distribution) in zip(shares.tolist(), space.items(), strict=True):
+        low, high = _ends(distribution)
+        value = low + share * (high - low)
+        value = math.exp(value) if distribution.log else value
+        value = round(value) if isinstance(distribution, IntDistribution) else value
+        params[name] = min(max(value, distribution.low), distribution.high)
+    return params
+
+
+def _ends(distribution: _Numbers) -> tuple[float, float]:
+    """The range; of whole numbers half a unit wider, so that each has an equal share."""
+    margin = 0.5 if isinstance(distribution, IntDistribution) else 0.0
+    return _scaled(distribution.low - margin, distribution), _scaled(distribution.high + margin, distribution)
+
+
+def _scaled(value: float, distribution: _Numbers) -> float:
+    return math.log(value) if distribution.log else value
