@@ -38,7 +38,7 @@ class SweepProgress:
         self._progress.stop()
 
     def note(self, message: str) -> None:
-        """Say why nothing happens yet."""
+        """Say why nothing happens yet, or any more."""
         console.say(message)
 
     def started(self, run: Standing, slot: int) -> None:

@@ -9,10 +9,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import tomli_w
 
@@ -29,6 +29,7 @@ _POLL_S = 0.2
 _LOCK_WAIT_S = 60.0
 _STOPPED = (RunInterrupted.exit_code, -signal.SIGTERM)
 """Exit codes of a run that was asked to stop: saved, or before it had begun."""
+_Answer = TypeVar("_Answer")
 FOLDER = "sweep"
 """Beside the runs, whose names end with their seeds: their configurations and logs, and the lock."""
 
@@ -93,7 +94,7 @@ class QueueReporter(Protocol):
     """Receives what happens to the runs."""
 
     def note(self, message: str) -> None:
-        """Why nothing happens yet."""
+        """Why nothing happens yet, or any more."""
 
     def started(self, run: Standing, slot: int) -> None:
         """A run's process was started."""
@@ -159,9 +160,13 @@ class _Queue:
         self._lock = lock
         self._busy: dict[int, _Process] = {}
         self._told: str | None = None
+        self._source_error: Exception | None = None
 
     def work(self, stop: StopRequest) -> None:
-        """Start and watch processes until there is nothing left to do, or all have ended after a signal."""
+        """Start and watch processes until there is nothing left to do, or all have ended after a signal.
+
+        Raises what the source has raised, as of a full disk, when the runs at work have ended.
+        """
         passed_on = False
         try:
             while True:
@@ -176,25 +181,40 @@ class _Queue:
                 time.sleep(_POLL_S)
                 for process in list(self._busy.values()):
                     self._look_at(process, bool(stop))
-        finally:  # a second Ctrl-C, or a disk that is full, leaves some
+        finally:  # a second Ctrl-C leaves some
             for process in self._busy.values():
                 process.child.kill()
                 process.child.wait()
         if stop:
             told = f"{len(self.failures)} failed, the others are saved" if self.failures else "all runs are saved"
             raise RunInterrupted(f"{stop.signal_name}: {told}; the same command goes on")
+        if self._source_error is not None:
+            raise self._source_error
 
     def _fill_slots(self) -> None:
         for slot in range(len(self._slots)):
-            if slot not in self._busy:
-                run = self._source.next()
+            while slot not in self._busy and self._source_error is None:
+                run = self._ask_source(self._source.next, None)
                 if run is None:
                     return
-                self._busy[slot] = self._start(run, slot)
+                try:
+                    self._busy[slot] = self._start(run, slot)
+                except OSError as error:  # of its configuration or its log; the others may do better
+                    self._end(run, slot, Ending("failed", _words(error)), self._log(run))
+
+    def _ask_source(self, question: Callable[[], _Answer], default: _Answer) -> _Answer:
+        """The answer, or `default` where the source fails: then no run begins any more, and those at work go on."""
+        try:
+            return question()
+        except Exception as error:  # of the disk, or of any database's driver
+            if self._source_error is None:
+                self._source_error = error
+                self._reporter.note(f"{_words(error)}: no further run begins; those at work go on")
+            return default
 
     def _waits(self) -> bool:
         """Whether more runs may come although none is at work; says what for, once."""
-        waiting = self._source.waiting
+        waiting = None if self._source_error else self._source.waiting
         if waiting is not None and waiting != self._told:
             self._reporter.note(waiting)
         self._told = waiting
@@ -202,7 +222,7 @@ class _Queue:
 
     def _start(self, run: Standing, slot: int) -> _Process:
         name = run.run.name
-        config, log = self._folder / f"{name}.toml", self._folder / f"{name}.log"
+        config, log = self._folder / f"{name}.toml", self._log(run)
         text = tomli_w.dumps(run.run.config.model_dump(mode="json", exclude_none=True))
         write_atomically(config, text.encode())
         arguments: list[object] = ["train", run.run.config.task, "--config", config, "--resume", "--out", run.folder]
@@ -226,22 +246,31 @@ class _Queue:
             self._read_records(process)
             return
         del self._busy[process.slot]
-        ending = self._source.ended(process.run, _ending(process, code, stopping))
+        self._end(process.run, process.slot, _ending(process, code, stopping), process.log)
+
+    def _end(self, run: Standing, slot: int, how: Ending, log: Path) -> None:
+        ending = self._ask_source(lambda: self._source.ended(run, how), how)
         if ending.kind == "failed":
-            self.failures.append(Failure(process.run.run.name, ending.words, process.log))
+            self.failures.append(Failure(run.run.name, ending.words, log))
         words = f"failed: {ending.words}" if ending.kind == "failed" else ending.words
-        self._reporter.ended(process.run, process.slot, words)
+        self._reporter.ended(run, slot, words)
+
+    def _log(self, run: Standing) -> Path:
+        return self._folder / f"{run.run.name}.log"
 
     def _read_records(self, process: _Process) -> None:
         newest = None
         for row in process.records.new_rows():
             if row["split"] == "train":
                 newest = row
-            elif not process.given_up and self._source.recorded(process.run, row):
+            elif not process.given_up and self._gives_up(process.run, row):
                 process.given_up = True
                 process.child.terminate()
         if newest is not None:
             self._reporter.progressed(process.run, process.slot, newest)
+
+    def _gives_up(self, run: Standing, row: Row) -> bool:
+        return self._ask_source(lambda: self._source.recorded(run, row), False)
 
 
 class RecordsFollower:
@@ -275,9 +304,16 @@ def _ending(process: _Process, code: int, stopping: bool) -> Ending:
     return Ending("failed", _reason(process, code))
 
 
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def _reason(process: _Process, code: int) -> str:
     """Why a process failed, in one line: its first error, the signal that ended it, or else its last words."""
-    with process.log.open("rb") as file:
+    lines = []
+    with contextlib.suppress(OSError), process.log.open("rb") as file:
         file.seek(process.log_start)
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,10 +16,14 @@ import pytest
 import tomli_w
 
 from asgo_cli import app as command_line
+from asgo_cli import sweep
 from pipelines.errors import UsageError
 from pipelines.resolve import assignment_layer
 from pipelines.sweeps import queue
 from pipelines.sweeps.definition import read_sweep, resolve_runs
+from pipelines.sweeps.slots import Slot
+from pipelines.sweeps.standing import Standing
+from pipelines.training.metrics import Row
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
 
@@ -140,6 +145,64 @@ def test_a_sweep_that_is_ended_goes_on_to_the_same_end(
         assert final_weights(folder) == final_weights(tmp_path / "alone" / run.name)
         log = (tmp_path / "runs/my/sweep" / f"{run.name}.log").read_text()
         assert "stopped: SIGTERM at step" in log, "told to save, also when the sweep itself was killed"
+
+
+class QuietReporter:
+    """Keeps what a queue tells."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def started(self, run: Standing, slot: int) -> None: ...
+
+    def progressed(self, run: Standing, slot: int, row: Row) -> None: ...
+
+    def note(self, message: str) -> None:
+        self.told.append(message)
+
+    def ended(self, run: Standing, slot: int, how: str) -> None:
+        self.told.append(f"{run.run.name}: {how}")
+
+
+def standings_of(token_folder: Path, folder: Path) -> list[Standing]:
+    definition = write_sweep(folder / "my.toml", token_folder, *GOOD)
+    runs = resolve_runs(read_sweep(str(definition)), assignment_layer([]))
+    return [Standing(run, folder / "out" / run.name, 0, begun=False) for run in runs]
+
+
+def test_a_configuration_that_cannot_be_written_fails_its_run_alone(token_folder: Path, tmp_path: Path) -> None:
+    runs, reporter = standings_of(token_folder, tmp_path), QuietReporter()
+    (tmp_path / "out/sweep/b-s42.toml").mkdir(parents=True)
+    failures = queue.carry_out(
+        queue.FixedRuns([runs[1], runs[0]]), tmp_path / "out", [Slot(1)], sweep._program(), reporter
+    )
+    ((name, reason),) = [(failure.name, failure.reason) for failure in failures]
+    assert name == "b-s42"
+    assert "b-s42.toml" in reason
+    assert reason.endswith(": Is a directory")
+    assert reporter.told[-1] == "a-s42: done"
+    assert final_weights(tmp_path / "out/a-s42")
+
+
+def test_a_source_that_fails_ends_the_sweep_when_the_runs_at_work_have_ended(
+    token_folder: Path, tmp_path: Path
+) -> None:
+    class FullDisk(queue.FixedRuns):
+        def next(self) -> Standing | None:
+            run = super().next()
+            if run is not None and run.run.name == "b-s42":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "study.log")
+            return run
+
+    reporter = QuietReporter()
+    source = FullDisk(standings_of(token_folder, tmp_path))
+    with pytest.raises(OSError, match=r"No space left on device: 'study\.log'"):
+        queue.carry_out(source, tmp_path / "out", [Slot(1), Slot(1)], sweep._program(), reporter)
+    assert reporter.told == [
+        "study.log: No space left on device: no further run begins; those at work go on",
+        "a-s42: done",  # not killed
+    ]
+    assert final_weights(tmp_path / "out/a-s42")
 
 
 def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_config) -> None:  # type: ignore[no-untyped-def]
