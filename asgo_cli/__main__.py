@@ -1,14 +1,35 @@
-"""`python -m asgo_cli`, which is also what torchrun starts."""
+"""The program: `asgo`, and `python -m asgo_cli`, which is also what torchrun starts."""
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # in a spawned child the path is its parent's, corrected already
-    # Python puts the working directory first, where a folder named `models` would be taken for ours. What this file was
-    # found in holds all four rooms, and is on the path by itself unless it is the working directory.
-    if not sys.flags.safe_path and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
-        del sys.path[0]
+from pipelines.stopping import INTERRUPTED, catch_ctrl_c, interrupted
 
-    from asgo_cli.app import main
 
+def main() -> None:
+    """Run the command line. Ctrl-C ends it with one line and exit code 130 at any time, also while it loads."""
+    catch_ctrl_c()
+    code: str | int | None = INTERRUPTED
+    try:
+        from asgo_cli.app import main as command_line
+
+        command_line()
+    except SystemExit as end:
+        code = end.code
+    except KeyboardInterrupt:
+        pass
+    if code == INTERRUPTED and interrupted():
+        with contextlib.suppress(OSError):
+            print("stopped: interrupted; what was not saved is lost", file=sys.stderr)  # noqa: T201
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python, when it ends, would answer with a traceback
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    # Python puts the working directory first, where a folder named `datasets` would be taken for the library.
+    with contextlib.suppress(ValueError, OSError):  # the directory may have been deleted
+        if not sys.flags.safe_path and Path.cwd() != Path(__file__).resolve().parents[1]:
+            sys.path.remove(str(Path.cwd()))
     main()

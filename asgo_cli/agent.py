@@ -10,7 +10,6 @@ import socket
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +17,7 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed.run as torchrun
-from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -27,7 +26,10 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
     RendezvousError,
+    RendezvousHandler,
+    RendezvousInfo,
     RendezvousParameters,
+    RendezvousStoreInfo,
     RendezvousTimeoutError,
     rendezvous_handler_registry,
 )
@@ -35,14 +37,16 @@ from torch.distributed.launcher.api import LaunchConfig
 
 from asgo_cli import console
 from asgo_cli.live import clear_left_over
-from asgo_cli.worker import OUTCOMES, RESTARTED, Kind, Outcome, read_outcomes
+from asgo_cli.worker import LAUNCHER, OUTCOMES, RESTARTED, Kind, Outcome, read_outcomes
 from pipelines.errors import AsgoError, RunInterrupted
+from pipelines.stopping import stop_signals
 
 _GRACE_S = 30
 """Torch kills workers that have not ended so long after a signal."""
 _STORE_TIMEOUT_S = 60
 _ANSWER_S = 60
 _FAREWELL_S = 10
+_LOOPBACK = "127.0.0.1"
 _NO_ANSWER = "no connection to machine 0; is it running, and the port open?"
 _NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
@@ -65,22 +69,26 @@ def run_workers(arguments: Sequence[str]) -> int:
         logger.propagate = False
         logger.addHandler(logging.NullHandler())
     options = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call]
-    if options.standalone:
-        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", "localhost:0", str(uuid.uuid4())
-    config, command, command_arguments = torchrun.config_from_args(options)
-    with tempfile.TemporaryDirectory(prefix="asgo-") as folder, _signal_handlers_restored():
-        os.environ[OUTCOMES] = folder
+    options.rdzv_endpoint = options.rdzv_endpoint or _LOOPBACK  # without one, torch warns of options not given
+    with _scratch_folder() as folder, _signals_handled() as signals:
+        options.log_dir = str(folder / "logs")
+        config, command, command_arguments = torchrun.config_from_args(options)
+        outcomes = folder / "outcomes"
+        outcomes.mkdir()
+        os.environ.update({OUTCOMES: str(outcomes), LAUNCHER: str(os.getpid())})
         try:
-            return _run(config, str(command), command_arguments, Path(folder))
+            return _run(config, str(command), command_arguments, outcomes, signals)
         except (RendezvousError, DistError) as error:
             clear_left_over()
             raise AsgoError(_rendezvous_message(config, error)) from error
 
 
-def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path) -> int:
-    agent = _agent(config, command, arguments, folder)
+def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path, signals: _Signals) -> int:
+    agent = _agent(config, command, arguments, folder, signals)
     try:
-        agent.run()
+        with signals.raised():
+            agent.run()
+        return 0
     except WorkersEnded as ended:
         clear_left_over()
         return _tell(ended.first)
@@ -89,10 +97,28 @@ def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: P
         return _tell_after_signal(agent, caught.sigval)
     finally:
         agent.leave()
-    return 0
 
 
-def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path) -> _Agent:
+def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path, signals: _Signals) -> _Agent:
+    spec = WorkerSpec(
+        role=config.role,
+        local_world_size=config.nproc_per_node,
+        entrypoint=command,
+        args=tuple(arguments),
+        rdzv_handler=_meeting_place(config),
+        max_restarts=config.max_restarts,
+        monitor_interval=config.monitor_interval,
+        local_addr=config.local_addr,
+        numa_options=config.numa_options,
+    )
+    assert config.logs_specs is not None
+    return _Agent(spec, config.logs_specs, folder, config.rdzv_endpoint, signals)
+
+
+def _meeting_place(config: LaunchConfig) -> RendezvousHandler:
+    """Where the agents of all machines meet."""
+    if config.max_nodes == 1:
+        return _Alone(config.run_id)
     parameters = RendezvousParameters(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -102,29 +128,54 @@ def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder:
         config.local_addr,
         **config.rdzv_configs,
     )
-    spec = WorkerSpec(
-        role=config.role,
-        local_world_size=config.nproc_per_node,
-        entrypoint=command,
-        args=tuple(arguments),
-        rdzv_handler=rendezvous_handler_registry.create_handler(parameters),
-        max_restarts=config.max_restarts,
-        monitor_interval=config.monitor_interval,
-        local_addr=config.local_addr,
-        numa_options=config.numa_options,
-    )
-    assert config.logs_specs is not None
-    return _Agent(spec, config.logs_specs, folder, config.rdzv_endpoint)
+    return rendezvous_handler_registry.create_handler(parameters)
+
+
+class _Alone(RendezvousHandler):
+    """The meeting place of an agent that has no others to meet.
+
+    Torch's, with --standalone too, listens on all interfaces and unpickles what it is sent. This one is in memory.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True  # the workers are to join the store of the agent, not to open one
+
+    def get_backend(self) -> str:
+        return "memory"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(_LOOPBACK, 0))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """There is nobody to tell."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
 
 
 class _Agent(LocalElasticAgent):
     """Torch's agent of one machine, through the methods that are made to be overridden."""
 
-    def __init__(self, spec: WorkerSpec, logs_specs: Any, folder: Path, endpoint: str) -> None:
+    def __init__(self, spec: WorkerSpec, logs_specs: Any, folder: Path, endpoint: str, signals: _Signals) -> None:
         super().__init__(spec, logs_specs)
+        self.is_alone = isinstance(spec.rdzv_handler, _Alone)
         self.has_workers = False
         self._folder = folder
         self._endpoint = endpoint
+        self._signals = signals
         self._failed_attempts = 0
         self._workers_store: TCPStore | None = None
         self._asking_since: float | None = None
@@ -143,10 +194,13 @@ class _Agent(LocalElasticAgent):
             path.unlink()
         self._give_fresh_store(worker_group)
         os.environ[_NO_SHARED_STORE] = "0"  # or the first worker would want to make one, too
-        started: dict[int, Any] = super()._start_workers(worker_group)
+        with self._signals.held_back():
+            started: dict[int, Any] = super()._start_workers(worker_group)
+            for local_rank, pid in started.items():
+                worker_group.workers[local_rank].id = pid  # torch does it later; a signal may come before
+            self.has_workers = True
         os.environ[_NO_SHARED_STORE] = "1"
         os.environ[RESTARTED] = "1"  # for those started next
-        self.has_workers = True
         return started
 
     def _give_fresh_store(self, group: WorkerGroup) -> None:
@@ -157,8 +211,8 @@ class _Agent(LocalElasticAgent):
         """
         assert group.store is not None
         if group.group_rank == 0:
-            host = group.spec.local_addr or str(group.master_addr)
-            self._workers_store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            host = _LOOPBACK if group.group_world_size == 1 else group.spec.local_addr or str(group.master_addr)
+            self._workers_store = _store_on_loopback() if host == _LOOPBACK else _store_on_all_interfaces(host)
             group.store.set("asgo", f"{self._workers_store.port} {host}")
         group.store.wait(["asgo"], timedelta(seconds=_STORE_TIMEOUT_S))
         port, group.master_addr = group.store.get("asgo").decode().split()
@@ -196,7 +250,7 @@ class _Agent(LocalElasticAgent):
 
         self._asking_since = None
         with _signal_handlers_restored():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in stop_signals():
                 signal.signal(number, pass_on)
             # A closed terminal, too, is a reason to save.
             sent = signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM
@@ -233,6 +287,17 @@ class _Agent(LocalElasticAgent):
         """The exit codes, once all workers have ended."""
         result: RunResult = super()._monitor_workers(self._worker_group)
         return result
+
+
+def _store_on_all_interfaces(host: str) -> TCPStore:
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
+def _store_on_loopback() -> TCPStore:
+    """A store that only this machine reaches; one that makes its own socket listens on all interfaces."""
+    with socket.create_server((_LOOPBACK, 0)) as listening:
+        port = listening.getsockname()[1]
+        return TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def first_of(outcomes: Sequence[Outcome]) -> Outcome:
@@ -275,6 +340,9 @@ def _tell(first: Outcome) -> int:
 
 
 def _tell_after_signal(agent: _Agent, number: signal.Signals) -> int:
+    if not agent.has_workers and agent.is_alone:
+        console.say(f"stopped: {number.name} before the processes were started")
+        return 128 + number
     if not agent.has_workers:
         console.say(
             f"stopped: {number.name} while waiting for the other machines; the same command goes on, with --resume"
@@ -300,6 +368,65 @@ def _rendezvous_message(config: LaunchConfig, error: Exception) -> str:
     if isinstance(error, RendezvousConnectionError) and config.rdzv_configs.get("is_host") in (1, "1"):
         return f"{place}: cannot listen there; is the port taken, or the address another machine's?"
     return f"{place}: {_NO_ANSWER}"
+
+
+class _Signals:
+    """The launcher's signal handler. Torch's own raises at once, also while nobody knows the workers just started."""
+
+    def __init__(self) -> None:
+        self._held_back = True
+        self._waiting: signal.Signals | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if not self._held_back:
+            raise SignalException(f"got signal {number}", signal.Signals(number))
+        self._waiting = self._waiting or signal.Signals(number)
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Signals that come in here, or waited, raise `SignalException`; after it they are ignored: all is over."""
+        try:
+            self._release()
+            yield
+        finally:
+            self._held_back = True
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Signals wait until the end; processes that are started meet no Ctrl-C before `begin_worker`."""
+        self._held_back = True
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._release()
+
+    def _release(self) -> None:
+        self._held_back = False
+        if self._waiting is not None:
+            self(self._waiting, None)
+
+
+@contextlib.contextmanager
+def _signals_handled() -> Iterator[_Signals]:
+    signals = _Signals()
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
+    with _signal_handlers_restored():
+        for number in stop_signals():
+            signal.signal(number, signals)
+        yield signals
+
+
+@contextlib.contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A private folder for what the workers leave."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="asgo-")
+    except OSError as error:
+        raise AsgoError(f"no temporary folder can be written ({error.strerror}); set TMPDIR to one") from error
+    with folder as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager

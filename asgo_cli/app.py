@@ -28,6 +28,7 @@ from asgo_cli import (
     worker,
 )
 from asgo_cli.help_text import examples
+from pipelines import stopping
 
 _ORDER = (
     "demo",
@@ -123,7 +124,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ASGO_DEBUG") == "1":
             raise
-        code = _report(error)
+        code = stopping.INTERRUPTED if stopping.interrupted() else _report(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 

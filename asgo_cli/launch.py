@@ -14,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from asgo_cli.worker import is_worker
 from pipelines.errors import UsageError
+from pipelines.training.launched import launched
 
 GpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, with a GPU each.")]
 ProcessesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, on its CPU.")]
@@ -76,8 +76,10 @@ class Launch:
         """Raise `UsageError` for options that do not go together, or with `--device`."""
         given = [name for name in _OPTIONS if getattr(self, name[2:].replace("-", "_"))]
         across = (self.nodes, self.node_rank, self.rendezvous)
-        if given and is_worker():
-            raise UsageError(f"{given[0]}: torchrun started this process already; leave it out")
+        place = launched()
+        if given and place is not None:
+            launcher = "torchrun" if place.by_torchrun else "what sets RANK and WORLD_SIZE"
+            raise UsageError(f"{given[0]}: {launcher} started this process already; leave it out")
         if self.gpus and self.processes:
             raise UsageError("--gpus and --processes: give one of them; --processes is for the CPU")
         if not self and (self.max_restarts or any(value is not None for value in across)):
@@ -116,7 +118,9 @@ def host_and_port(rendezvous: str) -> tuple[str, int]:
 def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
     """What torchrun is given, for the arguments of this `asgo` command."""
     if launch.rendezvous is None:
-        place = ["--standalone"]
+        # Not --standalone: torchrun then listens on all interfaces, and unpickles what it is sent there.
+        place = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+        place += ["--local-addr", "127.0.0.1"]
     else:
         # Torch's default is the machine's own name for itself, which the other machines often cannot resolve.
         place = ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", launch.rendezvous]

@@ -13,6 +13,6 @@ if __name__ == "__main__":
     if os.getppid() != parent:  # gone before it could be noticed
         sys.exit(1)
 
-    from asgo_cli.app import main
+    from asgo_cli.__main__ import main
 
     main()

@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Literal
 
 from asgo_cli import console
+from pipelines.errors import UsageError
+from pipelines.training.launched import Place, launched
 
 OUTCOMES = "ASGO_OUTCOMES"
 """Environment variable: the folder in which the processes of `asgo train --gpus` leave their outcomes."""
+
+LAUNCHER = "ASGO_LAUNCHER"
+"""Environment variable: the process id of the launcher."""
 
 RESTARTED = "ASGO_RESTARTED"
 """Environment variable, set for processes that take the place of earlier ones, for whatever reason."""
@@ -39,8 +44,8 @@ class Outcome:
     kind: Kind
     exit_code: int
     message: str
-    rank: int = field(default_factory=lambda: int(os.environ["RANK"]))
-    size: int = field(default_factory=lambda: int(os.environ["WORLD_SIZE"]))
+    rank: int = field(default_factory=lambda: _place().rank)
+    size: int = field(default_factory=lambda: _place().size)
     host: str = field(default_factory=socket.gethostname)
     time: float = field(default_factory=time.time)
 
@@ -51,8 +56,11 @@ class Outcome:
 
 
 def is_worker() -> bool:
-    """Whether torchrun, by hand or through `--gpus`, started this process."""
-    return "RANK" in os.environ
+    """Whether a launcher (torchrun, by hand or through `--gpus`, or another) started this process among several."""
+    try:
+        return launched() is not None
+    except UsageError:
+        return False  # for the command to raise, if it trains
 
 
 def is_restarted() -> bool:
@@ -63,13 +71,23 @@ def is_restarted() -> bool:
 def begin_worker() -> None:
     """Leave all words to the first process, and stop when the launcher is gone."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if os.environ["RANK"] != "0":
+    # Until the training heeds it, Ctrl-C ends this process at once: one that waits for the others runs no handler.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the launcher has held back until here
+    place = _place()
+    if not place.by_torchrun and (place.rank == 0 or console.is_live()):
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        console.say(f"{place}, as RANK and WORLD_SIZE say; the processes meet at {address}")
+    if place.rank:
         console.silence()
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
     if OUTCOMES in os.environ:
         # A launcher that is killed cannot pass anything on; its processes would go on unseen, beside a resumed run.
         end_with_parent()
+        if os.getppid() != int(os.environ[LAUNCHER]):  # gone before it could be noticed
+            console.fail(f"{place}: its launcher is gone")
+            sys.exit(1)
 
 
 def end_with_parent() -> None:
@@ -109,6 +127,12 @@ def is_lost_connection(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _place() -> Place:
+    place = launched()
+    assert place is not None, "this process is no worker"
+    return place
 
 
 def _write(outcome: Outcome, folder: Path) -> None:

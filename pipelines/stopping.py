@@ -1,11 +1,16 @@
-"""SIGTERM, SIGINT and SIGHUP as a request that the loop reads, not as an exception at a random place."""
+"""Signals: SIGTERM, SIGINT and SIGHUP as a request that a loop reads, and Ctrl-C where nothing reads one."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
+
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended before there was anything to save, as shells have it."""
 
 
 class StopRequest:
@@ -20,22 +25,55 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM, SIGINT or SIGHUP (a closed terminal) into a request; a second SIGINT interrupts at once.
+    """Turn the first SIGTERM, SIGINT or SIGHUP into a request; a second SIGINT interrupts at once.
 
-    A SIGHUP that is ignored, as under nohup, stays ignored.
+    SIGHUP that is ignored, as under nohup, stays ignored.
     """
     request = StopRequest()
 
-    def ask(number: int, _frame: FrameType | None) -> None:
+    def ask(number: int, frame: FrameType | None) -> None:
         if request and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            _interrupt(number, frame)
         request.signal_name = signal.Signals(number).name
 
-    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-    numbers = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP} - ignored
-    before = {number: signal.signal(number, ask) for number in numbers}
+    before = {number: signal.signal(number, ask) for number in stop_signals()}
     try:
         yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask to save and stop."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
+_interruptions = 0
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C interrupted this process; a library may have made another error of the `KeyboardInterrupt`."""
+    return _interruptions > 0
+
+
+def catch_ctrl_c() -> None:
+    """Have Ctrl-C noted, and raise `KeyboardInterrupt`; the second one ends the process at once."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _without_interrupts
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    global _interruptions
+    _interruptions += 1
+    if _interruptions > 1:
+        os._exit(INTERRUPTED)
+    raise KeyboardInterrupt
+
+
+def _without_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
+    """Print no traceback of a `KeyboardInterrupt` in a place, such as `__del__`, that cannot raise it."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)

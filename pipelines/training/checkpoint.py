@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
 from pipelines.storage import naming, sha256_of, staged_folder, undo_exchange
-from pipelines.training.distributed import place, seed_of_rank
+from pipelines.training.distributed import seed_of_rank
+from pipelines.training.launched import launched
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
 from pipelines.training.random_state import gather_random_states, set_random_state
 from pipelines.training.run_folder import RunFolder, checkpoint_folders, checkpoint_name, step_of
@@ -166,7 +167,9 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
 def _load(path: Path) -> Tensors:
     """The tensors of a file, mapped into memory. Raises `AsgoError` where another process sees it and this does not."""
     if not path.is_file():
-        raise AsgoError(f"{path}: {place()} does not see it; the run folder must be on a disk that all machines share")
+        raise AsgoError(
+            f"{path}: {launched()} does not see it; the run folder must be on a disk that all machines share"
+        )
     with _readable(path):
         return safetensors.torch.load_file(path)
 

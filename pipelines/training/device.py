@@ -9,7 +9,7 @@ import torch
 
 from pipelines.config import RuntimeSettings, TrainingSettings
 from pipelines.errors import UsageError
-from pipelines.training.distributed import local_rank, place
+from pipelines.training.launched import launched, local_rank
 
 
 def pick_device(runtime: RuntimeSettings) -> torch.device:
@@ -21,7 +21,7 @@ def pick_device(runtime: RuntimeSettings) -> torch.device:
     if kind != "cuda":
         return torch.device(kind)
     if local_rank() >= torch.cuda.device_count():
-        raise UsageError(f"{place()} has no GPU: this machine has {torch.cuda.device_count()}")
+        raise UsageError(f"{launched()} has no GPU: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(local_rank())
     return torch.device("cuda", local_rank())
 

@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[att
 
 from pipelines.config import TrainingSettings
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
+from pipelines.training.launched import launched
 
 Value = TypeVar("Value")
 
@@ -109,14 +110,17 @@ def _broadcast_json(value: Any, is_first: bool) -> Any:
 
 @contextlib.contextmanager
 def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, if it did; they part at the end, unless that is an error.
+    """Join the processes that a launcher started, if it did; they part at the end, unless that is an error.
 
     Tensors of a GPU travel by NCCL, those of a CPU by gloo. The backends wait for twice `timeout_s`, so that the
     watchdog, which knows whom they wait for, is first. Raises `AsgoError` when the others do not come.
     """
-    if "RANK" not in os.environ:
+    place = launched()
+    if place is None:
         yield ALONE
         return
+    if place.on_one_machine:
+        _stay_on_loopback()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=2 * timeout_s)
     try:
@@ -137,6 +141,14 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     _part()
 
 
+def _stay_on_loopback() -> None:
+    """Have the backends listen on no interface that others can reach, and ask for no address of this machine's name."""
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without "=", all whose name begins like this
+
+
 def _part() -> None:
     """End the process group, which nothing else may hold then.
 
@@ -145,16 +157,6 @@ def _part() -> None:
     """
     gc.collect()
     dist.destroy_process_group()
-
-
-def local_rank() -> int:
-    """Which process of this machine this is, and so which of its GPUs is its own."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def place() -> str:
-    """This process as a user knows it."""
-    return f"process {os.environ.get('RANK', '0')} ({socket.gethostname()})"
 
 
 def seed_of_rank(seed: int, rank: int, step: int = 0) -> int:

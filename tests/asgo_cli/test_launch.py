@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -24,11 +25,18 @@ from tests.asgo_cli.test_train_commands import SETTINGS, asgo  # noqa: F401  (a 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
 PATIENCE_S = 60
+_LISTENS = "0A"
+_LOOPBACK = {"0100007F", "0" * 24 + "01000000"}
 
 # A server process loads torch once, and every launcher is a fork of it. Like `launch.start`, before torch is loaded:
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["asgo_cli.agent"])
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29400",
+}  # fmt: skip
 
 WORKER = """
 import os, signal, sys, time
@@ -304,7 +312,7 @@ def test_options_that_cannot_be_are_one_line(
 
 
 def test_a_process_of_torchrun_starts_no_others(asgo, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]  # noqa: F811
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
+    for name, value in {**TORCHRUN, "TORCH_CPP_LOG_LEVEL": "ERROR"}.items():
         monkeypatch.setenv(name, value)
     result = asgo("train", "gpt", "--preset", "tiny", "--gpus", 2)
     assert result.code == 2
@@ -328,12 +336,23 @@ def test_a_dry_run_prints_a_command_that_does_the_same_among_folders_of_our_name
     assert result.code == 0, result.err
     command = result.out.splitlines()[-1]
     assert command.startswith("OMP_NUM_THREADS=")
-    assert shlex.split(command)[2:8] == ["--standalone", "--nproc-per-node", "1", "--max-restarts", "2", "-m"]
+    place = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file", "--local-addr", "127.0.0.1"]
+    assert shlex.split(command)[2:15] == [*place, "--nproc-per-node", "1", "--max-restarts", "2"]
     assert command.endswith("--out 'my run' --device cpu")
     make_folders_of_our_names(Path(), ("models", "optim", "pipelines"))  # Python itself would start the fourth
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run(["bash", "-c", command], env=environment, check=True, capture_output=True)
     assert json.loads(Path("my run/metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+
+
+def addresses_listened_on(pid: int) -> set[str]:
+    """The local addresses of the sockets with which a process waits for connections, as `/proc/net` writes them."""
+    inodes = set()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(link.readlink().name.removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/{pid}/net/{name}").open()]
+    return {row[1].partition(":")[0] for row in rows if row[3] == _LISTENS and row[9] in inodes}
 
 
 def worker_pids(launcher: subprocess.Popen[str]) -> dict[str, int]:
@@ -350,7 +369,7 @@ def worker_pids(launcher: subprocess.Popen[str]) -> dict[str, int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
-def test_training_survives_the_loss_of_its_first_process_among_folders_of_our_names(
+def test_training_on_loopback_survives_the_loss_of_its_first_process_among_folders_of_our_names(
     token_folder: Path, tmp_path: Path
 ) -> None:
     make_folders_of_our_names(tmp_path, ("models", "optim", "pipelines", "asgo_cli"))
@@ -372,7 +391,10 @@ def test_training_survives_the_loss_of_its_first_process_among_folders_of_our_na
         while not list(tmp_path.glob("run/checkpoints/step-*")):
             assert launcher.poll() is None
             time.sleep(0.02)
-        os.kill(worker_pids(launcher)["0"], signal.SIGKILL)
+        workers = worker_pids(launcher)
+        for pid in (launcher.pid, *workers.values()):  # the store is the launcher's, gloo's sockets are the workers'
+            assert addresses_listened_on(pid) and addresses_listened_on(pid) <= _LOOPBACK
+        os.kill(workers["0"], signal.SIGKILL)
         _, words = launcher.communicate(timeout=2 * PATIENCE_S)
     assert launcher.returncode == 0, words
     lines = words.splitlines()
