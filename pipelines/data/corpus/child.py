@@ -11,10 +11,13 @@ from multiprocessing import parent_process, resource_tracker
 
 
 @contextlib.contextmanager
-def ctrl_c_held_back() -> Iterator[None]:
-    """A process started in here meets no Ctrl-C before `begin_child`, which would end it with a traceback."""
+def signals_held_back(*more: signal.Signals) -> Iterator[None]:
+    """A process started in here meets no Ctrl-C, no closed terminal, and none of the signals `more`.
+
+    They go to all processes at once. Before `begin_child`, Ctrl-C would end it with a traceback.
+    """
     resource_tracker.ensure_running()  # comes before the first process, and would let Ctrl-C through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, *more})
     try:
         yield
     finally:

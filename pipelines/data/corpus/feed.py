@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
-from pipelines.data.corpus.child import ctrl_c_held_back
+from pipelines.data.corpus.child import signals_held_back
 from pipelines.data.corpus.failure import Failure
 from pipelines.data.corpus.reader import (
     Batch,
@@ -119,7 +119,7 @@ class Feed:
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe(duplex=False)[0:2]
         reader = context.Process(target=read_source, args=(other_end, self.source, self._next), daemon=True)
-        with ctrl_c_held_back():
+        with signals_held_back():
             reader.start()
         self._reader = reader
         other_end.close()

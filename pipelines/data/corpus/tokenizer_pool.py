@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from pipelines.data.corpus.child import begin_child, ctrl_c_held_back
+from pipelines.data.corpus.child import begin_child, signals_held_back
 from pipelines.data.corpus.encode import Backend, BatchEncoder, EncodedBatch, best_backend
 from pipelines.data.corpus.reader import Batch
 
@@ -59,7 +59,7 @@ class _Tokenizer:
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe()
         self._process = context.Process(target=_work, args=(other_end, backend), daemon=True)
-        with ctrl_c_held_back():
+        with signals_held_back():
             self._process.start()
         other_end.close()
 

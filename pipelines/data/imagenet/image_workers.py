@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.corpus.child import begin_child
+from pipelines.data.corpus.child import begin_child, signals_held_back
 from pipelines.data.imagenet.decode import BadImageError, EncodedImage
 from pipelines.data.imagenet.images import ImageSet
 from pipelines.data.imagenet.transforms import Transform, render
@@ -172,7 +172,8 @@ class _Worker:
         self._messages, its_messages = context.Pipe()
         self._pixels, its_pixels = socket.socketpair()
         self._process = context.Process(target=_work, args=(its_messages, its_pixels), daemon=True)
-        self._process.start()
+        with signals_held_back(signal.SIGTERM):
+            self._process.start()
         its_messages.close()
         its_pixels.close()
 
@@ -216,7 +217,7 @@ def _work(messages: Connection[Any, Any], pixels: socket.socket) -> None:
     """What a process does until the other end is closed."""
     begin_child()
     # Batch systems send it to all processes; this one goes on, so that the training loop can finish its step and save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # held back until here
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # Pillow's, of odd but readable files
     sources: Mapping[str, Source] = messages.recv()

@@ -304,10 +304,12 @@ def test_a_process_uses_one_thread_and_its_errors_arrive(workers: ImageWorkers):
 def test_processes_outlive_signals_to_all_and_one_that_is_killed_stops_the_run_in_one_line(expected: list[Batch]):
     before = set(multiprocessing.active_children())
     with ImageWorkers({"train": SOURCE}, 1) as workers:
-        batches = training(workers)
-        batches.batch(0)
         (process,) = set(multiprocessing.active_children()) - before
-        for each in (signal.SIGINT, signal.SIGTERM):
+        batches = training(workers)
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(int(process.pid or 0), each)  # while it imports torch
+        batches.batch(0)
+        for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(int(process.pid or 0), each)
         assert same(batches.batch(12), expected[12])
         os.kill(int(process.pid or 0), signal.SIGKILL)
