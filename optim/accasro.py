@@ -38,7 +38,7 @@ def accasro_update(
     move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2)
     moment_flipped.mul_(exp_avg).lt_(0)  # 1 where the sign flipped, else 0
     grad_sign = grad.sign()
-    grad_kept = last_sign.to(grad.dtype).mul_(grad_sign).ge_(0)  # 0 where the sign flipped, else 1
+    grad_kept = last_sign.to(grad.dtype, copy=True).mul_(grad_sign).ge_(0)  # 0 where the sign flipped, else 1
     last_sign.copy_(grad_sign)
 
     torch.lerp(saved_scale, scale, grad_kept, out=scale)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .base import Group, Scalar, State, gradient, on_host, state_dtype
 from .rows import as_vectors, is_dense
@@ -85,6 +86,7 @@ def update_with_adam(params: list[Tensor], states: list[State], group: Group) ->
         amsgrad=False,
         maximize=False,
     )
+    increment_version([*vectors, *exp_avgs, *exp_avg_sqs])  # which PyTorch's kernel does not do
     for param, weight in zip(params, weights, strict=True):
         if weight is not param:
             param.copy_(weight)

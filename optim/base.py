@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from .keywords import check_keywords, unknown_name
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
+_Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Scalar = float | Tensor
 """A number, or a tensor of one element on the device where it is used."""
 
@@ -23,13 +24,18 @@ class BaseOptimizer(torch.optim.Optimizer):
     State is kept in float32 for parameters of lower precision, else in the parameter's own precision.
     """
 
+    native_kernels = False
+    """Whether large float32 parameters on a CPU take the kernels in C."""
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         check_keywords(defaults)
+        self._layouts: dict[object, _Layout] = {}
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give groups that were saved before a keyword existed its default."""
         super().__setstate__(state)
+        self._layouts = {}
         defaults = {key: value for key, value in self.defaults.items() if key != "differentiable"}  # the base's own
         for group in self.param_groups:
             group.update({key: value for key, value in defaults.items() if key not in group})
@@ -100,6 +106,41 @@ class BaseOptimizer(torch.optim.Optimizer):
         """The keys that a parameter group may hold."""
         return {"params", "param_names", "initial_lr", *self.defaults}
 
+    def initial_state(self, group: Group, param: Tensor) -> State:
+        """The state of a parameter before its first step, on its device."""
+        raise AssertionError("a subclass implements this")
+
+    def prepare_states(self, group: Group, params: list[Tensor]) -> None:
+        """Give parameters their state before their first step.
+
+        Raises `ValueError` for a state that does not fit its parameter, loaded or changed from outside.
+        """
+        rule = (group.get("rule"), str(group.get("row_blocks")))
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state.update(self.initial_state(group, param))
+                continue
+            for key, (shape, dtype) in self._layout(group, param, rule).items():
+                if key not in state or state[key].shape != shape or not _may_stand_for(state[key].dtype, dtype, key):
+                    raise self._wrong_state(group, param, key, f"{tuple(shape)}, {dtype}")
+
+    def _layout(self, group: Group, param: Tensor, rule: tuple[object, ...]) -> _Layout:
+        """Shape and dtype of each state tensor of a parameter."""
+        kind = (param.shape, param.dtype, rule)
+        if kind not in self._layouts:
+            like = torch.empty(param.shape, dtype=param.dtype, device="meta")
+            state = self.initial_state(group, like)
+            self._layouts[kind] = {key: (value.shape, value.dtype) for key, value in state.items()}
+        return self._layouts[kind]
+
+    def _wrong_state(self, group: Group, param: Tensor, key: str, expected: str) -> ValueError:
+        index = next(index for index, other in enumerate(group["params"]) if other is param)
+        found = self.state[param].get(key)
+        found = "missing" if found is None else f"{tuple(found.shape)}, {found.dtype}"
+        text = f"{type(self).__name__}: the state {key!r} of {describe(group, index)} is {found}; it must be {expected}"
+        return ValueError(text.replace("torch.", ""))
+
     def check_param(self, group: Group, index: int, param: Tensor) -> None:
         """Raise `ValueError` if this optimizer cannot take the parameter."""
         if not param.is_floating_point():
@@ -137,6 +178,11 @@ def _restored(value: Tensor | float, param: Tensor, device: torch.device) -> Ten
     return torch.empty_like(param, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
+def _may_stand_for(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
+    """Whether PyTorch operations take a state in this dtype for the expected: any holds a sign, or counts steps."""
+    return found is expected or key == "step" or not expected.is_floating_point
+
+
 def describe(group: Group, index: int) -> str:
     """A parameter as a user knows it: its name where names were given, else its position and shape."""
     shape = tuple(group["params"][index].shape)
@@ -163,4 +209,14 @@ def gradient(param: Tensor, maximize: bool) -> Tensor:
 
 def on_host(value: Scalar) -> Scalar:
     """A tensor of one element as a number, unless it is on a device, for which reading it would make the host wait."""
-    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+    return value.item() if isinstance(value, Tensor) and can_be_read(value) else value
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has its own numbers: it is of no subclass, which may hold them elsewhere, or have none."""
+    return type(tensor) in (Tensor, nn.Parameter)
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host may look at the numbers of a tensor: they are in its memory."""
+    return is_plain(tensor) and tensor.device.type == "cpu"

@@ -32,7 +32,7 @@ def run(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]) -> bool
     tensors = {name: torch.as_tensor(value, dtype=rows[0][1].dtype) for name, value in scalars.items()}
     try:
         graph(rows, tensors)
-    except TorchDynamoException as error:
+    except (TorchDynamoException, OSError) as error:  # the second where there is no folder for the compiler's cache
         _graphs[update] = None
         reason = str(error).splitlines()[0]
         warnings.warn(f"the optimizer's update is not compiled, and slower: {reason}", stacklevel=2)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import native
-from .base import Group, Scalar, State, gradient, on_host
+from .base import Group, Scalar, State, can_be_read, gradient, on_host
 from .blocks import blocks_of
 from .matrix_optimizer import UPDATE_RMS, MatrixOptimizer, of_one_kind
 
@@ -44,7 +44,7 @@ def column_squares(matrix: Tensor) -> Tensor:
     """Sums of squares over the first dimension, flattened; in double precision, whose range they cannot leave."""
     if matrix.device.type == "mps":  # has no double precision
         return matrix.square().sum(0).flatten()
-    if matrix.device.type == "cpu":
+    if can_be_read(matrix):
         squares = matrix.square().sum(0)
         if 1e-20 < squares.max() < 1e30:  # several times faster, and as good away from the ends of float32
             return squares.double().flatten()
@@ -104,6 +104,8 @@ class DASGO(MatrixOptimizer):
             },
         )
 
+    native_kernels = True
+
     def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
         """Roots of the averaged column squares (n,), zeros: a float32 holds them for any gradient that it holds."""
         return {"column_rms": like.new_zeros(shape[1])}
@@ -126,7 +128,7 @@ def _update(
     """One step on matrices of one dtype and device; the first three lists hold tensors of the parameters' shape."""
     lr, sizes = on_host(group["lr"]), [weight.numel() for weight in weights]
     keep = 1 - lr * group["weight_decay"]
-    is_native = _is_native(weights, grads, momenta)
+    is_native = _is_native(weights, grads, momenta, column_rms)
     if is_native:
         weights, grads, momenta = ([tensor.flatten(1) for tensor in tensors] for tensors in (weights, grads, momenta))
         sums = native.dasgo_moments(grads, momenta, 1 - group["momentum"])
@@ -142,13 +144,13 @@ def _update(
         _step(weights, momenta, steps, keep)
 
 
-def _is_native(*lists: list[Tensor]) -> bool:
-    weights = lists[0]
+def _is_native(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], column_rms: list[Tensor]) -> bool:
     return (
-        weights[0].device.type == "cpu"
-        and sum(weight.numel() for weight in weights) >= native.WORTH_FROM
-        and all(tensor.is_contiguous() and tensor.dtype is torch.float32 for tensors in lists for tensor in tensors)
-        and native.library() is not None
+        sum(weight.numel() for weight in weights) >= native.WORTH_FROM
+        and all(native.fits("dasgo", row) for row in zip(weights, grads, momenta, strict=True))
+        and all(native.is_bare(rms) for rms in column_rms)
+        and native.is_available()
+        and native.sees_memory()
     )
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import compiled, native
-from .base import BaseOptimizer, Group, Scalar, State, gradient, new_step, on_host
-from .rows import Row, Update, as_vectors, in_pieces, update_rows
+from .base import BaseOptimizer, Group, Scalar, State, gradient, is_plain, new_step, on_host
+from .rows import Row, Update, as_vectors, in_pieces, in_this_process, update_rows
 
 
 class ElementwiseOptimizer(BaseOptimizer):
@@ -29,6 +29,8 @@ class ElementwiseOptimizer(BaseOptimizer):
     state_keys: tuple[str, ...]
     """The state besides the count of steps, in the order in which `update` takes it."""
 
+    native_kernels = True
+
     def new_state(self, param: Tensor) -> State:
         """The state of a parameter before its first step, besides the count of steps."""
         raise AssertionError("a subclass implements this")
@@ -39,12 +41,14 @@ class ElementwiseOptimizer(BaseOptimizer):
 
     def update_group(self, group: Group, params: list[Tensor]) -> None:
         """Update all parameters of equal device, precision and step together."""
-        for param in params:
-            if not self.state[param]:
-                self.state[param].update(step=new_step(self.step_device(group, param)), **self.new_state(param))
+        self.prepare_states(group, params)
         torch._foreach_add_([self.state[param]["step"] for param in params], 1.0)
         for step, bucket in self._alike(params):
             self._run([self._row(param, group) for param in bucket], self.scalars(group, step))
+
+    def initial_state(self, group: Group, param: Tensor) -> State:
+        """The count of steps, and the optimizer's own state."""
+        return {"step": new_step(self.step_device(group, param)), **self.new_state(param)}
 
     def _alike(self, params: list[Tensor]) -> Iterator[tuple[Scalar, list[Tensor]]]:
         """Parameters that can be updated together, with their step; steps on a device cannot be compared."""
@@ -58,7 +62,7 @@ class ElementwiseOptimizer(BaseOptimizer):
     def _row(self, param: Tensor, group: Group) -> Row:
         # By name: a loaded state may hold its tensors in another order.
         state = [self.state[param][key] for key in self.state_keys]
-        return (param, gradient(param, group["maximize"]), *state)
+        return in_this_process((param, gradient(param, group["maximize"]), *state))
 
     def _run(self, rows: list[Row], scalars: dict[str, Scalar]) -> None:
         elements = sum(row[0].numel() for row in rows)
@@ -66,20 +70,15 @@ class ElementwiseOptimizer(BaseOptimizer):
         if device == "cuda" and elements >= compiled.WORTH_FROM and compiled.run(update, rows, scalars):
             return
         if device == "cpu" and elements >= native.WORTH_FROM:
-            if native.library() is not None:
+            rows = [as_vectors(row) if all(map(is_plain, row)) else row for row in rows]
+            if native.is_available() and native.sees_memory():
                 rows = self._run_native(rows, scalars)
-            rows = [piece for row in rows for piece in in_pieces(as_vectors(row))]
+            rows = [piece for row in rows for piece in in_pieces(row)]
         update_rows(update, rows, scalars)
 
     def _run_native(self, rows: list[Row], scalars: dict[str, Scalar]) -> list[Row]:
         """Update the rows that a kernel can take; the others are returned."""
-        fitting: list[Row] = []
-        left: list[Row] = []
-        for row in rows:
-            if native.fits(row):
-                fitting.append(row)
-            else:
-                vectors = as_vectors(row)
-                (fitting if native.fits(vectors) else left).append(vectors)
-        native.update(self.kernel, fitting, scalars)
-        return left
+        fitting = [row for row in rows if native.fits(self.kernel, row)]
+        if fitting:
+            native.update(self.kernel, fitting, scalars)
+        return [row for row in rows if not native.fits(self.kernel, row)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adam import update_with_adam, zero_moments
-from .base import BaseOptimizer, Group, State, describe, gradient, new_step, state_dtype
+from .base import BaseOptimizer, Group, State, can_be_read, describe, gradient, new_step, state_dtype
 from .blocks import Stack, block_sizes, blocks_of, stacks_of
 from .matrix_functions import largest
 
@@ -31,12 +31,13 @@ class RootMonitor:
 
     def watch(self, finite: Tensor, names: list[str]) -> None:
         """Take note of one flag a parameter, shape (len(names),)."""
-        if finite.device.type != "cuda":
+        if can_be_read(finite):
             self._warn(finite, names)
+        if finite.device.type != "cuda":
             return
         if torch.cuda.is_current_stream_capturing():
             return  # nothing may be read from within a CUDA graph
-        arriving = torch.empty(finite.shape, dtype=finite.dtype, pin_memory=True)
+        arriving = torch.empty(finite.shape, dtype=finite.dtype, device="cpu", pin_memory=True)
         arriving.copy_(finite, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
@@ -122,9 +123,7 @@ class MatrixOptimizer(BaseOptimizer):
 
     def update_group(self, group: Group, params: list[Tensor]) -> None:
         """Update the group's matrices, or each other parameter with Adam."""
-        for param in params:
-            if not self.state[param]:
-                self.state[param].update(self._new_state(param, group))
+        self.prepare_states(group, params)
         if group["rule"] == "matrix":
             self._monitor.poll()
             self.update_matrices(params, group)
@@ -132,7 +131,8 @@ class MatrixOptimizer(BaseOptimizer):
         for alike in of_one_kind(params):
             update_with_adam(alike, [self.state[param] for param in alike], group)
 
-    def _new_state(self, param: Tensor, group: Group) -> State:
+    def initial_state(self, group: Group, param: Tensor) -> State:
+        """Adam's, or the momentum and the state of the parameter and of its blocks."""
         if group["rule"] == "adam":
             return {"step": new_step(self.step_device(group, param)), **zero_moments(param)}
         like = param.new_zeros((), dtype=state_dtype(param))

@@ -41,7 +41,7 @@ class Wire:
 def send_state(own: Mapping[Piece, State], wire: Wire, destination: int) -> None:
     """Send the state of this rank's pieces, in their order: first what there is, then tensor by tensor."""
     described = json.dumps(_describe(own)).encode()
-    wire.send(torch.tensor(len(described)), destination)
+    wire.send(torch.tensor(len(described), device="cpu"), destination)
     wire.send(torch.frombuffer(bytearray(described), dtype=torch.uint8), destination)
     for state in own.values():
         for tensor in state.values():
@@ -83,7 +83,7 @@ def _receive_description(wire: Wire, source: int) -> _Description:
 def _join(entries: State, piece: Piece, key: str, value: Tensor) -> None:
     is_part = piece.rows is not None and value.ndim > 0
     if key not in entries:
-        entries[key] = torch.empty(piece.param.shape if is_part else value.shape, dtype=value.dtype)
+        entries[key] = torch.empty(piece.param.shape if is_part else value.shape, dtype=value.dtype, device="cpu")
     (piece.of(entries[key]) if is_part else entries[key]).copy_(value)
 
 

@@ -180,12 +180,12 @@ def _nccl(torch: ModuleType) -> Finding:
 
 
 def _kernels() -> Finding:
-    from optim.native import library
+    from optim import native
 
     began = time.perf_counter()
-    if library() is None:
+    if not native.is_available():
         slow = "on a CPU, Asro, AccAsro and DASGO take 2 to 4 times as long; install gcc or clang, or set CC"
-        return Finding("C compiler", "none that works", slow)
+        return Finding("C compiler", f"none that works: {native.description()}", slow)
     return Finding("C compiler", f"compiles the optimizers' kernels in {time.perf_counter() - began:.1f} s")
 
 

@@ -17,7 +17,7 @@ BY_NAME = {case.name: case for case in DESCRIPTIONS}
 SHAPES = [(260, 130), (130, 7), (5, 1), (3, 16, 3, 3)]
 """Above `native.WORTH_FROM` in all; sizes that no vector width divides; a single column; a convolution."""
 
-needs_compiler = pytest.mark.skipif(native.library() is None, reason="needs a C compiler")
+needs_compiler = pytest.mark.skipif(not native.is_available(), reason="needs a C compiler")
 every_fast = pytest.mark.parametrize("name", ["Asro", "AccAsro", "DASGO"])
 
 
@@ -25,9 +25,9 @@ every_fast = pytest.mark.parametrize("name", ["Asro", "AccAsro", "DASGO"])
 def no_compiler(monkeypatch):
     """As on a machine without a C compiler."""
     monkeypatch.setenv("CC", "no-such-compiler")
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     yield
-    native.library.cache_clear()
+    native._loaded.cache_clear()
 
 
 def trained(case: Description, steps: int = 12, **keywords) -> list[torch.Tensor]:
@@ -110,12 +110,12 @@ def test_a_compiler_that_does_not_work_is_no_obstacle(reason, monkeypatch, tmp_p
     )
     fake.chmod(0o755)
     monkeypatch.setenv("CC", str(fake))
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     try:
-        assert native.library() is None
+        assert not native.is_available()
         assert_each_follows(BY_NAME["AccAsro"])
     finally:
-        native.library.cache_clear()
+        native._loaded.cache_clear()
 
 
 @needs_compiler

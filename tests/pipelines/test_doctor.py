@@ -53,11 +53,11 @@ def test_names_no_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_warns_without_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
     monkeypatch.setenv("CXX", "no-such-compiler")
-    native.library.cache_clear()
+    native._loaded.cache_clear()
     try:
         findings = look(tmp_path)
     finally:
-        native.library.cache_clear()
+        native._loaded.cache_clear()
     assert "2 to 4 times as long" in findings["C compiler"].warning
     assert "no C++ compiler" in findings["torch.compile"].warning
 
