@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from .keywords import check_keywords, unknown_name
+from .keywords import check_keywords, misspelled
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
@@ -85,13 +85,14 @@ class BaseOptimizer(torch.optim.Optimizer):
                     )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with any keyword of the constructor overridden for them.
+        """Add parameters, with any keyword of the constructor overridden for them; other keys are kept for others.
 
-        Raises `ValueError` for an unknown keyword, a value out of range, or a parameter this optimizer cannot take.
+        Raises `ValueError` for a misspelled keyword, a value out of range, or a parameter this optimizer cannot take.
         """
         for key in param_group:
-            if key not in self.known_group_keys():
-                raise unknown_name("parameter group key", key, sorted(self.known_group_keys()))
+            meant = misspelled(key, self.group_keywords())
+            if meant is not None:
+                raise ValueError(f"unknown parameter group key: {key!r}; did you mean {meant!r}?")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -102,9 +103,9 @@ class BaseOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    def known_group_keys(self) -> set[str]:
-        """The keys that a parameter group may hold."""
-        return {"params", "param_names", "initial_lr", *self.defaults}
+    def group_keywords(self) -> list[str]:
+        """The keys of a parameter group that this optimizer reads."""
+        return [*self.defaults]
 
     def initial_state(self, group: Group, param: Tensor) -> State:
         """The state of a parameter before its first step, on its device."""

@@ -81,6 +81,19 @@ def check_keywords(values: Mapping[str, Any]) -> None:
         raise ValueError("invalid precond_frequency: a CUDA graph repeats one step, so capturable=True needs 1")
 
 
+def misspelled(key: str, keywords: Iterable[str]) -> str | None:
+    """The keyword that a parameter group's key misspells; None for a keyword, and for a key that others read.
+
+    Training loops and schedulers keep keys of their own in groups (`name`, `lr_scale`, `max_lr`): only what is nearly
+    a keyword is taken for a mistake. A keyword with other words, such as `weight_decay_mult`, is none, and a keyword of
+    two or three letters is too short to be nearly another word.
+    """
+    if any(f"_{keyword}_" in f"_{key}_" for keyword in keywords):
+        return None
+    long = [keyword for keyword in keywords if len(keyword) > 3 or keyword == key.lower()]
+    return next(iter(difflib.get_close_matches(key.lower(), long, n=1, cutoff=0.85)), None)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = list(known)

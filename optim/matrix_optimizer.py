@@ -84,9 +84,9 @@ class MatrixOptimizer(BaseOptimizer):
         """Update parameters of the matrix rule, in place."""
         raise AssertionError("a subclass implements this")
 
-    def known_group_keys(self) -> set[str]:
+    def group_keywords(self) -> list[str]:
         """Those of the matrix rule and of the Adam rule."""
-        return {*super().known_group_keys(), *ADAM_RULE}
+        return [*super().group_keywords(), *ADAM_RULE]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; two keys are for groups alone.
