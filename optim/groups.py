@@ -10,7 +10,11 @@ from torch import Tensor, nn
 from .keywords import unknown_name
 from .matrix_optimizer import ADAM_RULE
 
-_NO_MATRICES = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_NO_MATRICES = (*_EMBEDDINGS, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
+
+NO_DECAY = ("embeddings", "head")
+"""What weight decay can leave out, besides parameters of fewer than two dimensions."""
 
 NamedParams = list[tuple[str, Tensor]]
 RowBlocks = Mapping[str, int | Sequence[int]]
@@ -41,13 +45,30 @@ def matrix_groups(model: nn.Module, row_blocks: RowBlocks | None = None) -> list
     return _not_empty({"params": whole}, *_split_groups(matrices, blocks), {"params": others, **ADAM_RULE})
 
 
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """All parameters, with weight decay switched off for those of fewer than two dimensions."""
-    params = _trainable(model)
-    return _not_empty(
-        {"params": [(name, param) for name, param in params if param.ndim >= 2]},
-        {"params": [(name, param) for name, param in params if param.ndim < 2], "weight_decay": 0.0},
-    )
+def decay_groups(model: nn.Module, no_decay: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """All parameters, with weight decay switched off for those of fewer than two dimensions, and for `no_decay`.
+
+    That may name `embeddings` (of tokens and positions, also where tied to the head) and `head` (see `output_head`).
+    """
+    left_out = {id(param) for module in _named_in(no_decay, model) for param in module.parameters(recurse=False)}
+    decayed: NamedParams = []
+    others: NamedParams = []
+    for name, param in _trainable(model):
+        (decayed if param.ndim >= 2 and id(param) not in left_out else others).append((name, param))
+    return _not_empty({"params": decayed}, {"params": others, "weight_decay": 0.0})
+
+
+def check_no_decay(no_decay: Sequence[str]) -> None:
+    """Raise `ValueError` for a word that is not in `NO_DECAY`."""
+    for kind in no_decay:
+        if kind not in NO_DECAY:
+            raise unknown_name("word in no_decay", kind, NO_DECAY)
+
+
+def _named_in(no_decay: Sequence[str], model: nn.Module) -> list[nn.Module]:
+    head = output_head(model) if "head" in no_decay else None
+    embeddings = _EMBEDDINGS if "embeddings" in no_decay else ()
+    return [module for module in model.modules() if isinstance(module, embeddings) or module is head]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,7 @@ from .accasro import AccAsro
 from .asgo import ASGO
 from .asro import Asro
 from .dasgo import DASGO
-from .groups import RowBlocks, decay_groups, matrix_groups
+from .groups import RowBlocks, check_no_decay, decay_groups, matrix_groups
 from .keywords import unknown_name
 from .matrix_optimizer import MatrixOptimizer
 from .muon import Muon
@@ -60,6 +61,7 @@ def build_optimizer(
     *,
     row_blocks: RowBlocks | None = None,
     by_heads: bool = False,
+    no_decay: Sequence[str] = (),
     **settings: Any,
 ) -> torch.optim.Optimizer:
     """One optimizer for all trainable parameters of a model, each under the rule that fits it.
@@ -80,12 +82,15 @@ def build_optimizer(
             GPT-2 stores that weight transposed, so its heads are columns and cannot be split like this.
         by_heads: split what `model.attention_row_blocks()` names, as `models.gpt.GPT` has it; `row_blocks` comes on
             top.
+        no_decay: `embeddings`, `head` or both: they take no weight decay. Matrix optimizers leave these to Adam
+            without decay in any case, so a comparison with them is on equal terms only where its rivals do too.
         settings: keywords of the optimizer's constructor.
 
     Raises:
-        ValueError: an unknown name, a keyword that the optimizer does not have or that is out of range, or blocks for
-            a parameter or an optimizer that has none.
+        ValueError: an unknown name, a keyword that the optimizer does not have or that is out of range, an unknown
+            word in `no_decay`, or blocks for a parameter or an optimizer that has none.
     """
+    check_no_decay(no_decay)
     cls, fixed = optimizer_class(name)
     keywords = {**fixed, **settings}
     accepted = inspect.signature(cls).parameters
@@ -99,7 +104,7 @@ def build_optimizer(
         return cls(matrix_groups(model, {**heads, **(row_blocks or {})}), **keywords)
     if by_heads or row_blocks is not None:
         raise _no_matrices(name, "by_heads" if by_heads else "row_blocks")
-    return cls(decay_groups(model), **keywords)
+    return cls(decay_groups(model, no_decay), **keywords)
 
 
 def _attention_row_blocks(model: nn.Module) -> RowBlocks:

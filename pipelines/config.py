@@ -28,7 +28,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ASGOSettings(Settings):
+class NamedOptimizerSettings(Settings):
+    """What can be set of every optimizer."""
+
+    name: str
+    no_decay: tuple[Literal["embeddings", "head"], ...] = ()
+    """What takes no weight decay; `asgo`, `dasgo`, `muon` and `shampoo` never decay these."""
+
+
+class ASGOSettings(NamedOptimizerSettings):
     """Keywords of `optim.ASGO`, and how its matrices are made."""
 
     name: Literal["asgo"]
@@ -44,7 +52,7 @@ class ASGOSettings(Settings):
     """Whether the query and key of each attention head are matrices of their own."""
 
 
-class DASGOSettings(Settings):
+class DASGOSettings(NamedOptimizerSettings):
     """Keywords of `optim.DASGO`, and how its matrices are made."""
 
     name: Literal["dasgo"]
@@ -57,7 +65,7 @@ class DASGOSettings(Settings):
     """Whether the query and key of each attention head are matrices of their own."""
 
 
-class MuonSettings(Settings):
+class MuonSettings(NamedOptimizerSettings):
     """Keywords of `optim.Muon`, and how its matrices are made."""
 
     name: Literal["muon"]
@@ -70,7 +78,7 @@ class MuonSettings(Settings):
     """Whether the query and key of each attention head are matrices of their own."""
 
 
-class ShampooSettings(Settings):
+class ShampooSettings(NamedOptimizerSettings):
     """Keywords of `optim.Shampoo`, and how its matrices are made."""
 
     name: Literal["shampoo"]
@@ -84,7 +92,7 @@ class ShampooSettings(Settings):
     """Whether the query and key of each attention head are matrices of their own."""
 
 
-class AsroSettings(Settings):
+class AsroSettings(NamedOptimizerSettings):
     """Keywords of `optim.Asro`."""
 
     name: Literal["asro"]
@@ -97,7 +105,7 @@ class AsroSettings(Settings):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class AccAsroSettings(Settings):
+class AccAsroSettings(NamedOptimizerSettings):
     """Keywords of `optim.AccAsro`; `total_steps` is the run's."""
 
     name: Literal["accasro"]
@@ -118,7 +126,7 @@ class AccAsroSettings(Settings):
         return self
 
 
-class AdamSettings(Settings):
+class AdamSettings(NamedOptimizerSettings):
     """Keywords of `torch.optim.Adam` and its family."""
 
     name: Literal["adam", "adamw", "amsgrad", "radam"]
@@ -128,7 +136,7 @@ class AdamSettings(Settings):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class RMSpropSettings(Settings):
+class RMSpropSettings(NamedOptimizerSettings):
     """Keywords of `torch.optim.RMSprop`."""
 
     name: Literal["rmsprop"]
@@ -138,7 +146,7 @@ class RMSpropSettings(Settings):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class AdagradSettings(Settings):
+class AdagradSettings(NamedOptimizerSettings):
     """Keywords of `torch.optim.Adagrad`."""
 
     name: Literal["adagrad"]
@@ -147,7 +155,7 @@ class AdagradSettings(Settings):
     weight_decay: NonNegativeFloat = 0.0
 
 
-class SGDSettings(Settings):
+class SGDSettings(NamedOptimizerSettings):
     """Keywords of `torch.optim.SGD`."""
 
     name: Literal["sgd-momentum", "sgd-nesterov"]
@@ -185,6 +193,7 @@ class OtherOptimizerSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     name: str
+    no_decay: tuple[Literal["embeddings", "head"], ...] = ()
     lr: NonNegativeFloat
 
     @model_validator(mode="before")
@@ -194,7 +203,7 @@ class OtherOptimizerSettings(BaseModel):
         from optim.registry import own_keywords  # imports torch: for those who add an optimizer alone
 
         defaults = own_keywords(values["name"])
-        unknown = sorted(values.keys() - defaults.keys() - {"name"})
+        unknown = sorted(values.keys() - defaults.keys() - NamedOptimizerSettings.model_fields.keys())
         if unknown:
             raise ValueError(f"{unknown[0]}: not a keyword of {values['name']}, which has {', '.join(defaults)}")
         return {**{key: value for key, value in defaults.items() if value is not None}, **values}
@@ -266,9 +275,11 @@ class ScheduleSettings(Settings):
 
     kind: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up; the first step's rate is 0."""
+    """Steps of linear warm-up."""
     warmup_fraction: Decay = 0.0
     """The same as a share of all steps."""
+    initial_lr_fraction: Fraction = 0.0
+    """Where warm-up begins, as a share of `lr`: the rate of the first step."""
     final_lr_fraction: Fraction = 0.0
     """Where `cosine` and `linear` end, as a share of `lr`."""
 

@@ -55,7 +55,9 @@ def test_an_added_optimizer_trains_with_its_settings_recorded_and_resumes(extend
     words[words.index("data/mine")] = str(token_folder)
     asgo(extended, *words, *small, "--out", "run")
     config = json.loads((extended / "run" / "config.json").read_text())["config"]
-    assert config["optimizer"] == {"name": "lion", "lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.1}
+    assert config["optimizer"] == {
+        "name": "lion", "no_decay": [], "lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.1
+    }  # fmt: skip
     assert "already" not in asgo(extended, "train", "gpt", "--resume", "--out", "run").stderr.replace("is done", "")
     losses = [json.loads(line) for line in (extended / "run" / "metrics.jsonl").read_text().splitlines()]
     final = [row["loss"] for row in losses if row["split"] == "val"]

@@ -10,14 +10,19 @@ from pipelines.config import ScheduleSettings
 def lr_factor(schedule: ScheduleSettings, step: int, total_steps: int) -> float:
     """What the optimizer's `lr` is multiplied by at a step (0-based).
 
-    Warm-up rises linearly from 0 at the first step to 1; then the factor stays, or falls along a cosine or a line to
-    `final_lr_fraction` at `total_steps`.
+    Warm-up rises linearly from `initial_lr_fraction` at the first step to 1; then the factor stays, or falls along a
+    cosine or a line to `final_lr_fraction` at `total_steps`.
     """
-    warmup = schedule.warmup_steps or round(schedule.warmup_fraction * total_steps)
+    warmup = warmup_steps(schedule, total_steps)
     if step < warmup:
-        return step / warmup
+        return schedule.initial_lr_fraction + (1 - schedule.initial_lr_fraction) * step / warmup
     if schedule.kind == "constant":
         return 1.0
     progress = (step - warmup) / (total_steps - warmup)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
     return schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * remaining
+
+
+def warmup_steps(schedule: ScheduleSettings, total_steps: int) -> int:
+    """How many steps of a run are warm-up; it may be more than there are."""
+    return schedule.warmup_steps or round(schedule.warmup_fraction * total_steps)

@@ -242,7 +242,7 @@ def test_a_dry_run_shows_runs_and_cost_and_writes_nothing(monkeypatch, capsys, t
     assert (first["optimizer"], first["lr"], first["steps"], first["state"]) == ("adam", 7.5e-5, 10, "new")
     assert asgo(monkeypatch, "asro-imagenet-paper", "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert f"{8 * 305_279 * 256:,} images" in shown
+    assert f"{8 * 305_305 * 256:,} images" in shown
     assert all(
         f" {run.name} " in shown for run in resolve_runs(read_sweep("asro-imagenet-paper"), assignment_layer([]))
     )

@@ -429,3 +429,32 @@ def test_by_heads_splits_what_the_model_names_under_what_is_given():
 def test_by_heads_of_a_model_that_does_not_tell_is_refused():
     with pytest.raises(ValueError, match=r"by_heads: Vision has no attention_row_blocks\(\)"):
         build(Vision(), "asgo", by_heads=True)
+
+
+def decayed_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
+    names = {param: name for name, param in model.named_parameters()}
+    groups = [group for group in optimizer.param_groups if group["weight_decay"] != 0]
+    return {names[param] for group in groups for param in group["params"]}
+
+
+@every_name
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_without_decay_of_embeddings_and_head_all_optimizers_decay_the_same(name: str, tied: bool) -> None:
+    model = Decoder(tied)
+    optimizer = build(model, name, no_decay=("embeddings", "head"), weight_decay=0.1)
+    assert decayed_names(optimizer, model) == DECODER_HIDDEN
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+
+def test_what_is_left_out_of_decay_is_what_was_named() -> None:
+    model = Decoder()
+    tables = {"tokens.weight", "positions.weight"}
+    for no_decay, decayed in {
+        (): DECODER_HIDDEN | tables | {"head.weight"},
+        ("embeddings",): DECODER_HIDDEN | {"head.weight"},
+        ("head",): DECODER_HIDDEN | tables,
+    }.items():
+        assert decayed_names(build(model, "adamw", no_decay=no_decay), model) == decayed
+    for name in ("adamw", "asgo"):
+        with pytest.raises(ValueError, match=r"unknown word in no_decay: 'embedding'; did you mean 'embeddings'\?"):
+            build(model, name, no_decay=["embedding"])

@@ -10,15 +10,21 @@ from typing import Any
 import pytest
 import tomli_w
 
-from optim import OPTIMIZER_NAMES, optimizer_class
-from pipelines.config import RunConfig, differences
+from optim import OPTIMIZER_NAMES, build_optimizer, optimizer_class
+from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import UsageError
 from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, preset_names, read_preset, resolve
+from pipelines.training.gpt_task import build_gpt
 
 TINY = preset_layer("gpt", "tiny")
-BUILD_KEYWORDS = ("by_heads",)
+BUILD_KEYWORDS = ("by_heads", "no_decay")
 """Settings that `build_optimizer` takes for itself."""
 MATRIX_ONLY = "unknown key of this optimizer; these have it: asgo, dasgo, muon, shampoo"
+HIDDEN = [
+    *(f"attention.{part}" for part in ("query", "key", "value", "output")),
+    "feed_forward.up",
+    "feed_forward.down",
+]
 MATRIX = ["asgo", "dasgo", "muon", "shampoo"]
 
 
@@ -69,10 +75,27 @@ def test_the_papers_settings() -> None:
     asgo = resolve([preset_layer("gpt", "asgo-gpt2")])
     assert asgo.optimizer_keywords() == {
         "lr": 1e-2, "momentum": 0.9, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto",
-        "root_steps": 10, "precond_frequency": 1, "by_heads": False,
+        "root_steps": 10, "precond_frequency": 1, "by_heads": False, "no_decay": ("embeddings", "head"),
     }  # fmt: skip
-    assert (asgo.training.batch_size, asgo.training.micro_batch_size, asgo.training.max_grad_norm) == (256, 32, 1.0)
+    assert (asgo.training.batch_size, asgo.training.micro_batch_size, asgo.training.max_grad_norm) == (1024, 32, 1.0)
     assert (asgo.schedule.kind, asgo.schedule.warmup_fraction, asgo.schedule.final_lr_fraction) == ("cosine", 0.1, 0.02)
+
+
+@pytest.mark.parametrize("preset", ["asgo-gpt2", "asgo-nanogpt"])
+def test_in_the_asgo_papers_experiments_every_optimizer_decays_the_same_weights(preset: str) -> None:
+    """The paper compares with an AdamW that decays neither embeddings nor the tied head."""
+    small = {"model.n_layers": 1, "model.d_model": 12, "model.d_ff": 12, "optimizer.weight_decay": 0.1}
+    decayed = []
+    for name in OPTIMIZER_NAMES:
+        layers = [preset_layer("gpt", preset), given("test", {**small, "optimizer.name": name})]
+        config = resolve(layers)
+        assert isinstance(config, GPTRunConfig)
+        model = build_gpt(config.model, 99)
+        optimizer = build_optimizer(model, name, 10, **config.optimizer_keywords())
+        decays = {param: group["weight_decay"] for group in optimizer.param_groups for param in group["params"]}
+        decayed.append([key for key, param in model.named_parameters() if decays[param]])
+    assert all(names == decayed[0] for names in decayed)
+    assert decayed[0] == [f"blocks.0.{layer}.weight" for layer in HIDDEN]
 
 
 def test_later_layers_win_and_an_optimizers_table_wins_over_the_general_one() -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from pipelines.config import GPTRunConfig
 from pipelines.errors import UsageError
 from pipelines.resolve import assignment_layer, preset_layer, resolve
 from pipelines.sweeps.definition import SweepRun, read_sweep, resolve_runs, sweep_names
+from pipelines.training.schedule import lr_factor
 
 
 def runs_of(source: str | Path, *assignments: str, seeds: tuple[int, ...] = ()) -> list[SweepRun]:
@@ -93,23 +95,34 @@ def test_the_eight_runs_of_the_papers_image_classifier() -> None:
     assert scales_of(runs["asro"]) == {"start": 1e-3, "min": 1e-5, "max": 1e-3, "decrement": 7.5e-5}
     for run in runs.values():
         training = run.config.training
-        assert (training.steps, training.batch_size) == (305_279, 256)
+        assert (training.steps, training.batch_size) == (305_305, 256)
         keywords = run.config.optimizer_keywords()
         assert (keywords["betas"], keywords["weight_decay"]) == ((0.9, 0.999), 0.0)
 
 
-@pytest.mark.parametrize(("name", "width"), [("asgo-nanogpt-paper", 384), ("asgo-gpt2-paper", 768)])
-def test_the_five_optimizers_of_the_asgo_paper(name: str, width: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "width", "batch_size"), [("asgo-nanogpt-paper", 384, 32 * 8), ("asgo-gpt2-paper", 768, 32 * 8 * 4)]
+)
+def test_the_five_optimizers_of_the_asgo_paper(name: str, width: int, batch_size: int) -> None:
     runs = runs_of(name)
     rates = {"asgo": 1e-2, "dasgo": 1e-2, "muon": 1e-2, "shampoo": 5e-3, "adamw": 1e-2}
     assert {run.variant: run.config.optimizer.lr for run in runs} == rates
     for run in runs:
         config = run.config
         assert run.variant == config.optimizer.name
-        assert (config.seed, config.training.steps, config.training.batch_size) == (42, 2_400, 32 * 8)
+        assert (config.seed, config.training.steps, config.training.batch_size) == (42, 2_400, batch_size)
+        assert isinstance(config, GPTRunConfig)
+        assert (config.model.bias, config.model.tied_head) == (True, True)
+        assert config.optimizer.no_decay == ("embeddings", "head")
         assert (config.training.max_grad_norm, config.model.model_dump()["d_model"]) == (1.0, width)
         assert (config.schedule.kind, config.schedule.warmup_fraction) == ("cosine", 0.1)
         assert config.schedule.final_lr_fraction == 0.02
+        assert lr_factor(config.schedule, 0, 2_400) == pytest.approx(1 / 240)
+
+
+@pytest.mark.parametrize("name", [name for name in sweep_names() if name.endswith("-paper")])
+def test_the_papers_runs_are_trained_in_float32(name: str) -> None:
+    assert {run.config.training.precision for run in runs_of(name)} == {"fp32"}
 
 
 @pytest.mark.parametrize("name", sweep_names())

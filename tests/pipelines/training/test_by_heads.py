@@ -93,14 +93,15 @@ def test_a_run_is_not_continued_the_other_way(
         )
 
 
-def test_a_run_from_before_the_setting_goes_on_with_whole_weights(
+def test_a_run_from_before_these_settings_goes_on_as_it_was(
     small_config: Make, tmp_path: Path, reporter: SilentReporter
 ) -> None:
     config = small_config(optimizer__name="dasgo")
     train(config, tmp_path / "run", reporter)
     path = tmp_path / "run" / "config.json"
     record = json.loads(path.read_text(encoding="utf-8"))
-    del record["config"]["optimizer"]["by_heads"]
+    del record["config"]["optimizer"]["by_heads"], record["config"]["optimizer"]["no_decay"]
+    del record["config"]["schedule"]["initial_lr_fraction"]
     path.write_text(json.dumps(record), encoding="utf-8")
     assert train(config, tmp_path / "run", reporter, resume=True)[-1]["step"] == 6
 

@@ -40,3 +40,15 @@ def test_linear_falls_by_equal_amounts() -> None:
 def test_a_warmup_as_long_as_the_run_does_not_divide_by_zero() -> None:
     schedule = ScheduleSettings(kind="cosine", warmup_steps=5)
     assert lr_factor(schedule, 4, 5) == pytest.approx(0.8)
+
+
+def test_a_warmup_that_does_not_begin_at_zero_agrees_with_torch() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / 240, total_iters=240)
+    schedule = ScheduleSettings(warmup_fraction=0.1, initial_lr_fraction=1 / 240)
+    for step in range(250):
+        # torch multiplies 240 factors of nearly 1 in turn, each product rounded: 240 times 2^-53 and the factors' own.
+        assert lr_factor(schedule, step, 2400) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
