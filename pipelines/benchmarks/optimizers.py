@@ -21,6 +21,7 @@ from pipelines.benchmarks.peers import Choice
 from pipelines.benchmarks.report import Measurement, Report
 from pipelines.benchmarks.shapes import build_model, shape_counts
 from pipelines.benchmarks.state_size import state_bytes
+from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import RuntimeSettings
 from pipelines.errors import AsgoError
 from pipelines.training.device import describe_device, pick_device, synchronize
@@ -62,6 +63,7 @@ def bench_optimizers(settings: BenchSettings, reporter: BenchReporter) -> Report
 
     Raises `UsageError` for a model, an optimizer or a device that is not there, `AsgoError` if all have failed.
     """
+    use_private_compiler_cache()
     device = pick_device(settings.runtime)
     choices, left_out = peers.choose(settings.names)
     model = build_model(settings.model).to(device)

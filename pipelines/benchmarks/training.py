@@ -25,6 +25,7 @@ from pipelines.benchmarks.training_workload import (
     configure,
 )
 from pipelines.benchmarks.utilization import flops_per_token, peak_flops
+from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.batches import open_token_data
 from pipelines.training.device import describe_device, pick_device, pick_precision
@@ -44,6 +45,7 @@ def bench_training(settings: TrainingBenchSettings, reporter: BenchReporter) -> 
 
     Raises `UsageError` for a model, an optimizer, a size or a device that cannot be, `AsgoError` if all have failed.
     """
+    use_private_compiler_cache()
     device = pick_device(RuntimeSettings(device=settings.device))
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     workload = choose_workload(settings, size)

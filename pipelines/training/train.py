@@ -14,6 +14,7 @@ import torch
 
 from optim import build_optimizer
 from optim.sharded import ShardedOptimizer
+from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.exchange.initial_weights import load_initial_weights
@@ -84,6 +85,8 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         AsgoError: the run failed; see `fit`.
     """
     device = pick_device(config.runtime)
+    if config.runtime.compile or device.type == "cuda":  # where the optimizers' updates are compiled, too
+        use_private_compiler_cache()
     with joined_ranks(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
         resume = ranks.any(resume)  # of several machines, the one that came back may not be the first
