@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from pipelines.stopping import INTERRUPTED, catch_ctrl_c, interrupted
+from pipelines.stopping import INTERRUPTED, INTERRUPTED_LINE, catch_ctrl_c, interrupted
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         pass
     if code == INTERRUPTED and interrupted():
         with contextlib.suppress(OSError):
-            print("stopped: interrupted; what was not saved is lost", file=sys.stderr)  # noqa: T201
+            print(INTERRUPTED_LINE, file=sys.stderr)  # noqa: T201
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python, when it ends, would answer with a traceback
     sys.exit(code)
 

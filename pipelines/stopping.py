@@ -12,6 +12,8 @@ from types import FrameType
 INTERRUPTED = 130
 """Exit code of a command that Ctrl-C ended before there was anything to save, as shells have it."""
 
+INTERRUPTED_LINE = "stopped: interrupted; what was not saved is lost"
+
 
 class StopRequest:
     """Whether a signal has asked the run to save and stop."""
@@ -68,7 +70,9 @@ def catch_ctrl_c() -> None:
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     global _interruptions
     _interruptions += 1
-    if _interruptions > 1:
+    if _interruptions > 1:  # the first one was swallowed, or what cleans up hangs
+        with contextlib.suppress(OSError):
+            os.write(2, f"{INTERRUPTED_LINE}\n".encode())
         os._exit(INTERRUPTED)
     raise KeyboardInterrupt
 

@@ -102,11 +102,13 @@ if scenario == "cannot be asked":
 """
 
 
-def run_launcher(arguments: list[str], folder: Path, words: str) -> None:
+def run_launcher(arguments: list[str], folder: Path, words: str, ignored: Sequence[signal.Signals]) -> None:
     """What `asgo` does once the options are read, with torchrun's arguments."""
     from asgo_cli.agent import run_workers
     from pipelines.errors import AsgoError
 
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.chdir(folder)
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     descriptor = os.open(words, os.O_WRONLY | os.O_CREAT)
@@ -122,9 +124,12 @@ def run_launcher(arguments: list[str], folder: Path, words: str) -> None:
 class Launcher:
     """A launcher of light workers, in a process of its own."""
 
-    def __init__(self, folder: Path, *arguments: str, name: str = "words") -> None:
+    def __init__(
+        self, folder: Path, *arguments: str, name: str = "words", ignored: Sequence[signal.Signals] = ()
+    ) -> None:
         self._words = folder / name
-        self.process = processes.Process(target=run_launcher, args=(list(arguments), folder, str(self._words)))
+        told = (list(arguments), folder, str(self._words), ignored)
+        self.process = processes.Process(target=run_launcher, args=told)
         self.process.start()
 
     def end(self) -> tuple[int | None, str]:
@@ -211,6 +216,33 @@ def test_a_signal_reaches_every_worker_exactly_once(
     os.kill(launcher.process.pid, sent)
     assert launcher.end() == (75, f"stopped: {received}: saved\n")
     assert [(tmp_path / f"caught-{rank}").read_text() for rank in (0, 1)] == [received, received]
+
+
+def test_a_closed_terminal_ends_nothing_under_nohup(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    launcher = launch("stops 1", ignored=[signal.SIGHUP])
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        os.kill(int(launcher.process.pid or 0), number)
+    assert launcher.end() == (75, "stopped: SIGTERM: saved\n")
+
+
+def test_a_signal_while_the_processes_are_started_waits_until_all_are_known() -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    from asgo_cli.agent import _Signals, _signals_handled
+
+    def start_processes(signals: _Signals) -> None:
+        with signals.raised(), signals.held_back():
+            blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+            os.kill(os.getpid(), signal.SIGTERM)
+            known.append("all")
+
+    known: list[str] = []
+    blocked: list[bool] = []
+    with _signals_handled() as signals, pytest.raises(SignalException) as caught:
+        start_processes(signals)
+    assert (caught.value.sigval, known) == (signal.SIGTERM, ["all"])
+    assert blocked == [True], "a process that is started would answer Ctrl-C with a traceback"
 
 
 def test_a_second_signal_reaches_the_workers_too(launch: Callable[..., Launcher], tmp_path: Path) -> None:
