@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import subprocess
@@ -101,6 +102,13 @@ def test_a_broken_pipe_to_something_else_is_told(
         command_line.main()
     assert ended.value.code == 1
     assert "Broken pipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_that_refuses_is_no_reason_to_start_again(number: int) -> None:
+    """`--max-restarts` replaces processes that crashed; the disk would refuse those, too."""
+    kind, code, message = command_line._describe(OSError(number, os.strerror(number), "runs/a/config.json"))
+    assert (kind, code, message) == ("refused", 1, f"runs/a/config.json: {os.strerror(number)}")
 
 
 @pytest.fixture

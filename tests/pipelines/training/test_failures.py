@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pipelines.config import RunConfig
-from pipelines.errors import AsgoError, UsageError
+from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.gpt_task import GPTTask
+from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
 
@@ -136,6 +138,30 @@ def test_a_read_only_disk_is_named(small_disk: Path, small_config: Make, reporte
     with pytest.raises(OSError, match="Read-only file system"):
         train(small_config(), small_disk / "run", reporter)
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_checkpoint_that_fails_meanwhile_does_not_hide_that_the_run_diverged(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverged = threading.Event()
+    loss = GPTTask.loss
+    calls: list[bool] = []
+
+    def refused(*_: object) -> None:
+        assert diverged.wait(30)
+        raise AsgoError("the disk is full")
+
+    def failing(task: GPTTask, batch: tuple[Tensor, ...]) -> Tensor:
+        calls.append(task.model.training)
+        if sum(calls) == 3:
+            diverged.set()
+        return loss(task, batch) * (float("nan") if sum(calls) == 3 else 1)
+
+    monkeypatch.setattr("pipelines.training.checkpoint_writer.write_snapshot", refused)
+    monkeypatch.setattr(GPTTask, "loss", failing)
+    with pytest.raises(Diverged, match="step 3: the loss is nan"):
+        train(small_config(), tmp_path / "run", reporter)
+    assert RunFolder(tmp_path / "run").divergence() is not None
 
 
 def test_a_device_that_is_not_there_is_refused(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
