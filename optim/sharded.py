@@ -46,6 +46,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._parts: list[Part] = []
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._process_group = group
+        self.native_kernels = bool(getattr(optimizer, "native_kernels", False))
         self._parts = share_out(optimizer, group)
 
     @overload

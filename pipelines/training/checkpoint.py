@@ -110,6 +110,7 @@ def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, A
         "format": _FORMAT,
         **counts,
         "processes": state.ranks.size,
+        "arithmetic": state.arithmetic,
         "config": config.model_dump(mode="json"),
         "data": description,
         "optimizer_scalars": scalars,

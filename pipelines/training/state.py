@@ -31,6 +31,8 @@ class TrainState:
     clock: StepClock
     ranks: Ranks = ALONE
     average: WeightAverage | None = None
+    arithmetic: dict[str, str] = field(default_factory=dict)
+    """What the run is computed with."""
     step: int = 0
     rows: list[Row] = field(default_factory=list)
 

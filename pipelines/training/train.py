@@ -19,6 +19,7 @@ from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.exchange.initial_weights import load_initial_weights
 from pipelines.stopping import stop_on_signals
+from pipelines.training.arithmetic import agree_on_arithmetic, differences_in_arithmetic
 from pipelines.training.average import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
 from pipelines.training.checkpoint_writer import CheckpointWriter
@@ -141,8 +142,12 @@ def _train(
     if checkpoint is None and isinstance(config, GPTRunConfig):
         load_initial_weights(task.model, config)
     state = fresh_state(task, config, device, ranks)
+    state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
         restore(checkpoint, state)
+        warning = differences_in_arithmetic(checkpoint.state.get("arithmetic", {}), state.arithmetic)
+        if warning:
+            reporter.note(f"{checkpoint.folder}: {warning}")
     if ranks.is_first:
         if not continues:
             folder.begin(config, task.description(), describe_device(device))
