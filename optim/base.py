@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from .keywords import check_keywords, misspelled
+from .keywords import MATRIX_KEYS, check_keywords, misspelled
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
@@ -90,6 +90,9 @@ class BaseOptimizer(torch.optim.Optimizer):
         Raises `ValueError` for a misspelled keyword, a value out of range, or a parameter this optimizer cannot take.
         """
         for key in param_group:
+            if key in MATRIX_KEYS and key not in self.group_keywords():
+                name = type(self).__name__
+                raise ValueError(f"parameter group key {key!r}: {name} does not treat weights as matrices")
             meant = misspelled(key, self.group_keywords())
             if meant is not None:
                 raise ValueError(f"unknown parameter group key: {key!r}; did you mean {meant!r}?")

@@ -1,4 +1,4 @@
-"""The matrices inside parameters: blocks of rows, and stacks of those that have one shape."""
+"""The matrices inside parameters: experts, blocks of rows, and stacks of those that have one shape."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Scalar
+from .base import Group, Scalar
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Block:
     """Some rows of a parameter that are a matrix of their own; all of them where the parameter is not split."""
 
     param: Tensor
-    rows: slice
+    rows: tuple[int | slice, ...]
+    """An index of the parameter: the position in its batch dimensions, then a slice of rows."""
     suffix: str
     """Ends this block's keys in the parameter's state; empty where the parameter is not split."""
 
@@ -44,20 +45,23 @@ class Block:
         return rows >= columns
 
 
-def blocks_of(param: Tensor, row_blocks: int | Sequence[int] | None) -> list[Block]:
-    """The blocks of a parameter; `row_blocks` counts equal ones or gives the rows of each."""
-    if row_blocks is None:
-        return [Block(param, slice(0, param.shape[0]), "")]
-    sizes = block_sizes(param.shape[0], row_blocks)
+def blocks_of(param: Tensor, group: Group) -> list[Block]:
+    """The blocks of a parameter of shape (*batch, rows, ...), with as many batch dimensions as `group` says."""
+    batch, rows = param.shape[: group["batch_dims"]], param.shape[group["batch_dims"]]
+    sizes = block_sizes(rows, group["row_blocks"])
     ends = list(itertools.accumulate(sizes))
-    return [
-        Block(param, slice(end - size, end), f".{index}")
-        for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
-    ]
+    blocks = []
+    for index in itertools.product(*map(range, batch)):
+        for number, (size, end) in enumerate(zip(sizes, ends, strict=True)):
+            position = index if group["row_blocks"] is None else (*index, number)
+            blocks.append(Block(param, (*index, slice(end - size, end)), "".join(f".{each}" for each in position)))
+    return blocks
 
 
-def block_sizes(rows: int, row_blocks: int | Sequence[int]) -> list[int]:
-    """The rows of each block, where `row_blocks` counts equal blocks or is the answer."""
+def block_sizes(rows: int, row_blocks: int | Sequence[int] | None) -> list[int]:
+    """The rows of each block, where `row_blocks` counts equal blocks or is the answer; `None`: all rows are one."""
+    if row_blocks is None:
+        return [rows]
     if isinstance(row_blocks, Sequence):
         return list(row_blocks)
     return [rows // row_blocks] * row_blocks

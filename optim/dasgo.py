@@ -113,7 +113,7 @@ class DASGO(MatrixOptimizer):
     def update_matrices(self, params: list[Tensor], group: Group) -> None:
         """Algorithm 4 on each block, where it lies in memory."""
         for alike in of_one_kind(params):
-            blocks = [block for param in alike for block in blocks_of(param, group["row_blocks"])]
+            blocks = [block for param in alike for block in blocks_of(param, group)]
             grads = {param: gradient(param, group["maximize"]) for param in alike}
             weights = [block.param[block.rows] for block in blocks]
             gradients = [grads[block.param][block.rows] for block in blocks]

@@ -12,6 +12,9 @@ import torch
 
 RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
 
+MATRIX_KEYS = ("rule", "row_blocks", "batch_dims")
+"""Keys of parameter groups that mean something to a matrix optimizer alone."""
+
 _Rule = tuple[str, Callable[[Any], bool]]
 
 
@@ -36,6 +39,7 @@ def _is_blocks(value: Any) -> bool:
 
 _NOT_NEGATIVE: _Rule = ("a finite number >= 0", lambda value: _is_number(value) and value >= 0.0)
 _DECAY: _Rule = ("a number in [0, 1)", _is_decay)
+_COUNT: _Rule = ("a whole number >= 0", lambda value: _is_whole(value) and value >= 0)
 _POSITIVE_COUNT: _Rule = ("a whole number >= 1", lambda value: _is_whole(value) and value >= 1)
 _SCALE: _Rule = ("a finite number > 0", lambda value: _is_number(value) and value > 0.0)
 _FLAG: _Rule = ("True or False", lambda value: isinstance(value, bool))
@@ -58,11 +62,12 @@ _RULES: dict[str, _Rule] = {
     "maximize": _FLAG,
     "capturable": _FLAG,
     "row_blocks": ("a number of equal blocks of rows, or the rows of each block", _is_blocks),
+    "batch_dims": _COUNT,
     "ns_steps": _POSITIVE_COUNT,
     "root_steps": _POSITIVE_COUNT,
     "precond_frequency": _POSITIVE_COUNT,
     "total_steps": _POSITIVE_COUNT,
-    "scale_start_step": ("a whole number >= 0", lambda value: _is_whole(value) and value >= 0),
+    "scale_start_step": _COUNT,
     "root_method": (f"one of {', '.join(get_args(RootMethod))}", lambda value: value in get_args(RootMethod)),
 }
 

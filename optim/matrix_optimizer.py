@@ -21,6 +21,9 @@ UPDATE_RMS = 0.2
 ADAM_RULE: dict[str, Any] = {"rule": "adam", "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
 """A parameter group with these keys takes Adam, at the optimizer's learning rate, instead of the matrix rule."""
 
+_WHOLE: dict[str, Any] = {"row_blocks": None, "batch_dims": 0}
+"""A parameter is one matrix, unless its group says otherwise."""
+
 
 @dataclass
 class RootMonitor:
@@ -65,7 +68,8 @@ class RootMonitor:
 class MatrixOptimizer(BaseOptimizer):
     """Template: a subclass implements `block_state` and `update_matrices`; the momentum, blocks and Adam are here.
 
-    A parameter of three or more dimensions is a matrix of shape (first dimension, all others).
+    A parameter of three or more dimensions is a matrix of shape (first dimension, all others), or with `batch_dims` as
+    many matrices as its first dimensions count, each of shape (next dimension, all others).
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -74,7 +78,7 @@ class MatrixOptimizer(BaseOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._monitor = RootMonitor()
-        super().__init__(params, {**defaults, "rule": "matrix", "row_blocks": None})
+        super().__init__(params, {**defaults, "rule": "matrix", **_WHOLE})
 
     def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
         """The state of a block of (rows, columns) before its first step, on the device of `like` in its precision."""
@@ -89,30 +93,35 @@ class MatrixOptimizer(BaseOptimizer):
         return [*super().group_keywords(), *ADAM_RULE]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; two keys are for groups alone.
+        """Add parameters; three keys are for groups alone.
 
         With `rule="adam"` they take Adam (betas 0.9, 0.95, eps 1e-8, no weight decay). With `row_blocks`, a number of
         equal blocks or the rows of each, every block of a parameter's rows is a matrix of its own: `row_blocks=heads`
-        for the query and key projections of attention, as the ASGO paper does.
+        for the query and key projections of attention, as the ASGO paper does. `batch_dims=1` makes each of the E
+        experts of a parameter of shape (E, m, n) a matrix of its own, with blocks of its own m rows.
+
+        Raises `ValueError` for a misspelled keyword, a value out of range, or a parameter that is no matrix.
         """
         rule = param_group.get("rule", "matrix")
         if rule not in ("matrix", "adam"):
             raise ValueError(f"invalid rule: {rule!r}; it must be 'matrix' or 'adam'")
-        if rule == "adam" and param_group.get("row_blocks") is not None:
-            raise ValueError("parameter group key 'row_blocks' goes with rule='matrix'; Adam has no matrices")
+        for key, unset in _WHOLE.items():
+            if rule == "adam" and param_group.get(key, unset) != unset:
+                raise ValueError(f"parameter group key {key!r} goes with rule='matrix'; Adam has no matrices")
         for key in param_group:
             if rule == "matrix" and key in ADAM_RULE and key not in self.defaults:
                 raise ValueError(f"parameter group key {key!r} goes with rule='adam'; {type(self).__name__} has none")
         super().add_param_group({**ADAM_RULE, **param_group} if rule == "adam" else param_group)
 
     def check_param(self, group: Group, index: int, param: Tensor) -> None:
-        """The matrix rule needs two dimensions or more, and blocks that add up to the rows."""
+        """The matrix rule needs two dimensions or more besides those of a batch, and blocks that add up to the rows."""
         super().check_param(group, index, param)
         if group["rule"] == "adam":
             return
-        if param.ndim < 2:
+        if param.ndim < 2 + group["batch_dims"]:
+            count = f" with batch_dims={group['batch_dims']}" if group["batch_dims"] else ""
             raise ValueError(
-                f"{type(self).__name__} takes matrices; {describe(group, index)} is none: "
+                f"{type(self).__name__} takes matrices; {describe(group, index)} is none{count}: "
                 "give it a parameter group with rule='adam'"
             )
         _check_row_blocks(group, index, param)
@@ -137,7 +146,7 @@ class MatrixOptimizer(BaseOptimizer):
             return {"step": new_step(self.step_device(group, param)), **zero_moments(param)}
         like = param.new_zeros((), dtype=state_dtype(param))
         state = {"exp_avg": torch.zeros_like(param, dtype=like.dtype), **self.param_state(param, group)}
-        for block in blocks_of(param, group["row_blocks"]):
+        for block in blocks_of(param, group):
             for key, value in self.block_state(block.shape, like).items():
                 state[block.key(key)] = value
         return state
@@ -148,7 +157,7 @@ class MatrixOptimizer(BaseOptimizer):
 
     def stacks(self, params: list[Tensor], group: Group) -> list[Stack]:
         """The parameters' blocks, in stacks of equal shape."""
-        return stacks_of([block for param in params for block in blocks_of(param, group["row_blocks"])])
+        return stacks_of([block for param in params for block in blocks_of(param, group)])
 
     def moved_momenta(self, params: list[Tensor], group: Group) -> tuple[dict[Tensor, Tensor], dict[Tensor, Tensor]]:
         """Each parameter's gradient, and its momentum `M ← lerp(M, G, 1 − momentum)`, moved by this step."""
@@ -173,8 +182,8 @@ def with_norm(updates: Tensor, norm: float | Tensor) -> Tensor:
 
 
 def _check_row_blocks(group: Group, index: int, param: Tensor) -> None:
-    row_blocks, rows = group["row_blocks"], param.shape[0]
-    if row_blocks is not None and sum(block_sizes(rows, row_blocks)) != rows:
+    row_blocks, rows = group["row_blocks"], param.shape[group["batch_dims"]]
+    if sum(block_sizes(rows, row_blocks)) != rows:
         raise ValueError(
             f"invalid row_blocks: {row_blocks!r} does not divide the {rows} rows of {describe(group, index)}"
         )

@@ -64,17 +64,17 @@ def split(name: str, param: Tensor, slices: Sequence[slice]) -> list[Piece]:
 
 
 def matrix_cost(shape: Sequence[int], group: Group, sides: int) -> int:
-    """Multiplications of a step that preconditions each block of rows on its shorter side, or on both.
+    """Multiplications of a step that preconditions each block of each expert on its shorter side, or on both.
 
     A side `p` of a block (p, q) takes the Gram product, `p p q`, and the root of a matrix (p, p).
     """
-    rows, columns = shape[0], math.prod(shape[1:])
-    row_blocks = group["row_blocks"]
+    batch_dims = group["batch_dims"]
+    rows, columns = shape[batch_dims], math.prod(shape[batch_dims + 1 :])
     cost = 0
-    for block in [rows] if row_blocks is None else block_sizes(rows, row_blocks):
+    for block in block_sizes(rows, group["row_blocks"]):
         for side in sorted((block, columns))[:sides]:
             cost += side * block * columns + _ROOT_PRODUCTS * side**3
-    return cost
+    return math.prod(shape[:batch_dims]) * cost
 
 
 def owners(costs: Mapping[Tensor, int], size: int) -> dict[Tensor, int]:

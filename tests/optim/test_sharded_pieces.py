@@ -44,12 +44,15 @@ def test_a_piece_is_a_view_of_its_rows():
 
 
 def test_the_cost_counts_products_and_roots_of_every_block_on_every_side():
-    group = {"row_blocks": None}
+    group = {"row_blocks": None, "batch_dims": 0}
     wide = matrix_cost((8, 32), group, sides=1)
     assert matrix_cost((32, 8), group, sides=1) == wide
     assert matrix_cost((8, 4, 4, 2), group, sides=1) == wide
-    assert matrix_cost((16, 32), {"row_blocks": 2}, sides=1) == 2 * wide
-    assert matrix_cost((12, 32), {"row_blocks": (8, 4)}, sides=1) == wide + matrix_cost((4, 32), group, sides=1)
+    assert matrix_cost((16, 32), {**group, "row_blocks": 2}, sides=1) == 2 * wide
+    narrow = matrix_cost((4, 32), group, sides=1)
+    assert matrix_cost((12, 32), {**group, "row_blocks": (8, 4)}, sides=1) == wide + narrow
+    assert matrix_cost((3, 8, 32), {**group, "batch_dims": 1}, sides=1) == 3 * wide
+    assert matrix_cost((3, 16, 32), {"row_blocks": 2, "batch_dims": 1}, sides=1) == 6 * wide
     assert matrix_cost((8, 32), group, sides=2) > 10 * wide  # a root of the long side, too
 
 
@@ -57,7 +60,7 @@ def test_the_cost_counts_products_and_roots_of_every_block_on_every_side():
 def test_owners_of_a_gpts_matrices_have_about_the_same_work_and_state(size):
     shapes = [(64, 64)] * 4 * 12 + [(256, 64), (64, 256)] * 12
     params = [torch.empty(shape) for shape in shapes]
-    costs = {param: matrix_cost(tuple(param.shape), {"row_blocks": None}, 1) for param in params}
+    costs = {param: matrix_cost(tuple(param.shape), {"row_blocks": None, "batch_dims": 0}, 1) for param in params}
     owner = owners(costs, size)
     assert list(owners(costs, size).values()) == list(owner.values())
     for measure in (costs.__getitem__, torch.numel):
