@@ -78,8 +78,9 @@ class Launch:
         across = (self.nodes, self.node_rank, self.rendezvous)
         place = launched()
         if given and place is not None:
-            launcher = "torchrun" if place.by_torchrun else "what sets RANK and WORLD_SIZE"
-            raise UsageError(f"{given[0]}: {launcher} started this process already; leave it out")
+            started = "torchrun started this process already; leave it out"
+            meant = "RANK and WORLD_SIZE say that a launcher started this process; unset them, or leave it out"
+            raise UsageError(f"{given[0]}: {started if place.by_torchrun else meant}")
         if self.gpus and self.processes:
             raise UsageError("--gpus and --processes: give one of them; --processes is for the CPU")
         if not self and (self.max_restarts or any(value is not None for value in across)):

@@ -61,20 +61,28 @@ def interrupted() -> bool:
 
 
 def catch_ctrl_c() -> None:
-    """Have Ctrl-C noted, and raise `KeyboardInterrupt`; the second one ends the process at once."""
+    """Have Ctrl-C noted, and raise `KeyboardInterrupt`; the second one, or one in an import, ends the process at once."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _without_interrupts
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
+def _interrupt(_number: int, frame: FrameType | None) -> None:
     global _interruptions
     _interruptions += 1
-    if _interruptions > 1:  # the first one was swallowed, or what cleans up hangs
+    # The first one may have been swallowed, or what cleans up hangs. Libraries in C++ abort when their import is
+    # interrupted, and there is nothing to clean up yet.
+    if _interruptions > 1 or _is_importing(frame):
         with contextlib.suppress(OSError):
             os.write(2, f"{INTERRUPTED_LINE}\n".encode())
         os._exit(INTERRUPTED)
     raise KeyboardInterrupt
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _without_interrupts(unraisable: sys.UnraisableHookArgs) -> None:

@@ -40,13 +40,13 @@ def launched() -> Place | None:
         UsageError: several processes are meant, but the variables do not say which this is or where they meet.
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
         return None
     size = _number("WORLD_SIZE")
     if size == 1 and not by_torchrun:
         return None
     rank = _number("RANK")
-    missing = [name for name in _ADDRESS if name not in os.environ]
+    missing = [name for name in _ADDRESS if not os.environ.get(name)]
     given = f"RANK={rank} and WORLD_SIZE={size} are set"
     if missing:
         raise UsageError(f"{given}, but not {' and '.join(missing)}: set them too, or unset RANK to train alone")

@@ -9,15 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.stopping import INTERRUPTED_LINE
+
 ROOT = Path(__file__).parents[2]
-CTRL_C = """if True:
-    import os, signal, time
-    class Collected:
-        def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0)
-    HOW
-"""
+CTRL_C = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
 
 
 def run(*arguments: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -30,20 +25,41 @@ def run(*arguments: str, folder: Path, **environment: str) -> subprocess.Complet
     )  # fmt: skip
 
 
+def test_ctrl_c_while_torch_is_imported_is_one_line_and_exit_code_130(tmp_path: Path) -> None:
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "torch.py").write_text(CTRL_C)
+    result = run("train", "gpt", "--preset", "tiny", folder=tmp_path, PYTHONPATH=str(tmp_path / "path"))
+    assert (result.returncode, result.stderr) == (130, f"{INTERRUPTED_LINE}\n")
+
+
 @pytest.mark.parametrize(
-    "how",
+    "work",
     [
         "os.kill(os.getpid(), signal.SIGINT)",
-        "\n    try: os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt: raise ImportError('of a part')",
+        "try: os.kill(os.getpid(), signal.SIGINT)\n    except KeyboardInterrupt: raise RuntimeError('of a library')",
         "Collected(); os.kill(os.getpid(), signal.SIGINT)",
     ],
-    ids=["raises", "becomes another error", "in a destructor, and again"],
+    ids=["raises", "becomes another error", "is swallowed, and comes again"],
 )
-def test_ctrl_c_while_torch_is_imported_is_one_line_and_exit_code_130(how: str, tmp_path: Path) -> None:
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "torch.py").write_text(CTRL_C.replace("HOW", how))
-    result = run("train", "gpt", "--preset", "tiny", folder=tmp_path, PYTHONPATH=str(tmp_path / "path"))
-    assert (result.returncode, result.stderr) == (130, "stopped: interrupted; what was not saved is lost\n")
+def test_ctrl_c_in_a_command_is_one_line_and_exit_code_130(work: str) -> None:
+    script = f"""
+import os, signal, sys
+from asgo_cli import app
+from asgo_cli.__main__ import main
+
+class Collected:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+@app.app.command()
+def work():
+    {work}
+
+sys.argv = ["asgo", "work"]
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (130, f"{INTERRUPTED_LINE}\n")
 
 
 def test_our_packages_come_before_those_of_a_project(tmp_path: Path) -> None:

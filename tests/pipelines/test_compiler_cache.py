@@ -7,50 +7,58 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.errors import UsageError
 
 
 @pytest.fixture
-def unset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """No cache is named, and the user's own are in `tmp_path`."""
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS")
-    for name in names:
-        monkeypatch.setenv(name, "")  # so that what the function sets is undone
+def shared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The temporary folder, where everybody can write; the user's own cache is `tmp_path / "cache"`."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # so that what torch sets is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return monkeypatch
+    return folder
 
 
-def test_the_cache_is_the_users_own_and_closed_to_others(unset: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_that_torch_keeps_is_in_a_folder_of_the_users_own(shared: Path, tmp_path: Path) -> None:
     use_private_compiler_cache()
-    folder = tmp_path / "cache/asgo/compiled"
-    assert folder.stat().st_mode & 0o777 == 0o700
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == folder / "inductor"
-    assert Path(os.environ["TRITON_CACHE_DIR"]) == folder / "triton"
+    own = tmp_path / "cache/asgo/compiled"
+    assert own.stat().st_mode & 0o777 == 0o700
+    assert Path(default_cache_dir()).parent == Path(cache_dir()).parent == own
+    assert os.environ["TMPDIR"] == str(own), "for the processes that compile"
+    assert not list(shared.iterdir())
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="there are no accounts")
-@pytest.mark.parametrize("intruder", ["another account's", "open to all"])
-def test_a_cache_that_others_can_fill_is_not_used(intruder: str, unset: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cache_that_others_can_fill_is_not_used(shared: Path, tmp_path: Path) -> None:
     planted = tmp_path / "cache/asgo/compiled"
     planted.mkdir(parents=True)
-    if intruder == "open to all":
-        planted.chmod(0o777)
-    else:
-        unset.setattr(os, "geteuid", lambda: planted.stat().st_uid + 1)
-        if planted.stat().st_uid == 0:
-            pytest.skip("root's folders are trusted")
-    unset.setattr(tempfile, "tempdir", str(tmp_path))
+    planted.chmod(0o777)
     use_private_compiler_cache()
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).parent.parent == tmp_path
+    own = Path(tempfile.gettempdir())
+    assert (own.parent, own.stat().st_mode & 0o777) == (shared, 0o700)
 
-    unset.setenv("TORCHINDUCTOR_CACHE_DIR", str(planted))
-    with pytest.raises(UsageError, match=rf"^TORCHINDUCTOR_CACHE_DIR={planted}: belongs to another account, or "):
+
+def test_a_temporary_folder_of_the_users_own_stays(shared: Path) -> None:
+    shared.chmod(0o700)
+    use_private_compiler_cache()
+    assert tempfile.gettempdir() == str(shared)
+
+
+def test_a_cache_that_the_user_names_must_be_safe(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    use_private_compiler_cache()
+    assert cache_dir() == str(tmp_path / "mine")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared))
+    with pytest.raises(UsageError, match=f"^TORCHINDUCTOR_CACHE_DIR={shared}: belongs to another account, or "):
         use_private_compiler_cache()
-
-
-def test_a_cache_that_the_user_names_is_used(unset: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    unset.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    use_private_compiler_cache()
-    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) == tmp_path / "mine"

@@ -42,6 +42,7 @@ def start(jobs: list[Job], size: int, scratch: Path) -> list[subprocess.Popen[st
     path = scratch / f"jobs-{free_port()}.json"
     path.write_text(json.dumps(described), encoding="utf-8")
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+    shared["TORCHELASTIC_RUN_ID"] = "tests"  # or one alone would not make a group
     return [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(path)],

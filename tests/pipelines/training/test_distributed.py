@@ -196,7 +196,7 @@ def test_as_many_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_and_saves
 def be_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchrun starts a single process."""
     variables = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    for name, value in variables.items():
+    for name, value in {**variables, "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
 
 
