@@ -13,6 +13,7 @@ from .accasro import AccAsro
 from .asro import Asro
 from .base import Group
 from .blocks import Stack
+from .matrix_functions import decompose
 from .preconditioned import PreconditionedOptimizer
 from .preconditioner import Factor
 
@@ -92,7 +93,7 @@ def preconditioner_spectra(optimizer: torch.optim.Optimizer) -> dict[Tensor, dic
     for group in optimizer.param_groups:
         params = _stepped(optimizer, group) if group["rule"] == "matrix" else []
         for stack in optimizer.stacks(params, group):
-            for key in optimizer.factors:
+            for key, _ in optimizer.sides(stack.blocks[0].shape):
                 for block, eigenvalues in zip(stack.blocks, _eigenvalues(optimizer, stack, key), strict=True):
                     blocks[block.param][key].append(eigenvalues)
     return {param: {key: _spectrum(own[key]) for key in own} for param, own in blocks.items()}
@@ -126,7 +127,11 @@ def _eigenvalues(optimizer: PreconditionedOptimizer, stack: Stack, key: str) -> 
     device = torch.device("cpu") if matrices.device.type == "mps" else matrices.device
     matrices, scales = matrices.to(device, torch.float64), scales.to(device, torch.float64)[:, None]
     finite = matrices.isfinite().all(-1).all(-1)  # LAPACK refuses what is not
-    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[:, None, None], matrices, 0.0))
+    matrices = torch.where(finite[:, None, None], matrices, 0.0)
+    try:
+        eigenvalues = torch.linalg.eigvalsh(matrices)
+    except RuntimeError:
+        eigenvalues, _ = decompose(matrices)
     return list(torch.where(finite[:, None], eigenvalues * scales * scales, torch.nan).cpu())
 
 

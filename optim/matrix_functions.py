@@ -62,35 +62,62 @@ def inverse_root_eigh(matrix: Tensor, order: int, ridge: float | Tensor | None =
     """`A^{-1/order}` by eigendecomposition, or `(A + ridge I)^{-1/order}` where a ridge (..., 1, 1) is given.
 
     Eigenvalues within the rounding error of `A` or of the decomposition are noise: without a ridge they count as zero
-    and give zero, with one they count as that error.
+    and give zero, with one they count as that error. NaN where `A` is not finite, or no method can decompose it.
     """
     # LAPACK refuses what is not finite: decompose the identity there, and hand the trouble on.
     finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    precision = _decomposition_dtype(matrix)
-    eigenvalues, eigenvectors = torch.linalg.eigh(torch.where(finite, matrix, identity).to(precision))
+    eigenvalues, eigenvectors = decompose(torch.where(finite, matrix, identity))
     eigenvalues = eigenvalues[..., None, :]
-    rounding = 1.0 if precision != matrix.dtype else math.sqrt(matrix.shape[-1])
+    in_double = matrix.device.type == "cpu" and matrix.dtype is not torch.float64
+    rounding = 1.0 if in_double else math.sqrt(matrix.shape[-1])
     noise = rounding * torch.finfo(matrix.dtype).eps * eigenvalues[..., -1:].clamp_min(0)
     if ridge is None:
         powers = torch.where(eigenvalues > noise, eigenvalues.abs().pow(-1 / order), 0.0)
     else:
         damped = torch.maximum(eigenvalues, noise) + ridge
         powers = damped.clamp_min(torch.finfo(matrix.dtype).tiny).pow(-1 / order)
-    eigenvectors = eigenvectors.to(matrix.dtype)
-    return torch.where(finite, (eigenvectors * powers.to(matrix.dtype)) @ eigenvectors.mT, torch.nan)
+    return torch.where(finite, (eigenvectors * powers) @ eigenvectors.mT, torch.nan)
 
 
-def _decomposition_dtype(matrix: Tensor) -> torch.dtype:
-    """The precision in which a matrix is decomposed: double on a CPU, up to a side of 2048.
+def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., m), the largest last, and eigenvectors of finite matrices; NaN where no method succeeds.
 
-    A float32 decomposition loses the eigenvalues below 1e-6 of the largest. ASGO's update of a 768 × 768 matrix, its
-    condition number being 1e4 and 1e6, was off by 4e-4 and 3e-1, and by 1e-5 and 7e-4 with a double one. That took
-    twice the time (52 and 104 ms on two cores), and at 3072 × 3072 four times (3.2 and 13.9 s).
+    On a CPU each matrix is decomposed in double precision, whatever its own. In float32, `eigh` loses the eigenvalues
+    below 1e-6 of the largest (ASGO's update of a 768 × 768 matrix, its condition number being 1e4 and 1e6, was off by
+    4e-4 and 3e-1, and by 1e-5 and 7e-4 in double precision), and on some CPUs it does not converge for matrices of low
+    rank. Double precision takes twice the time (one core: 0.10 and 0.21 s at 768, 2.1 and 4.3 s at 2048, 7.0 and 13.6 s
+    at 3072). The iterations in float32 take more: at 768, 2.1 s (`newton`) and 1.2 s (ten steps of `polar_express`).
+
+    Elsewhere they are decomposed together, and one by one on the host where that fails: it does for a single bad one.
     """
-    if matrix.device.type == "cpu" and matrix.shape[-1] <= 2048:
-        return torch.float64
-    return matrix.dtype
+    if matrices.device.type != "cpu":
+        with contextlib.suppress(RuntimeError):
+            eigenvalues, eigenvectors = torch.linalg.eigh(matrices)
+            return eigenvalues, eigenvectors
+    side = matrices.shape[-1]
+    alone = [_decomposed_on_host(matrix) for matrix in matrices.reshape(-1, side, side)]
+    values, vectors = zip(*alone, strict=True)
+    return torch.stack(values).reshape(matrices.shape[:-1]), torch.stack(vectors).reshape(matrices.shape)
+
+
+def _decomposed_on_host(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`decompose` for one matrix (m, m), in double precision on the host."""
+    double = matrix.to("cpu", torch.float64)
+    for method in (torch.linalg.eigh, _eigh_by_svd):
+        with contextlib.suppress(RuntimeError):  # what it raises where it does not converge, or is out of memory
+            eigenvalues, eigenvectors = method(double)
+            return eigenvalues.to(matrix), eigenvectors.to(matrix)
+    return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+
+
+def _eigh_by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Another way to the eigenvalues, the largest last, and the eigenvectors of a positive semi-definite matrix (m, m).
+
+    A singular value has no sign, which rounding can turn: the eigenvalues are the Rayleigh quotients of its vectors.
+    """
+    vectors = torch.linalg.svd(matrix).U.flip(-1)
+    return (vectors * (matrix @ vectors)).sum(-2), vectors
 
 
 def inverse_root_newton(matrix: Tensor, order: int, eps: float | Tensor) -> Tensor:
@@ -126,7 +153,9 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """
     a, b, c = _MUON
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
-    x = wide / (frobenius_norm(wide) + 1e-7)
+    scale = largest(wide).clamp_min(torch.finfo(wide.dtype).tiny)
+    x = wide / scale
+    x = x / (frobenius_norm(x) + 1e-7 / scale)
     if _has_fast_bfloat16(x):
         x = x.to(torch.bfloat16)
     for _ in range(steps):
@@ -145,13 +174,25 @@ def _has_fast_bfloat16(matrix: Tensor) -> bool:
 
 @contextlib.contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Matrix products in true float32: the coupled iterations diverge in TF32 from condition 1e4 on."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """Matrix products in true float32: the coupled iterations diverge in TF32 from condition 1e4 on.
+
+    The settings are those of the process, and are left alone where they ask for nothing less. Only the interface per
+    backend is used: the older one raises where a user mixes both.
+    """
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    reduced = [
+        (backend, backend.fp32_precision) for backend in backends if backend.fp32_precision not in ("ieee", "none")
+    ]
+    for backend, _ in reduced:
+        backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in reduced:
+            # What was read may be a setting of all operations: one that is inherited must not become the backend's own.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 def _polar_express(steps: int) -> list[tuple[float, float, float]]:
@@ -215,6 +256,11 @@ def frobenius_norm(matrix: Tensor) -> Tensor:
     unit = largest(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
     norm: Tensor = unit * torch.linalg.matrix_norm(matrix / unit, keepdim=True).clamp_min(1.0)
     return norm
+
+
+def scaled_to_one(matrix: Tensor) -> Tensor:
+    """The matrices (..., m, n) divided by their largest entries, so that no product with them overflows."""
+    return matrix / largest(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def largest(matrix: Tensor) -> Tensor:

@@ -154,6 +154,19 @@ def test_eigenvalues_are_in_units_of_the_gradient() -> None:
     assert huge["preconditioner"].condition == pytest.approx(usual["preconditioner"].condition, rel=1e-4)
 
 
+def test_eigenvalues_where_the_decomposition_of_a_stack_fails(monkeypatch) -> None:
+    optimizer = ASGO([torch.nn.Parameter(torch.zeros(4, 6)) for _ in range(2)])
+    stepped(optimizer)
+    expected = [found["preconditioner"].largest for found in preconditioner_spectra(optimizer).values()]
+
+    def fail(matrices: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
+    found = [found["preconditioner"].largest for found in preconditioner_spectra(optimizer).values()]
+    assert found == pytest.approx(expected, rel=1e-9)
+
+
 def test_what_has_no_such_state_is_left_out() -> None:
     matrix, vector, unused = (torch.nn.Parameter(torch.zeros(shape)) for shape in [(3, 4), (4,), (3, 4)])
     asgo = ASGO([{"params": [matrix, unused]}, {"params": [vector], "rule": "adam"}])

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from optim.matrix_functions import (
+    full_float32_products,
     inverse_fourth_root,
     inverse_root_eigh,
     inverse_root_newton,
@@ -15,6 +21,7 @@ from optim.matrix_functions import (
     orthogonalize,
 )
 
+from .cases import every_optimizer, full_rank, parameter, set_gradient, start
 from .reference import (
     NEWTON_SCHULZ,
     coupled_inverse_sqrt,
@@ -207,13 +214,173 @@ def test_orthogonalize_of_zero_is_zero():
     assert torch.equal(orthogonalize(torch.zeros(2, 3, 4), 5), torch.zeros(2, 3, 4))
 
 
-@pytest.mark.parametrize("before", ["highest", "high"])
-@every_method
-def test_the_matmul_precision_is_put_back(method, before):
-    kept = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(before)
+def read_settings() -> dict[str, str]:
+    """Every float32 precision of the process, and what the older interface makes of them."""
+    backends = torch.backends
     try:
-        inverse_sqrt(stack(spectrum(10.0), dtype=torch.float32), method, 10, EPS)
-        assert torch.get_float32_matmul_precision() == before
-    finally:
-        torch.set_float32_matmul_precision(kept)
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it has no name for some of what the newer one can say
+        older = "none of the older names"
+    return {
+        "all": backends.fp32_precision,
+        "cuda": backends.cudnn.fp32_precision,
+        "cuda.matmul": backends.cuda.matmul.fp32_precision,
+        "cuda.conv": backends.cudnn.conv.fp32_precision,
+        "cuda.rnn": backends.cudnn.rnn.fp32_precision,
+        "mkldnn": backends.mkldnn.fp32_precision,
+        "mkldnn.matmul": backends.mkldnn.matmul.fp32_precision,
+        "mkldnn.conv": backends.mkldnn.conv.fp32_precision,
+        "mkldnn.rnn": backends.mkldnn.rnn.fp32_precision,
+        "older": older,
+    }
+
+
+OWNERS = {
+    "all": torch.backends,
+    "cuda.matmul": torch.backends.cuda.matmul,
+    "mkldnn.matmul": torch.backends.mkldnn.matmul,
+}
+PRECISIONS = [
+    (owner, precision)
+    for owner in OWNERS
+    for precision in ("none", "ieee", "tf32", "bf16")
+    if (owner, precision) != ("cuda.matmul", "bf16")  # which torch refuses
+]
+
+
+@pytest.fixture
+def precision_settings():
+    yield OWNERS
+    torch.set_float32_matmul_precision("highest")
+    for owner in OWNERS.values():
+        owner.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(("owner", "precision"), PRECISIONS)
+def test_products_are_in_true_float32_and_every_setting_is_put_back(owner, precision, precision_settings):
+    precision_settings[owner].fp32_precision = precision
+    before = read_settings()
+    with contextlib.suppress(KeyError), full_float32_products():
+        inside = read_settings()
+        raise KeyError
+    assert {inside["cuda.matmul"], inside["mkldnn.matmul"]} <= {"ieee", "none"}
+    assert read_settings() == before
+    # A setting for all operations is still followed by what has none of its own.
+    torch.backends.fp32_precision = "none"
+    own = precision if owner != "all" else "none"
+    assert {read_settings()[name] for name in OWNERS if owner in (name, "all")} == {own}
+
+
+@pytest.mark.parametrize("before", ["highest", "high", "medium"])
+def test_the_older_interface_and_a_mix_of_both_are_put_back(before, precision_settings):
+    torch.set_float32_matmul_precision(before)
+    for precision in (None, "tf32", "ieee"):
+        if precision is not None:
+            precision_settings["cuda.matmul"].fp32_precision = precision
+        settings = read_settings()
+        with full_float32_products():
+            pass
+        assert read_settings() == settings
+
+
+@pytest.mark.parametrize(("owner", "precision"), PRECISIONS)
+@every_optimizer
+def test_no_step_leaks_a_precision(case, owner, precision, precision_settings):
+    """As PyTorch's own test suite checks after each of its tests."""
+    param = parameter(start((4, 6)), torch.float32)
+    optimizer = case.build([param], **({"root_method": "auto"} if case.name == "ASGO" else {}))
+    set_gradient(param, full_rank((4, 6))[0])
+    precision_settings[owner].fp32_precision = precision
+    before = read_settings()
+    optimizer.step()
+    assert read_settings() == before
+
+
+# --- Decompositions that fail, as LAPACK's does on some CPUs for float32 matrices of low rank
+
+
+def low_rank_matrix(size: int, rank: int, seed: int = 0) -> np.ndarray:
+    """Of two to 32 equal or nearly equal eigenvalues, which are what makes `eigh` fail."""
+    vectors = np.linalg.qr(np.random.default_rng(seed).standard_normal((size, rank)))[0]
+    return (vectors * np.linspace(1.0, 1.5, rank)) @ vectors.T
+
+
+@pytest.fixture
+def break_eigh(monkeypatch):
+    """Let `torch.linalg.eigh` raise for the matrices that a predicate names."""
+    eigh = torch.linalg.eigh
+
+    def replace(fails: Callable[[Tensor], bool]) -> None:
+        def broken(matrices: Tensor) -> Any:
+            if any(fails(matrix) for matrix in matrices.reshape(-1, *matrices.shape[-2:])):
+                raise torch.linalg.LinAlgError("linalg.eigh: The algorithm failed to converge")
+            return eigh(matrices)
+
+        monkeypatch.setattr(torch.linalg, "eigh", broken)
+
+    return replace
+
+
+FAILURES = {"in float32": lambda matrix: matrix.dtype is torch.float32, "always": lambda matrix: True}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("rank", [1, 2, 8, 32])
+@pytest.mark.parametrize("size", [40, 200])
+def test_roots_are_right_where_eigh_fails(size, rank, failure, break_eigh):
+    """The root of a float32 matrix is off by the noise of its rounding: eps √m of its norm, for eigenvalues near 1."""
+    matrix = low_rank_matrix(size, rank)
+    break_eigh(FAILURES[failure])
+    tolerance = 10 * math.sqrt(size) * torch.finfo(torch.float32).eps
+    root = inverse_sqrt(stack(matrix, dtype=torch.float32), "eigh", 10, EPS)[0]
+    assert error(root, inverse_root(matrix, 1 / 2)) < tolerance
+    ridge = 1e-2
+    root = inverse_fourth_root(stack(matrix, dtype=torch.float32), ridge)[0]
+    # where the eigenvalue is zero, the root's derivative is ridge^(-5/4) / 4, 32 times what it is at 1
+    assert error(root, inverse_root(matrix + ridge * np.eye(size), 1 / 4)) < 32 * tolerance
+
+
+@every_dtype
+def test_one_matrix_that_cannot_be_decomposed_does_not_disturb_the_others(dtype, break_eigh):
+    good, bad = spectrum(10.0), 3 * low_rank_matrix(12, 4)
+    before = inverse_root_eigh(stack(good, bad, 2 * good, dtype=dtype), 2)
+    break_eigh(lambda matrix: bool(torch.allclose(matrix.double(), torch.tensor(bad), atol=1e-6)))
+    after = inverse_root_eigh(stack(good, bad, 2 * good, dtype=dtype), 2)
+    assert torch.equal(after[0], before[0])
+    assert torch.equal(after[2], before[2])
+    assert error(after[1], inverse_root(bad, 1 / 2)) < 1e-5
+
+
+@every_dtype
+@pytest.mark.parametrize("failure", [None, "always"])
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e-40, 1e30], ids=["zero", "constant", "denormal", "huge"])
+def test_matrices_of_one_value(value, failure, dtype, break_eigh):
+    if failure:
+        break_eigh(FAILURES[failure])
+    matrix = torch.full((2, 7, 7), value, dtype=dtype)
+    root = inverse_root_eigh(matrix, 2)
+    # its one eigenvalue is 7 times the value, its vector constant; a denormal number holds five digits or fewer
+    expected = 0.0 if value == 0 else (7 * value) ** -0.5 / 7
+    torch.testing.assert_close(root, torch.full_like(root, expected), rtol=1e-4, atol=1e-4 * expected)
+    assert torch.isfinite(inverse_fourth_root(matrix, EPS)).all()
+
+
+@every_dtype
+def test_a_matrix_that_no_method_decomposes_gives_nan_and_the_others_their_roots(dtype, break_eigh, monkeypatch):
+    bad = spectrum(10.0, seed=1)
+    svd = torch.linalg.svd
+
+    def is_bad(matrix: Tensor) -> bool:
+        return bool(torch.allclose(matrix.double(), torch.tensor(bad), atol=1e-6))
+
+    def broken(matrix: Tensor) -> Any:
+        if is_bad(matrix):
+            raise torch.linalg.LinAlgError("linalg.svd: The algorithm failed to converge")
+        return svd(matrix)
+
+    break_eigh(is_bad)
+    monkeypatch.setattr(torch.linalg, "svd", broken)
+    for order, ridge in ((2, None), (4, EPS)):
+        good, nothing = inverse_root_eigh(stack(spectrum(10.0), bad, dtype=dtype), order, ridge)
+        assert error(good, inverse_root(spectrum(10.0), 1 / order)) < 1e-5
+        assert nothing.isnan().all()

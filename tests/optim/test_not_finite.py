@@ -108,6 +108,25 @@ def test_a_parameter_of_equal_shape_is_not_disturbed(root_method):
     assert torch.isfinite(bad).all()
 
 
+@pytest.mark.parametrize("keywords", [{}, {"root_method": "eigh"}, {"precond_frequency": 2}], ids=str)
+@pytest.mark.parametrize("optimizer_class", [ASGO, Shampoo])
+def test_no_error_of_a_decomposition_leaves_the_step(optimizer_class, keywords, monkeypatch):
+    if optimizer_class is Shampoo and "root_method" in keywords:
+        pytest.skip("Shampoo has no choice of method")
+
+    def fail(matrix: torch.Tensor) -> None:
+        raise torch.linalg.LinAlgError("The algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    monkeypatch.setattr(torch.linalg, "svd", fail)
+    param = parameter(start(SHAPE), torch.float32)
+    optimizer = optimizer_class([("layer.weight", param)], lr=0.1, weight_decay=0.0, **keywords)
+    messages = [message for _ in range(3) for message in steps(optimizer, [param], [GRADIENT])]
+    moved = param.detach().numpy() - start(SHAPE)
+    np.testing.assert_allclose(with_norm(moved, 1), with_norm(-GRADIENT, 1), atol=1e-5)  # the identity's direction
+    assert [message.count("layer.weight") for message in messages] == [1]
+
+
 @pytest.mark.parametrize("optimizer_class", [ASGO, Shampoo])
 def test_finite_roots_warn_of_nothing(optimizer_class, recwarn):
     param = parameter(start(SHAPE), torch.float32)
