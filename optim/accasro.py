@@ -24,6 +24,7 @@ def accasro_update(
     *,
     weight1: float | Tensor,
     weight2: float | Tensor,
+    beta2: float | Tensor,
     decrement: Scalar,
     min_scale: Scalar,
     max_scale: Scalar,
@@ -35,7 +36,7 @@ def accasro_update(
     Where a sign flipped is held in numbers, not in masks: `lerp` by 0 or 1 is exact, and several times faster on a CPU.
     """
     moment_flipped = exp_avg.sign()
-    move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2)
+    move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2, beta2)
     moment_flipped.mul_(exp_avg).lt_(0)  # 1 where the sign flipped, else 0
     grad_sign = grad.sign()
     grad_kept = last_sign.to(grad.dtype, copy=True).mul_(grad_sign).ge_(0)  # 0 where the sign flipped, else 1

@@ -30,15 +30,29 @@ def adam_scalars(group: Group, step: Scalar) -> dict[str, Scalar]:
         "eps": group["eps"] * root,
         "weight1": 1 - beta1,
         "weight2": 1 - beta2,
+        "beta2": beta2,
     }
 
 
 def move_moments(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weight1: float | Tensor, weight2: float | Tensor
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    weight1: float | Tensor,
+    weight2: float | Tensor,
+    beta2: float | Tensor,
 ) -> None:
-    """Both moments of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), in place."""
+    """Both moments of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), in place; `beta2` is `1 − weight2`.
+
+    The square of a finite gradient can be infinite. From there `lerp` gives NaN, since it subtracts; this sum stays
+    infinite, and the step of that element is zero.
+    """
     exp_avg.lerp_(grad, weight1)
-    exp_avg_sq.lerp_(grad.square(), weight2)
+    exp_avg_sq.mul_(beta2)
+    if isinstance(weight2, Tensor):
+        exp_avg_sq.add_(grad * weight2 * grad)
+    else:
+        exp_avg_sq.addcmul_(grad, grad, value=weight2)
 
 
 def scaled_adam_step(
@@ -51,13 +65,16 @@ def scaled_adam_step(
     step_size: Scalar,
     eps: Scalar,
 ) -> None:
-    """Adam's step times a scale an element, in place, with decoupled weight decay; numbers as in `adam_scalars`."""
-    numerator, denominator = exp_avg * scale, exp_avg_sq.sqrt().add_(eps)
+    """Adam's step times a scale an element, in place, with decoupled weight decay; numbers as in `adam_scalars`.
+
+    The scale comes last: times a huge first moment it could be infinite, and infinity by infinity is NaN.
+    """
+    direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
     weight.mul_(keep)
     if isinstance(step_size, Tensor):
-        weight.sub_(numerator.div_(denominator).mul_(step_size))
+        weight.sub_(direction.mul_(scale).mul_(step_size))
     else:
-        weight.addcdiv_(numerator, denominator, value=-step_size)
+        weight.addcmul_(direction, scale, value=-step_size)
 
 
 def update_with_adam(params: list[Tensor], states: list[State], group: Group) -> None:

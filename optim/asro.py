@@ -21,6 +21,7 @@ def asro_update(
     *,
     weight1: float | Tensor,
     weight2: float | Tensor,
+    beta2: float | Tensor,
     decrement: Scalar,
     min_scale: Scalar,
     max_scale: Scalar,
@@ -28,7 +29,7 @@ def asro_update(
 ) -> None:
     """Move a weight and its state by one step, in place; all tensors of one shape. `step`: see `scaled_adam_step`."""
     flipped = exp_avg.sign()
-    move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2)
+    move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2, beta2)
     flipped.mul_(exp_avg).lt_(0)  # 1 where the sign flipped, else 0
     add_scaled_(scale, flipped, -decrement).clamp_(min_scale, max_scale)  # type: ignore[arg-type]
     scaled_adam_step(weight, exp_avg, exp_avg_sq, scale, **step)

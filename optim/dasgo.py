@@ -26,18 +26,33 @@ def dasgo_factors(
 ) -> list[Tensor]:
     """Move `√v` of each matrix; the factors by which the columns of its momentum become the update, shape (n,).
 
-    The squares are summed over the rows, in double precision where the device has it; `sizes` counts the elements.
+    The squares are summed over the rows, in double precision where the device has it, and so are the factors, which
+    tiny momenta can take beyond the range of a float32; `sizes` counts the elements.
     """
     lengths = [squares.numel() for squares in grad_squares]
     squares = torch.cat(list(grad_squares))
-    v = torch.cat([rms.flatten() for rms in column_rms]).to(squares.dtype).square_().lerp_(squares, 1 - beta2)
-    torch._foreach_copy_(list(column_rms), list(torch.split(v.sqrt(), lengths)))
+    # Not `lerp`, which makes NaN of an infinite state.
+    v = (
+        torch.cat([rms.flatten() for rms in column_rms])
+        .to(squares.dtype)
+        .square_()
+        .mul_(beta2)
+        .add_(squares, alpha=1 - beta2)
+    )
+    # A column's norm can be above the largest float32, though no entry is.
+    torch._foreach_copy_(list(column_rms), list(torch.split(_within(column_rms[0].dtype, v.sqrt()), lengths)))
     inverse = torch.where(v + eps > 0, (v + eps).rsqrt(), 0.0)
     norms = torch.stack(torch._foreach_norm(torch.split(torch.cat(list(momentum_squares)).sqrt_() * inverse, lengths)))
     to_unit = torch.where(norms > 0, 1 / norms, 0.0)
     factors = [columns * unit for columns, unit in zip(torch.split(inverse, lengths), to_unit, strict=True)]
     torch._foreach_mul_(factors, [UPDATE_RMS * math.sqrt(size) for size in sizes])
-    return [factor.to(rms.dtype) for factor, rms in zip(factors, column_rms, strict=True)]
+    return factors
+
+
+def _within(dtype: torch.dtype, values: Tensor) -> Tensor:
+    """The values in a precision whose range some of them may leave; those become its largest number."""
+    limit = torch.finfo(dtype).max
+    return values.clamp(-limit, limit).to(dtype)
 
 
 def column_squares(matrix: Tensor) -> Tensor:
@@ -137,7 +152,8 @@ def _update(
         sums = [(column_squares(grad), column_squares(momentum)) for grad, momentum in zip(grads, momenta, strict=True)]
     grad_squares, momentum_squares = zip(*sums, strict=True)
     factors = dasgo_factors(grad_squares, momentum_squares, column_rms, sizes, beta2=group["beta2"], eps=group["eps"])
-    steps = [factor.mul_(-lr) for factor in factors]
+    # With an infinite factor, an entry of zero would become NaN.
+    steps = [_within(rms.dtype, factor.mul_(-lr)) for factor, rms in zip(factors, column_rms, strict=True)]
     if is_native:
         native.dasgo_step(weights, momenta, steps, keep)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .adam import update_with_adam, zero_moments
 from .base import BaseOptimizer, Group, State, can_be_read, describe, gradient, new_step, state_dtype
 from .blocks import Stack, block_sizes, blocks_of, stacks_of
-from .matrix_functions import largest
+from .matrix_functions import scaled_to_one
 
 UPDATE_RMS = 0.2
 """Root mean square of an update's entries: about AdamW's, so its learning rates carry over (arXiv 2502.16982)."""
@@ -177,7 +177,7 @@ class MatrixOptimizer(BaseOptimizer):
 
 def with_norm(updates: Tensor, norm: float | Tensor) -> Tensor:
     """Each of the updates, shape (k, m, n), scaled to a Frobenius norm; a zero update stays zero."""
-    unit = updates / largest(updates).clamp_min(torch.finfo(updates.dtype).tiny)
+    unit = scaled_to_one(updates)
     return unit.mul_(norm / torch.linalg.matrix_norm(unit, keepdim=True).clamp_min(1.0))
 
 

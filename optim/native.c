@@ -11,7 +11,7 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 
 typedef struct {
-    float keep, step_size, eps, weight1, weight2, decrement, min_scale, max_scale, increment;
+    float keep, step_size, eps, weight1, weight2, beta2, decrement, min_scale, max_scale, increment;
 } Scalars;
 
 typedef float *restrict Floats;
@@ -39,14 +39,14 @@ NOINLINE static void asro_range(int64_t n, Floats p, Inputs g, Floats m, Floats 
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         float moment = lerp(m[i], g[i], c.weight1);
-        float square = lerp(v[i], g[i] * g[i], c.weight2);
+        float square = v[i] * c.beta2 + c.weight2 * g[i] * g[i];
         float scale = s[i];
         scale = pick(flipped(m[i], moment), scale - c.decrement, scale);
         scale = clamp(scale, c.min_scale, c.max_scale);
         m[i] = moment;
         v[i] = square;
         s[i] = scale;
-        p[i] = p[i] * c.keep - c.step_size * (moment * scale / (sqrtf(square) + c.eps));
+        p[i] = p[i] * c.keep - c.step_size * (moment / (sqrtf(square) + c.eps) * scale);
     }
 }
 
@@ -55,7 +55,7 @@ NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floa
 #pragma omp simd
     for (int64_t i = 0; i < n; i++) {
         float moment = lerp(m[i], g[i], c.weight1);
-        float square = lerp(v[i], g[i] * g[i], c.weight2);
+        float square = v[i] * c.beta2 + c.weight2 * g[i] * g[i];
         int grad_flipped = flipped(g[i], last_sign[i]);
         int moment_flipped = flipped(m[i], moment);
         float scale = s[i], old = saved[i];
@@ -68,7 +68,7 @@ NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floa
         v[i] = square;
         s[i] = scale;
         last_sign[i] = (int8_t)((g[i] > 0) - (g[i] < 0));
-        p[i] = p[i] * c.keep - c.step_size * (moment * scale / (sqrtf(square) + c.eps));
+        p[i] = p[i] * c.keep - c.step_size * (moment / (sqrtf(square) + c.eps) * scale);
     }
 }
 

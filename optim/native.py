@@ -37,7 +37,18 @@ _CHOICES = (  # the first that compiles; Apple's compiler has no OpenMP, and one
     ("-fopenmp-simd",),
 )
 _TIMEOUT_S = 60
-_SCALARS = ("keep", "step_size", "eps", "weight1", "weight2", "decrement", "min_scale", "max_scale", "increment")
+_SCALARS = (
+    "keep",
+    "step_size",
+    "eps",
+    "weight1",
+    "weight2",
+    "beta2",
+    "decrement",
+    "min_scale",
+    "max_scale",
+    "increment",
+)
 _DTYPES = {  # of a row; the last of `accasro` is a sign
     "asro": (torch.float32,) * 5,
     "accasro": (*(torch.float32,) * 6, torch.int8),

@@ -58,7 +58,9 @@ def move_factors(factors: Sequence[Factor], matrices: Tensor, weight: float) -> 
     old_scales = [factor.state[factor.scale_key] for factor in factors]
     stack, scales = torch.stack(old), torch.stack(old_scales)[:, None, None]
     size = scales * stack.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None].sqrt()
-    new_scales = _power_of_two(torch.maximum(size, largest(matrices)))
+    # A factor's norm can be above the largest float32, though no gradient is.
+    limit = torch.finfo(size.dtype).max
+    new_scales = _power_of_two(torch.maximum(size, largest(matrices)).clamp_max(limit))
     ratio = (scales / new_scales).clamp_max(_RATIO_LIMIT)
     scaled = matrices / new_scales
     moved = torch.baddbmm(stack * ratio * ratio, scaled, scaled.mT, beta=1 - weight, alpha=weight)
