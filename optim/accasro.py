@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -54,9 +57,9 @@ class AccAsro(ElementwiseOptimizer):
 
     From step `scale_start_step` on, after Adam's moments have moved, in this order::
 
-        s ← s_b                                       where the gradient's sign flipped
-        s ← s − decrement, then s_b ← s               where the first moment's sign flipped
-        s ← s + increment · (1.01 − t / total_steps)  where the gradient's sign did not flip
+        s ← s_b                                             where the gradient's sign flipped
+        s ← s − decrement, then s_b ← s                     where the first moment's sign flipped
+        s ← s + increment · max(0, 1.01 − t / total_steps)  where the gradient's sign did not flip
         s ← clamp(s, min_scale, max_scale)
 
     and at every step `W ← (1 − lr · weight_decay) W − lr · s · m̂ / (√v̂ + eps)`. A sign flips when it and the last
@@ -72,7 +75,8 @@ class AccAsro(ElementwiseOptimizer):
         decrement: what a sign change of the first moment takes from the scale.
         max_scale: the largest scale.
         min_scale: the smallest scale.
-        total_steps: steps of the whole training, over which the increment falls to a hundredth.
+        total_steps: steps of the whole training, over which the increment falls to a hundredth; beyond them, to zero.
+            `load_state_dict` keeps this number, since a training that is resumed may be longer than it was.
         scale_start_step: the first step (1-based) at which scales change.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
@@ -133,7 +137,8 @@ class AccAsro(ElementwiseOptimizer):
     def scalars(self, group: Group, step: Scalar) -> dict[str, Scalar]:
         """Adam's, and those of the scales, which leave them at 1 before `scale_start_step`."""
         start = group["scale_start_step"]
-        increment = group["increment"] * (1.01 - step / group["total_steps"])
+        left = 1.01 - step / group["total_steps"]
+        increment = group["increment"] * (left.clamp_min(0.0) if isinstance(left, Tensor) else max(0.0, left))
         return {
             **adam_scalars(group, step),
             "decrement": since(start, step, group["decrement"], 0.0),
@@ -141,3 +146,16 @@ class AccAsro(ElementwiseOptimizer):
             "max_scale": since(start, step, group["max_scale"], 1.0),
             "increment": since(start, step, increment, 0.0),
         }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, with each group's own `total_steps`; warns where the state has another."""
+        own = [group["total_steps"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        loaded = [group["total_steps"] for group in self.param_groups]
+        for group, total_steps in zip(self.param_groups, own, strict=True):
+            group["total_steps"] = total_steps
+        if loaded != own:
+            pairs = sorted({f"{mine}, not {its}" for mine, its in zip(own, loaded, strict=True) if mine != its})
+            warnings.warn(
+                f"AccAsro keeps its own total_steps ({'; '.join(pairs)} as in the loaded state)", stacklevel=2
+            )

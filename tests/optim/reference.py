@@ -231,7 +231,7 @@ class AccAsro(ScaledAdam):
         self.s = np.where(gradient_flipped, self.saved, self.s)
         self.s = np.where(moment_flipped, self.s - self.decrement, self.s)
         self.saved = np.where(moment_flipped, self.s, self.saved)
-        grown = self.s + self.increment * (1.01 - self.t / self.total_steps)
+        grown = self.s + self.increment * max(0.0, 1.01 - self.t / self.total_steps)
         self.s = np.where(gradient_flipped, self.s, grown)
         self.s = np.clip(self.s, self.min_scale, self.max_scale)
 

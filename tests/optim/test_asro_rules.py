@@ -105,6 +105,21 @@ def test_accasro_growth_fades_with_the_share_of_steps_done():
     assert steps[-1] == pytest.approx(0.01)
 
 
+def test_accasro_grows_no_more_after_the_last_step_and_never_shrinks():
+    scales = accasro([1] * 8, increment=0.1, total_steps=3)
+    expected = [1 + sum(growth(step, total_steps=3) for step in range(1, count + 1)) for count in (1, 2, 3)]
+    assert scales == approx(expected + [expected[-1]] * 5)
+
+
+def test_accasro_on_a_device_grows_as_on_the_host():
+    """Where steps are counted on a GPU, the increment is a tensor."""
+    optimizer = AccAsro([torch.zeros(1)], 1.0, increment=0.1, decrement=0.0, total_steps=3, **NO_LIMIT)
+    for step in range(1, 9):
+        expected = optimizer.scalars(optimizer.param_groups[0], float(step))["increment"]
+        found = optimizer.scalars(optimizer.param_groups[0], torch.tensor(float(step)))["increment"]
+        assert float(found) == pytest.approx(expected, abs=1e-8)
+
+
 def test_accasro_goes_back_to_the_saved_scale_where_the_gradient_flips():
     # moments 4, 4, 2, 2.5: only the gradient flips, at steps 3 and 4, and nothing was saved since the start
     scales = accasro([8, 4, -1e-3, 3], increment=0.1)
@@ -194,3 +209,39 @@ def test_each_weight_has_its_own_scale():
     steady, flipped = (param.detach() - before).tolist()
     # m̂ after two steps: 1.25 / 0.75 against -0.75 / 0.75, and the same v̂
     assert flipped / steady == pytest.approx(-(0.75 / 1.25) * 0.5)
+
+
+# --- A training that is resumed for longer
+
+
+def groups_of(*total_steps: int) -> AccAsro:
+    settings = {"increment": 0.1, "decrement": 0.0, **NO_LIMIT}
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "total_steps": total} for total in total_steps]
+    return AccAsro(groups, 1.0, total_steps=1, **settings)
+
+
+def stepped(optimizer: AccAsro, steps: int) -> AccAsro:
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(1)
+        optimizer.step()
+    return optimizer
+
+
+def test_accasro_keeps_the_total_steps_of_its_constructor_and_says_so_once():
+    saved = stepped(groups_of(10, 20, 30), 10).state_dict()
+    resumed = groups_of(40, 20, 60)
+    with pytest.warns(UserWarning, match=r"total_steps \(40, not 10; 60, not 30 as in the loaded state\)") as caught:
+        resumed.load_state_dict(saved)
+    assert len(caught) == 1
+    assert [group["total_steps"] for group in resumed.param_groups] == [40, 20, 60]
+    param = resumed.param_groups[0]["params"][0]
+    before = resumed.state[param]["scale"].item()
+    stepped(resumed, 1)
+    assert resumed.state[param]["scale"].item() - before == pytest.approx(growth(11, total_steps=40), rel=1e-5)
+
+
+def test_accasro_says_nothing_where_the_total_steps_agree(recwarn):
+    saved = stepped(groups_of(10, 20), 2).state_dict()
+    groups_of(10, 20).load_state_dict(saved)
+    assert not recwarn.list
