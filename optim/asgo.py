@@ -10,14 +10,14 @@ from torch.optim.optimizer import ParamsT
 from .base import Group
 from .blocks import Stack
 from .keywords import RootMethod
-from .matrix_functions import inverse_sqrt
+from .matrix_functions import inverse_sqrt, scaled_to_one
 from .matrix_optimizer import UPDATE_RMS, with_norm
 from .preconditioned import PreconditionedOptimizer
 
 
 def asgo_update(momenta: Tensor, roots: Tensor) -> Tensor:
     """`V^{-1/2} M` with a root mean square of 0.2; `momenta` (k, p, q) with `p ≤ q`, `roots` (k, p, p)."""
-    return with_norm(roots @ momenta, UPDATE_RMS * math.sqrt(momenta[0].numel()))
+    return with_norm(roots @ scaled_to_one(momenta), UPDATE_RMS * math.sqrt(momenta[0].numel()))
 
 
 class ASGO(PreconditionedOptimizer):
@@ -90,7 +90,7 @@ class ASGO(PreconditionedOptimizer):
         return inverse_sqrt(factors, group["root_method"], group["root_steps"], ridges)
 
     def updates(
-        self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: list[Tensor], group: Group
+        self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group
     ) -> Tensor:
         """Algorithm 2 on a stack of matrices of equal shape, transposed where they are tall."""
-        return asgo_update(momenta, roots[0])
+        return asgo_update(momenta, roots["preconditioner"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,17 @@ class PreconditionedOptimizer(MatrixOptimizer):
 
     factors: tuple[str, ...]
     """State keys of the factor of the shorter side and, if there is one, of the longer."""
+    side_limit: float = math.inf
+    """A longer side has no factor, and is not preconditioned."""
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
         """Inverse roots of a stack of factors (k, p, p), with `eps` in their scales (k, 1, 1); each up to a factor."""
         raise AssertionError("a subclass implements this")
 
     def updates(
-        self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: list[Tensor], group: Group
+        self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group
     ) -> Tensor:
-        """The updates `U` of a stack, in the shape of `momenta` (k, p, q), from a stack of roots a factor."""
+        """The updates `U` of a stack, in the shape of `momenta` (k, p, q), from a stack of roots for each factor."""
         raise AssertionError("a subclass implements this")
 
     def param_state(self, param: Tensor, group: Group) -> State:
@@ -35,9 +39,14 @@ class PreconditionedOptimizer(MatrixOptimizer):
     def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
         """Factors, zeros."""
         state: State = {}
-        for key, side in zip(self.factors, sorted(shape), strict=False):
+        for key, side in self.sides(shape):
             state.update(zero_factor(key, side, like))
         return state
+
+    def sides(self, shape: tuple[int, int]) -> list[tuple[str, int]]:
+        """The factors of a matrix, each with its size."""
+        sides = zip(self.factors, sorted(shape), strict=False)
+        return [(key, side) for key, side in sides if side <= self.side_limit]
 
     def update_matrices(self, params: list[Tensor], group: Group) -> None:
         """Move all factors, refresh the roots that are due, all of one size at once, and step.
@@ -53,26 +62,30 @@ class PreconditionedOptimizer(MatrixOptimizer):
         torch._foreach_add_([self.state[param]["step"] for param in params], 1.0)
         stacks = self.stacks(params, group)
         factors = self._moved_factors(stacks, grads, group)
-        roots = self._roots([factor for sides in factors for side in sides for factor in side], group)
+        roots = self._roots([factor for sides in factors for side in sides.values() for factor in side], group)
         for stack, sides in zip(stacks, factors, strict=True):
-            side_roots = [torch.stack([roots[factor] for factor in side]) for side in sides]
+            side_roots = {key: torch.stack([roots[factor] for factor in side]) for key, side in sides.items()}
             updates = self.updates(stack, grads, stack.of(momenta), side_roots, group)
             stack.subtract(updates, on_host(group["lr"]), group["weight_decay"])
 
     def _moved_factors(
         self, stacks: list[Stack], grads: dict[Tensor, Tensor], group: Group
-    ) -> list[list[list[Factor]]]:
+    ) -> list[dict[str, list[Factor]]]:
         """For each stack and each of its sides, the factors of the stack's blocks, moved by this step's gradients."""
         names = {param: describe(group, index) for index, param in enumerate(group["params"])}
 
         def factor(block: Block, key: str) -> Factor:
             return Factor(self.state[block.param], key, block.suffix, names[block.param])
 
-        factors = [[[factor(block, key) for block in stack.blocks] for key in self.factors] for stack in stacks]
+        factors = [
+            {key: [factor(block, key) for block in stack.blocks] for key, _ in self.sides(stack.blocks[0].shape)}
+            for stack in stacks
+        ]
         for stack, sides in zip(stacks, factors, strict=True):
             matrices = stack.of(grads)
-            for side, of_side in zip(sides, (matrices, matrices.mT), strict=False):
-                move_factors(side, of_side, 1 - group["beta2"])
+            for key, of_side in zip(self.factors, (matrices, matrices.mT), strict=False):
+                if key in sides:
+                    move_factors(sides[key], of_side, 1 - group["beta2"])
         return factors
 
     def _roots(self, factors: list[Factor], group: Group) -> dict[Factor, Tensor]:

@@ -12,12 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-from optim import ASGO, Muon, Shampoo
+from optim import ASGO, AccAsro, Asro, Muon, Shampoo, elementwise, native, rows
 
-from .cases import DESCRIPTIONS, full_rank, parameter, set_gradient
-from .reference import newton_schulz_orthogonalization
+from .cases import DESCRIPTIONS, Description, every_optimizer, full_rank, noise, parameter, set_gradient
+from .reference import inverse_root, newton_schulz_orthogonalization
 
 BY_NAME = {case.name: case for case in DESCRIPTIONS}
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """As on a machine without a C compiler."""
+    monkeypatch.setattr(native, "library", lambda: None)
+
+
 METHODS = ["auto", "eigh", "polar_express", "newton_schulz", "newton"]
 
 
@@ -143,7 +151,7 @@ def test_ranks_from_one_to_full(method, rank):
     ("optimizer_class", "shape"),
     [
         *[(ASGO, shape) for shape in [(1, 1), (1, 3072), (3072, 1), (2, 3), (3072, 64)]],
-        *[(Shampoo, shape) for shape in [(1, 1), (1, 300), (300, 1), (2, 3), (2304, 64)]],
+        *[(Shampoo, shape) for shape in [(1, 1), (1, 300), (300, 1), (2, 3), (2304, 32)]],
     ],
 )
 def test_sizes(optimizer_class, shape):
@@ -158,6 +166,15 @@ def test_the_largest_size():
     reflection = np.eye(3072, dtype=np.float32) - np.outer(v, 2 * v / (v @ v))
     gradient = reflection * np.logspace(0, -1, 3072, dtype=np.float32)
     assert error(update(ASGO, gradient, torch.float32), reflection / math.sqrt(3072)) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 32])
+@pytest.mark.parametrize("size", [64, 300, 512])
+@pytest.mark.parametrize("optimizer_class", [ASGO, Shampoo])
+def test_low_ranks_at_several_sizes(optimizer_class, size, rank):
+    gradient = 1e3 * gradient_of((size, size), 10.0, rank)
+    expected = orthogonal(size)[:, :rank] @ orthogonal(size, 1)[:, :rank].T / math.sqrt(rank)
+    assert error(update(optimizer_class, gradient, torch.float32), expected) < 1e-3
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-10, 1e10, 1e20])
@@ -189,3 +206,156 @@ def test_magnitudes_from_the_first_step(name, scale):
         refer.step(scaled)
     mine, expected = param.detach().double().numpy(), refer.parameter
     assert np.linalg.norm(mine - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+SMALL, NATIVE = (4, 6), (200, 200)
+"""The second is above `native.WORTH_FROM`."""
+
+
+def after_a_spike(
+    case: Description, shape: tuple[int, int], spike: float, dtype: torch.dtype = torch.float32, steps: int = 6
+) -> torch.Tensor:
+    """The weights after steps with usual gradients, of which the third has one entry of the spike's size."""
+    param = parameter(np.ones(shape), dtype)
+    optimizer = case.build([param])
+    for index, gradient in enumerate(noise(shape, steps)):
+        set_gradient(param, gradient)
+        if index == 2:
+            param.grad[1, 2] = spike
+        optimizer.step()
+    return param.detach()
+
+
+@pytest.mark.parametrize("spike", [3e19, -1e25, 1e38, 3.4e38])
+@pytest.mark.parametrize("shape", [SMALL, NATIVE])
+@every_optimizer
+def test_one_huge_gradient_leaves_all_weights_finite(case, shape, spike):
+    assert torch.isfinite(after_a_spike(case, shape, spike)).all()
+
+
+@pytest.mark.parametrize("optimizer_class", [Asro, AccAsro])
+@pytest.mark.parametrize("shape", [SMALL, NATIVE])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_one_huge_gradient_concerns_no_other_weight(compiler, shape, optimizer_class, request):
+    if not compiler:
+        request.getfixturevalue("no_compiler")
+    case = BY_NAME[optimizer_class.__name__]
+    spiked, usual = after_a_spike(case, shape, 3e38), after_a_spike(case, shape, 1.0)
+    others = torch.ones(shape, dtype=torch.bool)
+    others[1, 2] = False
+    assert torch.equal(spiked[others], usual[others])
+    assert torch.isfinite(spiked).all()
+
+
+@pytest.mark.parametrize("name", ["Asro", "AccAsro"])
+def test_one_huge_gradient_where_all_numbers_are_tensors(name, monkeypatch):
+    """As they are in a graph that is compiled for a GPU."""
+
+    def run(self, of_all, scalars):
+        rows.update_rows(type(self).update, of_all, {key: torch.tensor(value) for key, value in scalars.items()})
+
+    usual = after_a_spike(BY_NAME[name], SMALL, 3e38)
+    monkeypatch.setattr(elementwise.ElementwiseOptimizer, "_run", run)
+    # a float32 number instead of a double one: three roundings a step
+    torch.testing.assert_close(after_a_spike(BY_NAME[name], SMALL, 3e38), usual, rtol=2e-6, atol=2e-6)
+    assert torch.isfinite(usual).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spike"),
+    [(torch.float16, 6e4), (torch.bfloat16, 3e19), (torch.bfloat16, 3.3e38), (torch.float64, 1e160)],
+    ids=str,
+)
+@every_optimizer
+def test_one_huge_gradient_in_other_precisions(case, dtype, spike):
+    assert torch.isfinite(after_a_spike(case, SMALL, spike, dtype)).all()
+
+
+@every_optimizer
+def test_gradients_all_huge(case):
+    """Norms and sums of squares leave float32, though no entry does."""
+    param = parameter(np.ones(NATIVE), torch.float32)
+    optimizer = case.build([param])
+    for index, gradient in enumerate(noise(NATIVE, 5)):
+        set_gradient(param, np.sign(gradient) * 3.4e38 if index == 1 else gradient)
+        optimizer.step()
+        assert torch.isfinite(param).all()
+
+
+@pytest.mark.parametrize("shape", [SMALL, NATIVE])
+@pytest.mark.parametrize("name", ["Asro", "AccAsro", "DASGO"])
+def test_an_infinite_second_moment_from_a_checkpoint(name, shape):
+    param = parameter(np.ones(shape), torch.float32)
+    optimizer = BY_NAME[name].build([param])
+    for index, gradient in enumerate(noise(shape, 4)):
+        set_gradient(param, gradient)
+        optimizer.step()
+        if index == 0:
+            state = optimizer.state_dict()
+            state["state"][0]["column_rms" if name == "DASGO" else "exp_avg_sq"].view(-1)[3] = torch.inf
+            optimizer.load_state_dict(state)
+    assert torch.isfinite(param).all()
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-38, 1e-40, 1e-44])
+@pytest.mark.parametrize("shape", [SMALL, NATIVE])
+@every_optimizer
+def test_denormal_gradients(case, shape, scale):
+    param = parameter(np.ones(shape), torch.float32)
+    optimizer = case.build([param])
+    for gradient in noise(shape, 3):
+        set_gradient(param, scale * gradient)
+        optimizer.step()
+    assert torch.isfinite(param).all()
+
+
+@pytest.mark.parametrize("shape", [SMALL, NATIVE])
+def test_dasgo_is_right_down_to_denormal_momenta(shape):
+    """Denormal numbers are 1.4e-45 apart, so a momentum of 1e-39 is rounded by less than a millionth."""
+    param, refer = parameter(np.zeros(shape), torch.float32), BY_NAME["DASGO"].refer(np.zeros(shape))
+    optimizer = BY_NAME["DASGO"].build([param])
+    for gradient in noise(shape, 3):
+        scaled = (1e-38 * gradient).astype(np.float32)
+        set_gradient(param, scaled)
+        optimizer.step()
+        refer.step(scaled)
+    mine = param.detach().double().numpy()
+    assert np.linalg.norm(mine - refer.parameter) < 1e-5 * np.linalg.norm(refer.parameter)
+
+
+# --- Sides that are too long for a factor
+
+
+@pytest.mark.parametrize("shape", [(1, 1_000_000), (100_000, 8)])
+def test_shampoo_says_which_side_it_leaves_alone(shape):
+    param = torch.nn.Parameter(torch.ones(shape))
+    with pytest.warns(UserWarning, match=rf"side of {max(shape)} of parameter 'layer.weight'.*rule='adam'"):
+        optimizer = Shampoo([("layer.weight", param)])
+    param.grad = torch.ones(shape)
+    optimizer.step()
+    assert torch.isfinite(param).all()
+    assert not torch.equal(param, torch.ones(shape))
+    assert [tuple(v.shape) for k, v in optimizer.state[param].items() if k.endswith("factor")] == [(min(shape),) * 2]
+
+
+def test_shampoo_warns_of_no_shorter_side(recwarn):
+    Shampoo([torch.nn.Parameter(torch.ones(4, 10_000))])
+    Shampoo([{"params": [torch.nn.Parameter(torch.ones(20_000, 4))], "row_blocks": 4}])
+    Shampoo([{"params": [torch.nn.Parameter(torch.ones(20_000, 4))], "rule": "adam"}])
+    assert not recwarn.list
+
+
+@pytest.mark.filterwarnings("ignore:Shampoo leaves a side")
+@pytest.mark.parametrize(("limit", "kept"), [(9, 2), (8, 1), (3, 0)])
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
+def test_shampoo_preconditions_the_sides_up_to_the_limit(shape, limit, kept, monkeypatch):
+    monkeypatch.setattr(Shampoo, "side_limit", limit)
+    gradient = full_rank(shape)[0]
+    wide = gradient if shape[0] < shape[1] else gradient.T
+    expected = wide
+    if kept > 0:
+        expected = inverse_root(0.001 * wide @ wide.T + 1e-10 * np.eye(4), 1 / 4) @ expected
+    if kept > 1:
+        expected = expected @ inverse_root(0.001 * wide.T @ wide + 1e-10 * np.eye(9), 1 / 4)
+    expected = expected if shape[0] < shape[1] else expected.T
+    assert error(update(Shampoo, gradient, torch.float64), expected / np.linalg.norm(expected)) < 1e-6
