@@ -95,9 +95,8 @@ class Shampoo(PreconditionedOptimizer):
         super().check_param(group, index, param)
         if group["rule"] == "adam":
             return
-        rows, *others = param.shape
-        blocks = [rows] if group["row_blocks"] is None else block_sizes(rows, group["row_blocks"])
-        side = max(math.prod(others), *blocks)
+        rows, *others = param.shape[group["batch_dims"] :]
+        side = max(math.prod(others), *block_sizes(rows, group["row_blocks"]))
         if side > self.side_limit:
             warnings.warn(
                 f"Shampoo leaves a side of {side} of {describe(group, index)} without preconditioner, since its limit "

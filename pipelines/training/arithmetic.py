@@ -59,7 +59,9 @@ def agree_on_arithmetic(
 
 def differences_in_arithmetic(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What a resumed run computes with that it did not before, in words; empty if nothing is known to differ."""
-    changed = [f"{key}: {before[key]} before, {value} now" for key, value in now.items() if before.get(key, value) != value]
+    changed = [
+        f"{key}: {before[key]} before, {value} now" for key, value in now.items() if before.get(key, value) != value
+    ]
     if not changed:
         return ""
     return f"resumed, but not bit for bit: other rounding from here on ({'; '.join(changed)})"

@@ -23,7 +23,7 @@ BY_NAME = {case.name: case for case in DESCRIPTIONS}
 @pytest.fixture
 def no_compiler(monkeypatch):
     """As on a machine without a C compiler."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "is_available", lambda: False)
 
 
 METHODS = ["auto", "eigh", "polar_express", "newton_schulz", "newton"]
@@ -342,6 +342,7 @@ def test_shampoo_warns_of_no_shorter_side(recwarn):
     Shampoo([torch.nn.Parameter(torch.ones(4, 10_000))])
     Shampoo([{"params": [torch.nn.Parameter(torch.ones(20_000, 4))], "row_blocks": 4}])
     Shampoo([{"params": [torch.nn.Parameter(torch.ones(20_000, 4))], "rule": "adam"}])
+    Shampoo([{"params": [torch.nn.Parameter(torch.ones(20_000, 4, 4))], "batch_dims": 1}])
     assert not recwarn.list
 
 
