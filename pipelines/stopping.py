@@ -61,7 +61,7 @@ def interrupted() -> bool:
 
 
 def catch_ctrl_c() -> None:
-    """Have Ctrl-C noted, and raise `KeyboardInterrupt`; the second one, or one in an import, ends the process at once."""
+    """Have Ctrl-C noted, and raise `KeyboardInterrupt`; in an import, and the second time, it ends the process."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _without_interrupts
@@ -80,7 +80,7 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_globals.get("__name__") != "importlib._bootstrap":
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
         frame = frame.f_back
     return frame is not None
 
