@@ -10,11 +10,12 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed.run as torchrun
 from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[attr-defined]
@@ -40,6 +41,8 @@ from asgo_cli.live import clear_left_over
 from asgo_cli.worker import LAUNCHER, OUTCOMES, RESTARTED, Kind, Outcome, read_outcomes
 from pipelines.errors import AsgoError, RunInterrupted
 from pipelines.stopping import stop_signals
+
+Value = TypeVar("Value")
 
 _GRACE_S = 30
 """Torch kills workers that have not ended so long after a signal."""
@@ -84,9 +87,10 @@ def run_workers(arguments: Sequence[str]) -> int:
 
 
 def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path, signals: _Signals) -> int:
-    agent = _agent(config, command, arguments, folder, signals)
+    agent = None
     try:
         with signals.raised():
+            agent = _agent(config, command, arguments, folder, signals)
             agent.run()
         return 0
     except WorkersEnded as ended:
@@ -96,7 +100,8 @@ def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: P
         clear_left_over()
         return _tell_after_signal(agent, caught.sigval)
     finally:
-        agent.leave()
+        if agent is not None:
+            agent.leave()
 
 
 def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder: Path, signals: _Signals) -> _Agent:
@@ -128,7 +133,21 @@ def _meeting_place(config: LaunchConfig) -> RendezvousHandler:
         config.local_addr,
         **config.rdzv_configs,
     )
-    return rendezvous_handler_registry.create_handler(parameters)
+    return _answered(lambda: rendezvous_handler_registry.create_handler(parameters))
+
+
+def _answered(ask: Callable[[], Value]) -> Value:
+    """The result of a call that waits for another machine, during which Python could not heed a signal."""
+    answer: Future[Value] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(ask())
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return answer.result()
 
 
 class _Alone(RendezvousHandler):
@@ -171,7 +190,6 @@ class _Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, logs_specs: Any, folder: Path, endpoint: str, signals: _Signals) -> None:
         super().__init__(spec, logs_specs)
-        self.is_alone = isinstance(spec.rdzv_handler, _Alone)
         self.has_workers = False
         self._folder = folder
         self._endpoint = endpoint
@@ -339,11 +357,11 @@ def _tell(first: Outcome) -> int:
     return first.exit_code
 
 
-def _tell_after_signal(agent: _Agent, number: signal.Signals) -> int:
-    if not agent.has_workers and agent.is_alone:
+def _tell_after_signal(agent: _Agent | None, number: signal.Signals) -> int:
+    if (agent is None or not agent.has_workers) and RESTARTED not in os.environ:
         console.say(f"stopped: {number.name} before the processes were started")
         return 128 + number
-    if not agent.has_workers:
+    if agent is None or not agent.has_workers:
         console.say(
             f"stopped: {number.name} while waiting for the other machines; the same command goes on, with --resume"
         )

@@ -298,6 +298,17 @@ def test_two_machines_meet_and_a_signal_to_one_is_all_it_takes_there(
     assert [launcher.end() for launcher in both] == [(75, "stopped: SIGTERM: saved\n")] * 2
 
 
+def test_ctrl_c_while_another_machine_is_waited_for_is_one_line(launch: Callable[..., Launcher]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE_S)
+        launcher = launch("finishes", *machine(1, silent.getsockname()[1]))
+        connection, _ = silent.accept()
+        os.kill(int(launcher.process.pid or 0), signal.SIGINT)
+        code, words = launcher.end()
+        connection.close()
+    assert (code, words) == (130, "stopped: SIGINT before the processes were started\n")
+
+
 def test_a_port_that_is_taken_is_one_line(launch: Callable[..., Launcher]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
