@@ -17,25 +17,26 @@ from torch import Tensor
 from pipelines.data.foreign import open_foreign_tokens
 from pipelines.data.manifest import MANIFEST, UNFINISHED, ShardEntry, fingerprint, load_manifest
 from pipelines.data.permutation import EpochStream
-from pipelines.data.shards import open_shard
-from pipelines.data.tokenizers import Gpt2Tokenizer, Tokens, build_tokenizer
+from pipelines.data.shards import TokenFile, allow_open_files, open_shard
+from pipelines.data.tokenizers import Gpt2Tokenizer, build_tokenizer
 from pipelines.errors import AsgoError, UsageError
+
+_TOKENS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True, eq=False)
 class TokenData:
     """A folder of token shards, open for reading.
 
-    `tokenizer` is what `build_tokenizer` takes; the shards are mapped from disk, each of shape (tokens,). Equal data
-    has an equal `fingerprint`, wherever the folder lies.
+    `tokenizer` is what `build_tokenizer` takes. Equal data has an equal `fingerprint`, wherever the folder lies.
     """
 
     folder: Path
     tokenizer: dict[str, str]
     vocab_size: int
     fingerprint: str
-    train: tuple[Tokens, ...]
-    validation: tuple[Tokens, ...]
+    train: tuple[TokenFile, ...]
+    validation: tuple[TokenFile, ...]
 
 
 def open_token_data(folder: Path) -> TokenData:
@@ -44,12 +45,15 @@ def open_token_data(folder: Path) -> TokenData:
     Raises `UsageError` if it does not exist, and `AsgoError` if it is unfinished, or if the manifest or a shard is
     missing or damaged.
     """
+    if folder.is_file():
+        raise UsageError(f"{folder}: this is a file; {_advice_on_file(folder)}")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder; make it with: {_command_that_makes(folder)}")
     if not any((folder / name).exists() for name in (MANIFEST, UNFINISHED)):
         return _open_without_manifest(folder)
     manifest = load_manifest(folder)
     vocab_size = build_tokenizer(manifest.tokenizer).vocab_size
+    allow_open_files(len(manifest.shards))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         validation, *train = pool.map(lambda shard: _open(folder, shard, vocab_size), manifest.shards)
     return TokenData(
@@ -133,29 +137,39 @@ class ValidationBatches:
 class _Windows:
     """The windows of some shards, numbered from the first shard's beginning to the last one's end."""
 
-    def __init__(self, shards: Sequence[Tokens], context_length: int, pinned: bool) -> None:
-        # Views without the class: a slice of a memmap costs ten times that of an array.
-        self._shards = [np.asarray(shard) for shard in shards]
+    def __init__(self, shards: Sequence[TokenFile], context_length: int, pinned: bool) -> None:
+        self._shards = shards
         self._context_length = context_length
         self._pinned = pinned
+        self._at_once = max(1, _TOKENS_AT_ONCE // context_length)
         self._first = np.cumsum([0, *((len(shard) - 1) // context_length for shard in shards)])
         self.count = int(self._first[-1])
 
     def read(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the windows (rows,): int64 tensors (rows, context_length).
 
-        The tokens go from the map to their places in one step, and are nowhere else in between.
+        A few windows at a time go from their files to their two places.
         """
         shards = np.searchsorted(self._first, windows, side="right") - 1
         starts = (windows - self._first[shards]) * self._context_length
+        places = list(zip(shards.tolist(), starts.tolist(), strict=True))
         shape = (len(windows), self._context_length)
         inputs, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(2))
-        places = zip(shards.tolist(), starts.tolist(), inputs.numpy(), targets.numpy(), strict=True)
-        for shard, start, input_row, target_row in places:
-            tokens = self._shards[shard][start : start + self._context_length + 1]
-            input_row[:] = tokens[:-1]
-            target_row[:] = tokens[1:]
+        tokens = np.empty((self._at_once, self._context_length + 1), dtype=np.uint16)
+        for first in range(0, len(places), self._at_once):
+            some = places[first : first + self._at_once]
+            for row, (shard, start) in zip(tokens, some, strict=False):
+                self._shards[shard].read_into(row, start)
+            rows = slice(first, first + len(some))
+            inputs.numpy()[rows] = tokens[: len(some), :-1]
+            targets.numpy()[rows] = tokens[: len(some), 1:]
         return inputs, targets
+
+
+def _advice_on_file(file: Path) -> str:
+    if file.suffix == ".bin":
+        return f"give the folder that it is in: --data {shlex.quote(str(file.parent))}"
+    return f"make tokens of its text with: asgo data text {shlex.quote(str(file))} --out FOLDER"
 
 
 def _command_that_makes(folder: Path) -> str:
@@ -164,7 +178,7 @@ def _command_that_makes(folder: Path) -> str:
     return f"asgo data {what} --out {shlex.quote(str(folder))}"
 
 
-def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> Tokens:
+def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> TokenFile:
     path = folder / shard.file
     if not path.exists():
         raise AsgoError(f"{path}: this shard is missing; make the folder again, or copy the file again")
@@ -176,7 +190,7 @@ def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> Tokens:
     return tokens
 
 
-def _too_short(folder: Path, shards: Sequence[Tokens], context_length: int, part: str) -> AsgoError:
+def _too_short(folder: Path, shards: Sequence[TokenFile], context_length: int, part: str) -> AsgoError:
     return AsgoError(
         f"{folder}: the longest {part} shard has {max(map(len, shards)):,} tokens, and one window of context length "
         f"{context_length:,} takes {context_length + 1:,}; give more text, or a shorter context"

@@ -13,23 +13,24 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.data.manifest import MANIFEST
-from pipelines.data.shards import HEADER_BYTES, MAGIC, header_problem, map_tokens, vocabulary_problem
-from pipelines.data.tokenizers import Gpt2Tokenizer, Tokens
+from pipelines.data.shards import HEADER_BYTES, MAGIC, TokenFile, allow_open_files, header_problem, vocabulary_problem
+from pipelines.data.tokenizers import Gpt2Tokenizer
 from pipelines.errors import AsgoError
 
 _LLAMA_3_MAGIC = 20240801
 _HEADERLESS = ("train.bin", "val.bin")  # what nanoGPT writes
 _PICKLED_TABLE = "meta.pkl"
 _PIECE_BYTES = 1 << 28  # nanoGPT's only training file would keep one core busy; the fingerprint depends on it
+_TOKENS_LOOKED_AT, _FEWEST_TOKENS = 1 << 16, 8
 _BYTES_AT_ONCE = 1 << 20  # stays in a core's cache between the digest and the maximum
 
 
 @dataclass(frozen=True, eq=False)
 class ForeignTokens:
-    """GPT-2 tokens mapped from the files of another program, each of shape (tokens,), and a digest of them all."""
+    """GPT-2 tokens in the files of another program, and a digest of them all."""
 
-    train: tuple[Tokens, ...]
-    validation: tuple[Tokens, ...]
+    train: tuple[TokenFile, ...]
+    validation: tuple[TokenFile, ...]
     fingerprint: str
 
 
@@ -45,10 +46,11 @@ def open_foreign_tokens(folder: Path) -> ForeignTokens:
     train, validation = (_files(folder, part) for part in ("train", "val"))
     offsets = {path: _first_token_at(path) for path in (*train, *validation)}
     digests = _checked_digests(offsets)
+    allow_open_files(len(offsets))
     content = [Gpt2Tokenizer.name, *([digests[path] for path in part] for part in (validation, train))]
     return ForeignTokens(
-        train=tuple(map_tokens(path, offsets[path]) for path in train),
-        validation=tuple(map_tokens(path, offsets[path]) for path in validation),
+        train=tuple(TokenFile(path, offsets[path]) for path in train),
+        validation=tuple(TokenFile(path, offsets[path]) for path in validation),
         fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
     )
 
@@ -100,6 +102,14 @@ def _require_headerless_gpt2(path: Path) -> None:
     size = path.stat().st_size
     if size % 2 or not size:
         raise _bad(path, f"{size:,} bytes are not a whole number of 16-bit tokens" if size else "it is empty")
+    # Of wider tokens the upper halves are 0, or 1 in a vocabulary of 100,000. Of 16-bit tokens every second one is not
+    # one of the four rarest signs.
+    upper_halves = np.fromfile(path, dtype="<u2", count=_TOKENS_LOOKED_AT)[1::2]
+    if len(upper_halves) >= _FEWEST_TOKENS and upper_halves.max() < 4:
+        raise AsgoError(
+            f"{path}: tokens of 32 or 64 bits, as it seems, and only 16-bit ones can be read; write them anew with "
+            "numpy's .astype(np.uint16), or make the folder from its text by `asgo data text`"
+        )
 
 
 def _checked_digests(offsets: dict[Path, int]) -> dict[Path, list[str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import resource
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +29,8 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 MAX_SHARD_TOKENS = 2**31 - 1  # the count is a signed 32-bit integer
 _TOKEN = np.dtype("<u2")
-_TOKENS_AT_ONCE = 1 << 24
+_TOKENS_AT_ONCE = 1 << 20
+_OTHER_FILES = 512
 
 
 class OpenShardState(Frozen):
@@ -81,11 +84,15 @@ class ShardWriter:
         """Tokens written so far, into complete shards and the one that is open."""
         return sum(entry.tokens for entry in self._entries) + (self._shard.tokens if self._shard else 0)
 
-    def write(self, tokens: Tokens, starts: NDArray[np.int64], documents: NDArray[np.int64]) -> int:
-        """Append whole documents, `tokens` (tokens,); each begins with its end-of-text token.
+    def write(
+        self, tokens: Tokens, starts: NDArray[np.int64], documents: NDArray[np.int64], *, complete: bool = True
+    ) -> int:
+        """Append documents, `tokens` (tokens,); each begins with its end-of-text token.
 
-        `starts` (documents,) are the places in `tokens` where they begin, ascending from 0; `documents` (documents,)
-        are their numbers in the source. Returns how many tokens were taken: fewer when the files are used up.
+        `starts` (documents,) are the places in `tokens` where they begin, ascending from 0, or from a negative place
+        where the first one began in earlier calls; `documents` (documents,) are their numbers in the source. The last
+        one goes on in the next call unless it is `complete`. Returns how many tokens were taken: fewer when the files
+        are used up.
         """
         taken = 0
         while taken < len(tokens):
@@ -96,7 +103,7 @@ class ShardWriter:
             first, last = np.searchsorted(starts, (taken, taken + shard.room))
             shard.append(tokens[part], documents=int(last - first))
             taken = min(part.stop, len(tokens))
-            self.end = _position(taken, len(tokens), starts, documents)
+            self.end = _position(taken, len(tokens) if complete else None, starts, documents)
             if not shard.room:
                 self._close(shard)
         return taken
@@ -143,7 +150,8 @@ class _OpenShard:
     def create(cls, path: Path, capacity: int) -> _OpenShard:
         """Begin an empty shard."""
         with naming(path):
-            shard = cls(path, _staged(path).open("wb"), hashlib.sha256(), capacity)
+            _staged(path).unlink(missing_ok=True)  # and a link that somebody has put there is not followed
+            shard = cls(path, _staged(path).open("xb"), hashlib.sha256(), capacity)
         # The header of a full shard: the running digest is then right for every shard but a shorter last one.
         shard._put(_header(capacity))
         return shard
@@ -155,7 +163,7 @@ class _OpenShard:
         if path.exists():  # it was completed after the checkpoint
             path.replace(staged)
         size = HEADER_BYTES + state.tokens * _TOKEN.itemsize
-        if staged.exists() and staged.stat().st_size >= size:
+        if staged.is_file() and not staged.is_symlink() and staged.stat().st_size >= size:
             os.truncate(staged, size)
             with staged.open("r+b") as written:
                 written.write(_header(capacity))  # it may have been finished as a shorter one
@@ -223,9 +231,9 @@ def _correct_header(path: Path, tokens: int) -> str:
     return sha256_of(path)
 
 
-def _position(taken: int, tokens: int, starts: NDArray[np.int64], documents: NDArray[np.int64]) -> SourcePosition:
-    """The place in the source after `taken` of `tokens` tokens."""
-    if taken == tokens:
+def _position(taken: int, end: int | None, starts: NDArray[np.int64], documents: NDArray[np.int64]) -> SourcePosition:
+    """The place in the source after `taken` tokens; the last document ends at `end`, if it does."""
+    if taken == end:
         return SourcePosition(document=int(documents[-1]) + 1, token=0)
     inside = int(np.searchsorted(starts, taken, side="right")) - 1
     return SourcePosition(document=int(documents[inside]), token=taken - int(starts[inside]))
@@ -237,20 +245,77 @@ def _require_size(path: Path, tokens: int) -> None:
         raise AsgoError(f"{path}: this finished shard is missing or has changed; pass --overwrite to start again")
 
 
-def open_shard(path: Path, vocab_size: int) -> np.memmap[tuple[int], np.dtype[np.uint16]]:
-    """The tokens of a shard, mapped from disk, shape (tokens,).
+class TokenFile:
+    """The tokens of a file from byte `offset` to its end, read when they are asked for; its length is their number.
+
+    They are not mapped into memory: where a mapped file has become shorter, the system ends the process without a word.
+    """
+
+    def __init__(self, path: Path, offset: int) -> None:
+        self.path = path
+        self._offset = offset
+        # It stays open as long as this is in use: the same tokens, whatever becomes of the name.
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._tokens = (os.fstat(self._descriptor).st_size - offset) // _TOKEN.itemsize
+
+    def __len__(self) -> int:
+        return self._tokens
+
+    def read_into(self, tokens: Tokens, start: int) -> None:
+        """Fill `tokens` (tokens,) from place `start` on. Raises `AsgoError` if the file has become shorter."""
+        place, size = self._offset + start * _TOKEN.itemsize, tokens.nbytes
+        try:
+            count = os.preadv(self._descriptor, [tokens], place)
+            while 0 < count < size:  # seldom: a signal, a network's file system
+                more = os.preadv(self._descriptor, [tokens.view(np.uint8)[count:]], place + count)
+                count = count + more if more else 0
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+        if count < size:
+            raise AsgoError(f"{self.path}: it has become shorter while in use; copy it again, and resume")
+
+    def read(self) -> Tokens:
+        """All tokens, (tokens,)."""
+        tokens = np.empty(self._tokens, dtype=_TOKEN)
+        for start in range(0, self._tokens, _TOKENS_AT_ONCE):  # the system reads two gigabytes at once at most
+            self.read_into(tokens[start : start + _TOKENS_AT_ONCE], start)
+        return tokens
+
+    def largest(self) -> int:
+        """The largest token; 0 of none."""
+        buffer, largest = np.empty(_TOKENS_AT_ONCE, dtype=_TOKEN), 0
+        for start in range(0, self._tokens, _TOKENS_AT_ONCE):
+            part = buffer[: self._tokens - start]
+            self.read_into(part, start)
+            largest = max(largest, int(part.max()))
+        return largest
+
+
+def allow_open_files(count: int) -> None:
+    """Let this process have `count` files open besides its others, as far as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+
+
+def open_shard(path: Path, vocab_size: int) -> TokenFile:
+    """The tokens of a shard.
 
     Raises `AsgoError` for a wrong magic number, version or size and for a token beyond the vocabulary.
     """
     problem = shard_problem(path, vocab_size)
     if problem is not None:
         raise AsgoError(f"{path}: {problem}; make the folder again, or copy this file again")
-    return map_tokens(path, HEADER_BYTES)
+    return TokenFile(path, HEADER_BYTES)
 
 
 def shard_problem(path: Path, vocab_size: int) -> str | None:
     """What is wrong with a shard file, or None. A file that cannot be opened raises `OSError`."""
-    return header_problem(path) or vocabulary_problem(_largest(map_tokens(path, HEADER_BYTES)), vocab_size)
+    return header_problem(path) or vocabulary_problem(TokenFile(path, HEADER_BYTES).largest(), vocab_size)
 
 
 def header_problem(path: Path) -> str | None:
@@ -278,16 +343,6 @@ def header_problem(path: Path) -> str | None:
 def vocabulary_problem(largest: int, vocab_size: int) -> str | None:
     """What is wrong with a shard whose largest token this is, or None."""
     return f"token {largest:,} is beyond the vocabulary of {vocab_size:,}" if largest >= vocab_size else None
-
-
-def map_tokens(path: Path, offset: int) -> np.memmap[tuple[int], np.dtype[np.uint16]]:
-    """The tokens of a file from byte `offset` to its end, mapped from disk, shape (tokens,)."""
-    return np.memmap(path, dtype=_TOKEN, mode="r", offset=offset)
-
-
-def _largest(tokens: NDArray[np.uint16]) -> int:
-    starts = range(0, len(tokens), _TOKENS_AT_ONCE)
-    return max(int(tokens[start : start + _TOKENS_AT_ONCE].max()) for start in starts)
 
 
 def _header(tokens: int) -> bytes:

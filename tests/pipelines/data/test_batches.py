@@ -1,3 +1,6 @@
+import os
+import resource
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -167,9 +170,63 @@ def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenD
         ValidationBatches(data, 150, 1)
 
 
+def test_opening_costs_no_memory_in_proportion_to_the_tokens(make_folder: Callable[..., Path]):
+    folder = make_folder(range(100), np.zeros(4_000_000, dtype=np.uint16))
+    open_token_data(folder)
+    tracemalloc.start()
+    data = open_token_data(folder)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data.train[0]) == 4_000_000
+    assert peak < 4_000_000  # the file has 8 MB; it is looked through by 2 MB
+
+
+def test_a_shard_that_becomes_shorter_ends_in_one_line(make_folder: Callable[..., Path]):
+    folder = make_folder(range(1000), range(1000))
+    data = open_token_data(folder)
+    batches, validation = TrainingBatches(data, 100, batch_size=9, seed=0), ValidationBatches(data, 100, 9)
+    for index, read in enumerate([lambda: validation.read(range(9)), lambda: batches.batch(0)]):
+        path = folder / f"shard_{index:06}.bin"
+        os.truncate(path, 1500)
+        with pytest.raises(AsgoError, match=rf"{path.name}: it has become shorter while in use"):
+            read()
+
+
+def test_a_folder_that_is_replaced_while_it_is_in_use_stays_what_it_was(make_folder: Callable[..., Path]):
+    folder = make_folder(range(1000), range(1000))
+    batches = TrainingBatches(open_token_data(folder), 100, batch_size=9, seed=0)
+    before = batches.batch(0)[0]
+    shutil.rmtree(folder)
+    make_folder(range(1000), range(1000, 2000))
+    assert torch.equal(batches.batch(0)[0], before)
+
+
+def test_more_shards_than_a_process_may_have_open_can_be_read(make_folder: Callable[..., Path]):
+    folder = make_folder(*[range(10)] * 70)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/dev/fd").iterdir())) + 60, limits[1]))
+    try:
+        assert len(open_token_data(folder).train) == 69
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("my train.bin", "give the folder that it is in: --data '{}'"), ("a b.txt", "asgo data text '{}' --out FOLDER")],
+)
+def test_a_file_instead_of_a_folder_gets_advice(tmp_path: Path, name: str, advice: str):
+    path = tmp_path / "my data" / name
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(UsageError) as caught:
+        open_token_data(path)
+    assert "this is a file" in str(caught.value)
+    assert advice.format(path.parent if path.suffix == ".bin" else path) in str(caught.value)
+
+
 def test_opening_gives_what_training_needs(data: TokenData):
     assert [len(shard) for shard in (*data.validation, *data.train)] == list(SIZES)
-    assert all(isinstance(shard, np.memmap) for shard in (*data.validation, *data.train))
     assert data.vocab_size == 50_257
     assert data.tokenizer == {"name": "gpt2"}
     assert len(data.fingerprint) == 64

@@ -6,7 +6,6 @@ import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from pipelines.config import RunConfig
@@ -24,6 +23,11 @@ Files = dict[str, bytes]
 def headerless(tokens: Sequence[int]) -> bytes:
     """nanoGPT: `np.uint16` tokens and nothing else."""
     return struct.pack(f"<{len(tokens)}H", *tokens)
+
+
+def wide(tokens: Sequence[int], kind: str) -> bytes:
+    """Tokens of another type, as `struct` calls it."""
+    return struct.pack(f"<{len(tokens)}{kind}", *tokens)
 
 
 def shard(tokens: Sequence[int], magic: int = 20240520, version: int = 1) -> bytes:
@@ -61,12 +65,11 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_files_of_other_programs_are_mapped_as_they_are(make: Callable[..., Path], layout: str):
+def test_the_files_of_other_programs_are_read_as_they_are(make: Callable[..., Path], layout: str):
     files, expected = LAYOUTS[layout]
     data = open_token_data(make({**files, "input.txt": b"text", "prepare.py": b"import os", "test.bin": b"?"}))
-    assert [part.tolist() for part in data.train] == expected
-    assert [part.tolist() for part in data.validation] == [VAL]
-    assert all(isinstance(part, np.memmap) for part in (*data.train, *data.validation))
+    assert [part.read().tolist() for part in data.train] == expected
+    assert [part.read().tolist() for part in data.validation] == [VAL]
     assert data.tokenizer == {"name": "gpt2"}
     assert data.vocab_size == 50_257
 
@@ -78,8 +81,8 @@ def test_files_follow_each_other_by_their_numbers_and_the_last_whole_word_says_w
     validating = ["medieval_train_val_9.bin", "medieval_val_010.bin"]
     files = {name: shard([number]) for number, name in enumerate([*training, *validating])}
     data = open_token_data(make(dict(reversed(files.items()))))
-    assert [part.tolist() for part in data.train] == [[0], [1], [2], [3]]
-    assert [part.tolist() for part in data.validation] == [[4], [5]]
+    assert [part.read().tolist() for part in data.train] == [[0], [1], [2], [3]]
+    assert [part.read().tolist() for part in data.validation] == [[4], [5]]
 
 
 @pytest.mark.parametrize("layout", ["modded-nanogpt", "nanoGPT"])
@@ -168,6 +171,9 @@ def without(name: str) -> Files:
         ({**MODDED_NANOGPT, "fineweb_train_000003.bin": shard([7, 50257])}, "token 50,257 is beyond the vocabulary"),
         ({**NANOGPT, "train.bin": headerless([50257, 7])}, "token 50,257 is beyond the vocabulary of 50,257 of GPT-2"),
         ({**NANOGPT, "val.bin": headerless(VAL)[:-1]}, "val.bin: 201 bytes are not a whole number of 16-bit tokens"),
+        ({**NANOGPT, "train.bin": wide(TRAIN[0], "I")}, "train.bin: tokens of 32 or 64 bits"),
+        ({**NANOGPT, "train.bin": wide(TRAIN[0], "q")}, "train.bin: tokens of 32 or 64 bits"),
+        ({**NANOGPT, "val.bin": wide([100_257, *VAL], "I")}, "val.bin: tokens of 32 or 64 bits"),
         ({**NANOGPT, "val.bin": b""}, "val.bin: it is empty"),
         ({**NANOGPT, "val.bin": shard(VAL)[:700]}, "val.bin: truncated: 700 bytes are less than the header"),
     ],

@@ -141,14 +141,41 @@ def test_a_writer_does_not_go_on_from_what_has_changed(tmp_path: Path, damage: s
         ShardWriter(files, shard_tokens=4, state=state)
 
 
-def test_tokens_come_back_without_being_read_into_memory(tmp_path: Path):
+def test_tokens_come_back_whole_and_from_any_place(tmp_path: Path):
     tokens = np.random.default_rng(0).integers(0, 50257, 3000, dtype=np.uint16)
     write(tmp_path, [tokens.tolist()], shard_tokens=3000)
     shard = open_shard(tmp_path / "shard_000001.bin", 50257)
-    assert isinstance(shard, np.memmap)
-    np.testing.assert_array_equal(shard, tokens)
-    with pytest.raises(ValueError, match="read-only"):
-        shard[0] = 1
+    assert len(shard) == 3000
+    np.testing.assert_array_equal(shard.read(), tokens)
+    some = np.empty(70, dtype=np.uint16)
+    shard.read_into(some, 1234)
+    np.testing.assert_array_equal(some, tokens[1234:1304])
+
+
+def test_a_document_may_come_in_parts(tmp_path: Path):
+    """The bytes and the places are those of the document written at once, whatever the parts."""
+    documents = [[9] + [n] * size for n, size in enumerate([3, 0, 11, 2, 1, 30])]
+    (tmp_path / "whole").mkdir()
+    expected = write(tmp_path / "whole", documents, shard_tokens=7)
+    for size in (1, 2, 3, 7, 14):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        with ShardWriter((folder / shard_name(index) for index in range(1, 100)), shard_tokens=7) as writer:
+            for number, tokens in enumerate(documents):
+                for start in range(0, len(tokens), size):
+                    part = np.array(tokens[start : start + size], dtype=np.uint16)
+                    ends = start + size >= len(tokens)
+                    writer.write(part, np.array([-start]), np.array([number]), complete=ends)
+            assert writer.finish() == expected
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".shard_000001.bin.partial").symlink_to(tmp_path / "precious")
+    write(tmp_path / "out", [[9, 1]], shard_tokens=2)
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert parse(tmp_path / "out" / "shard_000001.bin")[1] == [9, 1]
 
 
 @pytest.mark.parametrize(
@@ -181,4 +208,4 @@ def test_a_shard_that_is_not_as_it_should_be_is_refused(
 
 def test_the_largest_token_of_the_vocabulary_is_accepted(tmp_path: Path):
     write(tmp_path, [[0, 256]], shard_tokens=10)
-    assert open_shard(tmp_path / "shard_000001.bin", 257)[1] == 256
+    assert open_shard(tmp_path / "shard_000001.bin", 257).read()[1] == 256
