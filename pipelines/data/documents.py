@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-import gzip
+import codecs
+import errno
+import itertools
 import json
 import os
-import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from pipelines.data.unpacking import (
+    MAX_ROW_BYTES,
+    PACKED_SUFFIXES,
+    bounded_lines,
+    naming_damage,
+    too_long,
+    unpacked,
+    without_packing,
+)
 from pipelines.errors import AsgoError, UsageError
 
-_FOLDER_SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-_ROWS_AT_ONCE = 256
+Document = str | Iterator[str]
+"""A document's text, or its pieces where it is long; they are to be used up before the next document is asked for."""
+
+PIECE_BYTES = 1 << 20
+LONGEST_WORD = 1 << 22
+"""Characters that may follow each other without a place to cut: to encode them takes a hundred times their memory."""
+
+_LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_PLAIN_SUFFIXES = (".txt", *_LINE_SUFFIXES)
+_FOLDER_SUFFIXES = (
+    *_PLAIN_SUFFIXES,
+    *(plain + packed for plain in _PLAIN_SUFFIXES for packed in PACKED_SUFFIXES),
+    ".parquet",
+)
 
 
-def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """The files that `inputs` name: a file is itself, a folder is its text files, sorted, hidden ones left out.
+def find_files(inputs: Sequence[Path], column: str = "text", left_out: Counter[str] | None = None) -> list[Path]:
+    """The files that `inputs` name: a file is itself, a folder is its text files, sorted, links followed.
 
-    Raises `UsageError` for a path that does not exist, a folder without a text file, and a file named twice
-    (its text could be in the training and the validation part at once).
+    `left_out` counts, by its kind, what a folder holds besides: hidden files, other ones, and `.json` that is not lines
+    with the text under `column`.
+
+    Raises `UsageError` for a path that does not exist, a dangling link, a folder without a text file, and a file named
+    twice (its text could be in the training and the validation part at once).
     """
-    files = [file for path in inputs for file in _expand(path)]
+    left_out = Counter() if left_out is None else left_out
+    files = [file for path in inputs for file in _expand(path, column, left_out)]
     seen: set[Path] = set()
     for file in files:
         resolved = file.resolve()
@@ -31,87 +58,197 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read_documents(files: Iterable[Path]) -> Iterator[str]:
+def read_documents(
+    files: Iterable[Path], column: str = "text", last_cut: Callable[[str], int] = len
+) -> Iterator[Document]:
     """Every document of `files`, in order; a blank one comes as "", so that a document's number is its place.
 
-    `.jsonl` and `.jsonl.gz` hold one document a line and `.parquet` one a row, under the name "text"; any other
-    file is one document. Raises `AsgoError` with file and line or row for what is not text.
+    JSON lines hold one document a line and Parquet one a row, under the name `column`; any other file is one document.
+    gzip and zstd are unpacked, whatever a file's name. A long document is cut where `last_cut` says (see `Tokenizer`).
+    Raises `AsgoError` with file and line or row for what is not text, and for one that cannot be cut.
     """
     for file in files:
-        for text in _reader(file)(file):
-            yield "" if text.isspace() else text
+        for document, where in _documents_of(file, column):
+            if not isinstance(document, str):
+                yield _cut_anew(document, where, last_cut)
+            elif not document or document.isspace():
+                yield ""
+            elif len(document) <= PIECE_BYTES:
+                yield document
+            else:
+                yield _cut_anew(_slices(document), where, last_cut)
+
+
+def pieces_of(document: Document) -> Iterable[str]:
+    """A document's text in one or more pieces."""
+    return (document,) if isinstance(document, str) else document
 
 
 def decode_utf8(raw: bytes, where: str) -> str:
     """`raw` as text, without a byte order mark. Raises `AsgoError` with `where` and the first bad byte's offset."""
+    return "".join(_decode([raw], where))
+
+
+def walk_files(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str] | None = None) -> Iterator[Path]:
+    """The files below `folder` that end so, sorted by folder and name, each once; `left_out` counts the others.
+
+    Links are followed. Raises `UsageError` for a dangling one.
+    """
+    left_out = Counter() if left_out is None else left_out
+    seen: set[tuple[int, int]] = set()
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    def is_new(path: Path) -> bool:
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            left_out["linked to a second time"] += 1
+            return False
+        seen.add(identity)
+        return True
+
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if not is_new(Path(parent)):  # two links, or one that leads back: without this, a walk would never end
+            folders.clear()
+            continue
+        left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(parent, name)
+            kind = _kind_left_out(path, suffixes)
+            if kind is not None:
+                left_out[kind] += 1
+            elif is_new(path):
+                yield path
+
+
+def _kind_left_out(path: Path, suffixes: tuple[str, ...]) -> str | None:
+    """Why a file of a folder is no input, or None if it is one."""
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise AsgoError(
-            f"{where}: byte {error.start:,} (0x{raw[error.start]:02x}) is not valid UTF-8; "
-            "convert the text to UTF-8 first, for example with iconv"
-        ) from None
+        path.stat()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "linked to itself"
+        if path.is_symlink():
+            raise UsageError(f"{path}: a dangling link to {path.readlink()}; mend it or remove it") from None
+        raise
+    if not path.name.lower().endswith(suffixes):
+        return f"ending in {path.suffix.lower()}" if path.suffix else "without an ending"
+    return None if path.is_file() else "not a file"
 
 
-def _expand(path: Path) -> list[Path]:
+def _expand(path: Path, column: str, left_out: Counter[str]) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")
     if not path.is_dir():
         raise UsageError(f"{path}: neither a file nor a folder (text is read twice, so it cannot come from a pipe)")
-    files = list(walk_files(path, _FOLDER_SUFFIXES))
+    found = list(walk_files(path, _FOLDER_SUFFIXES, left_out))
+    files = [file for file in found if not _is_other_json(file, column)]
+    left_out["JSON without such lines"] += len(found) - len(files)
     if not files:
-        raise UsageError(f"{path}: no file in this folder ends in {', '.join(_FOLDER_SUFFIXES)}; name files one by one")
+        raise UsageError(
+            f"{path}: no file in this folder ends in {', '.join((*_PLAIN_SUFFIXES, '.parquet'))}, "
+            f"with or without .gz or .zst; name files one by one"
+        )
     return files
 
 
-def walk_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
-    """The files below `folder` that end so, sorted by folder and name, hidden ones left out."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(parent, name)
-            if name.lower().endswith(suffixes) and not name.startswith(".") and path.is_file():
-                yield path
-
-
-def _reader(file: Path) -> Callable[[Path], Iterator[str]]:
-    name = file.name.lower()
-    if name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_json_lines
-    if name.endswith(".parquet"):
-        return _read_parquet
-    return _read_text
-
-
-def _read_text(file: Path) -> Iterator[str]:
-    yield decode_utf8(file.read_bytes(), str(file))
-
-
-def _read_json_lines(file: Path) -> Iterator[str]:
-    # Lines are cut as bytes: in text, U+2028 and its like would end a line too.
-    for number, line in enumerate(_lines(file), start=1):
-        where = f"{file}, line {number}"
-        text = decode_utf8(line, where)
-        if text.strip():
-            yield _text_of_row(_parse(text, where), where)
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    if not file.name.lower().endswith(".gz"):
-        with file.open("rb") as plain:
-            yield from plain
-        return
+def _is_other_json(file: Path, column: str) -> bool:
+    """Whether a file named .json holds anything but JSON lines of text: a configuration, an array."""
+    if not without_packing(file.name).endswith(".json"):
+        return False
+    with unpacked(file) as stream:
+        first = next((line for _, line in bounded_lines(stream, str(file)) if line.strip()), b"{}")
     try:
-        with gzip.open(file, "rb") as unpacked:
-            yield from unpacked
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise AsgoError(f"{file}: damaged gzip file ({error})") from None
+        row = json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(row, dict) or column not in row
+
+
+def _slices(text: str) -> Iterator[str]:
+    return (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+
+
+def _cut_anew(pieces: Iterable[str], where: str, last_cut: Callable[[str], int]) -> Iterator[str]:
+    """The same text in pieces that can be encoded each for itself."""
+    rest = ""
+    for piece in pieces:
+        text = rest + piece
+        cut = last_cut(text)
+        if cut:
+            yield text[:cut]
+        rest = text[cut:]
+        if len(rest) > LONGEST_WORD:
+            raise AsgoError(
+                f"{where}: {len(rest):,} characters without a blank or another place to cut them, too many for gpt2; "
+                "put line breaks into the text, or pass --tokenizer bytes"
+            )
+    if rest:
+        yield rest
+
+
+def _documents_of(file: Path, column: str) -> Iterator[tuple[Document, str]]:
+    """The documents of a file, and where each of them is."""
+    name = without_packing(file.name)
+    if name.endswith(_LINE_SUFFIXES):
+        if _is_other_json(file, column):
+            raise AsgoError(
+                f'{file}: not JSON lines, one object a line with its text under "{column}" (--text-column names '
+                "another); to take the file itself for text, give it a name that ends in .txt"
+            )
+        return _read_json_lines(file, column)
+    with naming_damage(file), file.open("rb") as opened:
+        is_parquet = opened.read(4) == b"PAR1"
+    return _read_parquet(file, column) if is_parquet or name.endswith(".parquet") else _read_text(file)
+
+
+def _read_text(file: Path) -> Iterator[tuple[Document, str]]:
+    with unpacked(file) as stream:
+        start = stream.read(PIECE_BYTES)
+        is_short = len(start) < PIECE_BYTES
+    if is_short:
+        yield decode_utf8(start, str(file)), str(file)
+    else:
+        blank = all(piece.isspace() for piece in _pieces(file))  # no more is read than up to the first text
+        yield "" if blank else _pieces(file), str(file)
+
+
+def _pieces(file: Path) -> Iterator[str]:
+    with unpacked(file) as stream:
+        yield from _decode(iter(lambda: stream.read(PIECE_BYTES), b""), str(file))
+
+
+def _decode(chunks: Iterable[bytes], where: str) -> Iterator[str]:
+    """Chunks of bytes as text, as in `decode_utf8`; a character may be cut by their ends."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    done, is_first = 0, True
+    for chunk in itertools.chain(chunks, (b"",)):
+        begin = done - len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise AsgoError(
+                f"{where}: byte {begin + error.start:,} (0x{error.object[error.start]:02x}) is not valid UTF-8; "
+                "convert the text to UTF-8 first, for example with iconv"
+            ) from None
+        done += len(chunk)
+        if text:
+            yield text.removeprefix("\ufeff") if is_first else text
+            is_first = False
+
+
+def _read_json_lines(file: Path, column: str) -> Iterator[tuple[str, str]]:
+    with unpacked(file) as stream:
+        # Lines are cut as bytes: in text, U+2028 and its like would end a line too.
+        for where, line in bounded_lines(stream, str(file)):
+            text = decode_utf8(line, where)
+            if text.strip():
+                yield _text_of_row(_parse(text, where), where, column), where
 
 
 def _parse(line: str, where: str) -> object:
@@ -121,12 +258,13 @@ def _parse(line: str, where: str) -> object:
         raise AsgoError(f"{where}: not valid JSON ({error})") from None
 
 
-def _text_of_row(row: object, where: str) -> str:
-    text = row.get("text") if isinstance(row, dict) else None
+def _text_of_row(row: object, where: str, column: str) -> str:
+    text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
-        raise AsgoError(f'{where}: no string named "text" in this row')
+        raise AsgoError(f'{where}: no string named "{column}" in this row{_hint(row)}')
     try:
-        text.encode()
+        if len(text.encode()) > MAX_ROW_BYTES:
+            raise too_long(where)
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         raise AsgoError(
@@ -135,22 +273,31 @@ def _text_of_row(row: object, where: str) -> str:
     return text
 
 
-def _read_parquet(file: Path) -> Iterator[str]:
+def _hint(row: object) -> str:
+    """The names of the strings that a row has instead."""
+    names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
+    return f"; it has {', '.join(names[:8])}: name one of them by --text-column" if names else ""
+
+
+def _read_parquet(file: Path, column: str) -> Iterator[tuple[str, str]]:
     import pyarrow
-    from pyarrow import parquet
+
+    from pipelines.data.parquet_text import UnreadableColumn, read_column
 
     number = 0
     try:
-        with file.open("rb") as opened, parquet.ParquetFile(opened) as table:
-            if "text" not in table.schema_arrow.names:
-                raise AsgoError(f'{file}: no column "text"; it has {", ".join(table.schema_arrow.names)}')
-            for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=["text"]):
-                for value in batch.column(0):
+        with file.open("rb") as opened:
+            for part in read_column(opened, column):
+                for value in part.rows:
                     number += 1
-                    yield _text_of_row({"text": value.as_py()}, f"{file}, row {number}")
+                    where = f"{file}, row {number}"
+                    yield _text_of_row({column: value.as_py()}, where, column), where
     except UnicodeDecodeError as error:
         raise AsgoError(f"{file}, row {number}: byte {error.start:,} of the text is not valid UTF-8") from None
-    except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.filename is not None:
+    except UnreadableColumn as error:
+        raise AsgoError(f"{file}: {error}") from None
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = error.filename or str(file)
             raise
         raise AsgoError(f"{file}: damaged Parquet file ({' '.join(str(error).split())})") from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,16 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.documents import find_files, read_documents
-from pipelines.data.manifest import (
-    MANIFEST,
-    DocumentCounts,
-    Manifest,
-    SourcePosition,
-    load_manifest,
-    shard_name,
-    write_manifest,
-)
+from pipelines.data.destination import check_destination, held_destination, staged_data
+from pipelines.data.documents import Document, find_files, pieces_of, read_documents
+from pipelines.data.manifest import DocumentCounts, Manifest, SourcePosition, shard_name, write_manifest
 from pipelines.data.permutation import frozen_permutation
 from pipelines.data.shards import MAX_SHARD_TOKENS, ShardWriter
 from pipelines.data.tokenizers import (
@@ -32,15 +27,16 @@ from pipelines.data.tokenizers import (
     Gpt2Tokenizer,
     Tokenizer,
     TokenizerName,
+    Tokens,
 )
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import staged_folder
 
 Progress = Callable[[str, int, int | None], None]
 """Called as (what is being done, characters done, characters in total or None if not known yet)."""
 
+Notify = Callable[[str], None]
+
 _BATCH_CHARACTERS = 1 << 22
-_FIRST = np.zeros(1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class Source:
     """Text to prepare: `read` gives every document, the same ones each time; `name` goes into the manifest."""
 
     name: str
-    read: Callable[[], Iterable[str]]
+    read: Callable[[], Iterable[Document]]
 
 
 @dataclass(frozen=True)
@@ -60,9 +56,13 @@ class _Scan:
 
 
 class _Piece(NamedTuple):
+    """Some of a document, on one side of the split; whether that side of the document begins or ends with it."""
+
     text: str
     document: int
     validates: bool
+    begins: bool
+    ends: bool
 
 
 def prepare_text(
@@ -74,17 +74,24 @@ def prepare_text(
     shard_tokens: int = 100_000_000,
     seed: int = 0,
     overwrite: bool = False,
+    text_column: str = "text",
     progress: Progress | None = None,
+    notify: Notify | None = None,
 ) -> Manifest:
     """Tokenize text files, JSON lines, Parquet files, or folders of them into the folder `out`.
 
-    See `prepare_documents` for the options. Raises `UsageError` for inputs that are not there and a folder that is
-    in the way, `AsgoError` for text that cannot be read; nothing is written in either case.
+    See `prepare_documents` for the options; `notify` is told how many files are read, and what is left out of folders.
+    Raises `UsageError` for inputs that are not there and a folder that is in the way, `AsgoError` for text that cannot
+    be read; nothing is written in either case.
     """
     check_destination(out, overwrite=overwrite)
-    files = find_files(inputs)
+    left_out: Counter[str] = Counter()
+    files = find_files(inputs, text_column, left_out)
+    if notify is not None:
+        notify(_found(files, left_out))
+    last_cut = Gpt2Tokenizer().last_cut if tokenizer == "gpt2" else len
     return prepare_documents(
-        Source(_name(inputs), lambda: read_documents(files)),
+        Source(_name(inputs), lambda: read_documents(files, text_column, last_cut)),
         out,
         tokenizer=tokenizer,
         val_fraction=val_fraction,
@@ -111,41 +118,19 @@ def prepare_documents(
     Documents drawn at random (by `seed`) validate until they hold exactly `val_fraction` of all characters, rounded
     up; the tail of the last one drawn validates and its head trains. Every piece starts with the end-of-text
     token. Training shards hold `shard_tokens` tokens, the last one what is left. An existing `out` is replaced
-    only with `overwrite`, and only if it holds token shards and nothing else.
+    only with `overwrite`, and only if it holds token shards and nothing else. Raises `UsageError` while another
+    process prepares the same folder.
     """
     _check_options(val_fraction, shard_tokens)
-    check_destination(out, overwrite=overwrite)
     report = progress or _silent
-    scan = _scan(source, report, with_alphabet=tokenizer == "chars")
-    heads = split_documents(scan.lengths, val_fraction, seed)
-    encoder = _tokenizer(tokenizer, scan.alphabet)
-    with staged_folder(out.resolve(), replace=overwrite) as folder:
-        manifest = _write_shards(source, folder, encoder, scan, heads, shard_tokens, report)
-        write_manifest(folder, manifest)
+    with held_destination(out, overwrite=overwrite):
+        scan = _scan(source, report, with_alphabet=tokenizer == "chars")
+        heads = split_documents(scan.lengths, val_fraction, seed)
+        encoder = _tokenizer(tokenizer, scan.alphabet)
+        with staged_data(out, overwrite=overwrite) as folder:
+            manifest = _write_shards(source, folder, encoder, scan, heads, shard_tokens, report)
+            write_manifest(folder, manifest)
     return manifest
-
-
-def check_destination(out: Path, *, overwrite: bool) -> None:
-    """Raise `UsageError` unless a data folder may be made at `out`.
-
-    Free is what does not exist or is an empty folder; with `overwrite` also a folder of token shards that holds
-    nothing else, so that no other work is ever deleted.
-    """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UsageError(f"{out}: a file is in the way; choose another --out")
-    names = sorted(path.name for path in out.iterdir())
-    if not names:
-        return
-    if not overwrite:
-        raise UsageError(f"{out}: this folder is not empty; choose another --out, or pass --overwrite")
-    if MANIFEST not in names:
-        raise UsageError(f"{out}: not a folder of token shards (no {MANIFEST}), so it is not overwritten")
-    expected = {MANIFEST, *(shard.file for shard in load_manifest(out).shards)}
-    others = [name for name in names if name not in expected]
-    if others:
-        raise UsageError(f"{out}: it also holds {others[0]}, so it is not overwritten; move that away first")
 
 
 def split_documents(lengths: NDArray[np.int64], val_fraction: float, seed: int) -> NDArray[np.int64]:
@@ -196,32 +181,56 @@ def _tokenizer(name: TokenizerName, alphabet: str) -> Tokenizer:
             return CharsTokenizer(alphabet)
 
 
+def _found(files: Sequence[Path], left_out: Counter[str]) -> str:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common() if count)
+    return f"reading {len(files):,} file{'s' * (len(files) != 1)}{f'; left out: {kinds}' if kinds else ''}"
+
+
 def _scan(source: Source, progress: Progress, *, with_alphabet: bool) -> _Scan:
     """The first pass: meets every error that the input can cause, before anything is written."""
-    lengths: list[int] = []
+    lengths = array("q")  # a list would take five times as much, and documents may be many
     alphabet: set[str] = set()
-    digest = hashlib.sha256()
+    digest = _Digest()
     done = reported = literals = 0
-    for text in source.read():
-        lengths.append(len(text))
-        literals += END_OF_TEXT in text
-        _add(digest, text)
-        if with_alphabet:
-            alphabet.update(text)
-        done += len(text)
-        if done - reported >= _BATCH_CHARACTERS:
-            progress("reading", done, None)
-            reported = done
+    for document in source.read():
+        before, overlap, has_literal = done, "", False
+        for text in pieces_of(document):
+            digest.add(text)
+            if with_alphabet:
+                alphabet.update(text)
+            has_literal |= END_OF_TEXT in overlap + text
+            overlap = text[1 - len(END_OF_TEXT) :]
+            done += len(text)
+            if done - reported >= _BATCH_CHARACTERS:
+                progress("reading", done, None)
+                reported = done
+        digest.end_document()
+        lengths.append(done - before)
+        literals += has_literal
     if not done:
         raise AsgoError(f"{source.name}: there is no text in it")
     counts = DocumentCounts(read=len(lengths), empty=lengths.count(0), literal_end_of_text=literals)
     return _Scan(np.array(lengths, dtype=np.int64), counts, "".join(sorted(alphabet)), digest.hexdigest())
 
 
-def _add(digest: hashlib._Hash, text: str) -> None:
-    content = text.encode()
-    digest.update(len(content).to_bytes(8, "little"))  # so that moving a boundary changes the digest
-    digest.update(content)
+class _Digest:
+    """A digest of documents that does not depend on how they are cut into pieces."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+        self._bytes = 0
+
+    def add(self, text: str) -> None:
+        content = text.encode()
+        self._sha256.update(content)
+        self._bytes += len(content)
+
+    def end_document(self) -> None:
+        self._sha256.update(self._bytes.to_bytes(8, "little"))  # so that moving a boundary changes the digest
+        self._bytes = 0
+
+    def hexdigest(self) -> str:
+        return self._sha256.hexdigest()
 
 
 def _write_shards(
@@ -235,7 +244,6 @@ def _write_shards(
 ) -> Manifest:
     """The second pass: encode and write what the first one saw."""
     training_files = (folder / shard_name(index) for index in range(1, 1_000_000))
-    start = np.array([tokenizer.end_of_text], dtype=np.uint16)
     total = int(scan.lengths.sum())
     done = 0
     progress("writing", done, total)
@@ -243,13 +251,11 @@ def _write_shards(
         ShardWriter([folder / shard_name(0)], shard_tokens=MAX_SHARD_TOKENS) as validation,
         ShardWriter(training_files, shard_tokens=shard_tokens) as training,
     ):
-        for batch in _batches(_pieces(source, scan.digest, heads)):
+        sides = {True: _Side(validation, tokenizer.end_of_text), False: _Side(training, tokenizer.end_of_text)}
+        for batch in _batches(_pieces(source, scan, heads)):
             encoded = tokenizer.encode_batch([piece.text for piece in batch])
             for piece, tokens in zip(batch, encoded, strict=True):
-                writer = validation if piece.validates else training
-                whole = np.concatenate((start, tokens))
-                if writer.write(whole, _FIRST, np.array([piece.document])) < len(whole):
-                    raise AsgoError(f"more than {MAX_SHARD_TOKENS:,} tokens do not fit in one validation shard")
+                sides[piece.validates].write(piece, tokens)
             done += sum(len(piece.text) for piece in batch)
             progress("writing", done, total)
         shards = [*validation.finish(), *training.finish()]
@@ -264,19 +270,41 @@ def _write_shards(
     )
 
 
-def _pieces(source: Source, expected_digest: str, heads: NDArray[np.int64]) -> Iterator[_Piece]:
+class _Side:
+    """One side of the split: its shards, and how much of a document is in them already."""
+
+    def __init__(self, writer: ShardWriter, end_of_text: int) -> None:
+        self._writer = writer
+        self._start = np.array([end_of_text], dtype=np.uint16)
+        self._written = 0
+
+    def write(self, piece: _Piece, tokens: Tokens) -> None:
+        if piece.begins:
+            tokens, self._written = np.concatenate((self._start, tokens)), 0
+        place = np.array([-self._written])
+        taken = self._writer.write(tokens, place, np.array([piece.document]), complete=piece.ends)
+        if taken < len(tokens):
+            raise AsgoError(f"more than {MAX_SHARD_TOKENS:,} tokens do not fit in one validation shard")
+        self._written += taken
+
+
+def _pieces(source: Source, scan: _Scan, heads: NDArray[np.int64]) -> Iterator[_Piece]:
     """What trains and what validates of each document. Raises `AsgoError` if the source is no longer as scanned."""
-    digest = hashlib.sha256()
-    for document, text in enumerate(source.read()):
-        if document >= len(heads):
+    digest = _Digest()
+    for number, document in enumerate(source.read()):
+        if number >= len(heads):
             raise _changed(source)
-        _add(digest, text)
-        head = int(heads[document])
-        if head:
-            yield _Piece(text[:head], document, validates=False)
-        if head < len(text):
-            yield _Piece(text[head:], document, validates=True)
-    if digest.hexdigest() != expected_digest:
+        head, length, place = int(heads[number]), int(scan.lengths[number]), 0
+        for text in pieces_of(document):
+            digest.add(text)
+            cut, end = max(0, head - place), place + len(text)
+            if text[:cut]:
+                yield _Piece(text[:cut], number, validates=False, begins=not place, ends=end >= head)
+            if text[cut:]:
+                yield _Piece(text[cut:], number, validates=True, begins=place <= head, ends=end == length)
+            place = end
+        digest.end_document()
+    if digest.hexdigest() != scan.digest:
         raise _changed(source)
 
 

@@ -8,9 +8,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from pipelines.data.destination import check_destination
 from pipelines.data.documents import decode_utf8
 from pipelines.data.manifest import Manifest
-from pipelines.data.prepare import Progress, Source, check_destination, prepare_documents, prepare_text
+from pipelines.data.prepare import Progress, Source, prepare_documents, prepare_text
 from pipelines.errors import AsgoError
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -7,7 +7,9 @@ import functools
 import hashlib
 import lzma
 import os
+import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,16 @@ Tokens = NDArray[np.uint16]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
 
 END_OF_TEXT = "<|endoftext|>"
+# The first step of GPT-2's byte pairs takes blanks, letters, numbers and the rest apart, and a single blank goes with
+# what follows it. The places below are ends of its pieces in any text. Letters are only those that are letters in every
+# version of Unicode: the library's need not be Python's.
+_BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+_CUT = re.compile(
+    rf"(?<=[^{_BLANK}])(?=[{_BLANK}])"
+    r"|(?<=[A-Za-z])(?=[!-@\[-`{-~])"
+    r"|(?<=[\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3])(?=[\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])"
+)
+_LONG_BLANK = re.compile(rf"((?<![{_BLANK}])[{_BLANK}]{{1000,}})(?=[{_BLANK}][^{_BLANK}])")
 _GPT2_TABLE = Path(__file__).with_name("gpt2.tiktoken.xz")
 _GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
@@ -58,6 +70,10 @@ class Tokenizer(ABC):
                 raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
         return self._decode(ids)
 
+    def last_cut(self, text: str) -> int:
+        """The last place where any text that begins with `text` can be cut and keep its tokens; 0 if nowhere."""
+        return len(text)
+
     @abstractmethod
     def _decode(self, tokens: list[int]) -> str: ...
 
@@ -78,6 +94,18 @@ class Gpt2Tokenizer(Tokenizer):
             return gpt2_encoding().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from None
+        except ValueError:  # the regular expression ran out of its stack
+            parts = [part for part in _LONG_BLANK.split(text) if part]
+            if len(parts) == 1:
+                raise
+            return np.concatenate([self.encode(part) for part in parts])
+
+    def last_cut(self, text: str) -> int:
+        for looked_at in (1 << 8, 1 << 16, len(text)):
+            cuts = deque(_CUT.finditer(text, max(0, len(text) - looked_at)), maxlen=1)
+            if cuts:
+                return cuts[0].start()
+        return 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         # The encoder is Rust that lets go of the interpreter's lock: threads are enough, and copy nothing.

@@ -1,50 +1,17 @@
-"""The folder that a corpus is prepared in: free, unfinished or complete, and one process's at a time."""
+"""The folder that a corpus is prepared in: free, unfinished or complete."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.data.corpus.journal import Journal, load_journal
+from pipelines.data.holding import foreign_names
+from pipelines.data.holding import held_folder as held_folder
 from pipelines.data.manifest import MANIFEST, UNFINISHED, Manifest, load_manifest
 from pipelines.errors import UsageError
 
 Recipe = Mapping[str, str | int]
-_OURS = re.compile(rf"\.?(shard_\d{{6}}\.bin|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)})(\.partial)?")
-
-
-@contextlib.contextmanager
-def held_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; it is taken away again if it stays empty.
-
-    Raises `UsageError` when a file is in the way or another process is at work.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{folder}: a file is in the way; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(folder, descriptor)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{folder}: another process is preparing data in this folder") from None
-    except OSError:
-        pass  # a file system without locks, as clusters have them
 
 
 def finished_manifest(folder: Path, recipe: Recipe) -> Manifest | None:
@@ -71,19 +38,11 @@ def unfinished_journal(folder: Path, recipe: Recipe) -> Journal | None:
 
 def require_replaceable(folder: Path) -> None:
     """Raise `UsageError` if `folder` holds anything but shards, their manifest and their journal."""
-    foreign = sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
+    foreign = foreign_names(folder)
     if foreign:
         raise UsageError(
             f"{folder}: {foreign[0]} is no part of a corpus, so nothing is overwritten; choose another --out"
         )
-
-
-def clear(folder: Path) -> None:
-    """Remove what is in `folder`: the manifest and the journal first, so that no half of it is taken for good."""
-    for name in (MANIFEST, UNFINISHED):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
 
 
 def _require_same(folder: Path, state: str, before: Recipe, now: Recipe) -> None:

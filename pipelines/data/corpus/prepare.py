@@ -9,18 +9,13 @@ from pathlib import Path
 
 from pipelines.data.corpus.encode import Backend
 from pipelines.data.corpus.feed import Feed
-from pipelines.data.corpus.folder import (
-    clear,
-    finished_manifest,
-    held_folder,
-    require_replaceable,
-    unfinished_journal,
-)
+from pipelines.data.corpus.folder import finished_manifest, require_replaceable, unfinished_journal
 from pipelines.data.corpus.journal import Journal, save_journal
 from pipelines.data.corpus.pipeline import Pipeline, Status
 from pipelines.data.corpus.sources import HUB, Corpus, Position, Source, build_source
 from pipelines.data.corpus.split import SplitWriter
 from pipelines.data.corpus.tokenizer_pool import TokenizerPool
+from pipelines.data.holding import clear, held_folder
 from pipelines.data.manifest import UNFINISHED, Manifest, write_manifest
 from pipelines.data.shards import MAX_SHARD_TOKENS
 from pipelines.data.tokenizers import Gpt2Tokenizer
@@ -91,6 +86,7 @@ def prepare_corpus(
         ):
             revision = _open(feed, stop, out)
             if journal is None:
+                require_replaceable(out)  # it may have come while the source was being opened
                 clear(out)
                 journal = Journal(recipe=recipe, revision=revision)
                 save_journal(out, journal)

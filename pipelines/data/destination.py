@@ -1,0 +1,110 @@
+"""Where `asgo data text` writes: beside the folder, to exchange it as a whole, or in it where that cannot be."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.data.holding import clear, foreign_names, held_folder, held_name
+from pipelines.data.manifest import MANIFEST, UNFINISHED, load_manifest
+from pipelines.errors import UsageError
+from pipelines.storage import staged_folder, write_atomically
+
+_MARK = b'{"command": "data text"}\n'
+"""The content of `unfinished.json` in a folder that is written in place. Such work is begun anew, not resumed."""
+
+
+def check_destination(out: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` unless a data folder may be made at `out`.
+
+    Free is what does not exist, is an empty folder, or was left by this command when it was killed; with `overwrite`
+    also a folder of token shards that holds nothing else, so that no other work is ever deleted.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UsageError(f"{out}: a file is in the way; choose another --out")
+    names = sorted(path.name for path in out.iterdir())
+    if not names or _is_left_over(out):
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: this folder is not empty; choose another --out, or pass --overwrite")
+    if MANIFEST not in names:
+        raise UsageError(f"{out}: not a folder of token shards (no {MANIFEST}), so it is not overwritten")
+    expected = {MANIFEST, UNFINISHED, *(shard.file for shard in load_manifest(out).shards)}
+    others = [name for name in names if name not in expected]
+    if others:
+        raise UsageError(f"{out}: it also holds {others[0]}, so it is not overwritten; move that away first")
+    _require_exchangeable(out)
+
+
+@contextlib.contextmanager
+def held_destination(out: Path, *, overwrite: bool) -> Iterator[None]:
+    """Keep other processes from preparing `out`; raises as `check_destination` does, and while another one is at it."""
+    target = out.resolve()  # through a link, which stays
+    with held_folder(target) if _is_written_in_place(target) else held_name(target):
+        check_destination(out, overwrite=overwrite)
+        yield
+
+
+@contextlib.contextmanager
+def staged_data(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write a data folder to, which becomes `out` at the end, or goes away on an error.
+
+    Raises as `check_destination` does if `out` is no longer free at the end.
+    """
+    target = out.resolve()
+    if _is_written_in_place(target):
+        with _marked_unfinished(target):
+            yield target
+        return
+    try:
+        with staged_folder(target, replace=overwrite) as folder:
+            yield folder
+            check_destination(out, overwrite=overwrite)
+    except OSError as error:
+        if error.errno == errno.EBUSY and overwrite:
+            raise _not_exchangeable(out, "it is a mount point") from None
+        raise
+
+
+def _is_written_in_place(target: Path) -> bool:
+    """An empty folder may be a mount point, or in a parent that is not the user's: no other can take its place."""
+    return target.is_dir() and (_is_left_over(target) or not any(target.iterdir()))
+
+
+def _is_left_over(folder: Path) -> bool:
+    """Whether a folder holds what a killed process has left there, and nothing else."""
+    mark = folder / UNFINISHED
+    is_begun = mark.is_file() and not (folder / MANIFEST).exists() and mark.read_bytes() == _MARK
+    return is_begun and not foreign_names(folder)
+
+
+@contextlib.contextmanager
+def _marked_unfinished(folder: Path) -> Iterator[None]:
+    clear(folder)
+    try:
+        write_atomically(folder / UNFINISHED, _MARK)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            clear(folder)
+        raise
+    (folder / UNFINISHED).unlink()
+
+
+def _require_exchangeable(out: Path) -> None:
+    target = out.resolve()
+    if target.is_mount():
+        raise _not_exchangeable(out, "it is a mount point")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise _not_exchangeable(out, f"{target.parent} cannot be written to")
+
+
+def _not_exchangeable(out: Path, why: str) -> UsageError:
+    return UsageError(
+        f"{out}: it cannot be replaced as a whole, because {why}; empty it first, or choose a folder inside it"
+    )
