@@ -109,6 +109,8 @@ def main() -> None:
     # training fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000, and alone it loses nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     console.guard_streams()
+    # A notebook hands on the name of its own backend, which need not be installed here: even the import would fail.
+    os.environ.pop("MPLBACKEND", None)
     if worker.is_worker():
         worker.begin_worker()
     try:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from pipelines.analysis.comparison.find_runs import runs_below
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import RunFolder
@@ -51,7 +52,7 @@ def _records(path: Path) -> Iterator[dict[str, object]]:
 
 
 def _configs(path: Path) -> list[Path]:
-    return sorted(found for found in path.rglob("config.json") if (found.parent / "metrics.jsonl").is_file())
+    return [run / "config.json" for run in runs_below(path) if (run / "metrics.jsonl").is_file()]
 
 
 def _checkpoint_records(folder: Path) -> Iterator[dict[str, object]]:

@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from pipelines.errors import UsageError
 from pipelines.storage import write_atomically
 
-# Told apart with any kind of colour vision (after Paul Tol's schemes, https://sronpersonalpages.nl/~pault/). Orange and
-# purple are left out: they mark a trajectory's start and the optimum.
-_COLOURS = ("#0077BB", "#CC3311", "#111111", "#009988", "#EE3377", "#33BBEE", "#997700", "#777777")
-_DASHES = ("-", "--", ":")
+# After Paul Tol's schemes (https://sronpersonalpages.nl/~pault/). Orange and purple are left out: they mark a
+# trajectory's start and the optimum.
+_COLOURS = ("#0077BB", "#CC3311", "#111111", "#009988", "#EE3377", "#33BBEE", "#997700", "#223388")
+# Lengths of dashes and gaps, in widths of the line. Each colour has its own: to some readers red and ochre are one
+# colour, and printed in grey most of them are.
+_DASHES: tuple[tuple[float, ...], ...] = (
+    (),
+    (6, 2),
+    (1.2, 1.3),
+    (6, 1.5, 1.2, 1.5),
+    (10, 2.5),
+    (3, 1.5),
+    (6, 1.5, 1.2, 1.5, 1.2, 1.5),
+    (10, 2, 3, 2),
+)
+_TURN = 3  # dashes that the colours are shifted by when they begin again; it has no factor in common with eight
+MOST_STYLES = 24
+"""Lines that are told apart with ease: every colour with three kinds of dashes."""
+
 START_COLOUR = "#FF9E1B"
 OPTIMUM_COLOUR = "#7B1FA2"
+NEUTRAL_COLOUR = "#777777"
+"""Of what belongs to no line: targets, and marks in a legend."""
+TARGET: dict[str, Any] = {"color": NEUTRAL_COLOUR, "linewidth": 0.9, "linestyle": (0, (1, 2))}
+
+_EDGE = 0.05  # inches between a legend and the figure's edge
+_LETTERS = (8.0, 7.0, 6.5)  # sizes of a legend's letters, in points
+_HANDLE, _PADDING, _SPACING, _BORDER = 3.2, 0.8, 1.5, 0.4  # a legend's, in em; the handle holds every kind of dashes
+_SHORTEST = 8.0  # em of a line of a wrapped label
+_USUAL_LINES = 3
+_GAP = 3.0  # pixels around a tick label
+_ATTEMPTS = 5  # to lay a figure out; each halves the crowded labels
+_USUAL_LEGEND = 0.5  # inches: what figures have room for by themselves
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure is the same on every machine
     "font.size": 8,
+    "figure.dpi": 200,  # text is measured as it is drawn
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "axes.labelpad": 2,
@@ -37,7 +73,11 @@ _STYLE: dict[Any, Any] = {
     "ytick.major.width": 0.6,
     "legend.fontsize": 8,
     "legend.frameon": False,
-    "legend.columnspacing": 1.5,
+    "legend.columnspacing": _SPACING,
+    "legend.handlelength": _HANDLE,
+    "legend.handletextpad": _PADDING,
+    "legend.borderpad": _BORDER,
+    "legend.labelspacing": 0.3,
     "pdf.fonttype": 42,  # embed whole letters, which journals ask for
     "svg.fonttype": "none",  # keep text as text
     "svg.hashsalt": "asgo",
@@ -61,16 +101,82 @@ def figure_style() -> Iterator[None]:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the line at a position in the legend."""
-    dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": dashes}
+    """Colour and dashes of the line at a position in the legend; the first eight differ in both."""
+    dashes = _dashes(index)
+    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": (0, dashes) if dashes else "-"}
+
+
+def plotly_line(index: int, width: float) -> dict[str, Any]:
+    """The same line in plotly's words, `width` pixels wide."""
+    dash = ",".join(f"{length * width:g}px" for length in _dashes(index))
+    return {"color": _COLOURS[index % len(_COLOURS)], "dash": dash or "solid", "width": width}
+
+
+def _dashes(index: int) -> tuple[float, ...]:
+    return _DASHES[(index + _TURN * (index // len(_COLOURS))) % len(_DASHES)]
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """One legend for the whole figure, in as few rows as its width has room for."""
-    width = sum(0.55 + 0.07 * len(str(handle.get_label())) for handle in handles)  # inches, at 8 points
-    rows = math.ceil(width / figure.get_figwidth())
-    figure.legend(handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / rows))
+    """One legend for the whole figure: as low as its width allows, as the renderer measures it, with nothing cut off.
+
+    Labels are shown as they are, without formulas, and wrapped where that saves height. Letters get smaller before the
+    legend gets high. The figure grows by what the legend needs beyond its usual height, so that the axes keep theirs.
+    """
+    canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
+    renderer = canvas.get_renderer()
+    labels = [str(handle.get_label()) for handle in handles]
+    letters = FontProperties(size=_LETTERS[0])
+    em = renderer.points_to_pixels(_LETTERS[0])
+    widths = [renderer.get_text_width_height_descent(label, letters, ismath=False)[0] / em for label in labels]
+    room = figure.get_figwidth() - 2 * _EDGE
+    while True:
+        size, columns, shown = _arrange(labels, widths, room * 72)
+        legend = figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=size)
+        as_they_are(legend)
+        box = legend.get_window_extent(renderer)
+        if box.x0 >= 0 and box.x1 <= figure.bbox.width or room < 1:
+            break
+        legend.remove()  # wrapped lines are as wide as their letters, not as the mean of all letters
+        room *= 0.95
+    figure.set_figheight(figure.get_figheight() + max(0.0, box.height / figure.dpi - _USUAL_LEGEND))
+
+
+def _arrange(labels: Sequence[str], widths: Sequence[float], room: float) -> tuple[float, int, list[str]]:
+    """Size of the letters, number of columns, and the labels in lines, for the lowest legend in `room` points.
+
+    `widths` are the labels' in em. The first size that makes the legend no higher than usual is taken.
+    """
+    found = []
+    for size in _LETTERS:
+        for columns in range(1, len(labels) + 1):
+            shown = _wrapped_to(labels, widths, columns, room / size)
+            lines = [sum(label.count("\n") + 1 for label in part) for part in np.array_split(shown, columns)]
+            if shown:
+                found.append((max(lines) * size, columns, size, shown))
+        if found and min(found)[0] <= _USUAL_LINES * _LETTERS[0]:
+            break
+    _, columns, size, shown = min(found, default=(0.0, 1, _LETTERS[-1], list(labels)))
+    return size, columns, shown
+
+
+def _wrapped_to(labels: Sequence[str], widths: Sequence[float], columns: int, room: float) -> list[str]:
+    """The labels in lines, such that the columns have room together, in em; none where a line would be too short."""
+    beside = 2 * _BORDER + columns * (_HANDLE + _PADDING) + (columns - 1) * _SPACING
+    if beside + sum(max(part) for part in np.array_split(widths, columns)) <= room:
+        return list(labels)
+    share = (room - beside) / columns
+    if share < _SHORTEST:
+        return []
+    return [
+        label if width <= share else textwrap.fill(label, max(1, int(len(label) * share / width)))
+        for label, width in zip(labels, widths, strict=True)
+    ]
+
+
+def as_they_are(legend: Legend) -> None:
+    """Look for no formula in a legend's labels."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def literal(label: str) -> str:
@@ -85,6 +191,43 @@ def plain_axes(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def lay_out(figure: Figure) -> None:
+    """Give everything its place, once for all formats, with fewer tick labels where they would overlap."""
+    for _ in range(_ATTEMPTS):
+        engine = figure.get_layout_engine()
+        if engine is None:
+            return
+        engine.execute(figure)
+        axes = [each for parent in figure.axes for each in (parent, *parent.child_axes)]
+        crowded = [axis for each in axes for axis in (each.xaxis, each.yaxis) if is_crowded(axis)]
+        for axis in crowded:
+            _thin(axis)
+        if not crowded:
+            break
+    figure.set_layout_engine("none")
+
+
+def is_crowded(axis: Axis) -> bool:
+    """Whether tick labels overlap."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+    labels = [tick.label1 for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
+    boxes = [label.get_window_extent().padded(_GAP) for label in labels if label.get_visible()]
+    return any(first.overlaps(second) for first, second in itertools.combinations(boxes, 2))
+
+
+def _thin(axis: Axis) -> None:
+    """Fewer labels: without those between powers of ten, or with about half of the others."""
+    locator = axis.get_major_locator()
+    if isinstance(locator, MaxNLocator):
+        locator.set_params(nbins=max(2, len(axis.get_majorticklocs()) // 2))
+    elif isinstance(locator, FixedLocator):
+        labels = [label.get_text() for label in axis.get_majorticklabels()]
+        axis.set_ticks(axis.get_majorticklocs(), [text if not at % 2 else "" for at, text in enumerate(labels)])
+    else:
+        axis.set_minor_formatter(NullFormatter())
+
+
 def check_figure_path(path: Path) -> None:
     """Raise `UsageError` unless the file's name ends in a format that can be written."""
     if path.suffix.lower() not in _METADATA:
@@ -96,6 +239,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     check_figure_path(path)
     suffix = path.suffix.lower()
     content = io.BytesIO()
-    figure.savefig(content, format=suffix.removeprefix("."), dpi=200, metadata=_METADATA[suffix])
+    lay_out(figure)
+    figure.savefig(content, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())

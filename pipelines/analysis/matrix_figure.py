@@ -11,12 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipelines.analysis.figure_style import check_figure_path, figure_style, legend_below, line_style, save_figure
+from pipelines.analysis.figure_style import (
+    NEUTRAL_COLOUR,
+    TARGET,
+    check_figure_path,
+    figure_style,
+    legend_below,
+    line_style,
+    save_figure,
+)
 from pipelines.analysis.matrix_losses import SHARE, LossRun
 from pipelines.analysis.viz_page import GRID_COLOUR, PagePanel, line, value_axis, value_curve, write_page
 from pipelines.errors import UsageError
 
-_TARGET: dict[str, Any] = {"color": "#777777", "linewidth": 0.8, "linestyle": (0, (1, 2))}
 _TARGET_LABEL = f"{SHARE:g} of the first loss"
 _LOWEST = 1e-16  # of the first loss: what lies lower is rounding
 
@@ -49,7 +56,7 @@ def _draw_panel(axes: Axes, runs: Sequence[LossRun]) -> None:
     for index, run in enumerate(runs):
         axes.plot(np.maximum(run.values, np.finfo(np.float64).tiny), **line_style(index), linewidth=1.3)
     first = float(runs[0].values[0])
-    axes.axhline(SHARE * first, **_TARGET)
+    axes.axhline(SHARE * first, **TARGET)
     lowest = max(min(float(run.values.min()) for run in runs), _LOWEST * first)
     axes.set(yscale="log", xlim=(0, runs[0].steps), ylim=(lowest / 3, 10 * first), xlabel="step", ylabel="loss")
     axes.set_title(f"{runs[0].problem.title}\n{runs[0].problem.formula}", fontsize=8)
@@ -59,7 +66,7 @@ def _draw_panel(axes: Axes, runs: Sequence[LossRun]) -> None:
 
 def _legend_handles(runs: Sequence[LossRun]) -> list[Line2D]:
     lines = [Line2D([], [], label=run.settings.label, **line_style(index)) for index, run in enumerate(runs)]
-    return [*lines, Line2D([], [], label=_TARGET_LABEL, **_TARGET)]
+    return [*lines, Line2D([], [], label=_TARGET_LABEL, **TARGET)]
 
 
 def _page_panel(runs: Sequence[LossRun]) -> PagePanel:
@@ -75,7 +82,7 @@ def _page_panel(runs: Sequence[LossRun]) -> PagePanel:
             "y": [SHARE * float(runs[0].values[0])] * 2,
             "mode": "lines",
             "name": _TARGET_LABEL,
-            "line": {"color": "#777777", "dash": "dot", "width": 1},
+            "line": {"color": NEUTRAL_COLOUR, "dash": "dot", "width": 1},
             "hoverinfo": "skip",
         }
     )

@@ -73,6 +73,7 @@ def _step_counter(plane: Plane) -> Annotation:
 def _moving(plane: Plane) -> list[Line2D]:
     """All that lies above the contours, from the lowest to the highest."""
     artists = [artist for line in plane.lines for artist in (*line.strokes, line.last)]
+    artists += [line.diverged for line in plane.lines if line.diverged is not None]
     return sorted(artists + plane.marks, key=Line2D.get_zorder)
 
 
@@ -82,6 +83,8 @@ def _draw_until(plane: Plane, step: int) -> None:
         for stroke in line.strokes:
             stroke.set_data(*points)
         line.last.set_data(*points[:, -1:])
+        if line.diverged is not None:
+            line.diverged.set_visible(step >= line.points.shape[1] - 1)
     for artist in _moving(plane):
         plane.axes.draw_artist(artist)
 

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 
 from models.functions import Point, TestFunction
 from pipelines.analysis.figure_style import (
+    NEUTRAL_COLOUR,
     OPTIMUM_COLOUR,
     START_COLOUR,
     figure_style,
@@ -38,7 +39,9 @@ _INSET = 0.37  # side of the inset, as a share of the panel's
 _ZOOM = 0.055  # half the side of what the inset shows, as a share of the window's
 _FORMULA_WIDTH = 40  # characters of the usual size above a panel
 _CODE_WIDTH = 34  # the same, of a user's expression
+_MARK = 0.025  # half of a mark, as a share of the panel's side
 _WIDEST, _NARROWEST = 3.6, 1.1  # of the trajectories' lines, in points
+_DASHED = 1.8  # points: the width of line from which on dashes grow no more
 
 
 def _marker(shape: str, colour: str, *, size: float, edge: str, zorder: int) -> dict[str, Any]:
@@ -53,7 +56,8 @@ def _marker(shape: str, colour: str, *, size: float, edge: str, zorder: int) -> 
 
 
 _START = _marker("o", START_COLOUR, size=6.5, edge="black", zorder=6)
-_LAST = _marker("o", "#777777", size=4.5, edge="white", zorder=4)
+_LAST = _marker("o", NEUTRAL_COLOUR, size=4.5, edge="white", zorder=4)
+_DIVERGED = _marker("X", NEUTRAL_COLOUR, size=8, edge="black", zorder=7)
 _OPTIMUM = _marker("X", OPTIMUM_COLOUR, size=6.5, edge="white", zorder=5)
 _LOWEST = _marker("*", OPTIMUM_COLOUR, size=9, edge="white", zorder=5)
 
@@ -89,6 +93,7 @@ class DrawnLine(NamedTuple):
     points: Array
     strokes: tuple[Line2D, Line2D]  # the line above its white edge
     last: Line2D
+    diverged: Line2D | None  # the mark where it left for good
 
 
 class Plane(NamedTuple):
@@ -236,7 +241,8 @@ def _draw_contours(axes: Axes, function: TestFunction, window: Window, goal: Poi
     if relief is None:
         return
     x, y, heights = relief
-    lowest, highest = float(heights.min()), float(heights.max())
+    lowest, highest = float(np.nanmin(heights)), float(np.nanmax(heights))
+    heights = np.ma.masked_invalid(heights)
     levels = np.geomspace(lowest, highest, LEVELS)
     norm = LogNorm(lowest, highest)
     colours = LinearSegmentedColormap.from_list("contours", CONTOUR_COLOURS)
@@ -250,8 +256,8 @@ def _draw_contours(axes: Axes, function: TestFunction, window: Window, goal: Poi
 def relief_in(function: TestFunction, window: Window, goal: Point) -> tuple[Array, Array, Array] | None:
     """x and y over the window, `(_GRID,)` each, and the function's height above its minimum there, `(_GRID, _GRID)`.
 
-    Heights are cut at both ends so that their logarithms are finite; `None` for a function that is flat in the window,
-    or finite nowhere. Where the minimum is unknown, it is the lowest value of the goal and the grid.
+    Heights are cut at both ends so that their logarithms are finite, and NaN where the function is undefined; `None` for
+    a function that is flat in the window, or finite nowhere. Where the minimum is unknown, it is the lowest value of the goal and the grid.
     """
     x, y = (torch.linspace(window.low[axis], window.high[axis], _GRID, dtype=torch.float64) for axis in (0, 1))
     minimum = function.evaluate(*torch.tensor(goal, dtype=torch.float64))
@@ -276,8 +282,28 @@ def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) 
         (edge,) = axes.plot(*points, color="white", linewidth=style["linewidth"] + 1.2, zorder=2)
         (line,) = axes.plot(*points, **style, zorder=3)
         (last,) = axes.plot(*points[:, -1:], **_LAST | {"color": style["color"]})
-        lines.append(DrawnLine(points, (edge, line), last))
+        has_diverged = trajectory.diverged_at is not None
+        diverged = _mark_divergence(axes, trajectory, window, style["color"]) if has_diverged else None
+        lines.append(DrawnLine(points, (edge, line), last, diverged))
     return lines
+
+
+def _mark_divergence(axes: Axes, trajectory: Trajectory, window: Window, colour: str) -> Line2D:
+    inner = window.part(np.array(_MARK), np.array(1 - _MARK))  # on the edge itself it would cover the title
+    (mark,) = axes.plot(*np.clip(leaves_at(trajectory.points, window), *inner), **_DIVERGED | {"color": colour})
+    return mark
+
+
+def leaves_at(points: Array, window: Window) -> Array:
+    """Where the way along `points`, `(n, 2)`, leaves the window for the last time, `(2,)`; its end if that is inside."""
+    inside = np.flatnonzero(((points >= window.low) & (points <= window.high)).all(axis=1))
+    last = int(inside[-1]) if len(inside) else 0
+    begin = points[last]
+    way = np.clip(points[min(last + 1, len(points) - 1)], -1e300, 1e300) - begin
+    edges = np.where(way > 0, window.high, window.low)
+    moves = way != 0
+    share = min([1.0, *((edges - begin)[moves] / way[moves])])  # of the step, at which it crosses the nearest edge
+    return np.asarray(np.clip(begin + share * way, window.low, window.high))
 
 
 def _draw_marks(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Line2D]:
@@ -292,7 +318,11 @@ def line_width(index: int, count: int) -> float:
 
 
 def _line_style(index: int, count: int) -> dict[str, Any]:
-    return {**line_style(index), "linewidth": line_width(index, count)}
+    width = line_width(index, count)
+    style = line_style(index) | {"linewidth": width}
+    if style["linestyle"] != "-":  # dashes of thick lines as long as those of others: the legend has room for no more
+        style["linestyle"] = (0, tuple(length * min(1.0, _DASHED / width) for length in style["linestyle"][1]))
+    return style
 
 
 def _legend_handles(panels: Sequence[Sequence[Trajectory]]) -> list[Line2D]:
@@ -302,6 +332,8 @@ def _legend_handles(panels: Sequence[Sequence[Trajectory]]) -> list[Line2D]:
         for index, setting in enumerate(settings)
     ]
     marks = {"start": _START, "last point": _LAST}
+    if any(item.diverged_at is not None for panel in panels for item in panel):
+        marks["diverged"] = _DIVERGED
     known = [bool(panel[0].function.optima) for panel in panels]
     if any(known):
         marks["optimum"] = _OPTIMUM

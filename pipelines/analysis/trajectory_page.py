@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,13 +95,13 @@ def _contours(function: TestFunction, window: Window, goal: Point) -> list[dict[
         return []
     # Every other point of each axis: four times lighter, and as fine as a screen needs.
     x, y, heights = relief[0][::2], relief[1][::2], np.log10(relief[2][::2, ::2])
-    lowest, highest = float(heights.min()), float(heights.max())
+    lowest, highest = float(np.nanmin(heights)), float(np.nanmax(heights))
     return [
         {
             "type": "contour",
             "x": short(x),
             "y": short(y),
-            "z": heights.round(3).tolist(),
+            "z": [[None if math.isnan(z) else z for z in row] for row in heights.round(3).tolist()],
             "contours": {"start": lowest, "end": highest, "size": (highest - lowest) / (LEVELS - 1)},
             "autocontour": False,
             "colorscale": [[index / 3, colour] for index, colour in enumerate(CONTOUR_COLOURS)],

@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.analysis.comparison.thinning import keep_spikes
-from pipelines.analysis.figure_style import line_style
+from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
 from pipelines.storage import write_atomically
 
 Array = npt.NDArray[np.float64]
 
 GRID_COLOUR = "#e4e4e4"
-_DASHES = {"-": "solid", "--": "dash", ":": "dot"}  # matplotlib's names and plotly's
 _MOST_POINTS = 1200  # of a curve: about two a pixel of its width
 _DECADES = 12  # at most, that an axis of values shows
 
@@ -45,13 +44,7 @@ def write_page(panels: Sequence[PagePanel], path: Path) -> None:
 
 def line(index: int, label: str, width: float = 2.0) -> dict[str, Any]:
     """What the traces of the setting at this position in the legend have in common: a click hides them together."""
-    style = line_style(index)
-    return {
-        "mode": "lines",
-        "name": label,
-        "legendgroup": str(index),
-        "line": {"color": style["color"], "dash": _DASHES[style["linestyle"]], "width": width},
-    }
+    return {"mode": "lines", "name": label, "legendgroup": str(index), "line": plotly_line(index, width)}
 
 
 def value_curve(values: Array, minimum: float) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,15 +18,25 @@ from matplotlib.ticker import FuncFormatter
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity
 from pipelines.analysis.comparison.setting_figure import draw_setting_effects
 from pipelines.analysis.comparison.tables import digits
-from pipelines.analysis.figure_style import figure_style, legend_below, line_style, literal, plain_axes, save_figure
+from pipelines.analysis.figure_style import (
+    MOST_STYLES,
+    NEUTRAL_COLOUR,
+    TARGET,
+    figure_style,
+    legend_below,
+    line_style,
+    literal,
+    plain_axes,
+    save_figure,
+)
 
 Abscissa = Literal["steps", "tokens", "seconds"]
 
-MOST_SHOWN = 24
+MOST_SHOWN = MOST_STYLES
 """Contenders in a figure: there are no more kinds of lines that can be told apart."""
 
+_ROW_LETTERS = 44
 _BEGINNING = 0.2  # of the run: losses fall so far there that nothing else would be seen beside them
-_GREY = "#777777"
 
 
 def shown(comparison: Comparison) -> tuple[Entry, ...]:
@@ -41,7 +52,6 @@ def write_figures(comparison: Comparison, folder: Path) -> tuple[str, ...]:
             figure = draw(comparison)
             if figure is not None:
                 save_figure(figure, folder / f"{name}.png")
-                figure.set_layout_engine("none")  # it is laid out now: a second time would take as long as all the rest
                 save_figure(figure, folder / f"{name}.pdf")
                 names.append(name)
     return tuple(names)
@@ -75,8 +85,8 @@ def _draw_losses(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
         _leave_out_beginning(axes, [(getattr(band, abscissa), band.mean) for band in bands if band is not None])
         plain_axes(axes)
     if comparison.target is not None:
-        validation.axhline(comparison.target.loss, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)))
-    legend_below(figure, _handles(drawn))
+        validation.axhline(comparison.target.loss, **TARGET)
+    legend_below(figure, [*_handles(drawn), *_target_handle(comparison)])
     return figure
 
 
@@ -112,22 +122,30 @@ def _draw_finals(comparison: Comparison) -> Figure | None:
     entries = [entry for entry in shown(comparison) if entry.final is not None]
     if not entries:
         return None
-    figure = Figure(figsize=(7.0, 0.9 + 0.23 * len(entries)), layout="constrained")
+    labels, height = _row_labels(entries)
+    figure = Figure(figsize=(7.0, 0.9 + height), layout="constrained")
     axes = figure.subplots()
     means = [entry.final.mean for entry in entries if entry.final]
     edge = without_outliers(means[0], means)
     for row, entry in enumerate(entries):
         _draw_final(axes, row, entry, edge)
     if comparison.target is not None:
-        axes.axvline(comparison.target.loss, color=_GREY, linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-    axes.set_yticks(range(len(entries)), [literal(entry.label) for entry in entries])
+        axes.axvline(comparison.target.loss, **TARGET, zorder=0)
+    axes.set_yticks(range(len(entries)), labels)
     axes.set(xlabel="final validation loss", ylim=(len(entries) - 0.4, -0.6))
     axes.margins(x=0.04)
     plain_axes(axes)
-    seed = Line2D([], [], color=_GREY, marker="o", markersize=3, markerfacecolor="none", linestyle="", label="a seed")
-    mean = Line2D([], [], color=_GREY, marker="|", markersize=11, label=f"mean, {comparison.confidence:.0%} interval")
-    legend_below(figure, [mean, seed])
+    seed = Line2D([], [], color=NEUTRAL_COLOUR, marker="o", markersize=3, markerfacecolor="none", linestyle="", label="a seed")
+    mean = Line2D([], [], color=NEUTRAL_COLOUR, marker="|", markersize=11, label=f"mean, {comparison.confidence:.0%} interval")
+    legend_below(figure, [mean, seed, *_target_handle(comparison)])
     return figure
+
+
+def _row_labels(entries: Sequence[Entry]) -> tuple[list[str], float]:
+    """Labels for rows, in lines that leave the axes more than half of the figure, and the height of all, in inches."""
+    labels = [literal(textwrap.fill(entry.label, _ROW_LETTERS)) for entry in entries]
+    lines = max(label.count("\n") for label in labels) + 1
+    return labels, len(entries) * (0.1 + 0.13 * lines)
 
 
 def _draw_final(axes: Axes, row: int, entry: Entry, edge: float) -> None:
@@ -162,8 +180,7 @@ def _draw_sensitivity(comparison: Comparison) -> Figure | None:
         axes.set_ylim(low - margin, high + 2 * margin)
     axes.set(xscale="log", xlabel="learning rate", ylabel="final validation loss")
     plain_axes(axes)
-    labels = [literal(family.family) for family in families]
-    handles = [Line2D([], [], label=label, **style) for label, style in zip(labels, styles, strict=True)]
+    handles = [Line2D([], [], label=each.family, **style) for each, style in zip(families, styles, strict=True)]
     if any(point.unfinished for family in families for point in family.points):
         handles.append(_mark("o", "stopped early, best loss", markerfacecolor="none"))
     if any(point.diverged for family in families for point in family.points):
@@ -198,14 +215,15 @@ def _draw_cost(comparison: Comparison) -> Figure | None:
     if not entries:
         return None
     states = [entry.state_bytes or 0 for entry in entries]
-    figure = Figure(figsize=(7.0, 0.9 + 0.23 * len(entries)), layout="constrained")
+    labels, height = _row_labels(entries)
+    figure = Figure(figsize=(7.0, 0.9 + height), layout="constrained")
     panels = figure.subplots(1, 2 if any(states) else 1, sharey=True, squeeze=False)[0]
     rows, times = np.arange(len(entries)), panels[0]
     steps = np.array([entry.step_ms or 0.0 for entry in entries])
     parts = np.array([entry.optimizer_ms or 0.0 for entry in entries])
     times.barh(rows, parts, height=0.62, color="#0077BB", label="optimizer")
     times.barh(rows, np.maximum(steps - parts, 0), left=parts, height=0.62, color="#cfd8dc", label="the rest of a step")
-    times.set_yticks(rows, [literal(entry.label) for entry in entries])
+    times.set_yticks(rows, labels)
     times.set(xlabel="milliseconds a step, median", ylim=(len(entries) - 0.4, -0.6))
     if any(states):
         panels[1].barh(rows, np.array(states) / 1e6, height=0.62, color="#997700")
@@ -218,14 +236,20 @@ def _draw_cost(comparison: Comparison) -> Figure | None:
 
 
 def _handles(drawn: Sequence[tuple[dict[str, Any], Entry]]) -> list[Line2D]:
-    handles = [Line2D([], [], label=literal(entry.label), linewidth=1.5, **style) for style, entry in drawn]
+    handles = [Line2D([], [], label=entry.label, linewidth=1.5, **style) for style, entry in drawn]
     if any(len(entry.runs) > 1 for _, entry in drawn):
-        handles.append(Line2D([], [], color=_GREY, alpha=0.3, linewidth=6, label="lowest to highest seed"))
+        handles.append(Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label="lowest to highest seed"))
     return handles
 
 
+def _target_handle(comparison: Comparison) -> list[Line2D]:
+    """The legend's entry for the target, if there is one."""
+    target = comparison.target
+    return [] if target is None else [Line2D([], [], label=f"target, {target.loss:.4f}", **TARGET)]
+
+
 def _mark(marker: str, label: str, **more: Any) -> Line2D:
-    return Line2D([], [], color=_GREY, marker=marker, markersize=4, linestyle="", label=label, **more)
+    return Line2D([], [], color=NEUTRAL_COLOUR, marker=marker, markersize=4, linestyle="", label=label, **more)
 
 
 _DRAWERS: dict[str, Callable[[Comparison], Figure | None]] = {

@@ -12,10 +12,16 @@ from pipelines.training.run_folder import RunFolder
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
-    """Every run, once, by its path below the folder that all share; `UsageError` for a path without any."""
-    found = {run.resolve(): run for path in paths for run in _runs_of(path)}
-    common = os.path.commonpath([run.parent for run in found])
-    return {run.relative_to(common).as_posix(): path for run, path in found.items()}
+    """Every run, once, by its path below the folder that all share; `UsageError` for a path without any.
+
+    Links are followed, and a run goes by the name of its link. One that leads nowhere counts as a run, to be named when
+    it cannot be read.
+    """
+    found: dict[Path, Path] = {}
+    for run in (run for path in paths for run in _runs_of(path)):
+        found.setdefault(run.resolve(), Path(os.path.abspath(run)))
+    common = os.path.commonpath([run.parent for run in found.values()])
+    return {run.relative_to(common).as_posix(): run for run in found.values()}
 
 
 def is_trial(path: Path) -> bool:
@@ -27,7 +33,7 @@ def is_trial(path: Path) -> bool:
 def _runs_of(path: Path) -> list[Path]:
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give runs, or folders of runs")
-    runs = [path] if _is_run(path) else sorted(_runs_below(path))
+    runs = [path] if _is_run(path) else runs_below(path)
     if not runs:
         raise UsageError(f"{path}: neither a run nor a folder of runs")
     return runs
@@ -39,8 +45,22 @@ def _is_run(path: Path) -> bool:
     return folder.exists() and (folder.metrics_path.is_file() or folder.checkpoints.is_dir())
 
 
-def _runs_below(path: Path) -> Iterator[Path]:
-    for place, folders, _files in os.walk(path):
-        if _is_run(Path(place)):
+def runs_below(path: Path) -> list[Path]:
+    """The runs in a folder and its folders, linked ones too, in the order of their names."""
+    return sorted(_walk(path))
+
+
+def _walk(path: Path) -> Iterator[Path]:
+    entered: set[Path] = set()  # a link may lead back to where it was met
+    for place, folders, files in os.walk(path, followlinks=True):
+        here = Path(place)
+        if here.resolve() in entered:
+            folders.clear()
+            continue
+        entered.add(here.resolve())
+        if _is_run(here):
             folders.clear()  # what a run holds is its own
-            yield Path(place)
+            yield here
+        else:
+            folders.sort()
+            yield from (link for link in map(here.joinpath, files) if link.is_symlink() and not link.exists())

@@ -17,7 +17,7 @@ from pipelines.analysis.comparison.headline import by_pair, headline
 from pipelines.analysis.comparison.layers import LayerFigures
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
 from pipelines.analysis.comparison.tables import Table, entry_table, run_table
-from pipelines.analysis.figure_style import line_style
+from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
 
 GENERATOR = '<meta name="generator" content="asgo compare">'
@@ -29,7 +29,8 @@ MOST_RUNS = 30
 MOST_NUMBERS = 14
 """Contenders whose differences fit the page as numbers; of more, the signs alone are shown."""
 
-_DASHES = {"-": "solid", "--": "dash", ":": "dot"}  # matplotlib's names and plotly's
+_DASH_WIDTH = 1.5
+"""Pixels, of the line that dashes are made for; the page's lines are 0.8 to 2.5 wide."""
 _ABSCISSAS: tuple[Abscissa, ...] = ("steps", "tokens", "seconds")
 
 
@@ -128,7 +129,7 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
             {
                 # Plotly reads labels as a kind of HTML.
                 "label": html.escape(entry.label),
-                **_look(index),
+                "line": plotly_line(index, _DASH_WIDTH),
                 "train": _band(entry.train),
                 "val": _band(entry.val),
                 "runs": [_run(run) for run in entry.runs if run.name in singles],
@@ -136,11 +137,6 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
             for index, entry in enumerate(contenders)
         ],
     }
-
-
-def _look(index: int) -> dict[str, str]:
-    style = line_style(index)
-    return {"color": style["color"], "dash": _DASHES[style["linestyle"]]}
 
 
 def _single_runs(contenders: Sequence[Entry]) -> set[str]:

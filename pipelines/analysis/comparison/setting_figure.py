@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipelines.analysis.comparison.results import Comparison, Entry, SettingEffect
-from pipelines.analysis.figure_style import line_style, literal, plain_axes
+from pipelines.analysis.figure_style import as_they_are, line_style, plain_axes
 
 _COLUMNS = 3
 _LABEL_WIDTH = 34
@@ -43,13 +43,13 @@ def _draw_panel(axes: Axes, effects: Sequence[SettingEffect]) -> None:
     for index, effect in enumerate(effects):
         style = line_style(index)
         _draw_effect(axes, [values.index(value) for value in effect.values], effect.entries, style)
-        label = textwrap.fill(literal(effect.label), _LABEL_WIDTH)
+        label = textwrap.fill(effect.label, _LABEL_WIDTH)
         handles.append(Line2D([], [], label=label, linewidth=1.1, **style))
     axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     axes.set(xlabel=effects[0].setting, xlim=(-0.4, len(values) - 0.6))
     plain_axes(axes)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "borderaxespad": 0}
-    axes.legend(handles=handles, fontsize=6.5, handlelength=1.4, **place)
+    as_they_are(axes.legend(handles=handles, fontsize=6.5, handlelength=2.6, **place))
 
 
 def _draw_effect(axes: Axes, places: Sequence[int], entries: Sequence[Entry], style: dict[str, Any]) -> None:

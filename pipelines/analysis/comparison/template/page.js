@@ -5,6 +5,8 @@
   const place = document.getElementById("curves");
   const chosen = { x: "steps", span: "whole", val: true, train: true, runs: false };
   const hidden = new Set();
+  const TARGET = "target";
+  const PLOT_HEIGHT = 380; // pixels, without the legend
 
   function visible(contender, layer) {
     return chosen[layer] && !hidden.has(contender.label);
@@ -13,7 +15,7 @@
   function line(contender, layer, look) {
     return {
       type: "scatter", mode: "lines", name: contender.label, legendgroup: contender.label, showlegend: false,
-      visible: visible(contender, layer), line: { color: contender.color, dash: contender.dash, width: look.width },
+      visible: visible(contender, layer), line: { ...contender.line, width: look.width },
       opacity: look.opacity ?? 1,
     };
   }
@@ -25,7 +27,7 @@
     const edges = {
       ...line(contender, layer, look), x: x.concat(x.slice().reverse()),
       y: curve.highest.concat(curve.lowest.slice().reverse()),
-      fill: "toself", fillcolor: contender.color, line: { width: 0 }, opacity: 0.16, hoverinfo: "skip",
+      fill: "toself", fillcolor: contender.line.color, line: { width: 0 }, opacity: 0.16, hoverinfo: "skip",
     };
     const mean = {
       ...line(contender, layer, look), x: x, y: curve.mean,
@@ -34,7 +36,7 @@
     };
     if (look.markers && x.length <= 60) {
       mean.mode = "lines+markers";
-      mean.marker = { size: 4, color: contender.color };
+      mean.marker = { size: 4, color: contender.line.color };
     }
     return [edges, mean];
   }
@@ -59,13 +61,23 @@
     };
   }
 
+  function targetTraces() {
+    if (data.target === null) return [];
+    const bands = data.contenders.flatMap((contender) => [contender.train, contender.val]).filter((curve) => curve !== null);
+    const last = Math.max(0, ...bands.map((curve) => curve[chosen.x].at(-1)));
+    return [{
+      type: "scatter", mode: "lines", name: TARGET, x: [0, last], y: [data.target, data.target], hoverinfo: "skip",
+      visible: hidden.has(TARGET) ? "legendonly" : true, line: { color: "#868e96", width: 1.5, dash: "dot" },
+    }];
+  }
+
   function drawn() {
-    return data.contenders.flatMap((contender) => [
+    return [...data.contenders.flatMap((contender) => [
       legendTrace(contender),
       ...runTraces(contender),
       ...bandTraces(contender, "train", { width: 0.9, opacity: 0.75 }, "training"),
       ...bandTraces(contender, "val", { width: 2, markers: true }, "validation"),
-    ]);
+    ]), ...targetTraces()];
   }
 
   function ranges() {
@@ -87,21 +99,24 @@
     return { x: [chosen.span === "half" ? begin : 0, last * 1.01], y: [low - margin, high + margin] };
   }
 
+  // On a narrow screen a legend has a row for each name. Plotly takes its height from the plot's, if it is not given room.
+  function legendHeight() {
+    const longest = Math.max(...data.contenders.map((contender) => contender.label.length));
+    const columns = Math.max(1, Math.floor((place.clientWidth - 72) / (60 + 7 * longest)));
+    return 20 * Math.ceil((data.contenders.length + 1) / columns);
+  }
+
   function layout() {
     const range = ranges();
     const axis = { gridcolor: "#e9ecef", linecolor: "#adb5bd", ticks: "outside", tickcolor: "#adb5bd", zeroline: false };
     return {
-      height: 440 + 22 * Math.ceil(data.contenders.length / 3), margin: { l: 60, r: 12, t: 12, b: 50 },
+      height: PLOT_HEIGHT + 70 + legendHeight(), margin: { l: 60, r: 12, t: 12, b: 58 + legendHeight() },
       font: { family: "system-ui, sans-serif", size: 12, color: "#212529" },
       paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
       hoverlabel: { bgcolor: "#fff", namelength: -1 },
       xaxis: { ...axis, title: { text: data.titles[chosen.x] }, range: range.x, autorange: range.x === undefined },
       yaxis: { ...axis, title: { text: "loss" }, range: range.y, autorange: range.y === undefined },
-      legend: { orientation: "h", y: -0.16, yanchor: "top" },
-      shapes: data.target === null ? [] : [{
-        type: "line", xref: "paper", x0: 0, x1: 1, y0: data.target, y1: data.target,
-        line: { color: "#868e96", width: 1, dash: "dot" },
-      }],
+      legend: { orientation: "h", y: -60 / PLOT_HEIGHT, yanchor: "top" },
     };
   }
 
@@ -133,6 +148,8 @@
       });
     }
   });
+
+  window.addEventListener("resize", draw);
 
   for (const input of document.querySelectorAll("#curve-switches input")) {
     input.addEventListener("change", () => {
