@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+import torch
 import torchvision
 from torch import nn
 
@@ -27,3 +28,17 @@ def build_classifier(name: str, classes: int) -> nn.Module:
     extra = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=classes, **extra)
     return model
+
+
+def why_refused(name: str, classes: int, batch_size: int, resolution: int) -> str | None:
+    """Why a classifier cannot train on batches of (batch_size, 3, resolution, resolution), in torch's words; else None.
+
+    It is tried without memory or arithmetic, on the meta device. Batch normalization, for one, refuses one value alone.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        model = build_classifier(name, classes)
+        try:
+            model(torch.empty(batch_size, 3, resolution, resolution))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            return " ".join(str(error).split()) or type(error).__name__
+    return None

@@ -436,6 +436,12 @@ class ImageNetRunConfig(RunConfig):
     training: ImageTrainingSettings
     runtime: ImageRuntimeSettings = ImageRuntimeSettings()
 
+    @model_validator(mode="after")
+    def _has_no_heads(self) -> Self:
+        if getattr(self.optimizer, "by_heads", False):
+            raise ValueError("optimizer.by_heads is for the attention of a GPT; leave it out")
+        return self
+
 
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
@@ -456,7 +462,7 @@ def load_run_config(values: Any) -> RunConfig:
     return run_config_of(values if isinstance(values, Mapping) else {}).model_validate(values)
 
 
-MAY_CHANGE_ON_RESUME = ("data.folder", "init_from", "statistics.", "checkpoint.", "runtime.")
+MAY_CHANGE_ON_RESUME = ("data.folder", "data.bad_images", "init_from", "statistics.", "checkpoint.", "runtime.")
 """Dotted keys, or prefixes of keys, in which a resumed run may differ from the one it continues."""
 
 

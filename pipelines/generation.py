@@ -13,8 +13,7 @@ from pipelines.data.tokenizers import build_tokenizer
 from pipelines.errors import AsgoError
 from pipelines.training.checkpoint import find_checkpoint
 from pipelines.training.device import pick_device
-from pipelines.training.gpt_task import build_gpt
-from pipelines.training.weights import require_same_names
+from pipelines.training.gpt_task import build_gpt, require_weights_of
 
 
 def generate(
@@ -41,9 +40,9 @@ def generate(
         raise AsgoError(f"{checkpoint.folder}: of a classifier of images, which writes no text")
     device = pick_device(runtime)
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
-    model = build_gpt(config.model, tokenizer.vocab_size)
     tensors = checkpoint.model_tensors()
-    require_same_names(dict(model.named_parameters()), tensors, str(checkpoint.folder))
+    require_weights_of(config.model, tokenizer.vocab_size, tensors, str(checkpoint.folder))
+    model = build_gpt(config.model, tokenizer.vocab_size)
     model.load_state_dict(tensors, strict=False)  # a tied head is saved once, under the embedding's name
     model.to(device).eval()
     tokens = sample(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pipelines.config import (
     run_config_of,
 )
 from pipelines.errors import UsageError
+from pipelines.storage import parse_json
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
     if not path.is_file():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+        saved = parse_json(path.read_text(encoding="utf-8"))["config"]
         values = {key: value for key, value in flatten(saved).items() if value is not None}
         trained_with = values["optimizer.name"]
     except (ValueError, KeyError, TypeError, AttributeError):

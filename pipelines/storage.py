@@ -5,10 +5,29 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`, for files of strangers: lists in lists without end are a `ValueError` too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def csv_cell(value: object) -> object:
+    """A cell of a CSV file: text that a spreadsheet would carry out begins with an apostrophe; numbers stay as they are.
+
+    Names of runs and labels may be a stranger's. Spreadsheets take a text that begins with = + - @, a tab or a carriage
+    return for a formula.
+    """
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def sha256_of(path: Path) -> str:

@@ -9,6 +9,7 @@ from typing import IO
 
 from pipelines.analysis.comparison.find_runs import runs_below
 from pipelines.errors import AsgoError, UsageError
+from pipelines.storage import csv_cell
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import RunFolder
 
@@ -34,7 +35,7 @@ def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
     """Write records with a header; floats are written so that reading them back gives the same float."""
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
 
 def _records(path: Path) -> Iterator[dict[str, object]]:

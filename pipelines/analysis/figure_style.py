@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -134,7 +133,7 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
         legend = figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=size)
         as_they_are(legend)
         box = legend.get_window_extent(renderer)
-        if box.x0 >= 0 and box.x1 <= figure.bbox.width or room < 1:
+        if (box.x0 >= 0 and box.x1 <= figure.bbox.width) or room < 1:
             break
         legend.remove()  # wrapped lines are as wide as their letters, not as the mean of all letters
         room *= 0.95

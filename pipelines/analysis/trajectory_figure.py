@@ -256,8 +256,9 @@ def _draw_contours(axes: Axes, function: TestFunction, window: Window, goal: Poi
 def relief_in(function: TestFunction, window: Window, goal: Point) -> tuple[Array, Array, Array] | None:
     """x and y over the window, `(_GRID,)` each, and the function's height above its minimum there, `(_GRID, _GRID)`.
 
-    Heights are cut at both ends so that their logarithms are finite, and NaN where the function is undefined; `None` for
-    a function that is flat in the window, or finite nowhere. Where the minimum is unknown, it is the lowest value of the goal and the grid.
+    Heights are cut at both ends so that their logarithms are finite, and NaN where the function is undefined; `None`
+    for a function that is flat in the window, or finite nowhere. Where the minimum is unknown, it is the lowest value
+    of the goal and the grid.
     """
     x, y = (torch.linspace(window.low[axis], window.high[axis], _GRID, dtype=torch.float64) for axis in (0, 1))
     minimum = function.evaluate(*torch.tensor(goal, dtype=torch.float64))
@@ -295,7 +296,7 @@ def _mark_divergence(axes: Axes, trajectory: Trajectory, window: Window, colour:
 
 
 def leaves_at(points: Array, window: Window) -> Array:
-    """Where the way along `points`, `(n, 2)`, leaves the window for the last time, `(2,)`; its end if that is inside."""
+    """Where the way along `points`, `(n, 2)`, leaves the window for the last time, `(2,)`; its end if it does not."""
     inside = np.flatnonzero(((points >= window.low) & (points <= window.high)).all(axis=1))
     last = int(inside[-1]) if len(inside) else 0
     begin = points[last]

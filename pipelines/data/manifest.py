@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import write_atomically
+from pipelines.storage import parse_json, write_atomically
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
@@ -119,7 +119,7 @@ def load_manifest(folder: Path) -> Manifest:
             raise AsgoError(f"{folder}: unfinished; the command that began it, given again, goes on") from None
         raise AsgoError(f"{folder}: no {MANIFEST}, so this is not a folder of token shards") from None
     try:
-        fields = json.loads(raw)
+        fields = parse_json(raw)
         del fields["manifest_sha256"]
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:

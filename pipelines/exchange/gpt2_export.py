@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import safetensors.torch
-import torch
 
 from pipelines.config import GPTRunConfig
 from pipelines.data.tokenizers import CharsTokenizer, build_tokenizer
@@ -14,8 +13,7 @@ from pipelines.exchange.gpt2_config import to_gpt2_config
 from pipelines.exchange.gpt2_weights import to_gpt2
 from pipelines.exchange.tokenizer_files import tokenizer_files
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.gpt_task import build_gpt
-from pipelines.training.weights import require_same_names
+from pipelines.training.gpt_task import require_weights_of
 
 
 def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path) -> str:
@@ -26,9 +24,7 @@ def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path) -> st
     settings = config.model
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
     tensors = checkpoint.model_tensors()
-    with torch.device("meta"):
-        own = build_gpt(settings, tokenizer.vocab_size)
-    require_same_names(dict(own.named_parameters()), tensors, str(checkpoint.folder))
+    require_weights_of(settings, tokenizer.vocab_size, tensors, str(checkpoint.folder))
     weights = to_gpt2(tensors, settings.n_layers, tokenizer.vocab_size)
     # Not by save_file, whose files nobody else on the machine may read.
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from pipelines.config import GPTRunConfig, RunConfig
-from pipelines.errors import UsageError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.gpt2_config import from_gpt2_config, problems_of
 from pipelines.resolve import Layer, resolve
-from pipelines.storage import sha256_of
+from pipelines.storage import parse_json, sha256_of
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -42,7 +43,10 @@ class InitialModel:
 
 
 def open_initial_model(folder: Path) -> InitialModel:
-    """Read the configuration and find the weights; `UsageError` for anything but a GPT-2 in safetensors."""
+    """Read the configuration and find the weights.
+
+    Raises `UsageError` for anything but a GPT-2 in safetensors, and `AsgoError` for damaged weights.
+    """
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; --init-from takes one on this disk, "
@@ -52,7 +56,33 @@ def open_initial_model(folder: Path) -> InitialModel:
     problems = problems_of(config)
     if problems:
         raise UsageError("\n".join(f"{folder / _CONFIG}: {problem}" for problem in problems))
-    return InitialModel(folder, from_gpt2_config(config), _weight_files(folder))
+    weights = _weight_files(folder)
+    _require_sizes(folder / _CONFIG, config, weights)
+    return InitialModel(folder, from_gpt2_config(config), weights)
+
+
+def _require_sizes(path: Path, config: Mapping[str, Any], weights: Sequence[Path]) -> None:
+    """`UsageError` unless the weights have the sizes that the configuration claims: a model is built by these."""
+    shapes: dict[str, list[int]] = {}
+    for file in weights:
+        try:
+            with safe_open(file, framework="np") as tensors:
+                names = tensors.keys()
+                shapes |= {name.removeprefix("transformer."): tensors.get_slice(name).get_shape() for name in names}
+        except SafetensorError as error:
+            raise AsgoError(f"{file}: damaged: {error}") from None
+    width, last = config["n_embd"], config["n_layer"] - 1
+    expected = {
+        "wte.weight": [config["vocab_size"], width],
+        "wpe.weight": [config["n_positions"], width],
+        f"h.{last}.mlp.c_fc.weight": [width, config.get("n_inner") or 4 * width],
+    }
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            found = "none" if name not in shapes else f"one of {' x '.join(map(str, shapes[name]))}"
+            raise UsageError(f"{path}: describes {name} of {' x '.join(map(str, shape))}, and the weights have {found}")
+    if f"h.{last + 1}.ln_1.weight" in shapes:
+        raise UsageError(f"{path}: n_layer is {last + 1}, and the weights have more layers")
 
 
 def resolve_with_initial_model(layers: Sequence[Layer]) -> RunConfig:
@@ -128,7 +158,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path.parent}: not a Hugging Face model: it has no {path.name}") from None
     except ValueError:

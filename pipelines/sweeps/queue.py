@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import tomli_w
 from pipelines.config import ImageNetRunConfig
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.stopping import StopRequest, stop_on_signals
-from pipelines.storage import write_atomically
+from pipelines.storage import parse_json, write_atomically
 from pipelines.sweeps.slots import Slot
 from pipelines.sweeps.standing import Standing
 from pipelines.training.metrics import Row
@@ -293,7 +292,7 @@ class RecordsFollower:
         except OSError:
             return []
         self._position += len(whole) + len(newline)
-        return [json.loads(line) for line in whole.split(b"\n")] if newline else []
+        return [parse_json(line) for line in whole.split(b"\n")] if newline else []
 
 
 def _ending(process: _Process, code: int, stopping: bool) -> Ending:

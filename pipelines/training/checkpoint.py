@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
-from pipelines.storage import naming, sha256_of, staged_folder, undo_exchange
+from pipelines.storage import naming, parse_json, sha256_of, staged_folder, undo_exchange
 from pipelines.training.distributed import seed_of_rank
 from pipelines.training.launched import launched
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
@@ -209,7 +209,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / _STATE
     try:
         with naming(path):
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            state: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         recorded = state.pop("sha256")
     except FileNotFoundError:
         raise AsgoError(f"{folder}: not a checkpoint: it has no {_STATE}") from None

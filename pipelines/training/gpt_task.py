@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from models.gpt import GPT, next_token_loss
 from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
+from pipelines.errors import AsgoError
 from pipelines.exchange.initial_model import refuse_other_vocabulary
 from pipelines.training.device import autocast, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
+from pipelines.training.weights import Tensors, require_same_names
 
 
 def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
@@ -28,6 +30,21 @@ def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
         if isinstance(module, nn.GELU):
             module.approximate = "tanh" if settings.gelu == "tanh" else "none"
     return model
+
+
+def require_weights_of(settings: GPTSettings, vocab_size: int, tensors: Tensors, source: str) -> None:
+    """`AsgoError` unless the weights are those of a decoder with these settings.
+
+    To be asked before one is built: settings may be a stranger's, and would size it.
+    """
+    if settings.n_layers > len(tensors):
+        raise AsgoError(f"{source}: of another model: {len(tensors):,} weights for n_layers={settings.n_layers}")
+    try:
+        with torch.device("meta"):
+            own = build_gpt(settings, vocab_size)
+    except (RuntimeError, ValueError, OverflowError, TypeError):  # sizes beyond 64 bits
+        raise AsgoError(f"{source}: of another model: its settings describe none that can be") from None
+    require_same_names(dict(own.named_parameters()), tensors, source)
 
 
 class GPTTask:

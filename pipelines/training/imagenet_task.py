@@ -10,19 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.vision import build_classifier
+from models.vision import build_classifier, why_refused
 from pipelines.config import ImageNetRunConfig
 from pipelines.data.imagenet.image_workers import ImageWorkers, Source
 from pipelines.data.imagenet.images import open_imagenet
 from pipelines.data.imagenet.loader import TrainingImages, ValidationImages
 from pipelines.data.imagenet.transforms import build_transforms, normalize
-from pipelines.errors import UsageError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.training.device import autocast, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
 _TOP = 5
+_USUAL_RESOLUTIONS = (224, 256, 299, 384, 512)
 _UNKNOWN = -100
 """The label of no image, which no sum counts."""
 
@@ -35,12 +36,14 @@ class ImageNetTask:
     def __init__(self, config: ImageNetRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
         """Raises `AsgoError` for a folder that cannot be read.
 
-        Raises `UsageError` for a classifier that there is not, and for a batch that the processes cannot share.
+        Raises `UsageError` for a classifier that there is not or that cannot take the images, and for a batch that the
+        processes cannot share.
         """
         training = config.training
         self._share = batch_share(training, ranks)
         self.data = open_imagenet(Path(config.data.folder))
         try:
+            _require_possible(config, len(self.data.classes), self._share.micro_batch_size * ranks.size)
             model = build_classifier(config.model.name, len(self.data.classes))
         except ValueError as error:
             raise UsageError(f"model.name: {error}") from None
@@ -104,6 +107,9 @@ class ImageNetTask:
             sums += torch.stack([loss, *_right_among_top(logits, labels), (labels != _UNKNOWN).sum()])
         self.model.train()
         loss, *right, seen = self._ranks.sum(sums).tolist()
+        if not seen:
+            reason = next(iter(self._validation.skipped.values()), "there are none")
+            raise AsgoError(f"{self.data.folder}: no validation image can be decoded, so there is no loss: {reason}")
         return {"loss": loss / seen, **_accuracies(right, seen)}
 
     def epoch_at(self, step: int) -> float:
@@ -134,6 +140,22 @@ class ImageNetTask:
         with autocast(self._device, self._dtype):
             logits = self.network(normalize(images, channels_last=self._channels_last))
         return logits.float(), labels
+
+
+def _require_possible(config: ImageNetRunConfig, classes: int, images: int) -> None:
+    """Raise `UsageError` unless the classifier can train on so many images at once, of the resolution asked for."""
+    name, resolution = config.model.name, config.data.resolution
+    reason = why_refused(name, classes, images, resolution)
+    if reason is None:
+        return
+    if why_refused(name, classes, 2 * images, resolution) is None:
+        raise UsageError(
+            f"{name} cannot train on batches of {images} at {resolution} pixels ({reason}); "
+            "set training.batch_size and training.micro_batch_size to 2 or more"
+        )
+    fitting = [size for size in _USUAL_RESOLUTIONS if why_refused(name, classes, 2, size) is None]
+    advice = f"set data.resolution={fitting[0]}" if fitting else "choose another data.resolution"
+    raise UsageError(f"{name} cannot take images of {resolution} pixels ({reason}); {advice}")
 
 
 def _right_among_top(logits: Tensor, labels: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict, cast
 import numpy as np
 
 from pipelines.errors import AsgoError
-from pipelines.storage import naming
+from pipelines.storage import naming, parse_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -100,7 +100,7 @@ def read_lines(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not (isinstance(row, dict) and {"split", *INTEGERS} <= row.keys() <= Row.__annotations__.keys()):
                 raise ValueError(line)
             rows.append(cast(Row, row))

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import make_folder, naming, sync, write_atomically
+from pipelines.storage import make_folder, naming, parse_json, sync, write_atomically
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
 from pipelines.training.statistics_file import STATISTICS
 
@@ -65,7 +65,7 @@ class RunFolder:
         """The configuration that the run was begun with."""
         try:
             with naming(self.config_path):
-                return load_run_config(json.loads(self.config_path.read_text(encoding="utf-8"))["config"])
+                return load_run_config(parse_json(self.config_path.read_text(encoding="utf-8"))["config"])
         except (ValueError, KeyError, TypeError, ValidationError):
             raise AsgoError(f"{self.config_path}: not a configuration that this version of asgo can read") from None
 
@@ -76,7 +76,7 @@ class RunFolder:
     def divergence(self) -> Divergence | None:
         """How the run diverged; None unless its last attempt did."""
         try:
-            return Divergence(**json.loads(self._divergence_path.read_text(encoding="utf-8")))
+            return Divergence(**parse_json(self._divergence_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return None
 

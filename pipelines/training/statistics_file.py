@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from pipelines.errors import AsgoError
-from pipelines.storage import naming, write_atomically
+from pipelines.storage import naming, parse_json, write_atomically
 
 STATISTICS = "statistics.jsonl"
 """Its name in the run's folder."""
@@ -112,7 +112,7 @@ def read_statistics(path: Path) -> Statistics | None:
 
 def _parsed(path: Path, number: int, line: str, kind: type) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = parse_json(line)
         if not (isinstance(value, dict) and value.keys() == kind.__annotations__.keys()):
             raise ValueError(line)
     except ValueError:

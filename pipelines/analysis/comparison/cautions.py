@@ -22,6 +22,7 @@ def cautions_of(
         *_no_results(results),
         *_different_work(entries),
         *_not_finished(results),
+        *_repeated_rows(runs),
         *_seeds(contenders),
         *_repeated_seeds(entries),
         *_chosen_by_result(entries, contenders),
@@ -33,9 +34,18 @@ def cautions_of(
 
 def _some(names: Iterable[str]) -> str:
     """The names, or the first of many."""
-    known = list(dict.fromkeys(names))
-    more = len(known) - _SHOWN
-    return ", ".join(known) if more < 2 else f"{', '.join(known[:_SHOWN])} and {more} more"
+    return ", ".join(_first(list(dict.fromkeys(names))))
+
+
+def _first(items: Sequence[str]) -> list[str]:
+    """The first of many, with the number of the others at the end; all of a few."""
+    more = len(items) - _SHOWN
+    return list(items) if more < 2 else [*items[: _SHOWN - 1], f"{items[_SHOWN - 1]} and {more} more"]
+
+
+def _together(found: Sequence[str], so: str) -> list[str]:
+    """What was found of one or more, and what follows, in one caution; nothing where nothing was found."""
+    return [f"{', '.join(_first(found))}{so}"] if found else []
 
 
 def _owners(entries: Sequence[Entry], shown: Callable[[Run], str]) -> dict[str, list[str]]:
@@ -119,6 +129,13 @@ def _not_finished(results: Sequence[Run]) -> list[str]:
     return found
 
 
+def _repeated_rows(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs if run.repeated_rows]
+    if not names:
+        return []
+    return [f"Steps recorded more than once, of which the last record counts: {_some(names)}."]
+
+
 def _seeds(contenders: Sequence[Entry]) -> list[str]:
     ended = [entry for entry in contenders if entry.final is not None]
     single = [entry.label for entry in ended if finished(entry) == 1]
@@ -137,11 +154,8 @@ def _repeated_seeds(entries: Sequence[Entry]) -> list[str]:
         counts = Counter(run.config.seed for run in entry.runs if run.final_loss is not None)
         repeated = [str(seed) for seed, count in counts.items() if count > 1]
         if repeated:
-            found.append(
-                f"{entry.label} has several runs of seed {_some(repeated)}: they are not independent, "
-                "and its interval is too narrow."
-            )
-    return found
+            found.append(f"{entry.label} has several runs of seed {_some(repeated)}")
+    return _together(found, ": they are not independent, and its interval is too narrow.")
 
 
 def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry]) -> list[str]:
@@ -149,11 +163,8 @@ def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry]) -> 
     for chosen in contenders:
         rivals = [entry for entry in entries if entry.family == chosen.family and finished(entry) == finished(chosen)]
         if chosen.final is not None and len(rivals) > 1:
-            found.append(
-                f"{chosen.label} was chosen among {len(rivals)} learning rates by the same runs that it is judged by: "
-                "its final loss is a little flattered."
-            )
-    return found
+            found.append(f"{chosen.label} was chosen among {len(rivals)} learning rates")
+    return _together(found, " by the same runs that it is judged by: its final loss is a little flattered.")
 
 
 def _best_at_an_end(sensitivities: Sequence[Sensitivity]) -> list[str]:
@@ -166,11 +177,8 @@ def _best_at_an_end(sensitivities: Sequence[Sensitivity]) -> list[str]:
         best = min(ended, key=lambda point: sum(point.losses) / len(point.losses))
         if best in (points[0], points[-1]):
             end = "lowest" if best is points[0] else "highest"
-            found.append(
-                f"{sensitivity.family}: the best learning rate, {best.lr:g}, is the {end} of those tried; "
-                "the true best may lie beyond."
-            )
-    return found
+            found.append(f"{sensitivity.family}: the best learning rate, {best.lr:g}, is the {end} of those tried")
+    return _together(found, "; the true best may lie beyond.")
 
 
 def _unequal_trials(trials: Sequence[Run]) -> list[str]:

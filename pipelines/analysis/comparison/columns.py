@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +52,25 @@ def read_columns(path: Path) -> Columns:
 
 def _read_slowly(path: Path) -> Columns:
     """A line at a time, which can say what is wrong with which."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        columns = rows_to_columns(read_lines(path))
-        if all(np.isfinite(columns[name]).all() for name in _NEEDED):
-            return columns
-    raise AsgoError(f"{path}: not the metrics of a run")
+    try:
+        return rows_to_columns(read_lines(path))
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise AsgoError(f"{path}: not the metrics of a run") from None
+
+
+def require_sound(path: Path, columns: Columns) -> None:
+    """Raise `AsgoError` with the line that has a figure which is not finite, or a count below 0."""
+    for name in _NEEDED:
+        bad = ~np.isfinite(columns[name]) | ((columns[name] < 0) & (name != "loss"))
+        if bad.any():
+            line = int(bad.argmax())
+            raise AsgoError(f"{path}:{line + 1}: {name} is {columns[name][line]:g}")
+
+
+def last_of_each_step(columns: Columns) -> Columns:
+    """Ascending in the steps, each with the last of its rows of a split: a later one was made in place of others."""
+    places = np.stack([columns["split"], columns["step"]])
+    _, from_behind = np.unique(places[:, ::-1], axis=1, return_index=True)
+    kept = np.sort(places.shape[1] - 1 - from_behind)
+    kept = kept[np.argsort(columns["step"][kept], kind="stable")]
+    return {name: column[kept] for name, column in columns.items()}

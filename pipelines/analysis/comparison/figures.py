@@ -135,8 +135,9 @@ def _draw_finals(comparison: Comparison) -> Figure | None:
     axes.set(xlabel="final validation loss", ylim=(len(entries) - 0.4, -0.6))
     axes.margins(x=0.04)
     plain_axes(axes)
-    seed = Line2D([], [], color=NEUTRAL_COLOUR, marker="o", markersize=3, markerfacecolor="none", linestyle="", label="a seed")
-    mean = Line2D([], [], color=NEUTRAL_COLOUR, marker="|", markersize=11, label=f"mean, {comparison.confidence:.0%} interval")
+    interval = f"mean, {comparison.confidence:.0%} interval"
+    mean = Line2D([], [], color=NEUTRAL_COLOUR, marker="|", markersize=11, label=interval)
+    seed = _mark("o", "a seed", markerfacecolor="none")
     legend_below(figure, [mean, seed, *_target_handle(comparison)])
     return figure
 

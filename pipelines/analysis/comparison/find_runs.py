@@ -19,7 +19,7 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """
     found: dict[Path, Path] = {}
     for run in (run for path in paths for run in _runs_of(path)):
-        found.setdefault(run.resolve(), Path(os.path.abspath(run)))
+        found.setdefault(run.resolve(), run.absolute())
     common = os.path.commonpath([run.parent for run in found.values()])
     return {run.relative_to(common).as_posix(): run for run in found.values()}
 

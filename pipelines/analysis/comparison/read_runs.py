@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.analysis.comparison.columns import Columns, read_columns
+from pipelines.analysis.comparison.columns import Columns, last_of_each_step, read_columns, require_sound
 from pipelines.analysis.comparison.find_runs import is_trial
 from pipelines.analysis.comparison.results import Array, Curve, Run, State
 from pipelines.analysis.comparison.state_size import optimizer_state_bytes
 from pipelines.analysis.comparison.thinning import Indices, keep_evenly, keep_spikes, moving_mean
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
+from pipelines.storage import parse_json
 from pipelines.training.metrics import SPLITS, Split, rows_to_columns
 from pipelines.training.run_folder import RunFolder
 
 _AT_ONCE = 4  # runs in memory as they are on disk
+_FAILURES_SHOWN = 4
 _POINTS = 2000
 _SMOOTHED_POINTS = 1000
 _SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this share of the run
@@ -35,6 +36,9 @@ def read_runs(paths: Mapping[str, Path]) -> tuple[list[Run], list[str]]:
     failures = [result for result in results if isinstance(result, str)]
     if not runs:
         raise AsgoError(f"none of the runs can be read: {failures[0]}")
+    if len(failures) > _FAILURES_SHOWN + 1:
+        more = len(failures) - _FAILURES_SHOWN
+        failures[_FAILURES_SHOWN:] = [f"{more} more runs that cannot be read are left out; compare one alone for why."]
     return runs, failures
 
 
@@ -51,8 +55,10 @@ def read_run(name: str, path: Path) -> Run:
     """Read one run. Raises `AsgoError` if its configuration or its metrics are damaged."""
     folder = RunFolder(path)
     config = folder.config()
-    record = json.loads(folder.config_path.read_text(encoding="utf-8"))
-    columns = read_columns(folder.metrics_path) if folder.metrics_path.is_file() else rows_to_columns([])
+    record = parse_json(folder.config_path.read_text(encoding="utf-8"))
+    recorded = read_columns(folder.metrics_path) if folder.metrics_path.is_file() else rows_to_columns([])
+    require_sound(folder.metrics_path, recorded)
+    columns = last_of_each_step(recorded)
     train, val = _curve(columns, "train"), _curve(columns, "val")
     state, reason = _state(folder, config, train, val)
     smoothed = _smoothed(train, config)
@@ -75,6 +81,7 @@ def read_run(name: str, path: Path) -> Run:
         optimizer_ms=_median(columns["optimizer_ms"]),
         state_bytes=optimizer_state_bytes(folder.checkpoints),
         reason=reason,
+        repeated_rows=len(recorded["step"]) - len(columns["step"]),
     )
 
 

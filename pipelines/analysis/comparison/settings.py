@@ -12,7 +12,7 @@ from pipelines.config import MAY_CHANGE_ON_RESUME, flatten
 Settings = Mapping[str, Any]
 LR = "optimizer.lr"
 _DATA = "data"
-_NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", "data.bad_images", *MAY_CHANGE_ON_RESUME)
+_NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", *MAY_CHANGE_ON_RESUME)
 """Settings, or prefixes of settings, that do not change what a run learns, but for chance."""
 _VAGUE = ("every", "kind", "name", "batches")
 """Last parts of keys that say nothing without the first."""

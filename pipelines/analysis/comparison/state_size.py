@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from pipelines.storage import parse_json
 from pipelines.training.run_folder import checkpoint_folders
 
 
@@ -21,7 +21,7 @@ def optimizer_state_bytes(checkpoints: Path) -> int | None:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, size)))
+            header = parse_json(file.read(min(length, size)))
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         return None

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run
+from pipelines.storage import csv_cell
 
 Record = dict[str, str | int | float | None]
 
@@ -40,7 +41,7 @@ class Table:
         text = io.StringIO()
         writer = csv.DictWriter(text, self.records[0] if self.records else [], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.records)
+        writer.writerows({key: csv_cell(value) for key, value in record.items()} for record in self.records)
         return text.getvalue()
 
 

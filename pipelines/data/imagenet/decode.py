@@ -21,7 +21,8 @@ Pixels = NDArray[np.uint8]
 
 # By other factors (libjpeg knows all eighths) decoding takes longer than at full size, for want of vector code.
 _SHRINKS = (8, 4, 2)
-_LARGEST = 2**27  # pixels; what is larger is for Pillow to refuse
+MOST_PIXELS = 2**26
+"""Of an image: its header sizes the memory that decoding takes, at most about 0.8 GB then, whatever the file is."""
 
 
 class BadImageError(AsgoError):
@@ -37,7 +38,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        """`name` is for messages. Raises `BadImageError` when this is neither a JPEG nor a PNG."""
+        """`name` is for messages. Raises `BadImageError` for what is neither a JPEG nor a PNG, and for too many pixels."""
         self._data = data
         self._name = name
         self._opened: Image.Image | None = None
@@ -49,6 +50,9 @@ class EncodedImage:
             self._is_jpeg = self._opened.format != "PNG"
             size = (self._opened.height, self._opened.width)
         self.height, self.width = size
+        if self.height * self.width > MOST_PIXELS:
+            sides = f"{self.width:,} x {self.height:,} pixels"
+            raise BadImageError(f"{name}: this image claims {sides}, and at most {MOST_PIXELS:,} are decoded")
 
     def largest_shrink(self, wanted: float) -> int:
         """The largest of 1, 2, 4 and 8 times, but at most `wanted` times, that it can be decoded smaller by."""
@@ -103,7 +107,7 @@ def _header(data: bytes) -> tuple[int, int] | None:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if colours in ("CMYK", "YCCK") or height * width > _LARGEST:
+    if colours in ("CMYK", "YCCK"):
         return None
     return height, width
 

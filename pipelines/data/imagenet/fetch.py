@@ -17,7 +17,7 @@ from pipelines.data.imagenet.archives import Archive, Progress
 from pipelines.data.imagenet.client import BY_HAND, Answer, get, without_login
 from pipelines.data.imagenet.patience import Failed, Patience
 from pipelines.errors import AsgoError
-from pipelines.storage import sync, write_atomically
+from pipelines.storage import parse_json, sync, write_atomically
 
 _PIECE = 1 << 20
 _SMALL = 1 << 20
@@ -237,5 +237,5 @@ class Fetch:
 
     def _read_note(self) -> _Note:
         with contextlib.suppress(OSError, ValueError, TypeError):
-            return _Note(**json.loads(self._note_path.read_bytes()))
+            return _Note(**parse_json(self._note_path.read_bytes()))
         return _Note(self._place)

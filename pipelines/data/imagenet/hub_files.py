@@ -8,7 +8,6 @@ The paths are the official names with the class once more at the end: `n01440764
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow
 from pyarrow import parquet
 
 from pipelines.errors import AsgoError
+from pipelines.storage import parse_json
 
 _PATH = re.compile(r"((?:(n\d{8})_\d+|ILSVRC2012_val_\d{8}))_(n\d{8})\.JPEG")
 _ROWS_AT_ONCE = 32
@@ -97,7 +97,7 @@ def _require_columns(path: Path, schema: pyarrow.Schema) -> None:
 def _label_names(path: Path, schema: pyarrow.Schema) -> list[str]:
     """From the note that `datasets` leaves in its files."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
-        note: dict[str, Any] = json.loads((schema.metadata or {})[b"huggingface"])
+        note: dict[str, Any] = parse_json((schema.metadata or {})[b"huggingface"])
         return [str(name) for name in note["info"]["features"]["label"]["names"]]
     raise AsgoError(f"{path}: it does not say what the classes are called")
 

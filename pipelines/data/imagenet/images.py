@@ -97,7 +97,8 @@ class FolderImages(_Images):
         try:
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                content = os.read(descriptor, size + 1)
+                # Before memory is taken for it: the size is the index's.
+                content = os.read(descriptor, size) if os.fstat(descriptor).st_size == size else b""
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -123,8 +124,9 @@ class ArchiveImages(_Images):
     def read(self, index: int) -> bytes:
         descriptor = self._descriptor if self._descriptor is not None else self._open()
         size = int(self._index.sizes[index])
+        offset = int(self._index.offsets[index])
         try:
-            content = os.pread(descriptor, size, int(self._index.offsets[index]))
+            content = os.pread(descriptor, size, offset) if offset + size <= os.fstat(descriptor).st_size else b""
         except OSError as error:
             raise AsgoError(f"{self._archive}: {self.name(index)}: {error.strerror}") from None
         if len(content) != size:

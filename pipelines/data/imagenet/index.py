@@ -30,6 +30,9 @@ cache, several take twice as long as one, because they wait for the interpreter'
 
 _SLOW_S = 50e-6
 """Seconds a header from which on it came from a disk; one from the cache takes 10 µs."""
+_NOTE = "._"
+_MOST_IMAGES = 20_000_000
+_LONGEST_NAME = 255  # bytes; numpy takes as many for every name
 _COLUMNS = ["wnid", "name", "offset", "size"]
 
 
@@ -79,20 +82,22 @@ def build_train_index(tar: Tar, labels: Labels, progress: Progress) -> Index:
     """
     archives = [tar.inside(member) for member in _class_archives(tar, labels)]
     began = time.perf_counter()
-    parts = [_index_class(archives[0], 0)]
+    skipped: list[str] = []
+    parts = [_index_class(archives[0], 0, skipped)]
     is_slow = time.perf_counter() - began > _SLOW_S * len(parts[0])
     with ThreadPoolExecutor(_READERS if is_slow else 1) as pool:
         try:
-            for part in pool.map(_index_class, archives[1:], range(1, len(archives))):
+            for part in pool.map(_index_class, archives[1:], range(1, len(archives)), itertools.repeat(skipped)):
                 parts.append(part)
                 progress("indexing the training images", len(parts), len(archives))
         finally:
             pool.shutdown(cancel_futures=True)
+    _tell_skipped(skipped, progress)
     return Index(*(np.concatenate(column) for column in zip(*map(_columns, parts), strict=True)))
 
 
-def _index_class(tar: Tar, label: int) -> Index:
-    members = sorted(read_members(tar))
+def _index_class(tar: Tar, label: int, skipped: list[str]) -> Index:
+    members = sorted(_read_files(tar, skipped))
     if not members:
         tar.refuse("holds no images")
     return _index(tar, members, itertools.repeat(label, len(members)))
@@ -104,7 +109,9 @@ def build_validation_index(tar: Tar, labels: Labels, progress: Progress) -> Inde
     Raises `AsgoError` when they are not those that the development kit has labels for, and what `read_members` refuses.
     """
     progress("indexing the validation images", 0, 1)
-    members = {member.name: member for member in read_members(tar)}
+    skipped: list[str] = []
+    members = {member.name: member for member in _read_files(tar, skipped)}
+    _tell_skipped(skipped, progress)
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(labels.validation) + 1)]
     _require_same(tar, members, names, "image")
     places = {each.wnid: label for label, each in enumerate(labels.classes)}
@@ -133,12 +140,16 @@ def read_index(path: Path, wnids: Sequence[str], sha256: str | None = None) -> I
         content = path.read_bytes()
         if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
             raise AsgoError(f"{path}: altered since it was written; make the folder again with --overwrite")
-        table = parquet.read_table(io.BytesIO(content), columns=_COLUMNS)
+        if parquet.read_metadata(io.BytesIO(content)).num_rows > _MOST_IMAGES:
+            raise AsgoError(f"{path}: claims more than {_MOST_IMAGES:,} images; is it an index?")
+        table = parquet.read_table(io.BytesIO(content), columns=_COLUMNS, read_dictionary=["wnid", "name"])
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror or error}; make the folder again with --overwrite") from None
     except pyarrow.ArrowException:
         raise AsgoError(f"{path}: damaged; make the folder again with --overwrite") from None
     wnid, name, offset, size = (column.combine_chunks() for column in table.columns)
+    if (pyarrow.compute.max(pyarrow.compute.binary_length(name.dictionary)).as_py() or 0) > _LONGEST_NAME:
+        raise AsgoError(f"{path}: damaged; make the folder again with --overwrite")
     places = pyarrow.compute.index_in(wnid.cast(pyarrow.string()), pyarrow.array(list(wnids)))
     if places.null_count:
         raise AsgoError(f"{path}: has classes that the labels lack; make the folder again with --overwrite")
@@ -161,10 +172,22 @@ def fingerprint(wnids: Sequence[str], indices: Iterable[Index]) -> str:
 
 
 def _class_archives(tar: Tar, labels: Labels) -> list[Member]:
-    members = {member.name: member for member in read_members(tar)}
+    members = {member.name: member for member in _read_files(tar, [])}
     names = [f"{each.wnid}.tar" for each in labels.classes]
     _require_same(tar, members, names, "class archive")
     return [members[name] for name in names]
+
+
+def _read_files(tar: Tar, skipped: list[str]) -> list[Member]:
+    """The members, without macOS's notes on others (AppleDouble), such as `._n01440764_10026.JPEG`: to `skipped`."""
+    members = read_members(tar)
+    skipped += [member.name for member in members if member.name.startswith(_NOTE)]
+    return [member for member in members if not member.name.startswith(_NOTE)]
+
+
+def _tell_skipped(skipped: Sequence[str], progress: Progress) -> None:
+    if skipped:
+        progress(f"skipping {len(skipped):,} files of macOS, such as {skipped[0]}", 1, 1)
 
 
 def _require_same(tar: Tar, found: Mapping[str, Member], wanted: Sequence[str], what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from pydantic import Field, NonNegativeInt, ValidationError
 
 from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed_json
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import write_atomically
+from pipelines.storage import parse_json, write_atomically
 
 Origin = Literal["archives", "hub"]
 Layout = Literal["extracted", "packed"]
@@ -113,7 +112,7 @@ def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
             raise AsgoError(f"{folder}: incomplete; this goes on: {command(folder, unfinished.recipe)}") from None
         raise AsgoError(f"{folder}: no {MANIFEST}, so `asgo data imagenet` has not made this folder") from None
     try:
-        fields = json.loads(raw)
+        fields = parse_json(raw)
         if fields.get("kind") != "imagenet":
             raise AsgoError(f"{folder}: holds other data than ImageNet")
         _require_version(path, fields)
@@ -130,7 +129,7 @@ def holds_imagenet(folder: Path) -> bool:
     """Whether a folder says that it is ImageNet, finished or not, readable or not."""
     for name in (MANIFEST, UNFINISHED):
         try:
-            fields = json.loads((folder / name).read_bytes())
+            fields = parse_json((folder / name).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             continue
         except ValueError:
@@ -148,7 +147,7 @@ def load_unfinished(folder: Path) -> Unfinished | None:
     """The state of an unfinished `folder`, if it has one. Raises `AsgoError` when it is not ImageNet's, or too old."""
     path = folder / UNFINISHED
     try:
-        fields = json.loads(path.read_bytes())
+        fields = parse_json(path.read_bytes())
         _require_version(path, fields)
         return Unfinished.model_validate(fields)
     except FileNotFoundError:
