@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
+from typer.main import get_command
 
 from asgo_cli import (
     bench,
@@ -28,6 +29,7 @@ from asgo_cli import (
     worker,
 )
 from asgo_cli.help_text import examples
+from asgo_cli.values import checking_values
 from pipelines import stopping
 
 _ORDER = (
@@ -114,7 +116,7 @@ def main() -> None:
     if worker.is_worker():
         worker.begin_worker()
     try:
-        code = app(standalone_mode=False)
+        code = checking_values(get_command(app))(standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()  # later, Python would tell of an error in its own way
     except SystemExit as ended:

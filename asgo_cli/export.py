@@ -26,12 +26,16 @@ def export_metrics(
 ) -> None:
     """Write recorded metrics as CSV.
 
-    One row a recorded step: losses, learning rates and times, of a checkpoint, a run, or a folder of runs.
+    One row a recorded step: losses, learning rates and times, of a checkpoint, a run, or a folder of runs. A run of a
+    folder that cannot be read is named and left out.
     """
     from pipelines.analysis.export import records, write_csv
     from pipelines.storage import write_atomically
 
-    rows = records(path)
+    found = records(path)
+    for line in found.left_out:
+        console.warn(f"left out: {line}")
+    rows = found.rows
     if str(out) == "-":
         write_csv(rows, sys.stdout)
         return

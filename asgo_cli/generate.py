@@ -9,7 +9,7 @@ import typer
 
 from asgo_cli import console
 from asgo_cli.help_text import examples
-from asgo_cli.options import Device
+from asgo_cli.options import LARGEST_SEED, Device
 
 EXAMPLES = examples(
     "asgo generate runs/tiny-accasro-s42 --prompt 'def '",
@@ -28,7 +28,9 @@ def generate(
         int | None,
         typer.Option(min=1, metavar="K", help="Draw from the K likeliest tokens only.", show_default="from all"),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same text.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="The same seed gives the same text.")
+    ] = 0,
     device: Device = None,
 ) -> None:
     """Continue a prompt with a trained GPT.

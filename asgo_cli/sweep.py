@@ -89,8 +89,8 @@ def sweep(
 def _parse_seeds(text: str | None) -> list[int]:
     if text is None:
         return []
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) <= len(str(2**64)) and int(part) < 2**64 for part in parts):
         raise UsageError(f"--seeds {text}: write whole numbers with commas, such as 1,2,3")
     return list(dict.fromkeys(int(part) for part in parts))
 

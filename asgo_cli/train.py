@@ -295,9 +295,24 @@ def _print_config(settings: RunConfig) -> None:
     typer.echo(tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True)), nl=False)
 
 
+def _warn_of_warmup(settings: RunConfig) -> None:
+    """A warm-up that takes the whole run never comes to the peak."""
+    from pipelines.training.schedule import lr_factor, warmup_steps
+
+    steps = settings.training.steps
+    warmup = warmup_steps(settings.schedule, steps)
+    if warmup >= steps:
+        highest = lr_factor(settings.schedule, steps - 1, steps)
+        console.warn(
+            f"the warm-up takes {warmup:,} steps and the run has {steps:,}: the learning rate rises to {highest:.0%} of"
+            " its peak; set schedule.warmup_steps or schedule.warmup_fraction lower"
+        )
+
+
 def _show_plan(settings: RunConfig, folder: Path, asked: Launch) -> None:
     from pipelines.training.train import plan
 
+    _warn_of_warmup(settings)
     planned = plan(settings, asked.size)
     training, unit = settings.training, _UNITS[settings.task]
     facts = [
@@ -321,6 +336,7 @@ def _show_plan(settings: RunConfig, folder: Path, asked: Launch) -> None:
 def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
     from pipelines.training.train import train
 
+    _warn_of_warmup(settings)
     warnings.showwarning = lambda message, *_: console.warn(str(message))
     # What a library prints is words, too, and must not end the run where stdout is a broken pipe.
     with (

@@ -12,6 +12,7 @@ import typer
 
 from asgo_cli.help_text import examples
 from asgo_cli.names import OPTIMIZERS, completing
+from asgo_cli.options import LARGEST_SEED
 from asgo_cli.viz_losses import show_losses
 from asgo_cli.viz_rates import show_rates
 from asgo_cli.viz_request import Request
@@ -107,7 +108,13 @@ def viz(
     ] = None,
     lr_grid: LearningRatesOption = None,
     seed: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Of the noise in the noisy functions, and of the matrix problems.")
+        int,
+        typer.Option(
+            min=0,
+            max=LARGEST_SEED,
+            metavar="N",
+            help="Of the noise in noisy functions, and of the matrix problems.",
+        ),
     ] = 0,
     out: OutOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,

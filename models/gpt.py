@@ -184,4 +184,7 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
         return logits.argmax(keepdim=True)
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    # The largest becomes 0, so that no temperature makes an infinity or NaN of it.
+    limits = torch.finfo(logits.dtype)
+    scaled = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)
+    return torch.multinomial(scaled.softmax(-1), 1, generator=generator)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
     create_model,
     model_validator,
 )
@@ -20,6 +20,15 @@ from pydantic import (
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(gt=0, le=2**20)]
+"""Of one side of a model. A number in a file is not to size an allocation or a loop without a bound."""
+Repeats = Annotated[int, Field(gt=0, le=1000)]
+"""Of what is done in every step."""
+Count = Annotated[int, Field(gt=0, le=10**12)]
+"""Of steps."""
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+"""As torch takes them."""
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Settings(BaseModel):
@@ -46,8 +55,8 @@ class ASGOSettings(NamedOptimizerSettings):
     eps: NonNegativeFloat = 1e-10
     weight_decay: NonNegativeFloat = 0.1
     root_method: Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"] = "auto"
-    root_steps: PositiveInt = 10
-    precond_frequency: PositiveInt = 1
+    root_steps: Repeats = 10
+    precond_frequency: Count = 1
     by_heads: bool = False
     """Whether the query and key of each attention head are matrices of their own."""
 
@@ -72,7 +81,7 @@ class MuonSettings(NamedOptimizerSettings):
     lr: NonNegativeFloat = 1e-2
     momentum: Decay = 0.9
     nesterov: bool = False
-    ns_steps: PositiveInt = 5
+    ns_steps: Repeats = 5
     weight_decay: NonNegativeFloat = 0.1
     by_heads: bool = False
     """Whether the query and key of each attention head are matrices of their own."""
@@ -87,7 +96,7 @@ class ShampooSettings(NamedOptimizerSettings):
     beta2: Decay = 0.999
     eps: NonNegativeFloat = 1e-10
     weight_decay: NonNegativeFloat = 0.1
-    precond_frequency: PositiveInt = 1
+    precond_frequency: Count = 1
     by_heads: bool = False
     """Whether the query and key of each attention head are matrices of their own."""
 
@@ -99,7 +108,7 @@ class AsroSettings(NamedOptimizerSettings):
     lr: NonNegativeFloat
     decrement: NonNegativeFloat
     min_scale: Fraction
-    scale_start_step: NonNegativeInt = 0
+    scale_start_step: Annotated[int, Field(ge=0, le=10**12)] = 0
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: NonNegativeFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
@@ -114,7 +123,7 @@ class AccAsroSettings(NamedOptimizerSettings):
     decrement: NonNegativeFloat
     max_scale: Positive
     min_scale: NonNegativeFloat
-    scale_start_step: NonNegativeInt = 0
+    scale_start_step: Annotated[int, Field(ge=0, le=10**12)] = 0
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: NonNegativeFloat = 1e-8
     weight_decay: NonNegativeFloat = 0.0
@@ -224,18 +233,24 @@ def optimizer_names() -> tuple[str, ...]:
 class GPTSettings(Settings):
     """Shape of `models.gpt.GPT`; the vocabulary comes with the data."""
 
-    context_length: PositiveInt
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    d_model: PositiveInt
-    d_ff: PositiveInt
+    context_length: Size
+    n_layers: Annotated[int, Field(gt=0, le=10_000)]
+    n_heads: Size
+    d_model: Size
+    d_ff: Size
     bias: bool = True
     tied_head: bool = True
     dropout: Decay = 0.0
     gelu: Literal["exact", "tanh"] = "exact"
     """`tanh` is the approximation that the published GPT-2 was trained with."""
-    vocab_multiple: PositiveInt = 1
+    vocab_multiple: Size = 1
     """The vocabulary is padded to a multiple of this."""
+
+    def parameters(self, vocab_size: int) -> int:
+        """Elements of the weight matrices of a model for the padded vocabulary, gains and biases left out."""
+        block = 4 * self.d_model**2 + 2 * self.d_model * self.d_ff
+        tables = vocab_size * (1 if self.tied_head else 2) + self.context_length
+        return self.n_layers * block + tables * self.d_model
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -247,7 +262,7 @@ class GPTSettings(Settings):
 class DataSettings(Settings):
     """Where the token shards are."""
 
-    folder: str
+    folder: LocalPath
 
 
 class ImageDataSettings(DataSettings):
@@ -255,7 +270,7 @@ class ImageDataSettings(DataSettings):
 
     transform: Literal["paper", "standard"] = "paper"
     """`paper`: resize and centre-crop; `standard`: random crops and flips for training."""
-    resolution: PositiveInt = 208
+    resolution: Annotated[int, Field(gt=0, le=2**14)] = 208
     """Height and width of what the model sees."""
     reduced_decoding: bool = True
     """Whether a large JPEG may be decoded at a smaller size, within a stated bound."""
@@ -274,7 +289,7 @@ class ScheduleSettings(Settings):
     """The learning rate over time, as a share of the optimizer's `lr`."""
 
     kind: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
     """Steps of linear warm-up."""
     warmup_fraction: Decay = 0.0
     """The same as a share of all steps."""
@@ -293,10 +308,10 @@ class ScheduleSettings(Settings):
 class TrainingSettings(Settings):
     """What a step is, and how many there are."""
 
-    steps: PositiveInt
-    batch_size: PositiveInt
+    steps: Count
+    batch_size: Size
     """Sequences (or images) a step, over all processes and accumulation."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Size | None = None
     """Sequences a forward pass in one process; the whole batch if absent."""
     max_grad_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -319,32 +334,32 @@ class ImageTrainingSettings(TrainingSettings):
 class EvaluationSettings(Settings):
     """When to validate, and on how much."""
 
-    every: PositiveInt
+    every: Count
     """Steps from one validation to the next; the first is before the first step, the last after the last."""
-    batches: PositiveInt | None = None
+    batches: Count | None = None
     """Micro-batches of validation data, always the same ones; all of it if absent."""
 
 
 class MetricsSettings(Settings):
     """What is recorded while training."""
 
-    every: PositiveInt = 1
+    every: Count = 1
     """Steps from one recorded training loss to the next."""
 
 
 class StatisticsSettings(Settings):
     """Whether to record what a step does to each layer; see `pipelines.training.layer_statistics`."""
 
-    every: PositiveInt | None = None
+    every: Count | None = None
     """Steps from one record of every layer to the next; never if absent."""
 
 
 class CheckpointSettings(Settings):
     """When to save, and how much to keep."""
 
-    every: PositiveInt
+    every: Count
     """Steps from one checkpoint to the next; the last step is always saved."""
-    keep: PositiveInt = 2
+    keep: Count = 2
     """How many of the newest checkpoints stay."""
 
 
@@ -369,7 +384,7 @@ class RuntimeSettings(Settings):
 class ImageRuntimeSettings(RuntimeSettings):
     """How a run on images is carried out."""
 
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(gt=0, le=4096)] | None = None
     """Processes that read and decode; one a processor if absent."""
 
 
@@ -378,7 +393,7 @@ class RunConfig(Settings):
 
     task: str
     preset: str
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     data: DataSettings
     model: Settings
     optimizer: OptimizerSettings
@@ -421,7 +436,7 @@ class GPTRunConfig(RunConfig):
 
     task: Literal["gpt"]
     model: GPTSettings
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """A local Hugging Face GPT-2 folder, whose weights are the first ones; fresh ones if absent."""
     initial_weights_sha256: str | None = None
     """Of those weights."""

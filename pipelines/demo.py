@@ -100,5 +100,5 @@ def _is_text(path: Path) -> bool:
 
 def _export(runs: Path, out: Path) -> None:
     text = io.StringIO()
-    write_csv(records(runs), text)
+    write_csv(records(runs).rows, text)
     write_atomically(out, text.getvalue().encode())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +27,9 @@ from pipelines.config import (
 )
 from pipelines.errors import UsageError
 from pipelines.storage import parse_json
+
+_DEEPEST = 16
+"""More tables in tables than any settings have."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,31 @@ def preset_layer(task: str, name: str) -> Layer:
 def file_layer(path: Path) -> Layer:
     """A TOML file as a layer; `UsageError` if it cannot be read."""
     try:
-        return Layer(str(path), flatten(tomllib.loads(path.read_text(encoding="utf-8"))))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return Layer(str(path), flatten(_parse_toml(_text_of(path.read_bytes()))))
+    except ValueError as error:  # of the text, of TOML, or of a number with thousands of digits
         raise UsageError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
+
+
+def _text_of(content: bytes) -> str:
+    """The text of a file; Windows' editors begin it with a byte order mark."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError("it is UTF-16; save it as UTF-8")
+    return content.decode("utf-8-sig")
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a text. Raises `ValueError` for what is not TOML, or is nested deeper than any settings are."""
+    with contextlib.suppress(RecursionError):
+        tables = tomllib.loads(text)
+        level: list[Any] = [tables]
+        for _ in range(_DEEPEST):
+            level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+            level = [inner for inner in level if isinstance(inner, dict | list)]
+        if not level:
+            return tables
+    raise ValueError("nested too deeply")
 
 
 def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
@@ -87,7 +112,7 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
         saved = parse_json(path.read_text(encoding="utf-8"))["config"]
         values = {key: value for key, value in flatten(saved).items() if value is not None}
         trained_with = values["optimizer.name"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path}: not a configuration that asgo wrote") from None
     if optimizer not in (None, trained_with):
         raise UsageError(f"{run}: holds a run with {trained_with}, not {optimizer}; choose another --out")
@@ -102,6 +127,8 @@ def assignment_layer(assignments: Sequence[str]) -> Layer:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             problems.append(f"--set {text}: write it as key=value, such as training.steps=100")
+        elif key.count(".") > _DEEPEST:
+            problems.append(f"--set {key.strip()}: nested too deeply")
         else:
             values.update(flatten({key.strip(): _parse_value(value.strip())}))
     if problems:
@@ -133,8 +160,8 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return _parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -20,15 +21,26 @@ COLUMNS = (
 """The columns, in order; units are those of `pipelines.training.metrics.Row`."""
 
 
-def records(path: Path) -> list[dict[str, object]]:
-    """One record a row of a checkpoint, a run, or all runs under a folder, with the run's name and optimizer.
+@dataclass(frozen=True)
+class Records:
+    """What was recorded, and what could not be read of it."""
 
-    Raises `UsageError` if `path` is none of these, and `AsgoError` if it is damaged.
+    rows: list[dict[str, object]]
+    """With the run's name and optimizer."""
+    left_out: list[str]
+    """A line for each run of a folder that is damaged."""
+
+
+def records(path: Path) -> Records:
+    """One record a row of a checkpoint, a run, or all runs under a folder; damaged runs of a folder are left out.
+
+    Raises `UsageError` if `path` is none of these, and `AsgoError` if it is damaged, or all runs of the folder are.
     """
-    found = list(_records(path))
-    if not found:
-        raise AsgoError(f"{path}: nothing has been recorded yet")
-    return found
+    left_out: list[str] = []
+    rows = list(_records(path, left_out))
+    if not rows:
+        raise AsgoError("\n".join(left_out) or f"{path}: nothing has been recorded yet")
+    return Records(rows, left_out)
 
 
 def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
@@ -38,18 +50,29 @@ def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
     writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 
 
-def _records(path: Path) -> Iterator[dict[str, object]]:
+def _records(path: Path, left_out: list[str]) -> Iterator[dict[str, object]]:
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a checkpoint, a run, or a folder of runs")
     if (path / "state.json").is_file():
         yield from _checkpoint_records(path)
         return
-    runs = [RunFolder(path)] if RunFolder(path).exists() else [RunFolder(found.parent) for found in _configs(path)]
+    if RunFolder(path).exists():
+        yield from _run_records(RunFolder(path), path.resolve().name)
+        return
+    runs = [RunFolder(found.parent) for found in _configs(path)]
     if not runs:
         raise UsageError(f"{path}: neither a checkpoint, nor a run, nor a folder of runs")
     for run in runs:
-        name = run.path.relative_to(path).as_posix() if run.path != path else path.resolve().name
-        yield from _named(name, run.config().optimizer.name, run.rows())
+        try:
+            yield from _run_records(run, run.path.relative_to(path).as_posix())
+        except AsgoError as error:
+            left_out.append(str(error))
+        except OSError as error:
+            left_out.append(f"{error.filename}: {error.strerror}")
+
+
+def _run_records(run: RunFolder, name: str) -> Iterator[dict[str, object]]:
+    yield from _named(name, run.config().optimizer.name, run.rows())
 
 
 def _configs(path: Path) -> list[Path]:

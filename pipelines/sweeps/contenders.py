@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -143,5 +144,10 @@ def _contender(variant: Variant, search: Search) -> Contender:
                 " around; give { low, high } or a list"
             )
     for extreme in contender.extremes():
+        for key, end in extreme.items():
+            if isinstance(search.space[key], Around) and end in (0.0, math.inf):
+                raise UsageError(
+                    f"{variant.origin}: search.space.{key}: so many trials by this factor leave the range of numbers"
+                )
         variant.resolve(extreme)
     return contender

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pipelines.sweeps.search_table import Search, read_search
 
 _SHIPPED = resources.files("pipelines") / "presets" / "sweeps"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_MOST_RUNS = 10_000
 _TASKS = ("gpt", "imagenet")
 
 
@@ -156,7 +158,7 @@ def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
         problems.append(f'task is {task!r}: write task = "gpt" or task = "imagenet"')
     elif preset not in preset_names(task):
         problems.append(f"preset is {preset!r}: the runs begin with one of {', '.join(preset_names(task))}")
-    if not isinstance(seeds, list) or not all(type(seed) is int and seed >= 0 for seed in seeds):
+    if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):
         problems.append(f"seeds is {seeds!r}: write it as a list of whole numbers, such as seeds = [1, 2, 3]")
     problems += _shape_problems(values, grid)
     problems += _misplaced_seeds(common, grid, runs)
@@ -220,6 +222,9 @@ def _misplaced_seeds(common: Mapping[str, Any], grid: Mapping[str, Any], runs: M
 
 def _variants(sweep: Sweep, base: tuple[Layer, ...]) -> list[Variant]:
     """Each run, or the common settings where there is no list, at each point of the grid."""
+    count = len(sweep.runs or " ") * math.prod(map(len, sweep.grid.values()))
+    if count > _MOST_RUNS:
+        raise UsageError(f"{sweep.origin}: grid: makes {count:,} runs; {_MOST_RUNS:,} are the most")
     points = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     variants = []
     problems = []

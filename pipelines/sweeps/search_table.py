@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from pipelines.config import Settings
+from pipelines.config import Seed, Settings
 from pipelines.errors import UsageError
 
 Value = bool | int | float | str
@@ -33,7 +34,10 @@ class Around(Settings):
 
     def value(self, own: float, position: float) -> float:
         """The value at a position of the row; rounded, so that 0.01 times sqrt(10) twice is 0.1."""
-        return float(f"{own * self.factor**position:.12g}")
+        try:
+            return float(f"{own * self.factor**position:.12g}")
+        except OverflowError:
+            return math.inf
 
 
 class Range(Settings):
@@ -62,7 +66,7 @@ class Search(Settings):
     """Of every contender: never more, never fewer."""
     sampler: Literal["grid", "tpe", "random", "gp", "cmaes", "qmc"] = "grid"
     pruner: Literal["none", "median", "hyperband", "successive-halving"] = "none"
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """Of the trials, and of the sampler; none of the final runs has it."""
     storage: str | None = None
     """URL of a database, or a journal FILE.log; one in the sweep's folder if absent."""

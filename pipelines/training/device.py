@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 
 import torch
@@ -44,6 +45,11 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all its work, so that a clock can be read."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
+
+
+def memory_bytes() -> int:
+    """The memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe_device(device: torch.device) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from models.gpt import GPT, next_token_loss
 from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.initial_model import refuse_other_vocabulary
-from pipelines.training.device import autocast, pick_precision
+from pipelines.training.device import autocast, memory_bytes, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
@@ -22,9 +22,15 @@ from pipelines.training.weights import Tensors, require_same_names
 
 
 def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
-    """A freshly initialized decoder for a vocabulary, which is padded as the settings say."""
+    """A freshly initialized decoder for a vocabulary, which is padded as the settings say.
+
+    Raises `UsageError` if its weights cannot fit in this machine's memory.
+    """
     multiple = settings.vocab_multiple
     padded = -(-vocab_size // multiple) * multiple
+    size = 4 * settings.parameters(padded)
+    if size > memory_bytes():
+        raise UsageError(f"model: its weights take {size / 2**30:,.0f} GiB, more than this machine's memory")
     model = GPT(vocab_size=padded, **settings.model_dump(exclude={"gelu", "vocab_multiple"}))
     for module in model.modules():
         if isinstance(module, nn.GELU):

@@ -252,3 +252,63 @@ def test_a_signal_ends_a_real_command_with_75(token_folder: Path, tmp_path: Path
     assert process.returncode == 75
     line = err.decode().splitlines()[-1]
     assert re.fullmatch(r"stopped: SIGTERM at step \d+: saved; continue with: asgo train gpt --resume --out run", line)
+
+
+def test_one_damaged_run_among_good_ones_is_named_and_left_out(asgo, trained: Path) -> None:  # type: ignore[no-untyped-def]
+    whole = asgo("export-metrics", "runs", "--out", "-").out
+    for name, damage in {
+        "empty": lambda run: (run / "config.json").write_text(""),
+        "nested": lambda run: (run / "config.json").write_text("[" * 100_000),
+        "zeros": lambda run: (run / "metrics.jsonl").write_bytes(bytes(5) + b"\n{}\n"),
+        "deep": lambda run: (run / "metrics.jsonl").write_text("[" * 100_000 + "\n"),
+        "loop": lambda run: ((run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()),
+    }.items():
+        shutil.copytree(trained, f"runs/{name}")
+        damage(Path("runs", name))
+    exported = asgo("export-metrics", "runs", "--out", "-")
+    assert (exported.code, exported.out) == (0, whole)
+    left_out = [line for line in exported.err.splitlines() if line.startswith("warning: left out: runs/")]
+    assert sorted(line.split("/")[1] for line in left_out) == ["deep", "empty", "nested", "zeros"], "loop is no run"
+    shutil.rmtree(trained)
+    exported = asgo("export-metrics", "runs", "--out", "-")
+    assert exported.code == 1
+    assert all(line.startswith("error: runs/") for line in exported.err.splitlines() if not line.startswith("warning"))
+
+
+@pytest.mark.parametrize(("warmup", "warns"), [(5, False), (6, True), (60, True)])
+def test_a_warmup_that_never_ends_is_warned_about(asgo, token_folder: Path, warmup: int, warns: bool) -> None:  # type: ignore[no-untyped-def]
+    words = ["train", "gpt", "--preset", "tiny", "--data", token_folder, *SETTINGS]
+    result = asgo(*words, "--set", f"schedule.warmup_steps={warmup}", "--dry-run")
+    assert result.code == 0
+    assert (f"warning: the warm-up takes {warmup} steps and the run has 6: the learning rate" in result.err) == warns
+
+
+def test_a_tilde_that_no_shell_expands_is_the_home_folder(asgo, token_folder: Path, monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(token_folder, tmp_path / "home/data")
+    result = asgo("train", "gpt", "--preset", "tiny", "--data=~/data", "--out=~/runs/one", *SETTINGS)
+    assert result.code == 0, result.err
+    assert asgo("export-metrics", "~/runs", "--out=~/one.csv").code == 0
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["data", "one.csv", "runs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    Path("~x").mkdir()
+    assert "~x: neither a checkpoint" in asgo("export-metrics", "./~x").err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("generate", "x", "--temperature"), ("compare", "x", "--confidence"), ("train", "gpt", "--lr"),
+     ("data", "text", "x", "--out", "y", "--val-fraction")],
+    ids=" ".join,
+)  # fmt: skip
+def test_nan_is_refused_where_a_number_is_asked_for(asgo, words: tuple[str, ...]) -> None:  # type: ignore[no-untyped-def]
+    result = asgo(*words, "nan")
+    assert (result.code, result.err) == (
+        2, f"error: Invalid value for '{words[-1]}': nan is not a number (see --help)\n"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", ["0", "1e-300", "1e-30", "1e30", "inf"])
+def test_every_temperature_draws(asgo, trained: Path, temperature: str) -> None:  # type: ignore[no-untyped-def]
+    words = ["generate", trained, "--tokens", 3, "--temperature", temperature]
+    assert asgo(*words).code == asgo(*words, "--top-k", 2).code == 0

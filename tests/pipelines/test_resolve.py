@@ -13,7 +13,16 @@ import tomli_w
 from optim import OPTIMIZER_NAMES, build_optimizer, optimizer_class
 from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import UsageError
-from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, preset_names, read_preset, resolve
+from pipelines.resolve import (
+    Layer,
+    assignment_layer,
+    file_layer,
+    preset_layer,
+    preset_names,
+    read_preset,
+    resolve,
+    saved_layer,
+)
 from pipelines.training.gpt_task import build_gpt
 
 TINY = preset_layer("gpt", "tiny")
@@ -197,6 +206,74 @@ def test_a_file_that_is_not_toml_is_named(tmp_path: Path, content: bytes) -> Non
         file_layer(tmp_path / "my.toml")
     with pytest.raises(UsageError, match=r"absent\.toml: No such file"):
         file_layer(tmp_path / "absent.toml")
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_bytes(b"\xef\xbb\xbf[training]\r\nsteps = 7\r\n")
+    assert file_layer(tmp_path / "my.toml").values == {"training.steps": 7}
+    (tmp_path / "my.toml").write_bytes("[training]".encode("utf-16"))
+    with pytest.raises(UsageError, match=r"my\.toml: not valid TOML: it is UTF-16; save it as UTF-8$"):
+        file_layer(tmp_path / "my.toml")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"x = {'[' * 5000}{']' * 5000}",
+        f"x = {'[' * 100}{']' * 100}",
+        f"{'a.' * 5000}b = 1",
+        f"{'a.' * 500}b = 1",
+        f"[[runs]]\n{'a.' * 900}b = 1",
+        f"x = {'9' * 5000}",
+    ],
+    ids=range(6),
+)
+def test_what_is_nested_too_deeply_or_too_long_a_number_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(content)
+    with pytest.raises(UsageError, match=r"my\.toml: not valid TOML: [^\n]{,200}$"):
+        file_layer(tmp_path / "my.toml")
+    assert problems_of(assignment_layer([f"optimizer.lr={content.removeprefix('x = ')}"]))
+    with pytest.raises(UsageError, match="nested too deeply"):
+        assignment_layer([f"{'a.' * 500}b=1"])
+    (tmp_path / "config.json").write_text(f'{{"config": {"[" * 100_000}{"]" * 100_000}}}')
+    with pytest.raises(UsageError, match="not a configuration that asgo wrote"):
+        saved_layer(tmp_path, None)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**30])
+def test_a_seed_that_torch_cannot_take_is_one_line(seed: int) -> None:
+    (problem,) = problems_of(given("--seed", {"seed": seed}))
+    assert problem.startswith(f"--seed: seed = {seed}: should be ")
+    assert resolve([TINY, given("--seed", {"seed": 2**64 - 1})]).seed == 2**64 - 1
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.n_layers", "model.d_model", "model.d_ff", "model.context_length", "model.vocab_multiple", "training.steps",
+     "training.batch_size", "optimizers.asgo.root_steps", "optimizers.muon.ns_steps", "evaluation.every"],
+)  # fmt: skip
+def test_no_number_of_a_file_sizes_anything_without_a_bound(key: str) -> None:
+    (problem, *others) = problems_of(given("my.toml", {key: 10**18}))
+    assert "should be less than or equal to" in problem
+    assert all("divide" in other for other in others)
+
+
+def test_a_model_beyond_the_memory_is_one_line() -> None:
+    huge = {"model.d_model": 2**20, "model.d_ff": 2**20, "model.n_layers": 10_000}
+    config = resolve([TINY, given("my.toml", huge)])
+    assert isinstance(config, GPTRunConfig)
+    with pytest.raises(UsageError, match=r"^model: its weights take [0-9,]+ GiB, more than this machine's memory$"):
+        build_gpt(config.model, 100)
+    small = resolve([TINY])
+    assert isinstance(small, GPTRunConfig)
+    weights = [param.numel() for param in build_gpt(small.model, 100).parameters() if param.ndim == 2]
+    assert small.model.parameters(100) == sum(weights)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = resolve([TINY, given("my.toml", {"data.folder": "~/data"})])
+    assert config.data.folder == "/home/somebody/data"
 
 
 def test_an_unknown_preset_gets_the_nearest_name() -> None:

@@ -69,6 +69,7 @@ def test_the_shipped_search_is_of_eight_optimizers(path: Path) -> None:
         ("trials = 4\nspace.optimizer.lr = []\n", "optimizer.lr: []: should be a list of numbers or texts"),
         ("trials = 4\nspace.optimizer.lr = {factor = 3.0, points = 4}\n", "optimizer.lr: points=4: an odd number"),
         ("trials = 4\nspace.optimizer.lr = {factor = 1.0, points = 3}\n", "lr.factor = 1.0: should be greater"),
+        ("trials = 999\nspace.optimizer.lr = {factor = 100.0, points = 3}\n", "optimizer.lr: so many trials by this"),
         ("trials = 4\nspace.optimizer.lr = {factor = 3.0}\n", "search.space.optimizer.lr.points is missing"),
         ("trials = 4\nspace.optimizer.lr = {low = 2, high = 1}\n", "optimizer.lr: low=2 is not below high=1"),
         ("trials = 4\nspace.optimizer.lr = [1.0, 2.0]\n", 'search: sampler = "grid" searches one setting, with factor'),

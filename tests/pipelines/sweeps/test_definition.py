@@ -249,3 +249,18 @@ def test_what_names_the_runs_cannot_be_set_for_all(write) -> None:  # type: igno
     assert "--set seed: give --seeds" in second
     path.write_text(path.read_text() + "optimizer.lr = 0.3\n", encoding="utf-8")
     assert problems_of(path) == [f"{path}: run a: optimizer.lr is set, and varied by the grid too"]
+
+
+def test_a_grid_of_billions_of_runs_is_one_line(write) -> None:  # type: ignore[no-untyped-def]
+    grid = "".join(f"[grid.{table}]\n{key} = [{', '.join(map(str, range(1, 101)))}]\n" for table, key in KEYS)
+    (problem,) = problems_of(write(f'task = "gpt"\npreset = "tiny"\n{grid}'))
+    assert problem.endswith(f"grid: makes {100 ** len(KEYS):,} runs; 10,000 are the most")
+
+
+KEYS = (
+    ("training", "steps"),
+    ("evaluation", "every"),
+    ("checkpoint", "every"),
+    ("metrics", "every"),
+    ("model", "d_ff"),
+)
