@@ -48,11 +48,11 @@ def agree_on_arithmetic(
     if without:
         native.use(False)
         own[_KERNEL] = _OPERATIONS
-    if without and takes_kernels:
+    if without and takes_kernels and ranks.is_first:
         note(f"the optimizer runs as {without[0]}, 2 to 4 times slower than compiled")
     for key in own.keys() - {_KERNEL}:
         values = sorted({record[key] for record in of_ranks})
-        if len(values) > 1:
+        if len(values) > 1 and ranks.is_first:
             note(f"the processes compute with different {key} ({', '.join(values)}): replicas differ by rounding")
     return own
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,8 +33,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(jobs: list[Job], size: int, scratch: Path) -> list[subprocess.Popen[str]]:
-    """Start `size` processes that carry out the jobs together, one after the other."""
+def start(
+    jobs: list[Job], size: int, scratch: Path, of_ranks: Sequence[Mapping[str, str]] = ()
+) -> list[subprocess.Popen[str]]:
+    """Start `size` processes that carry out the jobs together, one after the other.
+
+    `of_ranks` has environment variables that each has besides.
+    """
     described = [
         {"config": job.config.model_dump(mode="json"), "out": str(job.out), "resume": job.resume, "port": free_port()}
         for job in jobs
@@ -46,7 +52,13 @@ def start(jobs: list[Job], size: int, scratch: Path) -> list[subprocess.Popen[st
     return [
         subprocess.Popen(
             [sys.executable, str(WORKER), str(path)],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)},
+            env={
+                **shared,
+                **(of_ranks[rank] if of_ranks else {}),
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
