@@ -103,5 +103,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """The error for a name that does not exist, with the nearest one that does."""
     known = list(known)
     nearest = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known)}"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known[:20])}{more}"
     return ValueError(f"unknown {kind}: {name!r}; {hint}")

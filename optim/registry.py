@@ -13,7 +13,8 @@ from .accasro import AccAsro
 from .asgo import ASGO
 from .asro import Asro
 from .dasgo import DASGO
-from .groups import RowBlocks, check_no_decay, decay_groups, matrix_groups
+from .groups import RowBlocks, Selection, check_no_decay, decay_groups, matrix_groups
+from .heads import unwrapped
 from .keywords import unknown_name
 from .matrix_optimizer import MatrixOptimizer
 from .muon import Muon
@@ -61,6 +62,8 @@ def build_optimizer(
     *,
     row_blocks: RowBlocks | None = None,
     by_heads: bool = False,
+    head: Selection | None = None,
+    adam: Selection = (),
     no_decay: Sequence[str] = (),
     **settings: Any,
 ) -> torch.optim.Optimizer:
@@ -68,7 +71,7 @@ def build_optimizer(
 
     Matrix optimizers (`asgo`, `dasgo`, `muon`, `shampoo`) take the hidden weight matrices and leave the rest to Adam
     (see `optim.groups.matrix_groups`). All others take every parameter, with weight decay on those of two or more
-    dimensions.
+    dimensions. A model that is wrapped in DDP, `torch.compile`, PEFT and the like is treated as the bare one.
 
     Args:
         model: any module; parameters that need no gradient are left out.
@@ -82,13 +85,20 @@ def build_optimizer(
             GPT-2 stores that weight transposed, so its heads are columns and cannot be split like this.
         by_heads: split what `model.attention_row_blocks()` names, as `models.gpt.GPT` has it; `row_blocks` comes on
             top.
+        head: the layers that make the model's outputs, which take Adam under a matrix optimizer: modules, parameters,
+            or their names, with wildcards (`"*.classifier"`). Found automatically where it is not given; `()` for none.
+        adam: for matrix optimizers, what else takes Adam, named alike.
         no_decay: `embeddings`, `head` or both: they take no weight decay. Matrix optimizers leave these to Adam
             without decay in any case, so a comparison with them is on equal terms only where its rivals do too.
         settings: keywords of the optimizer's constructor.
 
     Raises:
         ValueError: an unknown name, a keyword that the optimizer does not have or that is out of range, an unknown
-            word in `no_decay`, or blocks for a parameter or an optimizer that has none.
+            word in `no_decay`, blocks for a parameter or an optimizer that has none, or a head or an exception that is
+            not the model's.
+
+    Warns (`UserWarning`) where a matrix optimizer leaves most of a model's matrices to Adam, such as flat shards of
+    FSDP1, or parameters whose names tell nothing.
     """
     check_no_decay(no_decay)
     cls, fixed = optimizer_class(name)
@@ -101,18 +111,23 @@ def build_optimizer(
         keywords["total_steps"] = total_steps
     if issubclass(cls, MatrixOptimizer):
         heads = _attention_row_blocks(model) if by_heads else {}
-        return cls(matrix_groups(model, {**heads, **(row_blocks or {})}), **keywords)
-    if by_heads or row_blocks is not None:
-        raise _no_matrices(name, "by_heads" if by_heads else "row_blocks")
-    return cls(decay_groups(model, no_decay), **keywords)
+        return cls(matrix_groups(model, {**heads, **(row_blocks or {})}, head, adam), **keywords)
+    for keyword, is_given in {
+        "by_heads": by_heads,
+        "row_blocks": row_blocks is not None,
+        "head": head is not None and "head" not in no_decay,
+        "adam": not isinstance(adam, tuple) or adam != (),
+    }.items():
+        if is_given:
+            raise _no_matrices(name, keyword)
+    return cls(decay_groups(model, no_decay, head), **keywords)
 
 
 def _attention_row_blocks(model: nn.Module) -> RowBlocks:
-    if not hasattr(model, "attention_row_blocks"):
-        raise ValueError(
-            f"by_heads: {type(model).__name__} has no attention_row_blocks(); name its blocks in row_blocks"
-        )
-    return cast(RowBlocks, cast(Any, model).attention_row_blocks())
+    for module in unwrapped(model):
+        if hasattr(module, "attention_row_blocks"):
+            return cast(RowBlocks, cast(Any, module).attention_row_blocks())
+    raise ValueError(f"by_heads: {type(model).__name__} has no attention_row_blocks(); name its blocks in row_blocks")
 
 
 def _no_matrices(name: str, keyword: str) -> ValueError:
