@@ -21,6 +21,7 @@ import torch.distributed.run as torchrun
 from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.events.api import Event, EventSource
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
@@ -255,6 +256,10 @@ class _Agent(LocalElasticAgent):
             f"restart {self._failed_attempts} of {allowed} from the newest checkpoint"
         )
         return result
+
+    def _construct_event(self, state: str, source: EventSource, *_arguments: Any, **_keywords: Any) -> Event:
+        """Nobody reads the events. Torch looks up this machine's name for each: 10 s where no name server answers."""
+        return Event(f"torchelastic.worker.status.{state}", source)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._stop_workers(worker_group)

@@ -23,7 +23,7 @@ class Place:
     @property
     def on_one_machine(self) -> bool:
         """Whether all processes are on this machine, as torchrun says it."""
-        return os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
+        return self.by_torchrun and os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
 
     def __str__(self) -> str:
         return f"process {self.rank} of {self.size} ({socket.gethostname()})"

@@ -109,6 +109,7 @@ def run_launcher(arguments: list[str], folder: Path, words: str, ignored: Sequen
 
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+    socket.getfqdn = None  # type: ignore[assignment]  # a name server that does not answer would be waited for
     os.chdir(folder)
     os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     descriptor = os.open(words, os.O_WRONLY | os.O_CREAT)
