@@ -30,7 +30,7 @@ from asgo_cli import (
 )
 from asgo_cli.help_text import examples
 from asgo_cli.values import checking_values
-from pipelines import stopping
+from pipelines import errors, stopping
 
 _ORDER = (
     "demo",
@@ -128,7 +128,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ASGO_DEBUG") == "1":
             raise
-        code = stopping.INTERRUPTED if stopping.interrupted() else _report(error)
+        # A library may have made another error of the `KeyboardInterrupt`.
+        interrupted = stopping.interrupted() and not isinstance(error, errors.AsgoError)
+        code = stopping.INTERRUPTED if interrupted else _report(error)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -32,6 +32,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     SIGHUP that is ignored, as under nohup, stays ignored.
     """
     request = StopRequest()
+    if interrupted():  # and a library has swallowed the `KeyboardInterrupt`
+        request.signal_name = signal.SIGINT.name
 
     def ask(number: int, frame: FrameType | None) -> None:
         if request and number == signal.SIGINT:
@@ -64,7 +66,7 @@ def catch_ctrl_c() -> None:
     """Have Ctrl-C noted, and raise `KeyboardInterrupt`; in an import, and the second time, it ends the process."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
         signal.signal(signal.SIGINT, _interrupt)
-        sys.unraisablehook = _without_interrupts
+        sys.unraisablehook = _end_if_interrupted
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:
@@ -73,10 +75,16 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
     # The first one may have been swallowed, or what cleans up hangs. Libraries in C++ abort when their import is
     # interrupted, and there is nothing to clean up yet.
     if _interruptions > 1 or _is_importing(frame):
-        with contextlib.suppress(OSError):
-            os.write(2, f"{INTERRUPTED_LINE}\n".encode())
-        os._exit(INTERRUPTED)
+        _end_interrupted()
     raise KeyboardInterrupt
+
+
+def _end_interrupted() -> None:
+    with contextlib.suppress(OSError):
+        # A live line may have hidden the cursor.
+        shown = "\x1b[?25h" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""
+        os.write(2, f"{shown}{INTERRUPTED_LINE}\n".encode())
+    os._exit(INTERRUPTED)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
@@ -85,7 +93,8 @@ def _is_importing(frame: FrameType | None) -> bool:
     return frame is not None
 
 
-def _without_interrupts(unraisable: sys.UnraisableHookArgs) -> None:
-    """Print no traceback of a `KeyboardInterrupt` in a place, such as `__del__`, that cannot raise it."""
-    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(unraisable)
+def _end_if_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
+    """A `KeyboardInterrupt` where Python cannot raise it, such as in `__del__`, would be lost."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        _end_interrupted()
+    sys.__unraisablehook__(unraisable)

@@ -1,31 +1,27 @@
-"""Signals that ask a run to save and stop."""
+"""A Ctrl-C that a library swallowed is not lost."""
 
 from __future__ import annotations
 
-import os
-import signal
+import subprocess
+import sys
+from pathlib import Path
 
-import pytest
+SWALLOWED = """
+import os, signal
+from pipelines.stopping import catch_ctrl_c, stop_on_signals
 
-from pipelines.stopping import stop_on_signals
+catch_ctrl_c()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    pass
+with stop_on_signals() as stop:
+    print(stop.signal_name)
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_a_request_and_its_handler_is_restored(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with stop_on_signals() as stop:
-        assert not stop
-        os.kill(os.getpid(), number)
-        assert stop.signal_name == number.name
-    assert signal.getsignal(number) == before
-
-
-def test_a_hangup_that_is_ignored_stays_ignored() -> None:
-    """As `nohup` has it."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stop_on_signals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop
-    finally:
-        signal.signal(signal.SIGHUP, before)
+def test_a_run_whose_ctrl_c_was_swallowed_before_it_began_stops() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", SWALLOWED], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert (result.stdout, result.stderr) == ("SIGINT\n", "")
