@@ -350,5 +350,6 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
         f"done: validation loss {first['loss']:.4f} → {last['loss']:.4f}{accuracy} "
         f"in {settings.training.steps:,} steps; {folder}"
     )
-    generate = [f"asgo generate {folder} --prompt TEXT"] if settings.task == "gpt" else []
+    has_model = settings.task == "gpt" and any((folder / "checkpoints").iterdir())
+    generate = [f"asgo generate {folder} --prompt TEXT"] if has_model else []
     console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv", *generate)

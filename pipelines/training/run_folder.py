@@ -43,6 +43,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.statistics_path = path / STATISTICS
         self._divergence_path = path / "diverged.json"
+        self._earlier_path = path / "metrics.old.jsonl"
         self._lock_path = path / ".lock"
         self._metrics: IO[str] | None = None
         self._lock: IO[bytes] | None = None
@@ -139,17 +140,22 @@ class RunFolder:
 
     def was_saved(self) -> bool:
         """Whether the run has had a checkpoint, which may have been removed since."""
-        return self._lock_path.exists() and self._lock_path.stat().st_size > 0
+        return _size(self._lock_path) > 0
 
     def begin(self, config: RunConfig, description: dict[str, Any], device: str) -> None:
         """Make the folder, and record what the run is."""
-        self.checkpoints.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         record = {"config": config.model_dump(mode="json"), "data": description, "environment": environment(device)}
         write_atomically(self.config_path, (json.dumps(record, indent=1) + "\n").encode())
 
     def continue_from(self, rows: list[Row]) -> None:
-        """Make the metrics file hold exactly `rows`, and open it for more."""
+        """Make the metrics file hold exactly `rows`, and open it for more.
+
+        A record that would be emptied is put aside, until `finish`: the run begins again, and may never get as far.
+        """
         self._divergence_path.unlink(missing_ok=True)
+        if not rows and _size(self.metrics_path) > _size(self._earlier_path):
+            self.metrics_path.replace(self._earlier_path)
         write_atomically(self.metrics_path, to_lines(rows))
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
 
@@ -161,6 +167,11 @@ class RunFolder:
             self._metrics.write(to_line(row))
             self._metrics.flush()
 
+    def finish(self) -> None:
+        """Remove the record that was put aside, now that this one holds as much."""
+        self.require_ours()
+        self._earlier_path.unlink(missing_ok=True)
+
     def close(self) -> None:
         """Close the metrics file, and let other processes in."""
         for file in (self._metrics, self._lock):
@@ -168,6 +179,11 @@ class RunFolder:
                 # What `append` could not flush fails a second time here, and would hide the first error.
                 with contextlib.suppress(OSError):
                     file.close()
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _try_lock(file: IO[bytes]) -> bool:

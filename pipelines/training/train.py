@@ -31,7 +31,7 @@ from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, replicated
 from pipelines.training.reporter import Reporter
-from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
+from pipelines.training.run_folder import Divergence, RunFolder, checkpoint_folders, refuse_existing
 from pipelines.training.state import TrainState
 from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
@@ -126,6 +126,9 @@ def _claim(folder: RunFolder, continues: bool) -> None:
     folder.lock()
     if not continues:
         refuse_existing(folder)  # one that began a moment ago may have ended already
+        return
+    folder.checkpoints.mkdir(exist_ok=True)
+    remove_leftovers(folder.checkpoints)
 
 
 def _train(
@@ -138,6 +141,9 @@ def _train(
     beat: Callable[[str], None],
     continues: bool,
 ) -> list[Row]:
+    finished = ranks.first_does(lambda: _record_without_checkpoints(folder, config, reporter)) if continues else None
+    if finished is not None:
+        return finished
     checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
     if checkpoint is None and isinstance(config, GPTRunConfig):
         load_initial_weights(task.model, config)
@@ -166,6 +172,8 @@ def _train(
         ):
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
             fit(Run(task, config, folder, state, told, stop, writer, beat, saved, measuring=statistics.of_step))
+        if ranks.is_first:
+            folder.finish()
     except Diverged as error:
         if ranks.is_first:
             folder.record_divergence(Divergence(error.step, str(error)))
@@ -220,6 +228,25 @@ def _require_data(run: Path, data: Path) -> None:
         raise UsageError(f"{run}: its data folder, {data}, {missing}; say where it is with --data FOLDER")
 
 
+def _record_without_checkpoints(folder: RunFolder, config: RunConfig, reporter: Reporter) -> list[Row] | None:
+    """The record of a finished run whose checkpoints were removed, as to free the disk; None for any other run.
+
+    Raises `AsgoError` for one that was not finished: it cannot go on, and is not to begin again unasked.
+    """
+    if not folder.was_saved() or checkpoint_folders(folder.checkpoints):
+        return None
+    rows = folder.rows()
+    if not rows:
+        return None
+    if (rows[-1]["split"], rows[-1]["step"]) != ("val", config.training.steps):
+        raise AsgoError(
+            f"{folder.path}: cannot go on from step {rows[-1]['step']}: its checkpoints were removed; its record was "
+            "not touched; train again in another --out"
+        )
+    reporter.note(f"{folder.path}: finished already; its checkpoints were removed; train again in another --out")
+    return rows
+
+
 def _find_checkpoint(
     folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter, ranks: Ranks
 ) -> Checkpoint | None:
@@ -234,15 +261,12 @@ def _find_checkpoint(
 
 
 def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter) -> Checkpoint | None:
-    folder.checkpoints.mkdir(exist_ok=True)
-    remove_leftovers(folder.checkpoints)
     checkpoint, skipped = newest_checkpoint(folder.checkpoints)
     for line in skipped:
         reporter.note(line)
     if checkpoint is None and skipped:
         raise AsgoError(f"{folder.path}: no checkpoint is good, so nothing was touched; train again in another --out")
     if checkpoint is None:
-        _require_never_saved(folder)
         reporter.note(f"{folder.path}: no checkpoint yet: starting from the beginning")
         return None
     _require_same_config(checkpoint.folder, checkpoint.config(), config)
@@ -252,18 +276,3 @@ def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, report
     folder.mark_saved()
     reporter.note(f"resuming from {checkpoint.folder}")
     return checkpoint
-
-
-def _require_never_saved(folder: RunFolder) -> None:
-    """`AsgoError` where a new beginning would empty the records of a run that had checkpoints.
-
-    Those of a run that was killed before its first checkpoint are made again. Each checkpoint waits for the one before
-    to be on the disk, so that records beyond the second one's step tell of a checkpoint, too.
-    """
-    reached = max((row["step"] for row in folder.rows()), default=0)
-    if reached and (folder.was_saved() or reached > 2 * folder.config().checkpoint.every):
-        finished = "finished, " if reached == folder.config().training.steps else ""
-        raise AsgoError(
-            f"{folder.path}: {finished}with records up to step {reached}, but its checkpoints are gone: it cannot go "
-            "on, and its records were not touched; train again in another --out"
-        )

@@ -200,29 +200,57 @@ def test_resume_in_another_directory_asks_for_the_data(
 
 
 @pytest.mark.parametrize("every", [2, 100])
-def test_resume_never_empties_the_record_of_a_run_whose_checkpoints_were_removed(
+def test_a_finished_run_whose_checkpoints_were_removed_is_left_as_it_is(
     every: int, small_config: Make, tmp_path: Path, reporter: SilentReporter
 ) -> None:
     run = tmp_path / "run"
-    train(small_config(checkpoint__every=every), run, reporter)
+    rows = train(small_config(checkpoint__every=every), run, reporter)
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(AsgoError, match="finished, with records up to step 6, but its checkpoints are gone"):
-        train(small_config(), run, reporter, resume=True)
+    assert train(small_config(), run, reporter, resume=True) == rows
+    assert "finished already; its checkpoints were removed" in reporter.notes[-1]
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_copy_of_a_run_without_its_checkpoints_keeps_its_record(
+class DyingAt(SilentReporter):
+    """Ends the run when the training loss of a step has been recorded."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def trained(self, row: Any) -> None:
+        if row["step"] == self.step:
+            raise Dies
+
+
+def test_a_run_that_lost_its_checkpoints_in_the_middle_keeps_its_record(
     small_config: Make, tmp_path: Path, reporter: SilentReporter
 ) -> None:
-    """As `cp run/*` and `rsync --exclude checkpoints` make it."""
-    train(small_config(), tmp_path / "run", reporter)
-    (tmp_path / "copy").mkdir()
-    for name in ("config.json", "metrics.jsonl"):
-        shutil.copy(tmp_path / "run" / name, tmp_path / "copy")
-    with pytest.raises(AsgoError, match="its records were not touched"):
-        train(small_config(), tmp_path / "copy", reporter, resume=True)
-    assert (tmp_path / "copy/metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+    run = tmp_path / "run"
+    with pytest.raises(Dies):
+        train(small_config(metrics__every=1), run, DyingAt(5))
+    shutil.rmtree(run / "checkpoints")
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(AsgoError, match="cannot go on from step 5: its checkpoints were removed; its record was not"):
+        train(small_config(metrics__every=1), run, reporter, resume=True)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_record_stays_until_a_run_that_begins_again_has_made_it_again(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """As of a run that was killed before its first checkpoint; of several records the longest stays."""
+    run, config = tmp_path / "run", small_config(checkpoint__every=100, metrics__every=1)
+    with pytest.raises(Dies):
+        train(config, run, DyingAt(5))
+    before = (run / "metrics.jsonl").read_bytes()
+    for _ in range(2):
+        with pytest.raises(Dies):
+            train(config, run, DyingAt(3), resume=True)
+        assert (run / "metrics.old.jsonl").read_bytes() == before
+    train(config, run, reporter, resume=True)
+    assert not (run / "metrics.old.jsonl").exists()
 
 
 def test_only_the_newest_checkpoints_stay(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
