@@ -136,7 +136,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(_shown(cell) for cell in row))
     data.print(table)
 
 
@@ -144,7 +144,7 @@ def show_facts(facts: Iterable[tuple[str, str]]) -> None:
     """Names and texts on stdout, a line each."""
     grid = Table.grid(padding=(0, 3))
     for name, text in facts:
-        grid.add_row(f"[bold]{escape(name)}[/]", escape(text))
+        grid.add_row(f"[bold]{_shown(name)}[/]", _shown(text))
     data.print(grid)
 
 

@@ -45,6 +45,9 @@ SourceOption = Annotated[
         help="The hub (HF_ENDPOINT names a mirror of it), or a folder of the same files, .parquet or .jsonl.",
     ),
 ]
+TextColumnOption = Annotated[
+    str, typer.Option("--text-column", metavar="NAME", help="Where JSON lines and Parquet have the text.")
+]
 Workers = Annotated[int | None, typer.Option(metavar="N", help="Tokenizer processes.", show_default="one a processor")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever is there.")]
 
@@ -58,6 +61,7 @@ def fineweb(
     source: SourceOption = "hub",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/fineweb"),
     workers: Workers = None,
+    text_column: TextColumnOption = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Stream FineWeb-Edu into shards of GPT-2 tokens.
@@ -68,7 +72,9 @@ def fineweb(
     from pipelines.data.corpus.prepare import CorpusOptions
     from pipelines.data.corpus.sources import FINEWEB
 
-    _prepare(FINEWEB, out, CorpusOptions(shards, shard_tokens, subset, source, workers), overwrite)
+    _prepare(
+        FINEWEB, out, CorpusOptions(shards, shard_tokens, subset, source, workers, text_column=text_column), overwrite
+    )
     console.suggest_next(f"asgo train gpt --data {shlex.quote(str(out))}")
 
 
@@ -79,6 +85,7 @@ def openwebtext(
     source: SourceOption = "hub",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/openwebtext"),
     workers: Workers = None,
+    text_column: TextColumnOption = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Stream OpenWebText into shards of GPT-2 tokens.
@@ -89,7 +96,12 @@ def openwebtext(
     from pipelines.data.corpus.prepare import CorpusOptions
     from pipelines.data.corpus.sources import OPENWEBTEXT
 
-    _prepare(OPENWEBTEXT, out, CorpusOptions(shards, shard_tokens, subset, source, workers), overwrite)
+    _prepare(
+        OPENWEBTEXT,
+        out,
+        CorpusOptions(shards, shard_tokens, subset, source, workers, text_column=text_column),
+        overwrite,
+    )
     console.suggest_next(f"asgo train gpt --preset asgo-gpt2 --data {shlex.quote(str(out))}")
 
 

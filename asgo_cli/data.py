@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
@@ -12,6 +12,9 @@ from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from asgo_cli import console, corpus, data_folder, imagenet
 from asgo_cli.help_text import examples
 from asgo_cli.progress import WorkProgress
+
+if TYPE_CHECKING:
+    from pipelines.data.manifest import Manifest
 
 app = typer.Typer(
     help="Prepare and check data.",
@@ -45,19 +48,21 @@ def text(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="Files ending in .txt, .jsonl, .jsonl.gz, .parquet, or folders of them."
+            metavar="FILE...",
+            help="Files ending in .txt, .jsonl, .json, .parquet, also .gz and .zst, or folders of them.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")],
     tokenizer: Annotated[Literal["gpt2", "bytes", "chars"], typer.Option(help="How text becomes tokens.")] = "gpt2",
     val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of the text that validates.")] = 0.0005,
     shard_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens in a training shard.")] = 100_000_000,
+    text_column: corpus.TextColumnOption = "text",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Turn text into token shards.
 
-    A .txt file is one document, and so is a file of any other kind that is named; a line of .jsonl or a row of
-    .parquet is one, under the name "text".
+    A .txt file is one document, and so is a file of any other kind that is named; a line of .jsonl or .json or a row
+    of .parquet is one, under the name that --text-column gives. gzip and zstd are unpacked.
     """
     from pipelines.data.prepare import prepare_text
 
@@ -70,10 +75,29 @@ def text(
             val_fraction=val_fraction,
             shard_tokens=shard_tokens,
             overwrite=overwrite,
+            text_column=text_column,
             progress=progress.show,
+            notify=console.say,
         )
     data_folder.summarize(manifest, out)
-    console.suggest_next(f"asgo train gpt --preset tiny --data {_quoted(out)}")
+    console.suggest_next(f"asgo train gpt --preset tiny --data {_quoted(out)}{_shorter_windows(manifest)}")
+
+
+def _shorter_windows(manifest: Manifest) -> str:
+    """What to add to the next command where a part is too short for the preset's windows, with a warning."""
+    from pipelines.resolve import read_preset
+
+    context_length = read_preset("tiny")["model"]["context_length"]
+    validation, *training = (shard.tokens for shard in manifest.shards)
+    if validation <= context_length:
+        console.warn(
+            f"the validation part has {validation:,} tokens, too few for a window of {context_length:,} and one more, "
+            "and GPT-2's windows have 1,024; a larger --val-fraction, with --overwrite, gives it more"
+        )
+    shortest = min(validation, max(training))
+    if shortest > context_length:
+        return ""
+    return f" --set model.context_length={max(1, shortest - 1)}"
 
 
 @app.command("shakespeare", epilog=SHAKESPEARE_EXAMPLES)

@@ -133,7 +133,8 @@ def _backends() -> list[Backend]:
 
 def _write_documents(inputs: Sequence[Path], path: Path) -> tuple[int, int]:
     """Write the text as a Parquet file like those of the hub; returns its documents and their bytes."""
-    texts = [text for text in (read_documents(find_files(inputs)) if inputs else _library()) if text.strip()]
+    documents = map("".join, read_documents(find_files(inputs))) if inputs else _library()
+    texts = [text for text in documents if text.strip()]
     path.parent.mkdir()
     parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=4 * ROWS_IN_BATCH)
     return len(texts), sum(len(text.encode()) for text in texts)

@@ -73,15 +73,21 @@ def read_documents(
                 yield _cut_anew(document, where, last_cut)
             elif not document or document.isspace():
                 yield ""
-            elif len(document) <= PIECE_BYTES:
-                yield document
             else:
-                yield _cut_anew(_slices(document), where, last_cut)
+                yield in_pieces(document, where, last_cut)
 
 
 def pieces_of(document: Document) -> Iterable[str]:
     """A document's text in one or more pieces."""
     return (document,) if isinstance(document, str) else document
+
+
+def in_pieces(text: str, where: str, last_cut: Callable[[str], int]) -> Document:
+    """A text, cut if it is long, as in `read_documents`."""
+    if len(text) <= PIECE_BYTES:
+        return text
+    slices = (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
+    return _cut_anew(slices, where, last_cut)
 
 
 def decode_utf8(raw: bytes, where: str) -> str:
@@ -168,10 +174,6 @@ def _is_other_json(file: Path, column: str) -> bool:
     except (ValueError, RecursionError):
         return True
     return not isinstance(row, dict) or column not in row
-
-
-def _slices(text: str) -> Iterator[str]:
-    return (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
 
 
 def _cut_anew(pieces: Iterable[str], where: str, last_cut: Callable[[str], int]) -> Iterator[str]:

@@ -26,10 +26,11 @@ class UnreadableColumn(ValueError):
 
 
 class Part(NamedTuple):
-    """Some rows of a row group, (rows,): its part number `number`."""
+    """Some rows, (rows,): part `number` of a row group; `first` is the first one's number in the file."""
 
     group: int
     number: int
+    first: int
     rows: pyarrow.Array
 
 
@@ -44,17 +45,13 @@ def read_column(
     """
     with parquet.ParquetFile(file, buffer_size=_READ_BYTES) as table:
         _require_column(table.schema_arrow, column, only_strings)
+        first = sum(table.metadata.row_group(group).num_rows for group in range(first_group))
         for group in range(first_group, table.num_row_groups):
             rows = _rows_at_once(file, table.metadata.row_group(group), column) if look_ahead else _ROWS_AT_ONCE
             batches = table.iter_batches(rows, row_groups=[group], columns=[column])
-            parts = (part for batch in batches for part in _parts(batch.column(0)))
-            yield from (Part(group, number, part) for number, part in enumerate(parts))
-
-
-def rows_before(file: BinaryIO, group: int) -> int:
-    """How many rows come before a row group."""
-    metadata = parquet.read_metadata(file)
-    return sum(metadata.row_group(each).num_rows for each in range(group))
+            for number, part in enumerate(part for batch in batches for part in _parts(batch.column(0))):
+                yield Part(group, number, first, part)
+                first += len(part)
 
 
 def _require_column(schema: pyarrow.Schema, column: str, only_strings: bool) -> None:
@@ -69,6 +66,8 @@ def _require_column(schema: pyarrow.Schema, column: str, only_strings: bool) -> 
 
 def _parts(rows: pyarrow.Array) -> Iterator[pyarrow.Array]:
     """Cut rows where they are too long to be handed on together."""
+    if pyarrow.types.is_dictionary(rows.type):
+        rows = rows.dictionary_decode()
     if rows.nbytes <= _PART_BYTES or rows.type not in _STRINGS:
         yield rows
         return
@@ -119,8 +118,8 @@ def _pages(file: BinaryIO, start: int, end: int) -> Iterator[_Page]:
             raise ValueError("a page without a size")
         kind, place_of_encoding = (8, 4) if 8 in header else (5, 2)
         data = header.get(kind)
-        plain = isinstance(data, dict) and data.get(place_of_encoding) == _PLAIN
-        yield _Page(size, max(1, data[1]) if plain else 1)
+        values = data.get(1) if isinstance(data, dict) and data.get(place_of_encoding) == _PLAIN else 1
+        yield _Page(size, max(1, values) if isinstance(values, int) else 1)
         start = file.tell() + packed
 
 

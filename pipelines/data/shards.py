@@ -266,9 +266,9 @@ class TokenFile:
         """Fill `tokens` (tokens,) from place `start` on. Raises `AsgoError` if the file has become shorter."""
         place, size = self._offset + start * _TOKEN.itemsize, tokens.nbytes
         try:
-            count = os.preadv(self._descriptor, [tokens], place)
+            count = os.preadv(self._descriptor, [tokens.data], place)
             while 0 < count < size:  # seldom: a signal, a network's file system
-                more = os.preadv(self._descriptor, [tokens.view(np.uint8)[count:]], place + count)
+                more = os.preadv(self._descriptor, [tokens.view(np.uint8)[count:].data], place + count)
                 count = count + more if more else 0
         except OSError as error:
             error.filename = str(self.path)

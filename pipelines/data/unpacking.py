@@ -8,7 +8,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 from pipelines.errors import AsgoError
 from pipelines.storage import naming
@@ -34,7 +34,7 @@ def without_packing(name: str) -> str:
 
 
 @contextlib.contextmanager
-def unpacked(file: Path) -> Iterator[IO[bytes]]:
+def unpacked(file: Path) -> Iterator[BinaryIO]:
     """A file's bytes; gzip and zstd, known by their first bytes under any name, are unpacked on the way.
 
     Raises `AsgoError` for a damaged file, and one compressed in another way.
@@ -44,15 +44,15 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def unpack(raw: BinaryIO, name: str) -> Iterator[IO[bytes]]:
+def unpack(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
     """The same for an open file."""
     start = raw.read(max(map(len, _MAGIC)))
     raw.seek(0)
     by_name = next((kind for suffix, kind in _SUFFIXES.items() if name.lower().endswith(suffix)), None)
     kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), by_name)
     if kind == "gzip":
-        with gzip.GzipFile(fileobj=raw) as stream:
-            yield stream
+        with io.BufferedReader(gzip.GzipFile(fileobj=raw)) as unpacking:
+            yield unpacking
     elif kind == "zstd":
         import pyarrow
 
@@ -78,7 +78,7 @@ def naming_damage(file: Path) -> Iterator[None]:
         raise AsgoError(f"{file}: damaged zstd file ({error})") from None
 
 
-def bounded_lines(stream: IO[bytes], where: str) -> Iterator[tuple[str, bytes]]:
+def bounded_lines(stream: BinaryIO, where: str) -> Iterator[tuple[str, bytes]]:
     """Each line, and where it is. Raises `AsgoError` for one that is too long."""
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):

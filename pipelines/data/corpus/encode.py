@@ -16,6 +16,7 @@ import pyarrow
 from numpy.typing import NDArray
 
 from pipelines.data.corpus.reader import Batch
+from pipelines.data.documents import in_pieces, pieces_of
 from pipelines.data.manifest import DocumentCounts
 from pipelines.data.tokenizers import END_OF_TEXT, Gpt2Tokenizer, Tokens, gpt2_table
 from pipelines.errors import AsgoError
@@ -62,11 +63,13 @@ class BatchEncoder:
             return EncodedBatch(np.empty(0, np.uint16), np.empty(0, np.int64), np.empty(0, np.int64), counts)
         if self._backend == "gigatoken" and self._room <= 0:
             self._encode, self._room = _gigatoken_encode(), _TOKENS_PER_CACHE
-        flat, lengths = self._encode(texts)
+        pieces, firsts = _in_pieces(texts, f"{batch.file}, at row {batch.first_row + 1} or one after it")
+        flat, lengths = self._encode(pieces)
         self._room -= len(flat)
         starts = np.cumsum(lengths) - lengths
         if self._backend == "gigatoken":
-            self._compare(texts, flat, starts, lengths)
+            self._compare(pieces, flat, starts, lengths)
+        starts = starts[firsts]
         return EncodedBatch(_with_end_of_text(flat, starts), starts + np.arange(len(starts)), numbers, counts)
 
     def _compare(
@@ -82,11 +85,23 @@ class BatchEncoder:
             )
 
 
+def _in_pieces(texts: list[str], where: str) -> tuple[list[str], list[int]]:
+    """The texts, long ones cut where their tokens stay the same, and which piece is the first of each text."""
+    last_cut = Gpt2Tokenizer().last_cut
+    pieces: list[str] = []
+    firsts = []
+    for text in texts:
+        firsts.append(len(pieces))
+        pieces.extend(pieces_of(in_pieces(text, where, last_cut)))
+    return pieces, firsts
+
+
 def _rows(batch: Batch) -> Sequence[object]:
     column = pyarrow.ipc.open_stream(batch.column).read_all().column("text")
     if batch.are_lines:
         lines = ((batch.first_row + index + 1, line) for index, line in enumerate(column.to_pylist()))
-        return [_text_of_line(line, f"{batch.file}, line {number}") for number, line in lines if line.strip()]
+        name = batch.text_column
+        return [_text_of_line(line, name, f"{batch.file}, line {number}") for number, line in lines if line.strip()]
     try:
         rows: list[object] = column.to_pylist()
     except UnicodeDecodeError:
@@ -94,12 +109,12 @@ def _rows(batch: Batch) -> Sequence[object]:
     return rows
 
 
-def _text_of_line(line: bytes, where: str) -> object:
+def _text_of_line(line: bytes, column: str, where: str) -> object:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise AsgoError(f"{where}: not valid JSON ({error}); mend it, and start again with --overwrite") from None
-    return row.get("text") if isinstance(row, dict) else None
+    return row.get(column) if isinstance(row, dict) else None
 
 
 def _plain_texts(rows: Sequence[object]) -> tuple[list[str], NDArray[np.int64], DocumentCounts]:

@@ -24,6 +24,7 @@ from pipelines.stopping import StopRequest
 
 _SECONDS_BETWEEN_JOURNALS = 10.0
 _POLL_S = 0.05
+_BYTES_ON_THE_WAY = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ class Pipeline:
 
     def _submit_one(self) -> bool:
         """Hand a batch to the tokenizers if there is one and room for it."""
-        if len(self._pending) >= self._window or self._feed.ended:
+        on_the_way = sum(len(batch.column) for batch, _ in self._pending)
+        if len(self._pending) >= self._window or on_the_way >= _BYTES_ON_THE_WAY or self._feed.ended:
             return False
         with self._clock.waiting_for("reading"):
             batch = self._feed.poll(0 if self._pending else _POLL_S)

@@ -39,6 +39,7 @@ class CorpusOptions:
     source: str = HUB
     workers: int | None = None
     backend: Backend | None = None
+    text_column: str = "text"
 
     def check(self) -> None:
         """Raise `UsageError` for figures out of range."""
@@ -71,7 +72,7 @@ def prepare_corpus(
             written is kept, and the same call goes on.
     """
     options.check()
-    source = build_source(corpus, options.source, options.subset)
+    source = build_source(corpus, options.source, options.subset, options.text_column)
     recipe = _recipe(source, options)
     with stop_on_signals() as stop, held_folder(out):
         if overwrite:
@@ -102,7 +103,11 @@ def _recipe(source: Source, options: CorpusOptions) -> dict[str, str | int]:
         "shards": options.shards,
         "shard_tokens": options.shard_tokens,
     }
-    return recipe if source.subset is None else {**recipe, "subset": source.subset}
+    if source.subset is not None:
+        recipe["subset"] = source.subset
+    if source.text_column != "text":  # a folder that was begun without this option can be finished with it
+        recipe["text_column"] = source.text_column
+    return recipe
 
 
 def _pinned(source: Source, journal: Journal | None) -> Source:

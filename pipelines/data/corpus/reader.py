@@ -42,7 +42,8 @@ _ENVIRONMENT = {
 class Batch:
     """Rows of a file on their way to a tokenizer: `column` is an Arrow stream of one column.
 
-    `are_lines` says whether they are lines of JSON; `first_row` counts from 0 in the file.
+    `are_lines` says whether they are lines of JSON, with the text under `text_column`; `first_row` counts from 0 in the
+    file.
     """
 
     position: Position
@@ -50,6 +51,7 @@ class Batch:
     first_row: int
     are_lines: bool
     column: bytes
+    text_column: str = "text"
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,10 @@ def _messages(connection: Connection, source: Source, start: Position) -> Iterat
     yield opened
     for index, file in enumerate(opened.files[start.file :], start=start.file):
         try:
-            for rows in read_file(file, start if index == start.file else Position(index, 0, 0)):
-                yield Batch(rows.position, file, rows.first, holds_lines(file), _serialize(rows.column))
+            place = start if index == start.file else Position(index, 0, 0)
+            for rows in read_file(file, place, source.text_column):
+                column = _serialize(rows.column)
+                yield Batch(rows.position, file, rows.first, holds_lines(file), column, source.text_column)
         except Exception as error:
             error.add_note(file)
             raise

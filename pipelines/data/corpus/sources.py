@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,17 +12,19 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import pyarrow
-from pyarrow import parquet
 
 from pipelines.data.documents import walk_files
+from pipelines.data.parquet_text import UnreadableColumn, read_column
+from pipelines.data.unpacking import MAX_ROW_BYTES, PACKED_SUFFIXES, bounded_lines, too_long, unpack
 from pipelines.errors import UsageError
 
 HUB = "hub"
 ROWS_IN_BATCH = 256
-_LINE_SUFFIXES = (".jsonl", ".jsonl.gz")
+_LINES = (".jsonl", ".ndjson", ".json")
+_LINE_SUFFIXES = (".jsonl", ".ndjson", *(plain + packed for plain in _LINES for packed in PACKED_SUFFIXES))
 _SUFFIXES = (".parquet", *_LINE_SUFFIXES)
 _CONTACT_TIMEOUT_S = 5
-_READ_BYTES = 2 << 20
+_BATCH_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Source:
     folder: Path | None
     subset: str | None
     revision: str | None
+    text_column: str = "text"
 
     @property
     def name(self) -> str:
@@ -61,24 +63,24 @@ class Source:
         return ", ".join(filter(None, parts))
 
 
-def build_source(corpus: Corpus, source: str, subset: str | None) -> Source:
-    """The source that the options `--source` and `--subset` name.
+def build_source(corpus: Corpus, source: str, subset: str | None, text_column: str) -> Source:
+    """The source that the options `--source`, `--subset` and `--text-column` name.
 
     Raises `UsageError` for a folder that is not there, and for a subset of a folder that has none.
     """
     if source == HUB:
-        return Source(corpus, None, subset or corpus.subset, None)
+        return Source(corpus, None, subset or corpus.subset, None, text_column)
     folder = Path(source).resolve()
     if not folder.is_dir():
         raise UsageError(f'--source {source}: no such folder; give "{HUB}" or a folder of .parquet or .jsonl files')
     if _lists_subsets(folder):
-        return Source(corpus, folder, subset or corpus.subset, None)
+        return Source(corpus, folder, subset or corpus.subset, None, text_column)
     if subset is not None:
         raise UsageError(
             f"--subset {subset}: {folder} is a plain folder of files; leave --subset out, "
             "or copy the repository's README.md, which lists the subsets, into it"
         )
-    return Source(corpus, folder, None, None)
+    return Source(corpus, folder, None, None, text_column)
 
 
 def _lists_subsets(folder: Path) -> bool:
@@ -126,14 +128,23 @@ def _files_of_subset(location: str, subset: str | None, revision: str | None) ->
         if "BuilderConfig" not in str(error):
             raise
         raise UsageError(f"no subset {subset}; {_after('Available:', str(error))}") from None
-    files = (builder.config.data_files or {}).get("train", [])
-    return _require_some(sorted(str(file) for file in files if str(file).lower().endswith(_SUFFIXES)))
+    files = [str(file) for file in (builder.config.data_files or {}).get("train", [])]
+    if revision is None:
+        _require_inside(Path(location), files)
+    return _require_some(sorted(file for file in files if file.lower().endswith(_SUFFIXES)))
+
+
+def _require_inside(folder: Path, files: Iterable[str]) -> None:
+    """The page of a local copy says which files to read, and whoever wrote it may be a stranger."""
+    for file in files:
+        if not Path(os.path.abspath(file)).is_relative_to(folder):  # noqa: PTH100  (links may lead out; the user made them)
+            raise UsageError(f"README.md there names {file}, which is not in the folder; take that line out of it")
 
 
 def _require_some(files: Iterable[str]) -> tuple[str, ...]:
     found = tuple(files)
     if not found:
-        raise UsageError(f"there is no file that ends in {', '.join(_SUFFIXES)}")
+        raise UsageError("there is no file that ends in .parquet, .jsonl, .jsonl.gz, .json.gz or the like")
     return found
 
 
@@ -157,7 +168,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the column "text", or of the lines of a JSON lines file: (rows,), the first of them number `first`."""
+    """Some of the text column, or of the lines of a JSON lines file: (rows,), the first of them number `first`."""
 
     position: Position
     first: int
@@ -169,45 +180,54 @@ def holds_lines(file: str) -> bool:
     return file.lower().endswith(_LINE_SUFFIXES)
 
 
-def read_file(file: str, start: Position) -> Iterator[Rows]:
-    """The rows of a file, `ROWS_IN_BATCH` at once at most, from the batch `start` of it on.
+def read_file(file: str, start: Position, column: str) -> Iterator[Rows]:
+    """The rows of a file, `ROWS_IN_BATCH` and 32 MB at once at most (or one row), from the batch `start` of it on.
 
-    `file` is a path or an hf:// address, opened as `datasets` opens what it streams. Of Parquet only the column "text"
-    is read, from the row group of `start` on and a few megabytes at a time, whatever the size of the groups: the
-    library's own way to go on inside a file is to read that again from its beginning. Raises `UsageError` when there
-    is no such column of strings.
+    `file` is a path or an hf:// address, opened as `datasets` opens what it streams. Of Parquet only `column` is read,
+    from the row group of `start` on and a few megabytes at a time, whatever the size of the groups: the library's own
+    way to go on inside a file is to read that again from its beginning. Raises `UsageError` when there is no such
+    column of strings, and `AsgoError` for a line or row that is too long.
     """
     from datasets.utils.file_utils import xopen
 
     with xopen(file, "rb") as opened:
-        yield from _read_lines(file, opened, start) if holds_lines(file) else _read_parquet(opened, start)
+        yield from _read_lines(file, opened, start) if holds_lines(file) else _read_parquet(file, opened, start, column)
 
 
-def _read_parquet(opened: BinaryIO, start: Position) -> Iterator[Rows]:
-    with parquet.ParquetFile(opened, buffer_size=_READ_BYTES) as table:
-        _require_text(table.schema_arrow)
-        first = sum(table.metadata.row_group(group).num_rows for group in range(start.group))
-        for group in range(start.group, table.num_row_groups):
-            batches = table.iter_batches(ROWS_IN_BATCH, row_groups=[group], columns=["text"])
-            for number, batch in enumerate(batches):
-                position = Position(start.file, group, number)
-                if position >= start:
-                    yield Rows(position, first, batch.column(0))
-                first += len(batch)
-
-
-def _require_text(schema: pyarrow.Schema) -> None:
-    kind = schema.field("text").type if "text" in schema.names else None
-    if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-        raise UsageError(f'no column "text" of strings; it has {", ".join(map(str, schema))}')
+def _read_parquet(file: str, opened: BinaryIO, start: Position, column: str) -> Iterator[Rows]:
+    is_local = Path(file).exists()
+    try:
+        for part in read_column(opened, column, first_group=start.group, only_strings=True, look_ahead=is_local):
+            position = Position(start.file, part.group, part.number)
+            if part.rows.nbytes > MAX_ROW_BYTES:  # it is a single row
+                raise too_long(f"{file}, row {part.first + 1}")
+            if position >= start:
+                yield Rows(position, part.first, part.rows)
+    except UnreadableColumn as error:
+        raise UsageError(str(error)) from None
 
 
 def _read_lines(file: str, opened: BinaryIO, start: Position) -> Iterator[Rows]:
-    lines = gzip.GzipFile(fileobj=opened) if file.lower().endswith(".gz") else opened
-    for number in itertools.count():
-        batch = list(itertools.islice(lines, ROWS_IN_BATCH))
-        if not batch:
-            return
-        if number >= start.batch:
-            column = pyarrow.array(batch, type=pyarrow.large_binary())
-            yield Rows(Position(start.file, 0, number), number * ROWS_IN_BATCH, column)
+    first = 0
+    with unpack(opened, file) as stream:
+        for number, lines in enumerate(_batches_of_lines(bounded_lines(stream, file))):
+            if number >= start.batch:
+                column = pyarrow.array(lines, type=pyarrow.large_binary())
+                yield Rows(Position(start.file, 0, number), first, column)
+            first += len(lines)
+
+
+def _batches_of_lines(lines: Iterable[tuple[str, bytes]]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    size = 0
+    for _, line in lines:
+        if batch and size + len(line) > _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(line)
+        size += len(line)
+        if len(batch) == ROWS_IN_BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
