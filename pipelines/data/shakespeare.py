@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from pipelines.data.addresses import without_secrets
 from pipelines.data.destination import check_destination
 from pipelines.data.documents import decode_utf8
 from pipelines.data.manifest import Manifest
@@ -18,6 +19,7 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 VAL_FRACTION = 0.1
 _TIMEOUT_S = 15
+_MOST_BYTES = 64 << 20
 
 
 def prepare_shakespeare(
@@ -37,9 +39,10 @@ def prepare_shakespeare(
     raw = _download(url)
     if text is None and hashlib.sha256(raw).hexdigest() != SHA256:
         raise AsgoError(f"{url}: not the expected text (its SHA-256 is another); pass --input FILE with the text")
-    document = decode_utf8(raw, url)
+    shown = without_secrets(url)
+    document = decode_utf8(raw, shown)
     return prepare_documents(
-        Source(url, lambda: [document]),
+        Source(shown, lambda: [document]),
         out,
         tokenizer="chars",
         val_fraction=VAL_FRACTION,
@@ -51,8 +54,11 @@ def prepare_shakespeare(
 def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
-            content: bytes = response.read()
-            return content
+            content: bytes = response.read(_MOST_BYTES + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        raise AsgoError(f"could not download {url} ({reason}); pass --input FILE with the text") from None
+        problem = without_secrets(f"could not download {url} ({reason})")
+        raise AsgoError(f"{problem}; pass --input FILE with the text") from None
+    if len(content) > _MOST_BYTES:
+        raise AsgoError(f"{without_secrets(url)}: more than {_MOST_BYTES:,} bytes; download it, and pass --input FILE")
+    return content

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pyarrow
 
+from pipelines.data.addresses import without_secrets
 from pipelines.errors import AsgoError, UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def failure_of(error: Exception, *, file: str | None, remote: bool) -> Failure:
         failure = Failure(str(error), "usage")
     else:
         failure = _remote_failure(error) if remote else _local_failure(error)
-    return replace(failure, file=file)
+    return replace(failure, text=without_secrets(failure.text), file=file and without_secrets(file))
 
 
 def _local_failure(error: Exception) -> Failure:

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
+from pipelines.data.addresses import without_secrets
 from pipelines.data.corpus.child import signals_held_back
 from pipelines.data.corpus.failure import Failure
 from pipelines.data.corpus.reader import (
@@ -188,6 +189,6 @@ class Feed:
         from huggingface_hub.constants import ENDPOINT
 
         return AsgoError(
-            f"{ENDPOINT} cannot be reached ({why}); check the network, set HF_ENDPOINT to a mirror, "
+            f"{without_secrets(ENDPOINT)} cannot be reached ({why}); check the network, set HF_ENDPOINT to a mirror, "
             "or pass --source FOLDER with the files"
         )

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 import pyarrow
 import tqdm
 
+from pipelines.data.addresses import without_secrets
 from pipelines.data.corpus.child import begin_child
 from pipelines.data.corpus.failure import Failure, failure_of
 from pipelines.data.corpus.sources import (
@@ -149,7 +150,7 @@ class _Notices(logging.Handler):
             # The next record tells of the pause; if none comes, this was the last attempt.
             self._cause = f"{_FOLDERS_OF_URL.sub('', text)}; "
             return
-        self._connection.send(Notice(self._cause + text))
+        self._connection.send(Notice(without_secrets(self._cause + text)))
         self._cause = ""
 
 

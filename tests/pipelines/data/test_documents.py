@@ -1,12 +1,17 @@
 import gzip
 import json
+import subprocess
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from pipelines.data import documents, parquet_text, unpacking
 from pipelines.data.documents import find_files, read_documents
+from pipelines.data.tokenizers import Gpt2Tokenizer
 from pipelines.errors import AsgoError, UsageError
 
 TEXTS = ["first\r\nwith CRLF", "", "zwei 😀 \u2028 drei", " \n", 'quoted "text" \\ \x00']
@@ -159,3 +164,164 @@ def test_only_as_much_as_one_document_is_read_ahead(tmp_path: Path):
     assert [next(documents) for _ in range(3)] == ["good"] * 3
     with pytest.raises(AsgoError, match="line 4"):
         next(documents)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.json.gz", "a.jsonl.zst", "a.ndjson"])
+@pytest.mark.parametrize("packing", ["none", "gzip", "zstd"])
+def test_json_lines_are_known_under_any_name_and_however_packed(tmp_path: Path, name: str, packing: str):
+    if packing == "none" and name.endswith(("gz", "zst")):
+        pytest.skip("a name that says it is packed")
+    content = json_lines(TEXTS)
+    match packing:
+        case "gzip":
+            content = gzip.compress(content)
+        case "zstd":
+            content = pa.compress(content, "zstd", asbytes=True)
+    path = write(tmp_path / name, content)
+    assert list(read_documents(find_files([path]))) == [TEXTS[0], "", TEXTS[2], "", TEXTS[4]]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.log", "a.zst"])
+def test_packed_text_is_unpacked_under_any_name(tmp_path: Path, name: str):
+    for content in (gzip.compress(b"some text"), pa.compress(b"some text", "zstd", asbytes=True)):
+        assert list(read_documents([write(tmp_path / name, content)])) == ["some text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", b'[{"text": "a"}]', 'not JSON lines, one object a line with its text under "text"'),
+        ("a.json", b'{\n  "text": "a"\n}', "not JSON lines"),
+        ("a.json", b'{"version": 1}', "not JSON lines"),
+        ("a.json", b"[" * 200_000, "not JSON lines"),
+        ("a.txt", b"BZh91AY&SY", "compressed by bzip2; unpack it first"),
+        ("a.txt.zst", pa.compress(b"text" * 99, "zstd", asbytes=True)[:-5], "damaged zstd file"),
+        (
+            "a.jsonl",
+            b'{"body": "a", "id": 1}\n',
+            'no string named "text" in this row; it has body: name one of them by',
+        ),
+    ],
+)
+def test_what_is_not_text_yet_says_what_to_do(tmp_path: Path, name: str, content: bytes, expected: str):
+    assert expected in fault_of(write(tmp_path / name, content))
+
+
+def test_the_column_of_the_text_can_be_named(tmp_path: Path):
+    lines = write(tmp_path / "a.json", b'{"text": "no", "body": "a"}\n')
+    table = write_parquet(tmp_path / "a.parquet", ["b"], "body")
+    assert list(read_documents(find_files([lines, table], "body"), "body")) == ["a", "b"]
+
+
+def test_links_are_followed_each_file_is_read_once_and_what_is_left_out_is_counted(tmp_path: Path):
+    for name in ("disk/wiki/b.txt", "corpus/books/a.txt", "corpus/notes.pdf", "corpus/.x.txt"):
+        write(tmp_path / name, b"text")
+    write(tmp_path / "corpus/config.json", b'{"version": 1}')
+    (tmp_path / "corpus/wiki").symlink_to("../disk/wiki")
+    (tmp_path / "corpus/books/up").symlink_to("..")
+    (tmp_path / "corpus/books/z.txt").symlink_to("a.txt")
+    (tmp_path / "corpus/loop").symlink_to("loop")
+    left_out: Counter[str] = Counter()
+    found = find_files([tmp_path / "corpus"], left_out=left_out)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["corpus/books/a.txt", "corpus/wiki/b.txt"]
+    assert left_out == {
+        "hidden": 1,
+        "ending in .pdf": 1,
+        "JSON without such lines": 1,
+        "linked to a second time": 2,
+        "linked to itself": 1,
+    }
+
+
+def test_a_dangling_link_is_an_error(tmp_path: Path):
+    write(tmp_path / "in/a.txt", b"text")
+    (tmp_path / "in/more").symlink_to("/away/disk")
+    with pytest.raises(UsageError, match=r"in/more: a dangling link to /away/disk"):
+        find_files([tmp_path / "in"])
+
+
+def test_a_row_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for module in (documents, unpacking):
+        monkeypatch.setattr(module, "MAX_ROW_BYTES", 1000)
+    long = json_lines(["short", "x" * 1000])
+    assert "line 2: longer than 1,000 bytes" in fault_of(write(tmp_path / "a.jsonl", long))
+    assert "line 2: longer than 1,000 bytes" in fault_of(write(tmp_path / "a.jsonl.gz", gzip.compress(long)))
+    assert "row 2: longer than 1,000 bytes" in fault_of(write_parquet(tmp_path / "a.parquet", ["short", "x" * 1001]))
+
+
+@pytest.mark.parametrize("compression", ["zstd", "brotli"])
+def test_a_parquet_page_is_looked_at_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+):
+    monkeypatch.setattr(parquet_text, "MAX_PAGE_BYTES", 100_000)
+    path = write_parquet(tmp_path / "a.parquet", ["x" * 100_001], compression=compression, use_dictionary=False)
+    assert "a page of 100,0" in fault_of(path)
+    many = write_parquet(tmp_path / "b.parquet", ["x" * 90_000] * 300, compression=compression)  # one in a dictionary
+    monkeypatch.setattr(parquet_text, "_BYTES_AT_ONCE", 200_000)
+    with many.open("rb") as file:
+        assert {len(part.rows) for part in parquet_text.read_column(file, "text")} == {2}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}, {"row_group_size": 7}]
+)
+def test_every_kind_of_parquet_page_is_read(tmp_path: Path, options: dict[str, object]):
+    texts = [f"document {number} " * (number % 50) for number in range(1000)]
+    assert list(read_documents([write_parquet(tmp_path / "a.parquet", texts, **options)])) == texts
+    delta = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
+    path = write_parquet(tmp_path / "b.parquet", texts, **delta, data_page_version="2.0")
+    assert list(read_documents([path])) == texts
+
+
+def test_a_long_document_comes_in_pieces_that_have_its_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 50)
+    tokenizer = Gpt2Tokenizer()
+    text = "\ufeff" + "Grüße 日本語、 x  =  1;\n\n\tdon't 😀" * 40
+    for path in (
+        write(tmp_path / "a.txt", text.encode()),
+        write(tmp_path / "a.jsonl", json.dumps({"text": text.removeprefix("\ufeff")}).encode()),
+    ):
+        (document,) = read_documents([path], last_cut=tokenizer.last_cut)
+        pieces = list(document)
+        assert len(pieces) > 10
+        assert "".join(pieces) == text.removeprefix("\ufeff")
+        tokens = [token for piece in pieces for token in tokenizer.encode(piece)]
+        assert tokens == tokenizer.encode(text.removeprefix("\ufeff")).tolist()
+    assert list(read_documents([write(tmp_path / "b.txt", b" \n" * 100)])) == [""]
+    bad = write(tmp_path / "c.txt", b"x" * 149 + "é".encode() + b"x" * 70 + b"\xff" + b"x" * 99)
+    with pytest.raises(AsgoError, match=r"byte 221 \(0xff\) is not valid UTF-8"):
+        list(next(read_documents([bad])))
+
+
+def test_text_that_gpt2_cannot_take_apart_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(documents, "PIECE_BYTES", 50)
+    monkeypatch.setattr(documents, "LONGEST_WORD", 200)
+    path = write(tmp_path / "a.jsonl", json_lines(["fine", "ACGT" * 100]))
+    fine, long = read_documents([path], last_cut=Gpt2Tokenizer().last_cut)
+    assert fine == "fine"
+    with pytest.raises(AsgoError, match=r"a\.jsonl, line 2: 250 characters without a blank .* --tokenizer bytes"):
+        list(long)
+    assert "".join("".join(document) for document in read_documents([path])) == "fine" + "ACGT" * 100
+
+
+def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path: Path):
+    """In a process of its own, which says how much it has needed."""
+    bomb = gzip.compress(b'{"text": "' + b"x" * (300 << 20) + b'"}\n', compresslevel=1)
+    write(tmp_path / "a.jsonl", bomb)
+    table = pa.table({"text": ["x" * (300 << 20)]})
+    parquet.write_table(table, tmp_path / "b.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
+    script = (
+        "import resource, sys; from pathlib import Path; import pyarrow.parquet, pipelines.data.parquet_text\n"
+        "from pipelines.data.documents import read_documents; from pipelines.errors import AsgoError\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: list(read_documents([Path(path)]))\n"
+        "    except AsgoError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "line 1: longer than 67,108,864 bytes" in lines[0]
+    assert "a page of 314,572,8" in lines[1]
+    peak = int(lines[2]) * (1 if sys.platform == "darwin" else 1024)
+    assert peak < 250 << 20  # the line's 64 MB, once in the reader and once joined

@@ -1,6 +1,7 @@
 import gzip
 import json
 import math
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -336,3 +337,122 @@ def test_a_manifest_of_other_shards_does_not_open_the_way_for_overwrite(tmp_path
     (tmp_path / "b" / "shard_000009.bin").write_bytes(b"of somebody else")
     with pytest.raises(UsageError, match=r"it also holds shard_000009\.bin"):
         prepare_documents(source, tmp_path / "b", tokenizer="bytes", val_fraction=0.5, overwrite=True)
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes", "chars"])
+def test_a_long_text_in_pieces_gives_the_shards_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: str
+):
+    (tmp_path / "a.txt").write_text("".join(documents(60)), newline="")
+    write_rows(tmp_path / "b.jsonl", ["".join(documents(30)), "<|endoftext|>", "x"])
+    made = []
+    for piece, batch in ((1 << 20, 1 << 22), (64, 200)):
+        monkeypatch.setattr("pipelines.data.documents.PIECE_BYTES", piece)
+        monkeypatch.setattr(prepare, "_BATCH_CHARACTERS", batch)
+        for seed in range(3):
+            out = tmp_path / f"{piece}-{seed}"
+            inputs = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+            options = {"tokenizer": tokenizer, "val_fraction": 0.3, "shard_tokens": 300, "seed": seed}
+            made.append(prepare_text(inputs, out, **options))
+    assert made[:3] == made[3:]
+    assert made[0].documents.literal_end_of_text == 1
+
+
+def test_a_literal_end_of_text_is_counted_once_and_across_pieces(tmp_path: Path):
+    source = Source("text", lambda: [iter(["a<|endof", "text|> and ", "<|endoftext|>"]), "b"])
+    manifest = prepare_documents(source, tmp_path / "out", tokenizer="bytes", val_fraction=0.1)
+    assert (manifest.documents.read, manifest.documents.literal_end_of_text) == (2, 1)
+
+
+def test_a_second_preparation_of_a_folder_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path):
+    options = {"tokenizer": "bytes", "val_fraction": 0.5}
+
+    def read() -> list[str]:
+        with pytest.raises(UsageError, match="out: another process is preparing data in this folder"):
+            prepare_documents(Source("second", lambda: ["text"]), tmp_path / "out", **options)
+        prepare_documents(Source("other", lambda: ["text"]), tmp_path / "other", **options)
+        return ["some text"]
+
+    (tmp_path / ".out.lock").touch()  # as a killed process leaves it
+    for overwrite in (False, True):
+        prepare_documents(Source("first", read), tmp_path / "out", **options, overwrite=overwrite)
+        shutil.rmtree(tmp_path / "other")
+    assert load_manifest(tmp_path / "out").source == "first"
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_an_own_folder_in_a_parent_that_is_not_is_written_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No name beside an empty folder is touched; what a kill leaves in it is cleared by the next preparation."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    identity = out.stat().st_ino
+    source = Source("text", lambda: ["some text"])
+    options = {"tokenizer": "bytes", "val_fraction": 0.5}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_manifest", _dies)
+        patch.setattr("pipelines.data.destination.clear", lambda folder: None)  # it is killed, and clears nothing up
+        with pytest.raises(KeyboardInterrupt):
+            prepare_documents(source, out, **options)
+    assert names_in(out) == ["shard_000000.bin", "shard_000001.bin", "unfinished.json"]
+    with pytest.raises(AsgoError, match="unfinished; the command that began it, given again, goes on"):
+        load_manifest(out)
+    assert prepare_documents(source, out, **options) == load_manifest(out)
+    assert out.stat().st_ino == identity
+    assert names_in(out) == ["manifest.json", "shard_000000.bin", "shard_000001.bin"]
+    assert names_in(tmp_path) == ["mine"]
+
+
+def test_a_failure_in_place_leaves_the_folder_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(prepare, "write_manifest", _dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_documents(Source("t", lambda: ["text"]), tmp_path / "mine", tokenizer="bytes", val_fraction=0.5)
+    assert names_in(tmp_path / "mine") == []
+
+
+def test_a_mount_point_is_written_to_and_not_overwritten(small_disk: Callable[[str], Path]):
+    disk = small_disk("size=1m")
+    source = Source("text", lambda: ["some text"])
+    prepare_documents(source, disk, tokenizer="bytes", val_fraction=0.5)
+    assert all(result.problem is None for result in verify(disk))
+    with pytest.raises(UsageError, match="cannot be replaced as a whole, because it is a mount point; empty it first"):
+        prepare_documents(source, disk, tokenizer="bytes", val_fraction=0.5, overwrite=True)
+    assert all(result.problem is None for result in verify(disk))
+
+
+def test_a_link_is_written_through(tmp_path: Path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to("big/data")
+    for overwrite in (False, True):
+        source = Source("text", lambda: ["some text"])
+        prepare_documents(source, tmp_path / "out", tokenizer="bytes", val_fraction=0.5, overwrite=overwrite)
+    assert (tmp_path / "out").is_symlink()
+    assert names_in(tmp_path / "big") == ["data"]
+
+
+def test_overwrite_deletes_nothing_that_came_while_it_worked(tmp_path: Path):
+    options = {"tokenizer": "bytes", "val_fraction": 0.5, "overwrite": True}
+    prepare_documents(Source("old", lambda: ["old text"]), tmp_path / "out", **options)
+
+    def read() -> list[str]:
+        (tmp_path / "out" / "notes.md").write_text("mine")
+        return ["new text"]
+
+    passes = iter([lambda: ["new text"], read])
+    with pytest.raises(UsageError, match=r"it also holds notes\.md"):
+        prepare_documents(Source("new", lambda: next(passes)()), tmp_path / "out", **options)
+    assert (tmp_path / "out" / "notes.md").read_text() == "mine"
+    assert load_manifest(tmp_path / "out").source == "old"
+
+
+def test_files_are_counted_and_what_is_left_out_is_named(tmp_path: Path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt", "c.pdf", "d.pdf", ".hidden"):
+        (tmp_path / "in" / name).write_text("some text")
+    told: list[str] = []
+    prepare_text([tmp_path / "in"], tmp_path / "out", tokenizer="bytes", val_fraction=0.5, notify=told.append)
+    assert told == ["reading 2 files; left out: 2 ending in .pdf, 1 hidden"]
+
+
+def _dies(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,12 +1,15 @@
 import lzma
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipelines.data import tokenizers
+from pipelines.data.corpus.encode import _gigatoken_encode
 from pipelines.data.tokenizers import BytesTokenizer, CharsTokenizer, Gpt2Tokenizer, Tokenizer, build_tokenizer
 from pipelines.errors import AsgoError
 
@@ -134,3 +137,45 @@ def test_tokenizing_and_preparing_do_without_torch():
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+WORDS = ("a", "Zq", "'", "'s", "'ll", "'re", "1", "23", "½", "é", "ß", "字", "かな", "ー", "々")
+BLANKS = (" ", "  ", "\n", "\t", "\x1c", "\x85", "\xa0", "\u3000")
+SIGNS = ("、", "。", "！", "゛", "\u0301", ".", "..", "[", "`", "~", "|", "\\", "😀", "_")
+
+
+def made_up(seed: int, signs: Sequence[str]) -> str:
+    rng = np.random.default_rng(seed)
+    return "".join(signs[index] for index in rng.integers(len(signs), size=rng.integers(1, 80)))
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_a_text_that_is_cut_keeps_its_tokens(seed: int):
+    tokenizer, text = Gpt2Tokenizer(), made_up(seed, WORDS + BLANKS + SIGNS)
+    tokens, rest = [], ""
+    for start in range(0, len(text), 5):
+        rest += text[start : start + 5]
+        cut = tokenizer.last_cut(rest)
+        tokens += tokenizer.encode(rest[:cut]).tolist()
+        rest = rest[cut:]
+    assert tokens + tokenizer.encode(rest).tolist() == tokenizer.encode(text).tolist()
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_long_blanks_may_be_split_off(seed: int):
+    """As `encode` does with blanks of a million, where the library fails; here with those of two."""
+    text = made_up(seed, WORDS + BLANKS * 5)
+    split = re.compile(tokenizers._LONG_BLANK.pattern.replace("1000", "2"))
+    parts = [Gpt2Tokenizer().encode(part) for part in split.split(text) if part]
+    assert np.array_equal(np.concatenate(parts), Gpt2Tokenizer().encode(text))
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t "])
+def test_a_million_blanks_are_no_obstacle(blank: str):
+    text = "Report" + blank * 1_000_001 + "total 42\n"
+    tokens = Gpt2Tokenizer().encode(text)
+    assert Gpt2Tokenizer().decode(tokens.tolist()) == text
+    assert tokens[-4:].tolist() == Gpt2Tokenizer().encode(f"{blank[-1]}total 42\n").tolist()[-4:]
+    pytest.importorskip("gigatoken")
+    flat, _ = _gigatoken_encode()([text])
+    assert np.array_equal(flat, tokens)
