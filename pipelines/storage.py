@@ -22,7 +22,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def csv_cell(value: object) -> object:
-    """A cell of a CSV file: text that a spreadsheet would carry out begins with an apostrophe; numbers stay as they are.
+    """A cell of a CSV file: text that a spreadsheet would carry out begins with an apostrophe; numbers stay.
 
     Names of runs and labels may be a stranger's. Spreadsheets take a text that begins with = + - @, a tab or a carriage
     return for a formula.

@@ -46,7 +46,8 @@ def trajectory_panel(trajectories: Sequence[Trajectory]) -> PagePanel:
     curves = [value_curve(item.values, minimum) for item in trajectories]
     traces = _contours(function, window, goal)
     for index, (item, curve) in enumerate(zip(trajectories, curves, strict=True)):
-        own = line(index, item.settings.label, line_width(index, len(curves)))
+        ended = "" if item.diverged_at is None else f", diverged at step {item.diverged_at:,}"
+        own = line(index, item.settings.label + ended, line_width(index, len(curves)))
         points = _way(item, window, goal)
         traces.append({**points, **own})
         last = {"mode": "markers", "showlegend": False, "marker": {"color": own["line"]["color"], "size": 8}}

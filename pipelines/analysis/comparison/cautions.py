@@ -22,7 +22,7 @@ def cautions_of(
         *_no_results(results),
         *_different_work(entries),
         *_not_finished(results),
-        *_repeated_rows(runs),
+        *_odd_rows(runs),
         *_seeds(contenders),
         *_repeated_seeds(entries),
         *_chosen_by_result(entries, contenders),
@@ -129,11 +129,15 @@ def _not_finished(results: Sequence[Run]) -> list[str]:
     return found
 
 
-def _repeated_rows(runs: Sequence[Run]) -> list[str]:
-    names = [run.name for run in runs if run.repeated_rows]
-    if not names:
-        return []
-    return [f"Steps recorded more than once, of which the last record counts: {_some(names)}."]
+def _odd_rows(runs: Sequence[Run]) -> list[str]:
+    repeated = [run.name for run in runs if run.repeated_rows]
+    lost = [run.name for run in runs if run.lost_rows and run.state != "diverged"]
+    found = []
+    if repeated:
+        found.append(f"Steps recorded more than once, of which the last record counts: {_some(repeated)}.")
+    if lost:
+        found.append(f"Losses that are not finite, which are gaps in the curves: {_some(lost)}.")
+    return found
 
 
 def _seeds(contenders: Sequence[Entry]) -> list[str]:

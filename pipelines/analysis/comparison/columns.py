@@ -59,12 +59,12 @@ def _read_slowly(path: Path) -> Columns:
 
 
 def require_sound(path: Path, columns: Columns) -> None:
-    """Raise `AsgoError` with the line that has a figure which is not finite, or a count below 0."""
-    for name in _NEEDED:
-        bad = ~np.isfinite(columns[name]) | ((columns[name] < 0) & (name != "loss"))
+    """Raise `AsgoError` with the line that has a count, or seconds, below 0 or not finite."""
+    for name in ("step", "tokens", "elapsed_s"):
+        bad = ~(np.isfinite(columns[name]) & (columns[name] >= 0))
         if bad.any():
             line = int(bad.argmax())
-            raise AsgoError(f"{path}:{line + 1}: {name} is {columns[name][line]:g}")
+            raise AsgoError(f"{path}:{line + 1}: not the metrics of a run: {name} is {columns[name][line]:g}")
 
 
 def last_of_each_step(columns: Columns) -> Columns:

@@ -61,6 +61,7 @@ def read_run(name: str, path: Path) -> Run:
     columns = last_of_each_step(recorded)
     train, val = _curve(columns, "train"), _curve(columns, "val")
     state, reason = _state(folder, config, train, val)
+    train, val = _finite(train), _finite(val)
     smoothed = _smoothed(train, config)
     return Run(
         name=name,
@@ -74,6 +75,7 @@ def read_run(name: str, path: Path) -> Run:
         smoothed=smoothed,
         val=val,
         val_accuracy=_known(columns["accuracy"][_rows(columns, "val")]),
+        lost_rows=int((~np.isfinite(columns["loss"])).sum()),
         final_loss=float(val.losses[-1]) if state == "finished" else None,
         final_train_loss=float(smoothed.losses[-1]) if state == "finished" and len(smoothed.losses) else None,
         best_loss=float(val.losses.min()) if len(val.losses) else None,
@@ -92,6 +94,11 @@ def _rows(columns: Columns, split: Split) -> npt.NDArray[np.intp]:
 def _curve(columns: Columns, split: Split) -> Curve:
     rows = _rows(columns, split)
     return Curve(*(columns[name][rows].astype(np.float64) for name in ("step", "tokens", "elapsed_s", "loss")))
+
+
+def _finite(curve: Curve) -> Curve:
+    """A loss that is not finite leaves a gap: in a mean it would spoil its neighbours."""
+    return _take(curve, np.flatnonzero(np.isfinite(curve.losses)))
 
 
 def _take(curve: Curve, kept: Indices) -> Curve:

@@ -82,6 +82,8 @@ class Run:
     """Of the optimizer's tensors in the newest checkpoint; None without one."""
     reason: str | None
     """Why it is not finished, in a few words; None where it is."""
+    lost_rows: int = 0
+    """Rows whose loss is not finite: gaps in the curves."""
     repeated_rows: int = 0
     """Rows that were left out, because a later one is of the same step."""
 

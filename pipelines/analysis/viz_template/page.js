@@ -8,15 +8,35 @@ const COMMON = {
   plot_bgcolor: "white",
 };
 const FRAME_TIME = 80; // milliseconds
+const NARROW = 700; // pixels, of a plot
 
 for (const section of document.querySelectorAll("section")) {
   const panel = JSON.parse(section.querySelector(".data").textContent);
   const plot = section.querySelector(".plot");
   // Plotly's own set of buttons has one that uploads the plot.
-  Plotly.newPlot(plot, panel.traces, { ...COMMON, ...panel.layout }, {
+  Plotly.newPlot(plot, panel.traces, fitted(panel, plot.clientWidth), {
     responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   });
   if (panel.frames.length) addPlayer(section, plot, panel);
+}
+
+// On a narrow screen the second axes go below the first, and the legend has a row for each name.
+function fitted(panel, width) {
+  const layout = { ...COMMON, ...panel.layout };
+  if (width >= NARROW) return layout;
+  const names = panel.traces.filter((trace) => trace.name && trace.showlegend !== false).length;
+  const axes = layout.xaxis2 === undefined ? 330 : 660; // pixels
+  const height = axes + 70 + 20 * names;
+  layout.height = height;
+  layout.margin = { ...layout.margin, b: 50 + 20 * names };
+  layout.legend = { ...layout.legend, y: -55 / axes };
+  if (layout.xaxis2 !== undefined) {
+    layout.xaxis = { ...layout.xaxis, domain: [0, 1] };
+    layout.yaxis = { ...layout.yaxis, domain: [0.46, 1] };
+    layout.xaxis2 = { ...layout.xaxis2, domain: [0, 1], anchor: "y2" };
+    layout.yaxis2 = { ...layout.yaxis2, domain: [0, 0.36] };
+  }
+  return layout;
 }
 
 // Shows the lines up to the step that the slider is at; the button moves it.

@@ -38,7 +38,7 @@ class EncodedImage:
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        """`name` is for messages. Raises `BadImageError` for what is neither a JPEG nor a PNG, and for too many pixels."""
+        """`name` is for messages. Raises `BadImageError` for what is no JPEG and no PNG, and for too many pixels."""
         self._data = data
         self._name = name
         self._opened: Image.Image | None = None

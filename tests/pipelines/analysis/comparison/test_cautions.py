@@ -168,3 +168,14 @@ def test_many_names_are_cut_short(runs: Path) -> None:
         write_run(runs / f"asgo-s{seed}", {}, optimizer="asgo", seed=seed)
     (caution,) = compare_runs([runs]).cautions
     assert caution == "Nothing recorded yet: asgo-s10, asgo-s11, asgo-s12, asgo-s13 and 6 more."
+
+
+def test_many_of_a_kind_are_one_caution(tmp_path: Path) -> None:
+    for number in range(8):
+        for lr in (0.001, 0.01):
+            write_run(
+                tmp_path / f"{number}-{lr}", falling_to(3.0 + lr), optimizer__lr=lr, optimizer__weight_decay=number / 8
+            )
+    chosen = [caution for caution in compare_runs([tmp_path]).cautions if "was chosen among" in caution]
+    assert len(chosen) == 1
+    assert "and 4 more" in chosen[0]

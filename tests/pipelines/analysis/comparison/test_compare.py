@@ -217,3 +217,9 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path, numbers: dict[str, flo
     write_run(tmp_path / "run", falling_to(3.0))
     with pytest.raises(UsageError, match="should be"):
         compare_runs([tmp_path], **numbers)
+
+
+def test_what_cannot_change_the_training_makes_no_other_contender(tmp_path: Path) -> None:
+    write_run(tmp_path / "1", falling_to(3.0), seed=1, evaluation__every=80, metrics__every=1, checkpoint__every=10)
+    write_run(tmp_path / "2", falling_to(3.1), seed=2, evaluation__every=40, metrics__every=3, checkpoint__keep=9)
+    assert labels(tmp_path) == ["adamw"]

@@ -212,3 +212,58 @@ def test_trials_are_runs_in_the_folder_of_a_search(tmp_path: Path) -> None:
     (trial.parent / "search.json").write_text("{}")
     assert read(trial).is_trial
     assert not read(write_run(tmp_path / "out" / "asgo-s1", {}).path).is_trial
+
+
+def test_a_loss_that_is_not_finite_is_a_gap_and_named(tmp_path: Path) -> None:
+    for name, lost in (("whole", 4.0), ("gap", float("inf"))):
+        write_run(tmp_path / name, falling_to(3.0), [4.0] * 100 + [lost] + [4.0] * 59, seed=len(name))
+    run = read(tmp_path / "gap")
+    assert (run.state, run.final_loss, run.lost_rows) == ("finished", 3.0, 1)
+    assert 101 not in run.train.steps
+    assert np.isfinite(run.smoothed.losses).all()
+    assert "Losses that are not finite, which are gaps in the curves: gap." in compare_runs([tmp_path]).cautions
+
+
+def test_of_a_step_that_was_recorded_twice_the_last_record_counts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "again", falling_to(3.0), [4.0] * 160)
+    lines = folder.metrics_path.read_bytes().splitlines(keepends=True)
+    behind = [line.replace(b'"loss": 4.0', b'"loss": 9.0') for line in lines[100:150]]
+    folder.metrics_path.write_bytes(b"".join([*lines[:120], *behind, *lines[100:]]))
+    run = read(folder.path)
+    assert run.train.steps.tolist() == list(range(1, 161))
+    assert set(run.train.losses.tolist()) == {4.0}
+    assert run.repeated_rows == 20 + 50
+    assert compare_runs([tmp_path]).cautions[0].startswith("Steps recorded more than once")
+
+
+def test_linked_runs_take_part_and_loops_end(tmp_path: Path) -> None:
+    write_run(tmp_path / "scratch/far", falling_to(3.0))
+    write_run(tmp_path / "runs/near", falling_to(3.1))
+    (tmp_path / "runs/linked").symlink_to(tmp_path / "scratch/far")
+    (tmp_path / "runs/again").symlink_to(tmp_path / "scratch/far")  # the same run once more
+    (tmp_path / "runs/loop").symlink_to(tmp_path / "runs")
+    (tmp_path / "runs/nowhere").symlink_to(tmp_path / "gone")
+    found = find_runs([tmp_path / "runs"])
+    assert list(found) == ["again", "near", "nowhere"]
+    runs, left_out = read_runs(found)
+    assert [run.name for run in runs] == ["again", "near"]
+    assert len(left_out) == 1
+    assert left_out[0].startswith("nowhere is left out: ")
+
+
+def test_many_runs_that_cannot_be_read_are_told_in_few_lines(tmp_path: Path) -> None:
+    write_run(tmp_path / "good", falling_to(3.0))
+    found = find_runs([tmp_path]) | {f"gone{number}": tmp_path / f"gone{number}" for number in range(40)}
+    _, left_out = read_runs(found)
+    assert len(left_out) == 5
+    assert left_out[-1].startswith("36 more runs")
+
+
+def test_nesting_too_deep_is_one_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "deep", falling_to(3.0))
+    folder.metrics_path.write_text("[" * 100_000 + "\n")
+    with pytest.raises(AsgoError, match="not a line of metrics"):
+        read(folder.path)
+    folder.config_path.write_text('{"config": ' + "[" * 100_000)
+    with pytest.raises(AsgoError, match="not a configuration"):
+        read(folder.path)

@@ -186,3 +186,10 @@ def test_the_headline_of_what_cannot_be_compared(tmp_path: Path) -> None:
     assert ended(tmp_path / "one", {"asgo": (3.0,)}) == (
         "asgo ends at 3.0000; no other has finished to compare it with."
     )
+
+
+def test_names_are_no_formulas_of_a_spreadsheet_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    write_run(tmp_path / "=1+1", {0: 5.0, 160: -0.5}, seed=1)
+    write_run(tmp_path / "plain", {0: 5.0, 160: -0.25}, seed=2)
+    rows = list(csv.DictReader(io.StringIO(table_of(compare_runs([tmp_path]), "runs").csv())))
+    assert [(row["run"], float(row["final_loss"])) for row in rows] == [("'=1+1", -0.5), ("plain", -0.25)]
