@@ -1,6 +1,7 @@
 """`asgo viz` through the command line."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -286,3 +287,12 @@ def test_the_arguments_are_checked_before_the_work(asgo: Run, monkeypatch: pytes
         ("abs_sum", "--optimizer", "adam", "--optimizer", "adm"),
     ):
         assert asgo(*arguments)[0] == 2
+
+
+def test_the_backend_of_a_notebook_is_of_no_consequence(tmp_path: Path) -> None:
+    """In a process of its own: matplotlib reads the variable when it is imported."""
+    environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend_inline"}
+    command = [sys.executable, "-m", "asgo_cli", "viz", "booth", "--steps", "2", "--out", "a.png"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.png").is_file()

@@ -37,8 +37,8 @@ class ArchiveFiles:
         missing = [archive.file for archive in ARCHIVES.values() if not (self.folder / archive.file).is_file()]
         if missing:
             raise UsageError(
-                f"{self.folder}: no {', no '.join(missing)}; name the folder of the archives "
-                "with --archives, or get them with --download"
+                f"{self.folder}: {_other_layout(self.folder)}no {', no '.join(missing)}; "
+                "name the folder of the archives with --archives, or get them with --download"
             )
         self._expected = {archive.file: archive for archive in expected_archives(self.folder).values()}
         return [self.folder / file for file in self._expected]
@@ -70,6 +70,15 @@ class ArchiveFiles:
 
     def _path(self, key: str) -> Path:
         return self.folder / ARCHIVES[key].file
+
+
+def _other_layout(folder: Path) -> str:
+    """What lies in the folder in the place of archives, if it is known, in words to begin with."""
+    if (folder / "ILSVRC").is_dir() or (folder / "LOC_synset_mapping.txt").is_file():
+        return "holds ImageNet as Kaggle gives it, which cannot be taken; the archives of image-net.org are wanted: "
+    if (folder / "train").is_dir():
+        return "holds a folder of image files, which cannot be taken; the archives of image-net.org are wanted: "
+    return ""
 
 
 def _require_room(out: Path, indices: Mapping[str, Index]) -> None:

@@ -110,7 +110,10 @@ def load_imagenet_manifest(folder: Path) -> ImagenetManifest:
         unfinished = load_unfinished(folder)
         if unfinished is not None:
             raise AsgoError(f"{folder}: incomplete; this goes on: {command(folder, unfinished.recipe)}") from None
-        raise AsgoError(f"{folder}: no {MANIFEST}, so `asgo data imagenet` has not made this folder") from None
+        raise AsgoError(
+            f"{folder}: no {MANIFEST}, so `asgo data imagenet` has not made this folder; "
+            "make one from the archives of ImageNet, or from the hub's copy: a plain folder of images cannot be taken"
+        ) from None
     try:
         fields = parse_json(raw)
         if fields.get("kind") != "imagenet":

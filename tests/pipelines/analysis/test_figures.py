@@ -11,15 +11,27 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, ImageSequence
 
 from models.expression import expression_function
 from models.functions import FUNCTIONS, Point
+from pipelines.analysis.figure_style import (
+    MOST_STYLES,
+    figure_style,
+    is_crowded,
+    lay_out,
+    legend_below,
+    line_style,
+    plotly_line,
+)
 from pipelines.analysis.loss_figure import LossCurve, draw_losses, smoothed
 from pipelines.analysis.optimizer_settings import default_settings, parse_settings
 from pipelines.analysis.trajectories import Trajectory, run_trajectories
 from pipelines.analysis.trajectory_animation import animate_trajectories, frame_steps
-from pipelines.analysis.trajectory_figure import draw_trajectories, place_inset
+from pipelines.analysis.trajectory_figure import Window, compose, draw_trajectories, leaves_at, place_inset, relief_in
+from pipelines.analysis.trajectory_files import write_trajectories
 from pipelines.errors import UsageError
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF-1.", ".svg": b"<?xml"}
@@ -250,3 +262,118 @@ def test_smoothing_leaves_out_losses_that_are_not_finite() -> None:
     steps, losses = smoothed(LossCurve("", [1, 2, 3, 4], [2.0, math.nan, 2.0, 2.0], [], []))
     assert steps.tolist() == [1, 3, 4]
     assert losses.tolist() == [2, 2, 2]
+
+
+LABELS = [
+    ["asgo"],
+    ["adamw", *(f"adam lr=0.001 schedule.kind={kind} final_lr_fraction=0.01" for kind in ("constant", "cosine"))] * 3,
+    [f"muon lr={index}e-4 weight_decay=0.1" for index in range(24)],
+    ["a" * 300, "$x^2 \\frac{$ " * 10],
+]
+
+
+@pytest.mark.parametrize("labels", LABELS, ids=lambda labels: str(len(labels)))
+@pytest.mark.parametrize("width", [4.0, 7.0])
+def test_no_legend_is_cut_or_takes_the_axes_their_room(labels: list[str], width: float) -> None:
+    with figure_style():
+        figure = Figure(figsize=(width, 3.4), layout="constrained")
+        axes = figure.subplots()
+        handles = [Line2D([], [], label=label, **line_style(index)) for index, label in enumerate(labels)]
+        legend_below(figure, handles)
+        lay_out(figure)
+        (legend,) = figure.legends
+        assert len(legend.get_texts()) == len(labels)
+        box = legend.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+        assert 0 <= box.y0 < box.y1 <= axes.get_window_extent().y0
+        assert axes.get_window_extent().height > 1.8 * figure.dpi
+        for text in legend.get_texts():  # as it is measured now, not as it was planned
+            assert box.x0 <= text.get_window_extent().x0 < text.get_window_extent().x1 <= box.x1
+
+
+def test_crowded_tick_labels_get_fewer() -> None:
+    with figure_style():
+        figure = Figure(figsize=(2.0, 2.0), layout="constrained")
+        numbers, names, scale = figure.subplots(3)
+        numbers.set(xlim=(123_456, 123_457))
+        numbers.locator_params(axis="x", nbins=12)
+        names.set_xticks(range(12), [f"{index}.123456" for index in range(12)])
+        scale.set(xscale="log", xlim=(1e-3, 3e-3))
+        lay_out(figure)
+        assert not any(is_crowded(axes.xaxis) for axes in (numbers, names, scale))
+        assert sum(bool(label.get_text()) for label in names.get_xticklabels()) >= 2
+
+
+LINEAR = {
+    "all": np.eye(3),
+    # Machado, Oliveira and Fernandes 2009, at full severity.
+    "protan": np.array(
+        [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]
+    ),
+    "deutan": np.array(
+        [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
+    ),
+    "tritan": np.array(
+        [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]
+    ),
+    "grey": np.array([[0.2126, 0.7152, 0.0722]] * 3),
+}
+
+
+def seen(colour: str, vision: str) -> np.ndarray:
+    """CIELAB of a colour, as it is seen or printed."""
+    srgb = np.array([int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)])
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(LINEAR[vision] @ linear, 0, 1) / [0.95047, 1, 1.08883]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("vision", LINEAR)
+def test_lines_are_told_apart_by_dashes_where_colours_do_not(vision: str) -> None:
+    styles = [line_style(index) for index in range(MOST_STYLES)]
+    for index, first in enumerate(styles):
+        for second in styles[:index]:
+            distance = np.linalg.norm(seen(first["color"], vision) - seen(second["color"], vision))
+            # 10 is told apart at a glance; 2.3 is the least that can be seen side by side.
+            assert distance >= 10 or first["linestyle"] != second["linestyle"]
+    assert len({str(style["linestyle"]) for style in styles[:8]}) == 8
+
+
+def test_a_page_has_the_dashes_of_the_figure() -> None:
+    assert plotly_line(0, 2.0) == {"color": line_style(0)["color"], "dash": "solid", "width": 2.0}
+    assert plotly_line(1, 2.0)["dash"] == "12px,4px"
+
+
+def test_where_a_function_is_undefined_nothing_is_drawn() -> None:
+    function = expression_function("sqrt(x) + y**2")
+    window = Window(np.array([-1.0, -1.0]), np.array([1.0, 1.0]))
+    relief = relief_in(function, window, (0.5, 0.0))
+    assert relief is not None
+    x, _, heights = relief
+    assert np.isnan(heights[:, x < 0]).all()
+    assert np.isfinite(heights[:, x >= 0]).all()
+
+
+@pytest.mark.parametrize("suffix", [".png", ".gif", ".html"])
+@pytest.mark.filterwarnings("error")
+def test_a_function_that_is_undefined_in_a_part_is_drawn(tmp_path: Path, suffix: str) -> None:
+    write_trajectories([own_function("log(x) + y**2", (1.0, 1.0), ("adam:lr=0.5",))], tmp_path / f"a{suffix}")
+    assert (tmp_path / f"a{suffix}").stat().st_size > 1000
+
+
+def test_a_divergence_is_marked_where_it_leaves_the_window() -> None:
+    window = Window(np.array([0.0, 0.0]), np.array([4.0, 4.0]))
+    away = np.array([[1.0, 1.0], [2.0, 2.0], [6.0, 2.0], [1e200, -1e200]])
+    assert leaves_at(away, window).tolist() == [4.0, 2.0]
+    assert leaves_at(away[:2], window).tolist() == [2.0, 2.0]
+    panel = trajectories("rosenbrock", steps=30, optimizers=["sgd-momentum:lr=1", "adam"])
+    with figure_style():
+        figure, planes = compose([panel])
+    lost, steady = planes[0].lines
+    assert lost.diverged is not None
+    assert steady.diverged is None
+    shown, _ = place_inset(panel, (1.0, 1.0))
+    assert shown.count(np.array([[lost.diverged.get_xdata()[0], lost.diverged.get_ydata()[0]]])) == 1
+    assert "diverged" in [text.get_text() for text in figure.legends[0].get_texts()]

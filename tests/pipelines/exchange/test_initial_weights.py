@@ -279,3 +279,14 @@ def test_damaged_folders_are_refused_in_one_line(
     (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UsageError, match=r"config\.json: damaged"):
         begin(folder)
+
+
+@pytest.mark.parametrize("claim", [{"n_layer": 10**9}, {"vocab_size": 10**12}, {"n_positions": 10**30}, {"n_layer": 1}])
+def test_sizes_that_the_weights_do_not_have_are_refused_before_anything_is_built(
+    begin: Begin, save: Callable[..., Path], claim: dict[str, int]
+) -> None:
+    folder = save()
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **claim}))
+    with pytest.raises(UsageError, match=r"config\.json: "):
+        begin(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -209,3 +210,47 @@ def test_two_processes_normalize_batches_and_train_as_one(make: Make, tmp_path: 
     )
     torch.testing.assert_close(others["bn1.running_var"], weights["bn1.running_var"], rtol=1e-3, atol=1e-6)
     assert others["bn1.num_batches_tracked"] == weights["bn1.num_batches_tracked"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"model__name": "vit_b_16", "data__resolution": 208},
+            r"vit_b_16 cannot take images of 208 .*=224",
+        ),
+        ({"model__name": "alexnet", "data__resolution": 16}, r"alexnet cannot take images of 16 pixels"),
+        (
+            {"model__name": "resnet18", "training__batch_size": 1},
+            r"resnet18 cannot train on batches of 1 .*training.batch_size",
+        ),
+    ],
+)
+def test_what_a_classifier_refuses_is_told_before_anything_is_made(
+    make: Make, tmp_path: Path, changes: dict[str, Any], words: str
+):
+    with pytest.raises(UsageError, match=words):
+        train(make(**changes), tmp_path / "run", SilentReporter())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_classifier_has_no_heads(make: Make):
+    with pytest.raises(UsageError, match="by_heads"):
+        make(optimizer="muon", optimizer__by_heads=True)
+
+
+def test_bad_images_may_be_skipped_from_a_resume_on(make: Make, tmp_path: Path):
+    train(make(training__steps=2, checkpoint__every=1), tmp_path / "run", SilentReporter())
+    rows, _ = run(make(training__steps=2, data__bad_images="skip"), tmp_path / "run", resume=True)
+    assert rows[-1]["step"] == 2
+
+
+def test_no_validation_image_that_can_be_decoded_is_one_line(tmp_path: Path):
+    content = pictures(2, 8, 2, (64, 48))
+    broken = dataclasses.replace(content, validation=[(wnid, b"no image") for wnid, _ in content.validation])
+    archives = write_archives(tmp_path / "archives", broken, kit="map_clsloc.txt")
+    prepare_imagenet(archives, tmp_path / "data", extract=False, report=lambda *_: None)
+    flags = {**SMALL, "data.folder": str(tmp_path / "data"), "optimizer.name": "adam", "data.bad_images": "skip"}
+    config = resolve([preset_layer("imagenet", "asro-imagenet"), Layer("test", flags)])
+    with pytest.raises(AsgoError, match="no validation image can be decoded"):
+        train(config, tmp_path / "run", SilentReporter())

@@ -127,3 +127,10 @@ def test_one_far_off_does_not_press_the_others_into_a_line() -> None:
     assert without_outliers(3.0, [3.0, 3.1, 3.1, 3.2, 9.0]) == 3.2
     assert without_outliers(3.0, [3.0, 9.0]) == 9.0
     assert without_outliers(3.0, [3.0]) == 3.0
+
+
+def test_the_target_is_in_the_legend(comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert comparison.target is not None
+    for name in ("loss-steps", "final-losses"):
+        (legend,) = drawn(comparison, tmp_path, monkeypatch)[name].legends
+        assert f"target, {comparison.target.loss:.4f}" in [text.get_text() for text in legend.get_texts()]

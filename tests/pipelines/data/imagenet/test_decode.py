@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import random
 import struct
 import zlib
@@ -191,3 +192,15 @@ def test_random_damage_gives_pixels_or_is_refused(kind: str, decoder: str):
                 assert image.pixels().shape == (image.height, image.width, 3)
         except BadImageError as error:
             assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_an_image_that_claims_more_pixels_than_are_decoded_is_refused_by_its_header(decoder: str):
+    side = math.isqrt(decode.MOST_PIXELS) + 1
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    with pytest.raises(BadImageError, match=r"claims 8,193 x 8,193 pixels"):
+        EncodedImage(png, NAME)

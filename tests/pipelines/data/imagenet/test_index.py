@@ -171,3 +171,18 @@ def test_a_hostile_member_of_a_class_archive_is_named_with_its_archive(tmp_path:
     (folder / ARCHIVES["train"].file).write_bytes(tar_bytes(files))
     with pytest.raises(AsgoError, match=r"img_train\.tar: n10000000\.tar: member 'a\.JPEG' is a symbolic link"):
         build(folder)
+
+
+def test_notes_of_macos_are_skipped_and_counted(tmp_path: Path) -> None:
+    content = noise(classes=2, train=3, validation=2, largest=100)
+    plain = build(write_archives(tmp_path / "plain", content, kit="map_clsloc.txt"))
+    for wnid, images in content.train.items():
+        content.train[wnid] = {f"._{name}": b"a note" for name in images} | dict(images)
+    folder = write_archives(tmp_path / "noted", content, kit="map_clsloc.txt")
+    phases: list[str] = []
+    with open_tar(folder / ARCHIVES["train"].file) as tar:
+        train = build_train_index(
+            tar, read_devkit(folder / ARCHIVES["devkit"].file), lambda phase, done, total: phases.append(phase)
+        )
+    assert train.names.tolist() == plain[0].names.tolist()
+    assert phases[-1].startswith("skipping 6 files of macOS, such as ._")
