@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +11,7 @@ from asgo_cli.help_text import examples
 from asgo_cli.names import CLASSIFIERS, OPTIMIZERS, completing
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.benchmarks.report import Measurement, Report
@@ -141,11 +141,11 @@ def _row(report: Report, each: Measurement, has_peak: bool) -> list[str]:
 
 
 def _next_commands(model: str, names: list[str], as_json: bool) -> list[str]:
-    chosen = "".join(f" --optimizer {shlex.quote(name)}" for name in names)
+    chosen = [word for name in names for word in ("--optimizer", name)]
     other = "gpt2" if model == "gpt2-layer" else "gpt2-layer"
-    commands = [f"asgo bench optimizers --model {other}{chosen}"]
+    commands = [command("asgo", "bench", "optimizers", "--model", other, *chosen)]
     if not as_json:
-        commands.append(f"asgo bench optimizers --model {shlex.quote(model)}{chosen} --json > bench.json")
+        commands.append(command("asgo", "bench", "optimizers", "--model", model, *chosen, "--json") + " > bench.json")
     return commands
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -12,6 +11,7 @@ from asgo_cli.help_text import examples
 from asgo_cli.names import OPTIMIZERS, completing
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.benchmarks.training_report import TrainingMeasurement, TrainingReport
@@ -104,8 +104,8 @@ def train(
         console.show_json(report.as_json())
     else:
         _show(report)
-    chosen = "".join(f" --optimizer {shlex.quote(name)}" for name in optimizer or [])
-    console.suggest_next(f"asgo bench optimizers --model {report.work.model}{chosen}")
+    chosen = [word for name in optimizer or [] for word in ("--optimizer", name)]
+    console.suggest_next(command("asgo", "bench", "optimizers", "--model", report.work.model, *chosen))
 
 
 def _show(report: TrainingReport) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,6 +10,7 @@ import typer
 
 from asgo_cli import console
 from asgo_cli.help_text import examples
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.analysis.comparison.results import Comparison
@@ -45,7 +45,7 @@ def compare(
 
     check_report_folder(out)
     comparison = compare_runs(runs, target, confidence)
-    page = write_report(comparison, out, shlex.join(["asgo", *sys.argv[1:]]))
+    page = write_report(comparison, out, command("asgo", *sys.argv[1:]))
     for caution in comparison.cautions:
         console.warn(caution)
     if as_json:
@@ -54,7 +54,7 @@ def compare(
         _show_contenders(comparison)
     console.say(headline(comparison))
     console.say(f"{page}: the report; figures and tables are beside it")
-    console.suggest_next(f"python -m webbrowser {shlex.quote(str(page))}")
+    console.suggest_next(command("python", "-m", "webbrowser", page))
 
 
 def _show_contenders(comparison: Comparison) -> None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 SECONDS_BETWEEN_LINES = 60.0
 
-words = Console(stderr=True, highlight=False)
-data = Console(highlight=False)
+words = Console(stderr=True, highlight=False, emoji=False)
+data = Console(highlight=False, emoji=False)
 
 
 STDOUT = "stdout"
@@ -126,7 +126,7 @@ def suggest_next(*commands: str) -> None:
     """Close a command with the next ones to type."""
     label = "next:"
     for command in commands:
-        words.print(f"[dim]{label:<5}[/] [bold]{escape(command)}[/]", soft_wrap=True)
+        words.print(f"[dim]{label:<5}[/] [bold]{_shown(command)}[/]", soft_wrap=True)
         label = ""
 
 

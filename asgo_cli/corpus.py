@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,7 @@ from asgo_cli import console
 from asgo_cli.data_folder import summarize
 from asgo_cli.help_text import examples
 from asgo_cli.live import LiveProgress
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,7 +75,7 @@ def fineweb(
     _prepare(
         FINEWEB, out, CorpusOptions(shards, shard_tokens, subset, source, workers, text_column=text_column), overwrite
     )
-    console.suggest_next(f"asgo train gpt --data {shlex.quote(str(out))}")
+    console.suggest_next(command("asgo", "train", "gpt", "--data", out))
 
 
 def openwebtext(
@@ -102,7 +102,7 @@ def openwebtext(
         CorpusOptions(shards, shard_tokens, subset, source, workers, text_column=text_column),
         overwrite,
     )
-    console.suggest_next(f"asgo train gpt --preset asgo-gpt2 --data {shlex.quote(str(out))}")
+    console.suggest_next(command("asgo", "train", "gpt", "--preset", "asgo-gpt2", "--data", out))
 
 
 def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool) -> None:

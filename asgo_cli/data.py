@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +11,7 @@ from rich.progress import TaskProgressColumn, TimeRemainingColumn
 from asgo_cli import console, corpus, data_folder, imagenet
 from asgo_cli.help_text import examples
 from asgo_cli.progress import WorkProgress
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.data.manifest import Manifest
@@ -80,10 +80,12 @@ def text(
             notify=console.say,
         )
     data_folder.summarize(manifest, out)
-    console.suggest_next(f"asgo train gpt --preset tiny --data {_quoted(out)}{_shorter_windows(manifest)}")
+    console.suggest_next(
+        command("asgo", "train", "gpt", "--preset", "tiny", "--data", out, *_shorter_windows(manifest))
+    )
 
 
-def _shorter_windows(manifest: Manifest) -> str:
+def _shorter_windows(manifest: Manifest) -> list[str]:
     """What to add to the next command where a part is too short for the preset's windows, with a warning."""
     from pipelines.resolve import read_preset
 
@@ -96,8 +98,8 @@ def _shorter_windows(manifest: Manifest) -> str:
         )
     shortest = min(validation, max(training))
     if shortest > context_length:
-        return ""
-    return f" --set model.context_length={max(1, shortest - 1)}"
+        return []
+    return ["--set", f"model.context_length={max(1, shortest - 1)}"]
 
 
 @app.command("shakespeare", epilog=SHAKESPEARE_EXAMPLES)
@@ -121,11 +123,7 @@ def shakespeare(
     with progress.bar:
         manifest = prepare_shakespeare(text_input, out, overwrite=overwrite, progress=progress.show)
     data_folder.summarize(manifest, out)
-    console.suggest_next(f"asgo train gpt --preset asgo-nanogpt --data {_quoted(out)}")
-
-
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+    console.suggest_next(command("asgo", "train", "gpt", "--preset", "asgo-nanogpt", "--data", out))
 
 
 class _CharactersProgress(WorkProgress):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +13,7 @@ from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColu
 from asgo_cli import console
 from asgo_cli.help_text import examples
 from asgo_cli.progress import PhaseProgress, WorkProgress
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,7 +79,7 @@ def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> N
         console.warn(problem)
     if contact_sheet is not None:
         console.say(f"wrote {contact_sheet}")
-    console.suggest_next(f"asgo train imagenet --data {shlex.quote(str(folder))}")
+    console.suggest_next(command("asgo", "train", "imagenet", "--data", folder))
 
 
 def _imagenet_facts(manifest: ImagenetManifest) -> Iterator[tuple[str, str]]:
@@ -127,7 +127,7 @@ def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: 
         )
         _show_lines("training", found.training)
         _show_lines("validation", found.validation)
-    console.suggest_next(f"asgo data verify {shlex.quote(str(folder))}")
+    console.suggest_next(command("asgo", "data", "verify", folder))
 
 
 def verify(
@@ -164,7 +164,7 @@ def verify(
             f"{folder}: {len(bad)} of {len(results)} shards are bad, the first is {bad[0]}; copy the bad ones again, "
             "remove those that are not in the manifest, or make the folder again"
         )
-    console.suggest_next(f"asgo train gpt --data {shlex.quote(str(folder))}")
+    console.suggest_next(command("asgo", "train", "gpt", "--data", folder))
 
 
 def _verify_imagenet(folder: Path, as_json: bool) -> None:
@@ -187,7 +187,7 @@ def _verify_imagenet(folder: Path, as_json: bool) -> None:
             "belong there, or make the folder again with --overwrite"
         )
     console.say(f"{folder}: good")
-    console.suggest_next(f"asgo train imagenet --data {shlex.quote(str(folder))}")
+    console.suggest_next(command("asgo", "train", "imagenet", "--data", folder))
 
 
 def summarize(manifest: Manifest, out: Path) -> None:

@@ -11,6 +11,7 @@ import typer
 from asgo_cli import console
 from asgo_cli.help_text import examples
 from asgo_cli.progress import TrainingProgress
+from pipelines.shell import command
 
 EXAMPLES = examples(
     "asgo demo",
@@ -51,7 +52,7 @@ def demo(
     console.say(f"done in {time.monotonic() - began:.0f} s")
     best = min(runs, key=lambda run: run.losses("val")[-1])
     console.suggest_next(
-        f"asgo generate {best.folder} --prompt 'def '",
-        f"asgo train gpt --preset tiny --data {out / 'data'} --optimizer muon",
+        command("asgo", "generate", best.folder, "--prompt", "def "),
+        command("asgo", "train", "gpt", "--preset", "tiny", "--data", out / "data", "--optimizer", "muon"),
         "asgo viz all",
     )

@@ -11,11 +11,17 @@ import typer
 
 from asgo_cli import console
 from asgo_cli.help_text import examples
+from pipelines.shell import command
 
 EXAMPLES = examples(
     "asgo export-metrics runs --out metrics.csv",
     "asgo export-metrics runs/asgo --out -    # to stdout",
 )
+
+
+def export_command(folder: Path) -> str:
+    """The command that writes the metrics of a run, or of a folder of runs, named like the folder."""
+    return command("asgo", "export-metrics", folder, "--out", Path(f"{folder.resolve().name}.csv"))
 
 
 def export_metrics(

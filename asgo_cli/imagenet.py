@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +10,7 @@ import typer
 from asgo_cli import console
 from asgo_cli.help_text import examples
 from asgo_cli.progress import PhaseProgress
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -84,7 +84,7 @@ def imagenet(
             report=progress.show,
         )
     _summarize(manifest, out)
-    console.suggest_next(f"asgo train imagenet --data {shlex.quote(str(out))}")
+    console.suggest_next(command("asgo", "train", "imagenet", "--data", out))
 
 
 def _download_archives(folder: Path, base_url: str | None, progress: PhaseProgress) -> Collection[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import socket
 import sys
@@ -15,6 +14,7 @@ from typing import Annotated
 import typer
 
 from pipelines.errors import UsageError
+from pipelines.shell import command
 from pipelines.training.launched import launched
 
 GpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, with a GPU each.")]
@@ -140,7 +140,7 @@ def torchrun_command(launch: Launch, arguments: Sequence[str]) -> str:
     found = shutil.which("torchrun")
     torchrun = "torchrun" if found and Path(found) == beside_python else str(beside_python)
     threads = [f"OMP_NUM_THREADS={_threads(launch)}"] if "OMP_NUM_THREADS" not in os.environ else []
-    return " ".join([*threads, shlex.join([torchrun, *torchrun_arguments(launch, arguments)])])
+    return " ".join([*threads, command(torchrun, *torchrun_arguments(launch, arguments))])
 
 
 def start(launch: Launch, arguments: Sequence[str]) -> int:

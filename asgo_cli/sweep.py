@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asgo_cli import console
+from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
 from asgo_cli.launch import own_path
 from asgo_cli.names import SWEEPS, sweeps_and_files
 from asgo_cli.worker import is_worker
 from pipelines.errors import AsgoError, UsageError
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.sweeps.definition import SweepRun
@@ -82,7 +84,7 @@ def sweep(
         return
     failures = _train(plan, folder, slots, gpus)
     _show_results(standings(runs, folder), failures, as_json)
-    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv", f"asgo compare {folder}")
+    console.suggest_next(export_command(folder), command("asgo", "compare", folder))
     raise_failures(failures)
 
 

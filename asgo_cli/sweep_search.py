@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asgo_cli import console
+from asgo_cli.export import export_command
 from asgo_cli.sweep import raise_failures, rounded, work_off
 from pipelines.errors import AsgoError
 
@@ -30,7 +31,7 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
         record_search(plan, folder)
         failures = work_off(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
     _show_results(plan, runs, failures, as_json)
-    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv")
+    console.suggest_next(export_command(folder))
     raise_failures(failures)
     _raise_left_elsewhere(runs)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from asgo_cli import console, launch, names
+from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
 from asgo_cli.launch import (
     GpusOption,
@@ -24,6 +25,7 @@ from asgo_cli.launch import (
 from asgo_cli.options import Device
 from asgo_cli.progress import TrainingProgress
 from asgo_cli.worker import is_restarted
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -351,5 +353,5 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
         f"in {settings.training.steps:,} steps; {folder}"
     )
     has_model = settings.task == "gpt" and any((folder / "checkpoints").iterdir())
-    generate = [f"asgo generate {folder} --prompt TEXT"] if has_model else []
-    console.suggest_next(f"asgo export-metrics {folder} --out {folder.name}.csv", *generate)
+    generate = [command("asgo", "generate", folder, "--prompt", "TEXT")] if has_model else []
+    console.suggest_next(export_command(folder), *generate)

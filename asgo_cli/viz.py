@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from asgo_cli.viz_losses import show_losses
 from asgo_cli.viz_rates import show_rates
 from asgo_cli.viz_request import Request
 from asgo_cli.viz_trajectories import show_trajectories
+from pipelines.shell import command
 
 # As in models.functions and models.matrix_problems, which cannot be imported here: it would import torch.
 PAPER_FUNCTIONS = ("abs_sum", "inseparable_l1", "inseparable_l2", "abs_sum_div", "beale", "rosenbrock")
@@ -134,7 +134,7 @@ def viz(
     of_matrices = [name for name in names if name in MATRIX_PROBLEMS]
     if of_matrices:
         _check_matrix_request(of_matrices, names, expression, start)
-    own = [] if expression is None else ["--expression", shlex.quote(expression)]
+    own = [] if expression is None else ["--expression", expression]
     request = Request(
         names=names,
         expression=expression,
@@ -144,7 +144,7 @@ def viz(
         seed=seed,
         out=out,
         as_json=as_json,
-        command=" ".join(["asgo viz", *(functions or []), *own]),
+        command=command("asgo", "viz", *(functions or []), *own),
     )
     if lr_grid is not None:
         show_rates(request, lr_grid, of_matrices=bool(of_matrices))

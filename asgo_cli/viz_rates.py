@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgo_cli import console
 from asgo_cli.viz_request import Request, progress_bar
+from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.analysis.learning_rates import RateGrid, RateScan
@@ -31,7 +32,8 @@ def show_rates(request: Request, rates_text: str, *, of_matrices: bool) -> None:
             _show(grid, len(rates))
     console.say(f"{path}: learning rates on {', '.join(names)}")
     best = [(scan.optimizer, scan.best.lr) for scan in grids[0].scans if scan.best is not None]
-    console.suggest_next(" ".join([request.command, *(f"--optimizer {name}:lr={lr:g}" for name, lr in best)]))
+    chosen = [word for name, lr in best for word in ("--optimizer", f"{name}:lr={lr:g}")]
+    console.suggest_next(f"{request.command} {command(*chosen)}".strip())
 
 
 def _scan_functions(request: Request, rates: list[float]) -> list[RateGrid]:

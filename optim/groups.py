@@ -67,9 +67,7 @@ def matrix_groups(
     return _not_empty(*_split_groups(matrices, batch_dims, blocks), {"params": others, **ADAM_RULE})
 
 
-def decay_groups(
-    model: nn.Module, no_decay: Sequence[str] = (), head: Selection | None = None
-) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, no_decay: Sequence[str] = (), head: Selection | None = None) -> list[dict[str, Any]]:
     """All parameters, with weight decay switched off for those of fewer than two dimensions, and for `no_decay`.
 
     That may name `embeddings` (of tokens and positions, also where tied to the head) and `head` (see `matrix_groups`).

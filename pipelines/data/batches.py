@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pipelines.data.permutation import EpochStream
 from pipelines.data.shards import TokenFile, allow_open_files, open_shard
 from pipelines.data.tokenizers import Gpt2Tokenizer, build_tokenizer
 from pipelines.errors import AsgoError, UsageError
+from pipelines.shell import command
 
 _TOKENS_AT_ONCE = 1 << 12
 
@@ -168,14 +168,14 @@ class _Windows:
 
 def _advice_on_file(file: Path) -> str:
     if file.suffix == ".bin":
-        return f"give the folder that it is in: --data {shlex.quote(str(file.parent))}"
-    return f"make tokens of its text with: asgo data text {shlex.quote(str(file))} --out FOLDER"
+        return f"give the folder that it is in: {command('--data', file.parent)}"
+    return f"make tokens of its text with: {command('asgo', 'data', 'text', file, '--out', 'FOLDER')}"
 
 
 def _command_that_makes(folder: Path) -> str:
     known = {"shakespeare_char": "shakespeare", "fineweb": "fineweb", "openwebtext": "openwebtext"}
     what = known.get(folder.name, "text FILE...")
-    return f"asgo data {what} --out {shlex.quote(str(folder))}"
+    return f"asgo data {what} {command('--out', folder)}"
 
 
 def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> TokenFile:

@@ -11,12 +11,13 @@ import safetensors.torch
 from models.vision import build_classifier
 from pipelines.config import ImageNetRunConfig
 from pipelines.data.imagenet.transforms import MEAN, STD, CentreCrop, build_transforms
+from pipelines.shell import command
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.weights import model_tensors, require_same_names
 
 
-def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path) -> str:
-    """Write weights and description; returns a command that loads them, with {out} for the folder.
+def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:
+    """Write weights and description; returns a command that loads them from `out`, where they come to lie.
 
     Raises `AsgoError` for weights that are not the model's.
     """
@@ -44,8 +45,10 @@ def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: 
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     (folder / "description.json").write_text(text, encoding="utf-8")
     keywords = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    return (
-        'python -c "import safetensors.torch, torchvision; '
-        f"torchvision.models.{config.model.name}({keywords}).load_state_dict("
-        "safetensors.torch.load_file('{out}/model.safetensors'))\""
+    weights = f"safetensors.torch.load_file({str(out / 'model.safetensors')!r})"
+    return command(
+        "python",
+        "-c",
+        "import safetensors.torch, torchvision; "
+        f"torchvision.models.{config.model.name}({keywords}).load_state_dict({weights})",
     )

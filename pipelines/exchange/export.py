@@ -41,22 +41,22 @@ def export_model(path: Path, form: Format, out: Path) -> Exported:
     config = checkpoint.config()
     try:
         with staged_folder(out.absolute()) as folder:
-            usage = _write(checkpoint, config, form, folder)
+            usage = _write(checkpoint, config, form, folder, out)
     except OSError as error:
         raise AsgoError(f"{out}: could not be written: {error.strerror}") from error
     averaged = config.training.ema_decay is not None
-    return Exported(checkpoint.folder, averaged, skipped, usage.format(out=out))
+    return Exported(checkpoint.folder, averaged, skipped, usage)
 
 
-def _write(checkpoint: Checkpoint, config: RunConfig, form: Format, folder: Path) -> str:
-    """Write the files; returns a command that loads them, with {out} for the folder."""
+def _write(checkpoint: Checkpoint, config: RunConfig, form: Format, folder: Path, out: Path) -> str:
+    """Write the files; returns a command that loads them from `out`, where they come to lie."""
     match config, form:
         case GPTRunConfig(), "hf":
-            return write_gpt2(checkpoint, config, folder)
+            return write_gpt2(checkpoint, config, folder, out)
         case ImageNetRunConfig(), "torchvision":
             from pipelines.exchange.classifier_export import write_classifier  # takes a second to import
 
-            return write_classifier(checkpoint, config, folder)
+            return write_classifier(checkpoint, config, folder, out)
         case GPTRunConfig(), _:
             raise UsageError(f"{checkpoint.folder}: of a GPT, which torchvision does not have; take --format hf")
         case _:

@@ -12,12 +12,13 @@ from pipelines.data.tokenizers import CharsTokenizer, build_tokenizer
 from pipelines.exchange.gpt2_config import to_gpt2_config
 from pipelines.exchange.gpt2_weights import to_gpt2
 from pipelines.exchange.tokenizer_files import tokenizer_files
+from pipelines.shell import command
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.gpt_task import require_weights_of
 
 
-def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path) -> str:
-    """Write configuration, weights and tokenizer; returns a command that uses them, with {out} for the folder.
+def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Path) -> str:
+    """Write configuration, weights and tokenizer; returns a command that uses them at `out`, where they come to lie.
 
     Raises `AsgoError` for weights that are not the model's.
     """
@@ -38,8 +39,8 @@ def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path) -> st
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
     if not isinstance(tokenizer, CharsTokenizer):
-        return "lm_eval --model hf --model_args pretrained={out} --tasks lambada_openai"
+        return command("lm_eval", "--model", "hf", "--model_args", f"pretrained={out}", "--tasks", "lambada_openai")
     # The texts of public tasks have characters that it does not know.
     length = min(100, settings.context_length // 2)  # left to itself, it writes past the last position and fails
-    writing = f"pipeline('text-generation', '{{out}}')('TEXT', max_new_tokens={length})"
-    return f'python -c "from transformers import pipeline; print({writing})"'
+    writing = f"pipeline('text-generation', {str(out)!r})('TEXT', max_new_tokens={length})"
+    return command("python", "-c", f"from transformers import pipeline; print({writing})")

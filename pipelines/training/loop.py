@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from pipelines import shell
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, Diverged, RunInterrupted
 from pipelines.stopping import StopRequest
@@ -135,7 +135,7 @@ def _tell_of_slow_saves(run: Run) -> None:
 def _interrupted(run: Run) -> RunInterrupted:
     """What ends a run that a signal stopped, when its checkpoint is on the disk."""
     run.writer.wait()
-    command = shlex.join(["asgo", "train", run.config.task, "--resume", "--out", str(run.folder.path)])
+    command = shell.command("asgo", "train", run.config.task, "--resume", "--out", run.folder.path)
     command += ", and --gpus or --processes as you like" if run.state.ranks.joined else ""
     signal = run.stop.signal_name or "a signal to another process"
     return RunInterrupted(f"{signal} at step {run.state.step}: saved; continue with: {command}")

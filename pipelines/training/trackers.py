@@ -14,6 +14,7 @@ from typing import Protocol
 
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
+from pipelines.shell import command
 from pipelines.storage import write_atomically
 from pipelines.training.distributed import Ranks
 from pipelines.training.metrics import Row
@@ -168,7 +169,7 @@ class _Wandb:
         for row in rows:
             self.record(row)
         if self._run.offline:
-            reporter.note(f"wandb: offline; upload with: wandb sync {run / 'wandb' / 'latest-run'}")
+            reporter.note(f"wandb: offline; upload with: {command('wandb', 'sync', run / 'wandb' / 'latest-run')}")
         elif self._run.url:  # with WANDB_MODE=disabled there is none
             reporter.note(f"wandb: {self._run.url}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.exchange.initial_weights import load_initial_weights
+from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.training.arithmetic import agree_on_arithmetic, differences_in_arithmetic
 from pipelines.training.average import WeightAverage
@@ -214,11 +214,11 @@ def _how_to_train_further(run: Path, saved: RunConfig, config: RunConfig) -> lis
         return []
     if not isinstance(saved, GPTRunConfig):
         return [f"{run}: a run's schedule is made for its steps; train for others in another --out"]
-    model = f"{run}-model"
-    export = shlex.join(["asgo", "export-model", str(run), "--format", "hf", "--out", model])
+    model = Path(f"{run}-model")
+    export = command("asgo", "export-model", run, "--format", "hf", "--out", model)
     return [
         f"{run}: a run's schedule is made for its steps; to train its model further, begin a new run with it: "
-        f"{export}, then asgo train gpt --init-from {shlex.quote(model)} --out ANOTHER"
+        f"{export}, then {command('asgo', 'train', 'gpt', '--init-from', model, '--out', 'ANOTHER')}"
     ]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
+from pipelines import shell
 from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed_json
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json, write_atomically
@@ -167,5 +167,6 @@ def _require_version(path: Path, fields: Mapping[str, object]) -> None:
 def command(folder: Path, recipe: Recipe) -> str:
     """The command line that makes `folder` with these options."""
     source = ["--source", "hub"] if recipe.get("source") == "hub" else []
-    words = ["asgo", "data", "imagenet", *source, "--archives", recipe.get("archives", ""), "--out", str(folder)]
-    return shlex.join([*words, "--no-extract"] if recipe.get("layout") == "packed" else words)
+    packed = ["--no-extract"] if recipe.get("layout") == "packed" else []
+    archives = Path(recipe.get("archives", ""))
+    return shell.command("asgo", "data", "imagenet", *source, "--archives", archives, "--out", folder, *packed)
