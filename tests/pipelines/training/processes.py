@@ -24,6 +24,8 @@ class Job:
     config: RunConfig
     out: Path
     resume: bool = False
+    double: bool = False
+    """In float64."""
 
 
 def free_port() -> int:
@@ -41,7 +43,13 @@ def start(
     `of_ranks` has environment variables that each has besides.
     """
     described = [
-        {"config": job.config.model_dump(mode="json"), "out": str(job.out), "resume": job.resume, "port": free_port()}
+        {
+            "config": job.config.model_dump(mode="json"),
+            "out": str(job.out),
+            "resume": job.resume,
+            "double": job.double,
+            "port": free_port(),
+        }
         for job in jobs
     ]
     scratch.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from pipelines.training.metrics import Row, read_lines
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
+from tests.pipelines.training.double_precision import bound, double_precision
 from tests.pipelines.training.processes import Job, carry_out
 
 SMALL: dict[str, Any] = {
@@ -149,9 +150,10 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_validation_loss(m
 
 
 def test_channels_last_changes_nothing_but_rounding(make: Make, tmp_path: Path):
-    plain, _ = run(make(training__steps=2), tmp_path / "plain")
-    other, _ = run(make(training__steps=2, model__channels_last=True), tmp_path / "other")
-    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+    with double_precision():
+        plain, _ = run(make(training__steps=2), tmp_path / "plain")
+        other, _ = run(make(training__steps=2, model__channels_last=True), tmp_path / "other")
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in plain], rel=bound(2))
 
 
 def test_a_classifier_that_there_is_not_is_refused_with_the_nearest(make: Make, tmp_path: Path):
@@ -191,25 +193,35 @@ def test_every_classifier_of_torchvision_has_as_many_outputs_as_there_are_classe
 
 
 def test_two_processes_normalize_batches_and_train_as_one(make: Make, tmp_path: Path):
-    """Batch normalization sees the images of both; the last round of the validation has one for the first alone."""
-    config = make(model__name="resnet18", optimizer="asgo", training__steps=4, evaluation__every=4)
+    """In float64: rounding alone moves the losses of a float32 run of a small batch-normalized model by 1e-3.
+
+    Batch normalization sees the images of both; the last round of the validation has one for the first alone.
+    """
+    config = make(model__name="shufflenet_v2_x0_5", optimizer="asgo", training__steps=4, evaluation__every=4)
     uneven = make(
-        model__name="resnet18", evaluation__batches=1, training__batch_size=10, training__steps=1, evaluation__every=1
+        model__name="shufflenet_v2_x0_5",
+        evaluation__batches=1,
+        training__batch_size=10,
+        training__steps=1,
+        evaluation__every=1,
     )
-    alone, _ = run(config, tmp_path / "alone")
-    few, _ = run(uneven, tmp_path / "few-alone")
-    carry_out([Job(config, tmp_path / "both"), Job(uneven, tmp_path / "few-both")], 2, tmp_path)
+    with double_precision():
+        alone, _ = run(config, tmp_path / "alone")
+        few, _ = run(uneven, tmp_path / "few-alone")
+    carry_out(
+        [Job(config, tmp_path / "both", double=True), Job(uneven, tmp_path / "few-both", double=True)], 2, tmp_path
+    )
     both, few_both = (read_lines(tmp_path / name / "metrics.jsonl") for name in ("both", "few-both"))
     for rows, others in ((alone, both), (few, few_both)):
         assert [row["accuracy"] for row in rows] == [row["accuracy"] for row in others]
         assert [row["top5_accuracy"] for row in rows] == [row["top5_accuracy"] for row in others]
-        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=2e-4)
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in others], rel=bound(4))
     weights, others = (
         safetensors.torch.load_file(tmp_path / name / "checkpoints/step-00000004/model.safetensors")
         for name in ("alone", "both")
     )
-    torch.testing.assert_close(others["bn1.running_var"], weights["bn1.running_var"], rtol=1e-3, atol=1e-6)
-    assert others["bn1.num_batches_tracked"] == weights["bn1.num_batches_tracked"] == 4
+    torch.testing.assert_close(others["conv1.1.running_var"], weights["conv1.1.running_var"], rtol=bound(4), atol=0)
+    assert others["conv1.1.num_batches_tracked"] == weights["conv1.1.num_batches_tracked"] == 4
 
 
 @pytest.mark.parametrize(

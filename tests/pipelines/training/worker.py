@@ -1,10 +1,11 @@
 """One of several processes that train together: `python worker.py JOBS.json`, with torchrun's variables set.
 
-A job is a configuration, its run folder, whether it resumes, and the port where its processes meet.
+A job is a configuration, its run folder, whether it resumes, its precision, and the port where its processes meet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ import torch
 from pipelines.config import load_run_config
 from pipelines.errors import RunInterrupted
 from pipelines.training.train import train
+from tests.pipelines.training.double_precision import double_precision
 
 
 class Silent:
@@ -36,8 +38,10 @@ def main() -> None:
     torch.set_num_threads(1)
     for job in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         os.environ["MASTER_PORT"] = str(job["port"])
+        precision = double_precision() if job["double"] else contextlib.nullcontext()
         try:
-            train(load_run_config(job["config"]), Path(job["out"]), Silent(), resume=job["resume"])
+            with precision:
+                train(load_run_config(job["config"]), Path(job["out"]), Silent(), resume=job["resume"])
         except RunInterrupted as interrupted:
             sys.exit(interrupted.exit_code)
 
