@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -86,3 +87,12 @@ def test_what_stdout_cannot_encode_is_shown_by_its_number(tmp_path: Path) -> Non
     shown = run("train", "gpt", "--print-config", "--data", "Füße →", folder=tmp_path, PYTHONIOENCODING="latin-1")
     assert shown.returncode == 0, shown.stderr
     assert 'folder = "Füße \\u2192"' in shown.stdout
+
+
+def test_a_process_that_other_launchers_started_says_where_the_processes_meet(tmp_path: Path) -> None:
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    result = run("train", "gpt", "--preset", "tny", folder=tmp_path, **variables)
+    place = f"process 0 of 2 ({socket.gethostname()})"
+    first, second = result.stderr.splitlines()
+    assert first == f"{place}, as RANK and WORLD_SIZE say; the processes meet at 127.0.0.1:29500"
+    assert second.startswith(f"error: {place}: --preset: unknown preset 'tny'")
