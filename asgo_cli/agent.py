@@ -264,11 +264,13 @@ class _Agent(LocalElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         super()._stop_workers(worker_group)
         self.has_workers = False
+        self._signals.release()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **keywords: Any) -> None:
         """Signal the workers and wait for them; those that come meanwhile reach them too, and break no wait."""
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
+            self._signals.wait(number)  # or workers that are lost would be started again
             self._signal_workers(number)
 
         self._asking_since = None
@@ -367,9 +369,7 @@ def _tell_after_signal(agent: _Agent | None, number: signal.Signals) -> int:
         console.say(f"stopped: {number.name} before the processes were started")
         return 128 + number
     if agent is None or not agent.has_workers:
-        console.say(
-            f"stopped: {number.name} while waiting for the other machines; the same command goes on, with --resume"
-        )
+        console.say(f"stopped: {number.name} while the processes are started again; to go on, add --resume")
         return RunInterrupted.exit_code
     result = agent.result_after_signal()
     outcomes = agent.outcomes(result, began=0.0)
@@ -403,13 +403,23 @@ class _Signals:
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if not self._held_back:
             raise SignalException(f"got signal {number}", signal.Signals(number))
+        self.wait(number)
+
+    def wait(self, number: int) -> None:
+        """Have the signal raise `SignalException` at the next `release`."""
         self._waiting = self._waiting or signal.Signals(number)
+
+    def release(self) -> None:
+        """Raise for a signal that waits, and for those that come now."""
+        self._held_back = False
+        if self._waiting is not None:
+            self(self._waiting, None)
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
         """Signals that come in here, or waited, raise `SignalException`; after it they are ignored: all is over."""
         try:
-            self._release()
+            self.release()
             yield
         finally:
             self._held_back = True
@@ -423,12 +433,7 @@ class _Signals:
             yield
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            self._release()
-
-    def _release(self) -> None:
-        self._held_back = False
-        if self._waiting is not None:
-            self(self._waiting, None)
+            self.release()
 
 
 @contextlib.contextmanager

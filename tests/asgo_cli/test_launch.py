@@ -246,6 +246,20 @@ def test_a_signal_while_the_processes_are_started_waits_until_all_are_known() ->
     assert blocked == [True], "a process that is started would answer Ctrl-C with a traceback"
 
 
+def test_a_signal_that_was_passed_on_to_workers_that_end_anyway_is_not_lost() -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    from asgo_cli.agent import _Signals, _signals_handled
+
+    def stop_workers(signals: _Signals) -> None:
+        with signals.raised():
+            signals.wait(signal.SIGINT)
+            signals.release()
+
+    with _signals_handled() as signals, pytest.raises(SignalException):
+        stop_workers(signals)
+
+
 def test_a_second_signal_reaches_the_workers_too(launch: Callable[..., Launcher], tmp_path: Path) -> None:
     launcher = launch("stops 2")
     wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
