@@ -122,7 +122,7 @@ class DASGO(MatrixOptimizer):
     native_kernels = True
 
     def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
-        """Roots of the averaged column squares (n,), zeros: a float32 holds them for any gradient that it holds."""
+        """Roots of the averaged column squares (n,), zeros: squares of tiny and huge gradients leave float32."""
         return {"column_rms": like.new_zeros(shape[1])}
 
     def update_matrices(self, params: list[Tensor], group: Group) -> None:

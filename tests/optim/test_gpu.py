@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from optim import build_optimizer, compiled
+from optim.matrix_functions import inverse_root_eigh
 
 from .cases import DESCRIPTIONS, Description, every_optimizer, noise, set_gradient, start
 from .steps import assert_identical, make_params, parameters, run, set_gradients, weights, with_fallback
@@ -68,6 +69,21 @@ def test_a_root_that_is_not_finite_is_reported_once_it_has_arrived() -> None:
             torch.cuda.synchronize()
     assert len(caught) == 1
     assert "0.weight" in str(caught[0].message)
+
+
+def test_what_the_device_cannot_decompose_is_decomposed_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    factor = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0))
+    matrices = factor @ factor.mT
+    expected = inverse_root_eigh(matrices, 2)
+    eigh = torch.linalg.eigh
+
+    def fails_on_the_device(matrix: Tensor) -> Any:
+        if matrix.device.type == "cuda":
+            raise torch.linalg.LinAlgError("The algorithm failed to converge")
+        return eigh(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails_on_the_device)
+    torch.testing.assert_close(inverse_root_eigh(matrices.cuda(), 2).cpu(), expected, **CLOSE)
 
 
 def build_on_cuda(case: Description, dtype: torch.dtype = torch.float32, **keywords: Any) -> torch.optim.Optimizer:
