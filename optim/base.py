@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from .dtensors import is_dtensor, put_back, stand_in
 from .keywords import MATRIX_KEYS, check_keywords, misspelled
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 State = dict[str, Tensor]
 Group = dict[str, Any]
@@ -65,10 +69,36 @@ class BaseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)  # of a group that was appended by hand
             params = [param for param in group["params"] if param.grad is not None and param.numel() > 0]
-            if params:
-                self.update_group(group, params)
+            plain = [param for param in params if not is_dtensor(param)]
+            if plain:
+                self.update_group(group, plain)
+            self._update_dtensors(group, [param for param in params if is_dtensor(param)])
         return loss
+
+    def _update_dtensors(self, group: Group, params: list[DTensor]) -> None:
+        """Update what this rank holds; or all of one parameter after the other, where the rule needs it whole."""
+        is_whole = self.needs_whole(group)
+        names = dict(zip(group["params"], group.get("param_names", []), strict=False))
+        for together in [[param] for param in params] if is_whole else [params] * bool(params):
+            stand_ins = {}
+            for param in together:
+                tensor, state = stand_in(param, self.state[param], is_whole)
+                stand_ins[param], self.state[tensor] = tensor, state
+            plain = {**group, "params": [*stand_ins.values()]}
+            if names:
+                plain["param_names"] = [names.get(param, "without name") for param in together]
+            try:
+                self.update_group(plain, plain["params"])
+            finally:
+                for param, tensor in stand_ins.items():
+                    self.state[param] = put_back(param, tensor, self.state.pop(tensor), is_whole)
+
+    def needs_whole(self, group: Group) -> bool:
+        """Whether the rule of a group needs its parameters whole; else each rank updates the part it holds."""
+        return False
 
     def _refuse_wrong_capture(self) -> None:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -119,10 +149,12 @@ class BaseOptimizer(torch.optim.Optimizer):
 
         Raises `ValueError` for a state that does not fit its parameter, loaded or changed from outside.
         """
-        rule = (group.get("rule"), str(group.get("row_blocks")))
+        rule = (group.get("rule"), str(group.get("row_blocks")), group.get("batch_dims"))
         for param in params:
             state = self.state[param]
             if not state:
+                index = next(index for index, each in enumerate(group["params"]) if each is param)
+                self.check_param(group, index, param)  # it may have been appended to the group by hand
                 state.update(self.initial_state(group, param))
                 continue
             for key, (shape, dtype) in self._layout(group, param, rule).items():
@@ -191,7 +223,8 @@ def describe(group: Group, index: int) -> str:
     """A parameter as a user knows it: its name where names were given, else its position and shape."""
     shape = tuple(group["params"][index].shape)
     names = group.get("param_names")
-    return f"parameter {names[index]!r} of shape {shape}" if names else f"parameter {index} of shape {shape}"
+    is_named = names is not None and index < len(names)  # not one that was appended to the group by hand
+    return f"parameter {names[index]!r} of shape {shape}" if is_named else f"parameter {index} of shape {shape}"
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

@@ -126,6 +126,10 @@ class MatrixOptimizer(BaseOptimizer):
             )
         _check_row_blocks(group, index, param)
 
+    def needs_whole(self, group: Group) -> bool:
+        """A matrix is one on all ranks."""
+        return bool(group["rule"] == "matrix")
+
     def step_device(self, group: Group, param: Tensor) -> torch.device:
         """PyTorch's fused Adam wants the count of steps beside the parameter."""
         return param.device if group["rule"] == "adam" else super().step_device(group, param)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import Group, State
+from .dtensors import is_dtensor
 from .piece_state import part_of_state
 from .pieces import SPLIT_FROM, Piece, chunked_rows, even_rows, matrix_cost, owners, split
 from .preconditioned import PreconditionedOptimizer
-from .transport import InPlace, Replicated, RowSharded, is_sharded
+from .transport import InPlace, Replicated, RowSharded
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def share_out(optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup
     def pieces(name: str, param: Tensor) -> list[Piece]:
         if param in owner:
             return [Piece(name, param, owner[param])]
-        rows = chunked_rows if is_sharded(param) else even_rows
+        rows = chunked_rows if is_dtensor(param) else even_rows
         return split(name, param, rows(param.shape[0], size))
 
     parts: list[Part] = []
@@ -79,13 +80,13 @@ def _owners(optimizer: torch.optim.Optimizer, size: int) -> dict[Tensor, int]:
         for param in group["params"]:
             if _is_matrix_group(group):
                 matrices[param] = matrix_cost(param.shape, group, sides)
-            elif param.numel() < SPLIT_FROM and not is_sharded(param):
+            elif param.numel() < SPLIT_FROM and not is_dtensor(param):
                 small[param] = param.numel()
     return {**owners(matrices, size), **owners(small, size)}
 
 
 def _transport(group: Group, param: Tensor) -> type[InPlace]:
-    if not is_sharded(param):
+    if not is_dtensor(param):
         return Replicated
     return RowSharded if _is_matrix_group(group) else InPlace
 

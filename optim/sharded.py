@@ -10,11 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .base import Group, describe
+from .dtensors import is_dtensor
 from .keywords import unknown_name
 from .parts import Part, share_out
 from .piece_state import WholeState, Wire, receive_state, send_state
 from .registry import OPTIMIZER_NAMES, optimizer_class
-from .transport import is_sharded, is_sharded_by_rows, local
+from .transport import is_sharded_by_rows, local
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -135,7 +136,7 @@ def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
 def _refuse_other_sharding(groups: list[Group], size: int) -> None:
     for group in groups:
         for index, param in enumerate(group["params"]):
-            if is_sharded(param) and not is_sharded_by_rows(param, size):
+            if is_dtensor(param) and not is_sharded_by_rows(param, size):
                 raise ValueError(
                     f"{describe(group, index)} is not sharded by rows over {size} ranks, but as {param.placements} "
                     f"on {param.device_mesh}"

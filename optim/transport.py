@@ -14,17 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .dtensors import is_dtensor
 from .pieces import Piece, chunked_rows
 
 BUCKET = 2**20
 """Elements up to which pieces of one owner are sent together; a larger one is sent alone, from where it lies."""
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a `DTensor`, of which each rank holds some rows."""
-    from torch.distributed.tensor import DTensor  # takes a second: for sharded training alone
-
-    return isinstance(tensor, DTensor)
 
 
 def is_sharded_by_rows(tensor: Tensor, size: int) -> bool:
@@ -37,7 +31,7 @@ def is_sharded_by_rows(tensor: Tensor, size: int) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor, which is all of it unless it is sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 @dataclass(frozen=True)
