@@ -222,8 +222,8 @@ def _may_stand_for(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
 def describe(group: Group, index: int) -> str:
     """A parameter as a user knows it: its name where names were given, else its position and shape."""
     shape = tuple(group["params"][index].shape)
-    names = group.get("param_names")
-    is_named = names is not None and index < len(names)  # not one that was appended to the group by hand
+    names = group.get("param_names", [])
+    is_named = index < len(names)  # not one that was appended to the group by hand
     return f"parameter {names[index]!r} of shape {shape}" if is_named else f"parameter {index} of shape {shape}"
 
 

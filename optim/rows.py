@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .base import Scalar, is_plain
-from .transport import is_sharded, local
+from .dtensors import is_dtensor
+from .transport import local
 
 PIECE = 2**18
 """Elements that a CPU updates at a time, 8 MiB in all: pieces of half or twice this were slower (32 MiB of L3)."""
@@ -39,7 +40,7 @@ def add_scaled_(target: Tensor, values: Tensor, factor: Scalar) -> Tensor:
 def in_this_process(row: Row) -> Row:
     """The row itself; of `DTensor`s what this process holds, the gradient where the parameter is."""
     param, grad, *state = row
-    if is_plain(param) or not is_sharded(param):
+    if is_plain(param) or not is_dtensor(param):
         return row
     if grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
