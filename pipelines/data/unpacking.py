@@ -39,7 +39,7 @@ def unpacked(file: Path) -> Iterator[BinaryIO]:
 
     Raises `AsgoError` for a damaged file, and one compressed in another way.
     """
-    with naming_damage(file), file.open("rb") as raw, unpack(raw, file.name) as stream:
+    with naming_damage(file), file.open("rb") as raw, unpack(raw, str(file)) as stream:
         yield stream
 
 

@@ -370,7 +370,7 @@ def test_a_second_preparation_of_a_folder_is_refused_and_a_killed_one_leaves_no_
     def read() -> list[str]:
         with pytest.raises(UsageError, match="out: another process is preparing data in this folder"):
             prepare_documents(Source("second", lambda: ["text"]), tmp_path / "out", **options)
-        prepare_documents(Source("other", lambda: ["text"]), tmp_path / "other", **options)
+        prepare_documents(Source("other", lambda: ["text"]), tmp_path / "other", **options, overwrite=True)
         return ["some text"]
 
     (tmp_path / ".out.lock").touch()  # as a killed process leaves it

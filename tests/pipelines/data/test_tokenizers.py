@@ -175,7 +175,8 @@ def test_a_million_blanks_are_no_obstacle(blank: str):
     text = "Report" + blank * 1_000_001 + "total 42\n"
     tokens = Gpt2Tokenizer().encode(text)
     assert Gpt2Tokenizer().decode(tokens.tolist()) == text
-    assert tokens[-4:].tolist() == Gpt2Tokenizer().encode(f"{blank[-1]}total 42\n").tolist()[-4:]
+    end = Gpt2Tokenizer().encode(f"{blank[-1]}total 42\n")
+    assert np.array_equal(tokens[-len(end) :], end)
     pytest.importorskip("gigatoken")
     flat, _ = _gigatoken_encode()([text])
     assert np.array_equal(flat, tokens)
