@@ -27,7 +27,14 @@ def csv_cell(value: object) -> object:
     Names of runs and labels may be a stranger's. Spreadsheets take a text that begins with = + - @, a tab or a carriage
     return for a formula.
     """
-    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    if not isinstance(value, str):
+        return value
+    return f"'{printable(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r")) else printable(value)
+
+
+def printable(text: str) -> str:
+    """Text of a stranger for people to read: a terminal is not to obey it. Control characters become their numbers."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def sha256_of(path: Path) -> str:

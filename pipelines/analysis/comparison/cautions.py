@@ -195,5 +195,5 @@ def _unequal_trials(trials: Sequence[Run]) -> list[str]:
 
 
 def _machine(run: Run) -> str:
-    versions = run.environment.get("versions", {})
-    return f"{run.environment.get('device')} with torch {versions.get('torch')}"
+    versions = run.environment.get("versions")
+    return f"{run.environment.get('device')} with torch {versions.get('torch') if isinstance(versions, dict) else None}"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +18,13 @@ from pipelines.analysis.comparison.state_size import optimizer_state_bytes
 from pipelines.analysis.comparison.thinning import Indices, keep_evenly, keep_spikes, moving_mean
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
-from pipelines.storage import parse_json
+from pipelines.storage import parse_json, printable
 from pipelines.training.metrics import SPLITS, Split, rows_to_columns
 from pipelines.training.run_folder import RunFolder
 
 _AT_ONCE = 4  # runs in memory as they are on disk
 _FAILURES_SHOWN = 4
+_READ = ("fingerprint", "device", "git_commit", "versions", "torch")
 _POINTS = 2000
 _SMOOTHED_POINTS = 1000
 _SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this share of the run
@@ -46,9 +48,9 @@ def _try_to_read(name: str, path: Path) -> Run | str:
     try:
         return read_run(name, path)
     except AsgoError as error:
-        return f"{name} is left out: {error}."
+        return printable(f"{name} is left out: {error}.")
     except OSError as error:
-        return f"{name} is left out: {error.filename}: {error.strerror}."
+        return printable(f"{name} is left out: {error.filename}: {error.strerror}.")
 
 
 def read_run(name: str, path: Path) -> Run:
@@ -64,11 +66,11 @@ def read_run(name: str, path: Path) -> Run:
     train, val = _finite(train), _finite(val)
     smoothed = _smoothed(train, config)
     return Run(
-        name=name,
+        name=printable(name),
         path=path,
         config=config,
-        data=record.get("data", {}),
-        environment=record.get("environment", {}),
+        data=_texts(record.get("data")),
+        environment=_texts(record.get("environment")),
         state=state,
         is_trial=is_trial(path),
         train=_take(train, keep_spikes(train.losses, _POINTS)),
@@ -85,6 +87,16 @@ def read_run(name: str, path: Path) -> Run:
         reason=reason,
         repeated_rows=len(recorded["step"]) - len(columns["step"]),
     )
+
+
+def _texts(record: Any) -> dict[str, Any]:
+    """A table of `config.json` that nothing depends on, which may be a stranger's: texts, and tables of texts."""
+    table = record if isinstance(record, dict) else {}
+    return {
+        key: _texts(value) if isinstance(value, dict) else None if value is None else printable(str(value))
+        for key, value in table.items()
+        if key in _READ
+    }
 
 
 def _rows(columns: Columns, split: Split) -> npt.NDArray[np.intp]:

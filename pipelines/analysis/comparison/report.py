@@ -105,4 +105,5 @@ def _listed(runs: Sequence[Run], key: str) -> str:
 
 
 def _torch(run: Run) -> str:
-    return str(run.environment.get("versions", {}).get("torch") or "not recorded")
+    versions = run.environment.get("versions")
+    return str(versions.get("torch") or "not recorded") if isinstance(versions, dict) else "not recorded"

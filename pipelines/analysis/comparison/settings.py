@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.analysis.comparison.results import Run
 from pipelines.config import MAY_CHANGE_ON_RESUME, flatten
+from pipelines.storage import printable
 
 Settings = Mapping[str, Any]
 LR = "optimizer.lr"
@@ -53,4 +54,4 @@ def _shown(key: str, value: Any) -> str:
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     if isinstance(value, list):
         return ",".join(_shown(key, part) for part in value)
-    return value if isinstance(value, str) else json.dumps(value)
+    return printable(value) if isinstance(value, str) else json.dumps(value)

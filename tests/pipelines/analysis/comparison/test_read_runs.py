@@ -14,6 +14,7 @@ from pipelines.analysis.comparison.columns import read_columns
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.find_runs import find_runs
 from pipelines.analysis.comparison.read_runs import read_run, read_runs
+from pipelines.analysis.comparison.report import write_report
 from pipelines.analysis.comparison.results import Run
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
@@ -267,3 +268,13 @@ def test_nesting_too_deep_is_one_line(tmp_path: Path) -> None:
     folder.config_path.write_text('{"config": ' + "[" * 100_000)
     with pytest.raises(AsgoError, match="not a configuration"):
         read(folder.path)
+
+
+def test_control_characters_of_a_stranger_are_shown_by_their_numbers(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/a\x1b]0;T\x07", falling_to(3.0), device="cpu\x1b[31m")
+    write_run(tmp_path / "runs/b", falling_to(3.1), optimizer="asgo")
+    comparison = compare_runs([tmp_path / "runs"])
+    write_report(comparison, tmp_path / "report", "asgo compare runs")
+    for path in (tmp_path / "report").rglob("*.[hmc][tds][mv]*"):
+        assert not set(path.read_text(encoding="utf-8")) & {"\x1b", "\x07"}
+    assert r"a\x1b]0;T\x07" in {run.name for entry in comparison.entries for run in entry.runs}
