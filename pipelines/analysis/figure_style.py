@@ -39,7 +39,7 @@ _DASHES: tuple[tuple[float, ...], ...] = (
     (6, 1.5, 1.2, 1.5, 1.2, 1.5),
     (10, 2, 3, 2),
 )
-_TURN = 3  # dashes that the colours are shifted by when they begin again; it has no factor in common with eight
+_TURN = 2  # dashes that the colours are shifted by when they begin again: so red and ochre never have the same
 MOST_STYLES = 24
 """Lines that are told apart with ease: every colour with three kinds of dashes."""
 
@@ -222,7 +222,8 @@ def _thin(axis: Axis) -> None:
         locator.set_params(nbins=max(2, len(axis.get_majorticklocs()) // 2))
     elif isinstance(locator, FixedLocator):
         labels = [label.get_text() for label in axis.get_majorticklabels()]
-        axis.set_ticks(axis.get_majorticklocs(), [text if not at % 2 else "" for at, text in enumerate(labels)])
+        kept = [place for place, text in enumerate(labels) if text][::2]
+        axis.set_ticks(axis.get_majorticklocs(), [text if at in kept else "" for at, text in enumerate(labels)])
     else:
         axis.set_minor_formatter(NullFormatter())
 

@@ -69,6 +69,8 @@ def require_sound(path: Path, columns: Columns) -> None:
 
 def last_of_each_step(columns: Columns) -> Columns:
     """Ascending in the steps, each with the last of its rows of a split: a later one was made in place of others."""
+    if not len(columns["step"]):
+        return columns
     places = np.stack([columns["split"], columns["step"]])
     _, from_behind = np.unique(places[:, ::-1], axis=1, return_index=True)
     kept = np.sort(places.shape[1] - 1 - from_behind)

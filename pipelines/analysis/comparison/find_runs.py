@@ -14,14 +14,21 @@ from pipelines.training.run_folder import RunFolder
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Every run, once, by its path below the folder that all share; `UsageError` for a path without any.
 
-    Links are followed, and a run goes by the name of its link. One that leads nowhere counts as a run, to be named when
-    it cannot be read.
+    Links are followed, and a run that is not there itself goes by the name of its link. One that leads nowhere counts
+    as a run, to be named when it cannot be read.
     """
     found: dict[Path, Path] = {}
     for run in (run for path in paths for run in _runs_of(path)):
-        found.setdefault(run.resolve(), run.absolute())
-    common = os.path.commonpath([run.parent for run in found.values()])
-    return {run.relative_to(common).as_posix(): run for run in found.values()}
+        if run.resolve() not in found or run.resolve() == _absolute(run):
+            found[run.resolve()] = run
+    names = [_absolute(run) for run in found.values()]
+    common = os.path.commonpath([name.parent for name in names])
+    return {name.relative_to(common).as_posix(): run for name, run in zip(names, found.values(), strict=True)}
+
+
+def _absolute(path: Path) -> Path:
+    """Without `..`, and with links as they are named."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def is_trial(path: Path) -> bool:
