@@ -9,7 +9,7 @@ from typing import Any
 from pipelines.config import RunConfig
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.metrics import Row
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import Divergence, RunFolder
 
 PRESETS = {"gpt": "tiny", "imagenet": "asro-imagenet"}
 
@@ -62,3 +62,10 @@ def rows_of(config: RunConfig, val: Mapping[int, float], train: Sequence[float],
 def falling_to(final: float, steps: int = 160) -> dict[int, float]:
     """Validation losses of a run of the preset that ends at `final`."""
     return {0: 5.0, steps // 2: (5.0 + final) / 2, steps: final}
+
+
+def record_divergence(folder: RunFolder, step: int, reason: str) -> None:
+    """As a run does that diverges, which holds the folder."""
+    folder.lock()
+    folder.record_divergence(Divergence(step, reason))
+    folder.close()

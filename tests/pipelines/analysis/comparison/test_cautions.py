@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from pipelines.analysis.comparison.compare import compare_runs
-from pipelines.training.run_folder import Divergence
-from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
+from tests.pipelines.analysis.comparison.run_folders import falling_to, record_divergence, write_run
 
 
 def three_seeds(
@@ -78,7 +77,7 @@ def test_different_work_is_told(runs: Path, settings: dict[str, Any], expected: 
 def test_runs_without_a_final_loss_are_told(runs: Path) -> None:
     write_run(runs / "asgo-s4", {0: 5.0, 80: 4.0}, optimizer="asgo", seed=4)
     write_run(runs / "asgo-s5", {0: 5.0, 80: 6.0}, optimizer="asgo", seed=5)
-    write_run(runs / "asgo-s6", {0: 5.0}, optimizer="asgo", seed=6).record_divergence(Divergence(1, "nan"))
+    record_divergence(write_run(runs / "asgo-s6", {0: 5.0}, optimizer="asgo", seed=6), 1, "nan")
     write_run(runs / "asgo-s7", {}, optimizer="asgo", seed=7)
     assert compare_runs([runs]).cautions == (
         "Diverged, and so without a final loss: asgo-s5, asgo-s6.",

@@ -22,7 +22,7 @@ from pipelines.training.metrics import read_lines, rows_to_columns
 from pipelines.training.run_folder import Divergence, RunFolder
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
-from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
+from tests.pipelines.analysis.comparison.run_folders import falling_to, record_divergence, write_run
 
 
 def read(path: Path) -> Run:
@@ -144,7 +144,7 @@ def test_states_and_their_reasons(tmp_path: Path) -> None:
     def state(name: str, val: dict[int, float], train: list[float], divergence: Divergence | None = None) -> object:
         folder = write_run(tmp_path / name, val, train, training__steps=2000)
         if divergence is not None:
-            folder.record_divergence(divergence)
+            record_divergence(folder, divergence.step, divergence.reason)
         run = read(folder.path)
         assert (run.final_loss is None) == (run.state != "finished")
         return run.state, run.reason
