@@ -12,7 +12,8 @@ import typer
 def checking_values(command: Any) -> Any:
     """The command, whose options and arguments, and those of all commands below it, treat values so."""
     for param in command.params:
-        if param.type.name == "path":
+        # Those that take a name or a URL as well are texts, and say in their metavar that they take a path.
+        if param.type.name == "path" or any(kind in (param.metavar or "") for kind in ("FILE", "FOLDER")):
             param.callback = _expand
         elif param.type.name in ("float", "float range"):
             param.callback = _refuse_nan

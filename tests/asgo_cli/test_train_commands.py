@@ -291,6 +291,8 @@ def test_a_tilde_that_no_shell_expands_is_the_home_folder(asgo, token_folder: Pa
     assert asgo("export-metrics", "~/runs", "--out=~/one.csv").code == 0
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == ["data", "one.csv", "runs"]
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert str(tmp_path / "home/none") in asgo("data", "fineweb", "--source=~/none").err, "a folder or a name"
+    assert str(tmp_path / "home/my.toml") in asgo("sweep", "~/my.toml").err
     Path("~x").mkdir()
     assert "~x: neither a checkpoint" in asgo("export-metrics", "./~x").err
 
