@@ -102,13 +102,7 @@ def build_optimizer(
     """
     check_no_decay(no_decay)
     cls, fixed = optimizer_class(name)
-    keywords = {**fixed, **settings}
-    accepted = inspect.signature(cls).parameters
-    for key in keywords:
-        if key not in accepted:
-            raise unknown_name(f"keyword of {name}", key, [key for key in accepted if key != "params"])
-    if "total_steps" in accepted:
-        keywords["total_steps"] = total_steps
+    keywords = _accepted(cls, name, total_steps, {**fixed, **settings})
     if issubclass(cls, MatrixOptimizer):
         heads = _attention_row_blocks(model) if by_heads else {}
         return cls(matrix_groups(model, {**heads, **(row_blocks or {})}, head, adam), **keywords)
@@ -121,6 +115,17 @@ def build_optimizer(
         if is_given:
             raise _no_matrices(name, keyword)
     return cls(decay_groups(model, no_decay, head), **keywords)
+
+
+def _accepted(
+    cls: type[torch.optim.Optimizer], name: str, total_steps: int, keywords: dict[str, Any]
+) -> dict[str, Any]:
+    """The keywords of the constructor; `ValueError` for one that it does not have."""
+    accepted = inspect.signature(cls).parameters
+    for key in keywords:
+        if key not in accepted:
+            raise unknown_name(f"keyword of {name}", key, [key for key in accepted if key != "params"])
+    return {**keywords, "total_steps": total_steps} if "total_steps" in accepted else keywords
 
 
 def _attention_row_blocks(model: nn.Module) -> RowBlocks:
