@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pipelines.benchmarks import batches
 from pipelines.benchmarks.batches import measure_batches
 from pipelines.data.batches import TrainingBatches
 from pipelines.errors import AsgoError, UsageError
@@ -25,15 +27,17 @@ def test_the_rate_counts_the_tokens_of_the_batches_that_were_read(
         return inputs, targets
 
     monkeypatch.setattr(TrainingBatches, "batch", counted)
-    rate = measure_batches(token_folder, context_length=128, batch_size=16, seconds=0.2)
-    assert set(read) == {128 * 16}
-    assert rate * 0.2 == pytest.approx(sum(read[1:]), rel=0.5)  # the last batch may be slow on a busy machine
+    clock = SimpleNamespace(perf_counter=lambda: len(read) / 16)  # a batch takes a sixteenth of a second
+    monkeypatch.setattr(batches, "time", clock)
+    rate = measure_batches(token_folder, context_length=128, batch_size=16, seconds=0.5)
+    assert read == [128 * 16] * 9  # the first one is not timed
+    assert rate == 8 * 128 * 16 / 0.5
 
 
 def test_without_a_folder_made_up_tokens_are_read_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rate = measure_batches(None, context_length=1024, batch_size=32, seconds=0.3)
-    assert rate > 5e6  # a tenth of what a slow machine does
+    assert rate > 0
     assert not any(tmp_path.iterdir())
 
 

@@ -167,12 +167,15 @@ def test_time_for_which_the_whole_run_was_suspended_does_not_count(a_run: Callab
         assert worker.exitcode == 0
 
 
-def test_a_beat_costs_less_than_a_microsecond() -> None:
-    watchdog = Watchdog(dist.HashStore(), 0, 1, TIMEOUT_S, "a", lambda message: None)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        for _ in range(10_000):
-            watchdog.beat("step 1")
-        times.append(time.perf_counter() - began)
-    assert min(times) / 10_000 < 1e-6
+def test_a_beat_only_counts() -> None:
+    """It comes at every step: it neither asks the store, nor takes a lock."""
+
+    class Untouched:
+        def __getattr__(self, name: str) -> object:
+            raise AssertionError(f"a beat used {name}")
+
+    watchdog = Watchdog(Untouched(), 0, 1, TIMEOUT_S, "a", lambda message: None)  # type: ignore[arg-type]
+    vars(watchdog).update(
+        {key: Untouched() for key, value in vars(watchdog).items() if not isinstance(value, int | str)}
+    )
+    watchdog.beat("step 1")

@@ -258,14 +258,12 @@ def test_no_network_is_said_soon(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_it_soon(tmp_path: Path, hub: Hub) -> None:
-    hub.misbehave(Stall(30, after=0.5), "train-00001", times=1)
+    hub.misbehave(Stall(600, after=0.5), "train-00001", times=1)
     process = start(tmp_path, hub.endpoint)
-    deadline = time.monotonic() + 20
-    while not hub.downloads("train-00001") and time.monotonic() < deadline:
+    while not hub.downloads("train-00001"):
+        assert process.poll() is None
         time.sleep(0.01)
-    begun = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - begun < 3
+    _, errors = process.communicate(timeout=120)  # which is long before the server goes on
     assert (process.returncode, errors.count("\n")) == (75, 1)
     assert os.listdir(tmp_path / "archives" / "data") == ["train-00000-of-00003.parquet"]  # noqa: PTH208
