@@ -15,6 +15,7 @@ from pipelines.benchmarks.plain_gpt import PlainGPT, PlainTrainer
 from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import open_token_data
 from pipelines.training.gpt_task import build_gpt
+from tests.pipelines.training.double_precision import double_precision
 
 VOCABULARY = 50
 
@@ -38,12 +39,13 @@ def settings(**changes: Any) -> GPTSettings:
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"tied_head": False}])
 def test_the_loss_and_its_gradient_are_those_of_the_same_weights_in_asgo(changes: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    model = build_gpt(settings(**changes), VOCABULARY)
-    plain = PlainGPT(settings(**changes), VOCABULARY)
+    model = build_gpt(settings(**changes), VOCABULARY).double()
+    plain = PlainGPT(settings(**changes), VOCABULARY).double()
     plain.load_state_dict(plain_weights(model))
     inputs, targets = torch.randint(VOCABULARY, (2, 3, 12))
-    loss, own = plain(inputs, targets), next_token_loss(model(inputs), targets)
-    assert loss.item() == pytest.approx(own.item(), rel=1e-6)
+    with double_precision():
+        loss, own = plain(inputs, targets), next_token_loss(model(inputs), targets)
+    assert loss.item() == pytest.approx(own.item(), rel=1e-12)
     loss.backward()
     own.backward()
     gradients = copy.deepcopy(model)
@@ -51,7 +53,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_same_weights_in_asgo(changes
         param.data = other.grad  # type: ignore[assignment]
     expected = plain_weights(gradients)
     for name, param in plain.named_parameters():
-        torch.testing.assert_close(param.grad, expected[name], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(param.grad, expected[name], rtol=1e-10, atol=1e-14)
 
 
 def test_the_weights_begin_with_the_spread_of_those_in_asgo() -> None:

@@ -107,6 +107,7 @@ def test_the_first_loss_is_that_of_transformers(
     config = begin(folder, **ours)
     train(config, tmp_path / "run", reporter)
     expected = loss_of(AutoModelForCausalLM.from_pretrained(folder), config)
+    # In float32, a loss of about 4: sums of up to a hundred terms, each rounded by 6e-8, come to 2.4e-5.
     assert abs(first_loss(tmp_path / "run") - expected) < 1e-4
     assert abs(RunFolder(tmp_path / "run").rows()[-1]["loss"] - expected) > 1e-3, "it trains"
 
@@ -199,7 +200,8 @@ def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
     train(begin(folder, **brief), tmp_path / "one", reporter)
     shared = begin(folder, runtime__shard_model=True, **brief)
     carry_out([Job(shared, tmp_path / "two")], 2, tmp_path)
-    assert abs(first_loss(tmp_path / "one") - first_loss(tmp_path / "two")) < 1e-5
+    # Both sum the same losses of about 4, in float64; those differ where a window is computed beside others.
+    assert abs(first_loss(tmp_path / "one") - first_loss(tmp_path / "two")) < 2.4e-5
 
 
 @pytest.mark.parametrize(
