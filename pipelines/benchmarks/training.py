@@ -100,7 +100,7 @@ def _describe_work(workload: Workload, config: GPTRunConfig, device: torch.devic
 def _plain_candidate(config: GPTRunConfig, vocab_size: int, device: torch.device) -> Candidate:
     def build(config: GPTRunConfig) -> Trainer:
         torch.manual_seed(config.seed)
-        tokens = open_token_data(Path(config.data.folder)).train[0]
+        tokens = open_token_data(Path(config.data.folder)).train[0].read()
         return PlainTrainer(config, tokens, vocab_size, device, pick_precision(config.training, device))
 
     return Candidate(PLAIN, "torch", "AdamW", config, build)
