@@ -110,7 +110,7 @@ def build_optimizer(
         "by_heads": by_heads,
         "row_blocks": row_blocks is not None,
         "head": head is not None and "head" not in no_decay,
-        "adam": not isinstance(adam, tuple) or adam != (),
+        "adam": not isinstance(adam, tuple) or bool(adam),
     }.items():
         if is_given:
             raise _no_matrices(name, keyword)
