@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .adam import update_with_adam, zero_moments
-from .base import BaseOptimizer, Group, State, can_be_read, describe, gradient, new_step, state_dtype
+from .base import BaseOptimizer, Group, State, can_be_read, describe, gradient, is_plain, new_step, state_dtype
 from .blocks import Stack, block_sizes, blocks_of, stacks_of
 from .matrix_functions import scaled_to_one
 
@@ -36,7 +36,7 @@ class RootMonitor:
         """Take note of one flag a parameter, shape (len(names),)."""
         if can_be_read(finite):
             self._warn(finite, names)
-        if finite.device.type != "cuda":
+        if finite.device.type != "cuda" or not is_plain(finite):
             return
         if torch.cuda.is_current_stream_capturing():
             return  # nothing may be read from within a CUDA graph

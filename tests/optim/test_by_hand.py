@@ -1,4 +1,4 @@
-"""What `torch.optim.AdamW` bears: meta tensors, groups and parameters that are appended by hand."""
+"""What `torch.optim.AdamW` bears: meta and fake tensors, groups and parameters that are appended by hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .cases import Description, every_optimizer, matrix_optimizers, parameter, set_gradient, start
 from .steps import assert_identical, make_params, run, with_fallback
@@ -21,6 +22,20 @@ def test_a_step_on_the_meta_device_makes_a_state_there(case: Description) -> Non
     for each in (optimizer, copy.deepcopy(optimizer)):
         assert len(each.state) == len(params)
         assert all(state["exp_avg"].is_meta for state in each.state.values())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # a fake one needs no GPU
+@pytest.mark.parametrize("side", [8, 256], ids=["small", "worth a kernel"])
+@every_optimizer
+def test_fake_tensors_are_stepped_without_their_numbers(case: Description, side: int, device: str) -> None:
+    with FakeTensorMode():
+        params = [torch.nn.Parameter(torch.empty(side, side, device=device)) for _ in range(2)]
+        optimizer = case.build(params)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.empty_like(param)
+            optimizer.step()
+        assert all(state["exp_avg"].device.type == device for state in optimizer.state.values())
 
 
 @every_optimizer

@@ -193,7 +193,9 @@ def test_an_archive_in_an_archive_does_not_reach_beyond_its_own_end(tmp_path: Pa
         read_members(tar.inside(read_members(tar)[0]))
 
 
-@pytest.mark.parametrize("content", [b"not a tar" * 100, gzip.compress(tar_bytes(FILES), mtime=0) * 9, b"\xff\xd8" * 600])
+@pytest.mark.parametrize(
+    "content", [b"not a tar" * 100, gzip.compress(tar_bytes(FILES), mtime=0) * 9, b"\xff\xd8" * 600]
+)
 def test_what_is_no_archive_is_called_so(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(AsgoError, match=r"a\.tar: not a tar archive$"):
         members_of(tmp_path / "a.tar", content)
