@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import compiled, native
 from .base import BaseOptimizer, Group, Scalar, State, gradient, is_plain, new_step, on_host
-from .rows import Row, Update, as_vectors, in_pieces, in_this_process, update_rows
+from .rows import Row, Update, as_vectors, in_pieces, update_rows
 
 
 class ElementwiseOptimizer(BaseOptimizer):
@@ -62,7 +62,7 @@ class ElementwiseOptimizer(BaseOptimizer):
     def _row(self, param: Tensor, group: Group) -> Row:
         # By name: a loaded state may hold its tensors in another order.
         state = [self.state[param][key] for key in self.state_keys]
-        return in_this_process((param, gradient(param, group["maximize"]), *state))
+        return (param, gradient(param, group["maximize"]), *state)
 
     def _run(self, rows: list[Row], scalars: dict[str, Scalar]) -> None:
         elements = sum(row[0].numel() for row in rows)

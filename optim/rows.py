@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .base import Scalar, is_plain
-from .dtensors import is_dtensor
-from .transport import local
+from .base import Scalar
 
 PIECE = 2**18
 """Elements that a CPU updates at a time, 8 MiB in all: pieces of half or twice this were slower (32 MiB of L3)."""
@@ -35,16 +33,6 @@ def add_scaled_(target: Tensor, values: Tensor, factor: Scalar) -> Tensor:
     if isinstance(factor, Tensor):
         return target.add_(values * factor)
     return target.add_(values, alpha=factor)
-
-
-def in_this_process(row: Row) -> Row:
-    """The row itself; of `DTensor`s what this process holds, the gradient where the parameter is."""
-    param, grad, *state = row
-    if is_plain(param) or not is_dtensor(param):
-        return row
-    if grad.placements != param.placements:  # type: ignore[attr-defined]
-        grad = grad.redistribute(param.device_mesh, param.placements)  # type: ignore[attr-defined]
-    return [local(tensor) for tensor in (param, grad, *state)]
 
 
 def as_vectors(row: Row) -> Row:
