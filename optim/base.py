@@ -40,9 +40,14 @@ class BaseOptimizer(torch.optim.Optimizer):
         """Give groups that were saved before a keyword existed its default."""
         super().__setstate__(state)
         self._layouts = {}
-        defaults = {key: value for key, value in self.defaults.items() if key != "differentiable"}  # the base's own
         for group in self.param_groups:
-            group.update({key: value for key, value in defaults.items() if key not in group})
+            self._complete(group)
+
+    def _complete(self, group: Group) -> None:
+        """Give a group that came otherwise than through `add_param_group` the defaults of the keys that it lacks."""
+        for key, value in self.defaults.items():
+            if key != "differentiable":  # which the base adds to the defaults, never to the groups, when it loads
+                group.setdefault(key, value)
 
     def update_group(self, group: Group, params: list[Tensor]) -> None:
         """Update `params`, those of `group` that have a gradient and any element, in place."""
@@ -69,8 +74,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         for group in self.param_groups:
-            for key, value in self.defaults.items():
-                group.setdefault(key, value)  # of a group that was appended by hand
+            self._complete(group)  # it may have been appended by hand
             params = [param for param in group["params"] if param.grad is not None and param.numel() > 0]
             plain = [param for param in params if not is_dtensor(param)]
             if plain:

@@ -44,6 +44,7 @@ def test_a_saved_and_loaded_state_continues_bit_for_bit(case, dtype):
     assert_identical(first, second)
     run(second, range(5, 8))
     assert_identical(whole, second)
+    assert second.state_dict()["param_groups"] == whole.state_dict()["param_groups"]
 
 
 @pytest.mark.parametrize("saved_after", [0, 1, 4])
