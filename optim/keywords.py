@@ -77,6 +77,9 @@ def check_keywords(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         wanted, accepts = _RULES.get(name, ("", lambda _: True))
         if not accepts(value):
+            if isinstance(value, torch.Tensor) and value.numel() != 1:  # its numbers may fill many lines
+                shape = tuple(value.shape)
+                raise ValueError(f"invalid {name}: it must be {wanted}; a Tensor {name} must be 1-element, not {shape}")
             raise ValueError(f"invalid {name}: {value!r}; it must be {wanted}")
     if "min_scale" in values:
         min_scale, max_scale = values["min_scale"], values.get("max_scale", 1.0)

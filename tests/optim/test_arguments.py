@@ -76,6 +76,14 @@ def test_a_negative_learning_rate_in_a_tensor_is_refused(case):
         case.build([parameter(start((3, 4)))], lr=torch.tensor(-0.1))
 
 
+@pytest.mark.parametrize("shape", [(2,), (0,), (40, 3)], ids=str)
+@every_optimizer
+def test_a_learning_rate_of_other_than_one_element_is_refused_in_one_line(case, shape):
+    with pytest.raises(ValueError, match="Tensor lr must be 1-element") as error:
+        case.build([parameter(start((3, 4)))], lr=torch.full(shape, 1e-3))
+    assert "\n" not in str(error.value)
+
+
 @every_keyword
 def test_values_at_the_edge_of_their_range_are_taken(case, keyword):
     edges = {"momentum": 0.0, "beta2": 0.0, "betas": (0.0, 0.0), "lr": 0, "weight_decay": 0, "decrement": 0.0,
