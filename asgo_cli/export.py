@@ -36,7 +36,7 @@ def export_metrics(
     folder that cannot be read is named and left out.
     """
     from pipelines.analysis.export import records, write_csv
-    from pipelines.storage import write_atomically
+    from pipelines.storage import write_output
 
     found = records(path)
     for line in found.left_out:
@@ -47,7 +47,6 @@ def export_metrics(
         return
     text = io.StringIO()
     write_csv(rows, text)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, text.getvalue().encode())
+    write_output(out, text.getvalue().encode())
     runs = len({row["run"] for row in rows})
     console.say(f"{out}: {len(rows):,} rows of {runs} run{'s' * (runs > 1)}")

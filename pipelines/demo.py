@@ -21,7 +21,7 @@ from pipelines.config import RunConfig
 from pipelines.data.prepare import prepare_text
 from pipelines.errors import AsgoError
 from pipelines.resolve import Layer, preset_layer, resolve
-from pipelines.storage import write_atomically
+from pipelines.storage import write_output
 from pipelines.training.metrics import SPLITS, Row, Split
 from pipelines.training.reporter import Reporter
 from pipelines.training.train import train
@@ -101,4 +101,4 @@ def _is_text(path: Path) -> bool:
 def _export(runs: Path, out: Path) -> None:
     text = io.StringIO()
     write_csv(records(runs).rows, text)
-    write_atomically(out, text.getvalue().encode())
+    write_output(out, text.getvalue().encode())

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,12 +63,42 @@ def make_folder(path: Path) -> None:
             sync(folder.parent)
 
 
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file to where a user points, as a whole or not at all; make the folder if need be.
+
+    A link stays, and the file that it leads to is replaced. What cannot be replaced is written to: a device, a FIFO,
+    and the file that stdout or stderr already goes to, as `/dev/stdout`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = _stream(path)
+    if stream is None:
+        write_atomically(Path(os.path.realpath(path)), content)
+        return
+    with naming(path), open(stream, "wb", closefd=not isinstance(stream, int)) as file:
+        file.write(content)
+
+
+def _stream(path: Path) -> Path | int | None:
+    """What to open where a file cannot be replaced: the path, or the number of an open file; None where it can be."""
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(there, os.fstat(descriptor)):
+                return descriptor
+    return None if stat.S_ISREG(there.st_mode) or stat.S_ISDIR(there.st_mode) else path
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file under a hidden name, then rename it to `path`."""
+    """Write a whole file under a hidden name, then rename it to `path`; a link of either name is not followed."""
     staged = _sibling(path, "partial")
     try:
         with naming(path):
-            staged.write_bytes(content)
+            staged.unlink(missing_ok=True)
+            with staged.open("xb") as file:
+                file.write(content)
             sync(staged)
             staged.replace(path)
     except BaseException:
@@ -90,6 +121,8 @@ def staged_folder(
     staged, outgoing = _sibling(target, "partial"), _sibling(target, "outgoing")
     undo_exchange(outgoing, target)
     for leftover in (staged, outgoing):
+        with contextlib.suppress(OSError):
+            leftover.unlink(missing_ok=True)  # a link that somebody has put there
         shutil.rmtree(leftover, ignore_errors=True)
     staged.mkdir(parents=parents)
     try:
@@ -111,6 +144,11 @@ def staged_folder(
         raise
     sync(target.parent)
     shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def refusing_links(path: str, flags: int) -> int:
+    """An `opener` for files of ours that are written further: a link of that name leads to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def undo_exchange(outgoing: Path, target: Path) -> None:

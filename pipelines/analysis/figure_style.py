@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 
 from pipelines.errors import UsageError
-from pipelines.storage import write_atomically
+from pipelines.storage import write_output
 
 # After Paul Tol's schemes (https://sronpersonalpages.nl/~pault/). Orange and purple are left out: they mark a
 # trajectory's start and the optimum.
@@ -241,5 +241,4 @@ def save_figure(figure: Figure, path: Path) -> None:
     content = io.BytesIO()
     lay_out(figure)
     figure.savefig(content, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content.getvalue())
+    write_output(path, content.getvalue())

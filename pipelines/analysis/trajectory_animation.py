@@ -17,7 +17,7 @@ from PIL import Image
 from pipelines.analysis.figure_style import figure_style
 from pipelines.analysis.trajectories import Trajectory
 from pipelines.analysis.trajectory_figure import Plane, compose
-from pipelines.storage import write_atomically
+from pipelines.storage import write_output
 
 _FRAMES = 60
 _FRAME_TIME, _LAST_FRAME_TIME = 80, 2500  # milliseconds
@@ -33,8 +33,7 @@ def animate_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> 
         figure, planes = compose(panels)
         figure.set_dpi(_DPI)
         frames = _render(figure, planes, [trajectories[0].steps for trajectories in panels])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _as_gif(frames))
+    write_output(path, _as_gif(frames))
 
 
 def frame_steps(steps: int) -> list[int]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipelines.analysis.comparison.thinning import keep_spikes
 from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
-from pipelines.storage import write_atomically
+from pipelines.storage import write_output
 
 Array = npt.NDArray[np.float64]
 
@@ -38,8 +38,7 @@ def write_page(panels: Sequence[PagePanel], path: Path) -> None:
     """Write a page with these plots."""
     title = ", ".join(panel.heading for panel in panels)
     page = render(Path(__file__).parent / "viz_template", title=title, panels=panels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, page.encode())
+    write_output(path, page.encode())
 
 
 def line(index: int, label: str, width: float = 2.0) -> dict[str, Any]:

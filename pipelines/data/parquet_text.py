@@ -47,7 +47,9 @@ def read_column(
         _require_column(table.schema_arrow, column, only_strings)
         first = sum(table.metadata.row_group(group).num_rows for group in range(first_group))
         for group in range(first_group, table.num_row_groups):
-            rows = _rows_at_once(file, table.metadata.row_group(group), column) if look_ahead else _ROWS_AT_ONCE
+            rows = _ROWS_AT_ONCE
+            if look_ahead:
+                rows = rows_at_once(file, table.metadata.row_group(group), column, rows)
             batches = table.iter_batches(rows, row_groups=[group], columns=[column])
             for number, part in enumerate(part for batch in batches for part in _parts(batch.column(0))):
                 yield Part(group, number, first, part)
@@ -80,8 +82,8 @@ def _parts(rows: pyarrow.Array) -> Iterator[pyarrow.Array]:
     yield rows[first:]
 
 
-def _rows_at_once(file: BinaryIO, group: parquet.RowGroupMetaData, column: str) -> int:
-    """How many rows may be read at once: those of whole pages then have `_BYTES_AT_ONCE` bytes at most.
+def rows_at_once(file: BinaryIO, group: parquet.RowGroupMetaData, column: str, most: int) -> int:
+    """How many rows may be read at once, `most` or fewer: those of whole pages have `_BYTES_AT_ONCE` bytes at most.
 
     The footer's totals do not tell: the pages are looked at, in the file itself. Raises `UnreadableColumn`, and
     `ValueError` for pages that are damaged.
@@ -89,7 +91,7 @@ def _rows_at_once(file: BinaryIO, group: parquet.RowGroupMetaData, column: str) 
     columns = [group.column(index) for index in range(group.num_columns)]
     chunk = next((each for each in columns if each.path_in_schema == column), None)
     if chunk is None:
-        return _ROWS_AT_ONCE
+        return most
     start = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
     longest = 1  # bytes of a row, in the mean of its page
     for page in _pages(file, start, start + chunk.total_compressed_size):
@@ -98,7 +100,7 @@ def _rows_at_once(file: BinaryIO, group: parquet.RowGroupMetaData, column: str) 
                 f"a page of {page.size:,} bytes, and at most {MAX_PAGE_BYTES:,} are read; write it with smaller pages"
             )
         longest = max(longest, page.size // page.values)
-    return max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // longest))
+    return max(1, min(most, _BYTES_AT_ONCE // longest))
 
 
 class _Page(NamedTuple):

@@ -18,7 +18,7 @@ import tomli_w
 from pipelines.config import ImageNetRunConfig
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.stopping import StopRequest, stop_on_signals
-from pipelines.storage import parse_json, write_atomically
+from pipelines.storage import parse_json, refusing_links, write_atomically
 from pipelines.sweeps.slots import Slot
 from pipelines.sweeps.standing import Standing
 from pipelines.training.metrics import Row
@@ -227,7 +227,7 @@ class _Queue:
         arguments: list[object] = ["train", run.run.config.task, "--config", config, "--resume", "--out", run.folder]
         if isinstance(run.run.config, ImageNetRunConfig) and run.run.config.runtime.workers is None:
             arguments += ["--workers", self._slots[slot].threads]  # a run alone takes all cores
-        with log.open("ab") as output:
+        with open(log, "ab", opener=refusing_links) as output:
             log_start = output.tell()  # before the child shares this position
             child = subprocess.Popen(
                 [*self._program.command, *map(str, arguments)],
@@ -330,7 +330,7 @@ def _locked(folder: Path, reporter: QueueReporter) -> Iterator[int]:
     Those of a sweep that was killed save and end within seconds.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         if not _try_lock(descriptor):
             reporter.note("waiting for the runs of another sweep in this folder to save and end")

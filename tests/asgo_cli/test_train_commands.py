@@ -166,6 +166,9 @@ def test_exported_figures_are_the_recorded_ones_to_the_last_bit(asgo, trained: P
     )
     assert asgo("export-metrics", trained, "--out", "one.csv").code == 0
     text = Path("one.csv").read_text()
+    Path("link.csv").symlink_to("one.csv")
+    assert asgo("export-metrics", trained, "--out", "link.csv").code == 0
+    assert Path("link.csv").is_symlink()
     assert text.splitlines()[0] == header
     recorded = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     for row, record in zip(rows_of(text), recorded, strict=True):

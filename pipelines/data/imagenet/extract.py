@@ -12,6 +12,7 @@ from pathlib import Path
 from pipelines.data.imagenet.archives import Progress
 from pipelines.data.imagenet.image_files import (
     expected_sizes,
+    make_partial_folder,
     partial_folder,
     publish,
     reopen,
@@ -81,7 +82,7 @@ def _extract_class(work: _Work, folder: Path, images: Index) -> None:
     require_only(expected, folder, there)
     if there:  # a power cut or a hand took from it
         reopen(folder)
-    partial_folder(folder).mkdir(exist_ok=True)
+    make_partial_folder(folder)
     _write_missing(work, partial_folder(folder), expected, images.offsets.tolist())
     if not work.tally.stop.is_set():
         publish(folder, expected)

@@ -17,7 +17,7 @@ from pipelines.data.imagenet.archives import Archive, Progress
 from pipelines.data.imagenet.client import BY_HAND, Answer, get, without_login
 from pipelines.data.imagenet.patience import Failed, Patience
 from pipelines.errors import AsgoError
-from pipelines.storage import parse_json, sync, write_atomically
+from pipelines.storage import parse_json, refusing_links, sync, write_atomically
 
 _PIECE = 1 << 20
 _SMALL = 1 << 20
@@ -98,7 +98,7 @@ class Fetch:
     def run(self) -> None:
         """Download, check and rename."""
         try:
-            with self._partial.open("ab", buffering=0) as file:
+            with open(self._partial, "ab", buffering=0, opener=refusing_links) as file:
                 self._take_up()
                 while self._length is None or self._position < self._length:
                     self._attempt(file)

@@ -15,6 +15,7 @@ from pipelines.data.imagenet.hub_files import HubImage, count_images, read_hub_f
 from pipelines.data.imagenet.hub_parts import Parts
 from pipelines.data.imagenet.image_files import (
     expected_sizes,
+    make_partial_folder,
     partial_folder,
     publish,
     reopen,
@@ -24,7 +25,7 @@ from pipelines.data.imagenet.image_files import (
 )
 from pipelines.data.imagenet.index import Index
 from pipelines.data.imagenet.threads import Tally, in_threads
-from pipelines.storage import sync
+from pipelines.storage import refusing_links, sync
 
 
 @dataclass
@@ -54,7 +55,7 @@ def extract_hub_files(paths: Sequence[Path], target: Path, parts: Parts, workers
     for folder in (target / wnid for wnid in parts.wnids):
         if folder.exists():
             reopen(folder)
-        partial_folder(folder).mkdir(exist_ok=True)
+        make_partial_folder(folder)
     there = [sizes_in(partial_folder(target / wnid)) for wnid in parts.wnids]
     total = sum(map(count_images, paths))
     tally = Tally()
@@ -108,7 +109,7 @@ def pack_hub_files(paths: Sequence[Path], target: Path, parts: Parts, progress: 
     counts = list(map(count_images, paths))
     finished, end = _finished(paths, packed, parts)
     done = itertools.count(sum(counts[:finished]))
-    with packed.open("ab") as file:
+    with open(packed, "ab", opener=refusing_links) as file:
         file.truncate(end)
         for path in paths[finished:]:
             rows, digest = _Rows(), hashlib.sha256()

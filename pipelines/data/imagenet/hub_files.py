@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import pyarrow
 from pyarrow import parquet
 
+from pipelines.data.parquet_text import UnreadableColumn, rows_at_once
 from pipelines.errors import AsgoError
 from pipelines.storage import parse_json
 
 _PATH = re.compile(r"((?:(n\d{8})_\d+|ILSVRC2012_val_\d{8}))_(n\d{8})\.JPEG")
-_ROWS_AT_ONCE = 32
+_PICTURES_AT_ONCE = 32
+_NAMES_AT_ONCE = 1024
 _READ_BYTES = 2 << 20
 
 
@@ -35,12 +37,14 @@ class HubImage(NamedTuple):
 def read_hub_file(path: Path) -> Iterator[HubImage]:
     """The pictures of a Parquet file in their order, a few megabytes in memory at once.
 
-    Raises `AsgoError` for a damaged file, other columns, a picture without bytes, and a path of another form.
+    Raises `AsgoError` for a damaged file, other columns, a page that is too large, a picture without bytes, a path of
+    another form, and two pictures of one name.
     """
+    seen: set[str] = set()
     with _opened(path) as table:
-        for batch in table.iter_batches(_ROWS_AT_ONCE, columns=["image"]):
+        for batch in _batches(path, table, _PICTURES_AT_ONCE, "image.bytes", "image.path"):
             for image in batch.column(0).to_pylist():
-                wnid, name = _parse(path, image and image["path"])
+                wnid, name = _parse(path, image and image["path"], seen)
                 if not image["bytes"]:
                     raise AsgoError(f"{path}: {name} has no bytes")
                 yield HubImage(wnid, name, image["bytes"])
@@ -61,17 +65,27 @@ def read_hub_classes(paths: Iterable[Path]) -> dict[str, str]:
     wnids: dict[int, str] = {}
     names: list[str] = []
     for path in paths:
+        seen: set[str] = set()
         with _opened(path) as table:
             names = names or _label_names(path, table.schema_arrow)
-            for batch in table.iter_batches(columns=["image.path", "label"]):
+            for batch in _batches(path, table, _NAMES_AT_ONCE, "image.path", "label"):
                 for image, label in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
-                    wnid = _parse(path, image and image["path"])[0]
+                    wnid = _parse(path, image and image["path"], seen)[0]
                     if wnids.setdefault(label, wnid) != wnid or not 0 <= label < len(names):
                         raise AsgoError(f"{path}: label {label} is that of {wnids[label]} and of {wnid}")
     for label, name in enumerate(names):
         if label not in wnids:
             raise AsgoError(f"{path.parent}: no picture of the class {label}, {name}; download the files again")
     return {wnids[label]: name for label, name in enumerate(names)}
+
+
+def _batches(path: Path, table: parquet.ParquetFile, most: int, *columns: str) -> Iterator[pyarrow.RecordBatch]:
+    """At most so many rows at a time. The pages are looked at before: a kilobyte can claim to unpack to gigabytes."""
+    with path.open("rb") as file:
+        for number in range(table.num_row_groups):
+            group = table.metadata.row_group(number)
+            rows = min(rows_at_once(file, group, column, most) for column in columns)
+            yield from table.iter_batches(rows, row_groups=[number], columns=list(columns))
 
 
 @contextlib.contextmanager
@@ -81,7 +95,9 @@ def _opened(path: Path) -> Iterator[parquet.ParquetFile]:
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
             _require_columns(path, table.schema_arrow)
             yield table
-    except pyarrow.ArrowException as error:
+    except UnreadableColumn as error:
+        raise AsgoError(f"{path}: {error}") from None
+    except (pyarrow.ArrowException, ValueError) as error:
         raise AsgoError(f"{path}: damaged file ({' '.join(str(error).split())}); remove it and get it again") from None
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror or ' '.join(str(error).split())}") from None
@@ -102,8 +118,12 @@ def _label_names(path: Path, schema: pyarrow.Schema) -> list[str]:
     raise AsgoError(f"{path}: it does not say what the classes are called")
 
 
-def _parse(path: Path, name: str | None) -> tuple[str, str]:
+def _parse(path: Path, name: str | None, seen: set[str]) -> tuple[str, str]:
+    """The class and the official name of a picture whose name is not among those `seen`, to which it is added."""
     match = _PATH.fullmatch(name or "")
     if match is None or match[2] not in (None, match[3]):
         raise AsgoError(f"{path}: {name!r} is not as the hub names the pictures of ImageNet")
+    if match[1] in seen:  # at once: a kilobyte can repeat a picture without end
+        raise AsgoError(f"{path}: two pictures are named {match[1]}.JPEG")
+    seen.add(match[1])
     return match[3], f"{match[1]}.JPEG"

@@ -17,6 +17,14 @@ def partial_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def make_partial_folder(folder: Path) -> None:
+    """Make the hidden folder, or go on with the one that is there; a link that somebody has put there is removed."""
+    partial = partial_folder(folder)
+    if partial.is_symlink():
+        partial.unlink()
+    partial.mkdir(exist_ok=True)
+
+
 def reopen(folder: Path) -> None:
     """Hide `folder` again, to complete it."""
     shutil.rmtree(partial_folder(folder), ignore_errors=True)

@@ -32,6 +32,7 @@ from pipelines.analysis.trajectories import Trajectory, run_trajectories
 from pipelines.analysis.trajectory_animation import animate_trajectories, frame_steps
 from pipelines.analysis.trajectory_figure import Window, compose, draw_trajectories, leaves_at, place_inset, relief_in
 from pipelines.analysis.trajectory_files import write_trajectories
+from pipelines.analysis.viz_page import write_page
 from pipelines.errors import UsageError
 
 MAGIC = {".png": b"\x89PNG\r\n\x1a\n", ".pdf": b"%PDF-1.", ".svg": b"<?xml"}
@@ -87,6 +88,18 @@ def test_a_figure_is_the_same_each_time_whatever_the_users_settings(
         draw_trajectories([trajectories("rosenbrock")], path)
         assert matplotlib.rcParams["font.size"] == 20.0
     assert path.read_bytes() == drawn[suffix]
+
+
+def test_figures_and_pages_are_written_through_links_that_stay(tmp_path: Path) -> None:
+    for name, write in {
+        "figure.png": lambda path: draw_losses([curve("a")], path),
+        "movie.gif": lambda path: animate_trajectories([trajectories("beale", 2, ["adam"])], path),
+        "page.html": lambda path: write_page([], path),
+    }.items():
+        (tmp_path / name).symlink_to(tmp_path / f"real-{name}")
+        write(tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / f"real-{name}").stat().st_size > 100
 
 
 def test_text_stays_text_in_vector_files(drawn: dict[str, bytes]) -> None:

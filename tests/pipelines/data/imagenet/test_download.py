@@ -155,6 +155,16 @@ def test_it_is_given_up_after_eight_attempts_without_a_byte(tmp_path: Path, serv
     assert (tmp_path / f"{TRAIN}.partial").stat().st_size == half
 
 
+def test_a_link_in_the_place_of_a_beginning_is_not_followed(tmp_path: Path, server: FileServer) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("longer than nothing")
+    (tmp_path / "archives").mkdir()
+    (tmp_path / "archives" / f"{TRAIN}.partial").symlink_to(mine)
+    with pytest.raises(AsgoError, match=rf"{TRAIN}\.partial: "):
+        fetch(tmp_path / "archives", server, "train")
+    assert mine.read_text() == "longer than nothing"
+
+
 def test_a_server_without_ranges_sends_the_file_again(tmp_path: Path, server: FileServer) -> None:
     leave_half(tmp_path, server)
     server.ranges = False

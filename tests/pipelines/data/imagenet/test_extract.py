@@ -128,6 +128,17 @@ def test_a_link_in_the_way_is_not_written_through(tmp_path: Path, archive: Archi
     assert outside.read_text() == "mine"
 
 
+def test_a_link_in_the_place_of_a_hidden_folder_is_not_followed(tmp_path: Path, archive: Archive) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / f".{FIRST}.partial").symlink_to(outside)
+    archive.extract(tmp_path / "train")
+    assert not list(outside.iterdir())
+    assert (tmp_path / "train" / FIRST).is_dir()
+    assert not (tmp_path / "train" / FIRST).is_symlink()
+
+
 def test_an_archive_that_is_cut_after_it_was_indexed_is_told(tmp_path: Path, archive: Archive) -> None:
     archive.path.write_bytes(archive.path.read_bytes()[: int(archive.index.offsets[-1])])
     with pytest.raises(AsgoError, match=r"img_train\.tar: ends in n\d+_\d+\.JPEG, so it was cut"):

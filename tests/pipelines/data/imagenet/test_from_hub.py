@@ -8,15 +8,17 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyarrow import parquet
 
+from pipelines.data import parquet_text
 from pipelines.data.imagenet.archives import Progress
 from pipelines.data.imagenet.hub import LISTING, HubFile, Listing
+from pipelines.data.imagenet.hub_files import read_hub_classes, read_hub_file
 from pipelines.data.imagenet.images import open_imagenet
 from pipelines.data.imagenet.manifest import ImagenetManifest
 from pipelines.data.imagenet.prepare import prepare_imagenet
@@ -158,6 +160,43 @@ def test_two_pictures_of_one_name_are_refused(tmp_path: Path, copy: Path, extrac
     paths[1].write_bytes(paths[0].read_bytes())
     with pytest.raises(AsgoError, match=r"data: two pictures are named n\d+_\d+\.JPEG"):
         prepare(copy, tmp_path / "out", extract=extract)
+
+
+def test_a_picture_that_a_file_repeats_is_refused_before_the_next_one(tmp_path: Path) -> None:
+    """A dictionary of one picture makes a billion rows of a kilobyte."""
+    row = (b"jpeg", "n01440764_1_n01440764.JPEG", 0)
+    path = write_rows(tmp_path / "a.parquet", [row] * 3, features(["a"]))
+    met = []
+    with pytest.raises(AsgoError, match=r"a\.parquet: two pictures are named n01440764_1\.JPEG"):
+        met += read_hub_file(path)
+    with pytest.raises(AsgoError, match=r"a\.parquet: two pictures are named n01440764_1\.JPEG"):
+        read_hub_classes([path])
+
+
+@pytest.mark.parametrize("large", [0, 1], ids=["picture", "name"])
+def test_a_page_that_claims_too_much_is_refused_before_it_is_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    monkeypatch.setattr(parquet_text, "MAX_PAGE_BYTES", 1000)
+    row = (b"x" * 2000, "n01440764_1_n01440764.JPEG", 0) if large == 0 else (b"x", "x" * 2000, 0)
+    path = write_rows(tmp_path / "a.parquet", [row], features(["a"]))
+    with pytest.raises(AsgoError, match=r"a\.parquet: a page of 2,0\d\d bytes, and at most 1,000 are read"):
+        list(read_hub_file(path))
+
+
+def test_few_rows_are_read_at_once_where_they_are_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_text, "_BYTES_AT_ONCE", 10_000)
+    sizes = []
+    batches = parquet.ParquetFile.iter_batches
+
+    def counting(table: parquet.ParquetFile, rows: int, **more: Any) -> Iterator[Any]:
+        sizes.append(rows)
+        return batches(table, rows, **more)
+
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counting)
+    rows = [(bytes(3000), f"n01440764_{number}_n01440764.JPEG", 0) for number in range(5)]
+    assert len(list(read_hub_file(write_rows(tmp_path / "a.parquet", rows, features(["a"]))))) == 5
+    assert sizes == [3]
 
 
 @LAYOUTS
