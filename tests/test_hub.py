@@ -222,7 +222,7 @@ def test_a_drip_takes_its_time(hub: Hub) -> None:
     hub.misbehave(Drip(bytes_per_second=4 * len(BLOB)), "blob")
     begin = time.monotonic()
     assert get(hub)[0] == BLOB
-    assert 0.2 < time.monotonic() - begin < 2
+    assert time.monotonic() - begin > 0.2
 
 
 def test_a_fault_spares_other_paths_and_ends_after_its_count_or_on_command(hub: Hub) -> None:

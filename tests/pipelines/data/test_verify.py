@@ -139,7 +139,7 @@ def test_results_keep_the_order_of_the_manifest_whichever_shard_is_done_first(ma
 
 def test_shards_are_checked_side_by_side(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
-    all_are_reading = threading.Barrier(3, timeout=10)
+    all_are_reading = threading.Barrier(3, timeout=60)
     read = module._read
 
     def wait_and_read(path: Path, tally: module._Tally) -> module._Content:

@@ -26,6 +26,7 @@ from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.distributed import Ranks, batch_share, rounds
 from pipelines.training.parallel import replicated
 from pipelines.training.run_folder import RunFolder
+from pipelines.training.tasks import build_task
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
 from tests.pipelines.training.double_precision import bound, double_precision
@@ -94,6 +95,53 @@ def test_one_two_and_four_processes_agree_to_rounding_at_every_step(
         assert difference.max() <= bound(STEPS), (
             f"{size} processes: {difference.max():.1e} at record {difference.argmax()}"
         )
+
+
+def losses_and_gradients(config: RunConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of each micro-batch of the first step, in float32: (k,) losses and (k, *shape) gradients."""
+    torch.manual_seed(config.seed)
+    task = build_task(config, torch.device("cpu"))
+    found: list[float] = []
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name, _ in task.model.named_parameters()}
+    for batch in task.micro_batches(0):
+        loss = task.loss(batch)
+        task.model.zero_grad()
+        loss.backward()
+        found.append(loss.item())
+        for name, param in task.model.named_parameters():
+            assert param.grad is not None
+            gradients[name].append(param.grad.double())
+    return torch.tensor(found, dtype=torch.float64), {name: torch.stack(each) for name, each in gradients.items()}
+
+
+def test_in_float32_the_first_step_differs_by_the_rounding_of_one_sum(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """A micro-batch's loss and gradient are the same bits wherever it is computed: 2 divides them exactly.
+
+    The mean of k of them passes, in any order, through k - 1 additions and two divisions, of which each is off by
+    u = eps / 2 of the sum of magnitudes. AdamW's average, from which the gradient is read here, is one rounding more.
+    """
+    settings: dict[str, Any] = {
+        "optimizer__name": "adamw",
+        "training__steps": 1,
+        "training__max_grad_norm": 1e9,
+    }  # not reached
+    settings |= {"training__batch_size": 8, "training__micro_batch_size": 1}
+    config = small_config(**settings)
+    train(config, tmp_path / "1", reporter)
+    shares = small_config(runtime__shard_model=True, **settings)
+    carry_out([Job(config, tmp_path / "2"), Job(shares, tmp_path / "2-shares")], 2, tmp_path / "jobs")
+    terms, gradients = losses_and_gradients(config)
+    share = (len(terms) + 2) * torch.finfo(torch.float32).eps / 2
+    assert share < 1e-6
+    for run in (tmp_path / name for name in ("1", "2", "2-shares")):
+        loss = next(row["loss"] for row in RunFolder(run).rows() if row["split"] == "train")
+        assert abs(loss - terms.mean()) <= share * terms.mean(), run
+        state = checkpoint_tensors(run, 1)
+        for name, each in gradients.items():
+            gradient = state[f"optimizer:{name}/exp_avg"].double() / np.float32(1 - 0.9)
+            assert ((gradient - each.mean(0)).abs() <= share * each.abs().mean(0)).all(), (run, name)
 
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -56,7 +56,7 @@ class Run:
         """The tokenizer and the reader, in the order of their beginning."""
         return sorted(pid for pid in self.processes() if "spawn_main" in command_line(pid))
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 30) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
         """Raise if it does not come true, or the command ends before."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -71,8 +71,8 @@ class Run:
 
     def end(self) -> tuple[int, list[str]]:
         """The exit code and what was said, without how far it was; all its processes are gone, or it fails."""
-        words = self.process.communicate(timeout=30)[1]
-        deadline = time.monotonic() + 5
+        words = self.process.communicate(timeout=60)[1]
+        deadline = time.monotonic() + 60
         while self.processes():
             assert time.monotonic() < deadline, f"left over: {self.processes()}"
             time.sleep(0.01)

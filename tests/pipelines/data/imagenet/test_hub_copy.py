@@ -247,11 +247,9 @@ def test_whoever_has_no_access_is_told_where_to_ask(tmp_path: Path, hub: Hub) ->
     assert "HF_TOKEN" in errors
 
 
-def test_no_network_is_said_soon(tmp_path: Path) -> None:
+def test_no_network_is_said_before_a_pause_that_is_too_long(tmp_path: Path) -> None:
     with refusing_endpoint() as endpoint:
-        begun = time.monotonic()
-        status, _, errors = fetch(tmp_path, endpoint, pause_s=1)
-    assert time.monotonic() - begun < 15
+        status, _, errors = fetch(tmp_path, endpoint, pause_s=3600)
     assert (status, errors.count("\n")) == (1, 1)
     assert "no answer from the network" in errors
     assert not (tmp_path / "archives").exists()

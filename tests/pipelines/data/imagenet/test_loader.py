@@ -188,7 +188,7 @@ def test_the_next_batches_are_made_meanwhile(tmp_path: Path, expected: list[Batc
     with ImageWorkers({"train": replace(SOURCE, images=images)}, 1) as workers:
         batches = training(workers)
         batches.batch(0)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         ahead = 6 * BATCH  # the first, and then enough for the process never to wait
         while len(images.log.read_text().split()) < ahead and time.monotonic() < deadline:  # type: ignore[union-attr]
             time.sleep(0.01)
