@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import make_folder, naming, parse_json, sync, write_atomically
+from pipelines.storage import make_folder, naming, parse_json, refusing_links, sync, write_atomically
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
 from pipelines.training.statistics_file import STATISTICS
 
@@ -93,7 +93,7 @@ class RunFolder:
         Raises `UsageError` if another one does already. Disks that know no locks do without.
         """
         make_folder(self.path)
-        self._lock = self._lock_path.open("ab", buffering=0)
+        self._lock = os.fdopen(refusing_links(str(self._lock_path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", 0)
         if not _try_lock(self._lock):
             raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another --out")
         self.require_ours()

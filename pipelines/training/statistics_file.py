@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from pipelines.errors import AsgoError
-from pipelines.storage import naming, parse_json, write_atomically
+from pipelines.storage import naming, parse_json, refusing_links, write_atomically
 
 STATISTICS = "statistics.jsonl"
 """Its name in the run's folder."""
@@ -89,7 +89,7 @@ def append_record(path: Path, header: Header, record: Record) -> None:
     Raises `AsgoError` if the disk refuses.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=refusing_links) as file:
             file.write((_to_line(header) if file.tell() == 0 else "") + _to_line(record))
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror}; make room and go on with --resume") from error

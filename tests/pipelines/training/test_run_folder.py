@@ -20,6 +20,7 @@ from pipelines.storage import sync
 from pipelines.training.gpt_task import GPTTask
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import Divergence, RunFolder
+from pipelines.training.statistics_file import Header, Record, append_record
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 
@@ -59,6 +60,20 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     ]
     train(small_config(training__steps=2), folder.path, reporter, resume=resume)
     assert not folder.is_locked()
+
+
+def test_planted_links_are_not_written_through(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    theirs.write_text("theirs")
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    for path in (tmp_path / "run" / ".lock", run.statistics_path):
+        path.symlink_to(theirs)
+    with pytest.raises(OSError, match=r"\.lock"):
+        run.lock()
+    with pytest.raises(AsgoError, match=r"statistics\.jsonl"):
+        append_record(run.statistics_path, Header(shapes={}, scale_edges=None), Record(step=1, cost_ms=1.0, layers={}))
+    assert theirs.read_text() == "theirs"
 
 
 def test_of_two_runs_that_begin_in_one_folder_the_second_finds_the_first_ones(
