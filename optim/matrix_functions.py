@@ -77,17 +77,20 @@ def inverse_root_eigh(matrix: Tensor, order: int, ridge: float | Tensor | None =
     else:
         damped = torch.maximum(eigenvalues, noise) + ridge
         powers = damped.clamp_min(torch.finfo(matrix.dtype).tiny).pow(-1 / order)
-    return torch.where(finite, (eigenvectors * powers) @ eigenvectors.mT, torch.nan)
+    # On a CPU all this is in double precision, and rounded once. In float32 the last bits of a root depend on its place
+    # in the stack, and a rank of a sharded optimizer has other stacks.
+    root = ((eigenvectors * powers) @ eigenvectors.mT).to(matrix.dtype)
+    return torch.where(finite, root, torch.nan)
 
 
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., m), the largest last, and eigenvectors of finite matrices; NaN where no method succeeds.
 
-    On a CPU each matrix is decomposed in double precision, whatever its own. In float32, `eigh` loses the eigenvalues
-    below 1e-6 of the largest (ASGO's update of a 768 × 768 matrix, its condition number being 1e4 and 1e6, was off by
-    4e-4 and 3e-1, and by 1e-5 and 7e-4 in double precision), and on some CPUs it does not converge for matrices of low
-    rank. Double precision takes twice the time (one core: 0.10 and 0.21 s at 768, 2.1 and 4.3 s at 2048, 7.0 and 13.6 s
-    at 3072). The iterations in float32 take more: at 768, 2.1 s (`newton`) and 1.2 s (ten steps of `polar_express`).
+    On a CPU they are in double precision, whatever that of the matrices. In float32, `eigh` loses the eigenvalues below
+    1e-6 of the largest (ASGO's update of a 768 × 768 matrix, its condition number being 1e4 and 1e6, was off by 4e-4
+    and 3e-1, and by 1e-5 and 7e-4 in double precision), and on some CPUs it does not converge for matrices of low rank.
+    Double precision takes twice the time (one core: 0.10 and 0.21 s at 768, 2.1 and 4.3 s at 2048, 7.0 and 13.6 s at
+    3072). The iterations in float32 take more: at 768, 2.1 s (`newton`) and 1.2 s (ten steps of `polar_express`).
 
     Elsewhere they are decomposed together, and one by one on the host where that fails: it does for a single bad one.
     """
@@ -104,11 +107,13 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def _decomposed_on_host(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`decompose` for one matrix (m, m), in double precision on the host."""
     double = matrix.to("cpu", torch.float64)
+    eigenvalues, eigenvectors = torch.full_like(double[0], torch.nan), torch.full_like(double, torch.nan)
     for method in (torch.linalg.eigh, _eigh_by_svd):
         with contextlib.suppress(RuntimeError):  # what it raises where it does not converge, or is out of memory
             eigenvalues, eigenvectors = method(double)
-            return eigenvalues.to(matrix), eigenvectors.to(matrix)
-    return torch.full_like(matrix[0], torch.nan), torch.full_like(matrix, torch.nan)
+            break
+    result = matrix if matrix.device.type != "cpu" else double
+    return eigenvalues.to(result), eigenvectors.to(result)
 
 
 def _eigh_by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
