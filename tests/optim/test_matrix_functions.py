@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from optim import matrix_functions
 from optim.matrix_functions import (
     full_float32_products,
     inverse_fourth_root,
@@ -210,6 +211,21 @@ def test_orthogonalize_brings_singular_values_near_one():
     matrix = torch.tensor(spectrum(10.0)[:, :8], dtype=torch.float32)
     singular = torch.linalg.svdvals(orthogonalize(matrix, 5))
     assert 0.65 < singular.min() < singular.max() < 1.25
+
+
+def test_orthogonalize_in_bfloat16_brings_singular_values_near_one(monkeypatch):
+    """As on a GPU, and on a CPU with AMX.
+
+    Rounding to u = 2^-8 moves the singular values of a matrix of rank 8 by at most u √8 = 0.011 of the largest. With
+    the coefficients 3.4, 4.8 and 2 of the last step, before which all values are near 1, that comes to less than 0.2.
+    """
+    monkeypatch.setattr(matrix_functions, "_has_fast_bfloat16", lambda matrix: True)
+    matrix = torch.tensor(spectrum(10.0)[:, :8], dtype=torch.float32)
+    result = orthogonalize(matrix, 5)
+    assert result.dtype is torch.float32
+    assert torch.equal(result, result.bfloat16().float())
+    singular = torch.linalg.svdvals(result)
+    assert 0.65 - 0.2 < singular.min() < singular.max() < 1.25 + 0.2
 
 
 def test_orthogonalize_of_zero_is_zero():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
 import time
@@ -21,6 +22,7 @@ from pipelines.data.corpus.reader import (
     End,
     Message,
     Notice,
+    Ready,
     read_source,
 )
 from pipelines.data.corpus.sources import OpenSource, Position, Source
@@ -58,7 +60,7 @@ class Feed:
         self._connection: Connection | None = None
         self._has_answered = source.folder is not None
         self._failures = 0
-        self._begun_at = time.monotonic()
+        self._asked_at = math.inf  # when the network was first asked
         self._start_at = self._patience_ends = 0.0
 
     def open(self, timeout: float) -> OpenSource | None:
@@ -134,6 +136,8 @@ class Feed:
         if not isinstance(message, Notice):
             self._patience_ends = now + STALL_S
         match message:
+            case Ready():
+                self._asked_at = min(self._asked_at, now)
             case Contact():
                 self._has_answered = True
             case OpenSource():
@@ -159,7 +163,7 @@ class Feed:
             self.source = replace(self.source, revision=opened.revision)
 
     def _check_patience(self, now: float) -> None:
-        if not self._has_answered and now - self._begun_at > NO_NETWORK_S:
+        if not self._has_answered and now - self._asked_at > NO_NETWORK_S:
             raise self._no_network("no answer")
         if now > self._patience_ends:
             self._fail(Failure(f"nothing came for {STALL_S:.0f} s", "unreachable"))
@@ -179,7 +183,7 @@ class Feed:
             )
         now = time.monotonic()
         pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
-        if not self._has_answered and now + pause - self._begun_at > NO_NETWORK_S:
+        if not self._has_answered and now + pause - self._asked_at > NO_NETWORK_S:
             raise self._no_network(failure.text)
         self._start_at = now + pause
         where = f"{failure.file.rpartition('/')[2]}: " if failure.file else ""

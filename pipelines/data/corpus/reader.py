@@ -5,6 +5,7 @@ A process and not a thread, because a library that hangs in a socket can only be
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -56,6 +57,11 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """The client library is imported: from now on it is the network that is waited for."""
+
+
+@dataclass(frozen=True)
 class Contact:
     """The network answered."""
 
@@ -72,11 +78,11 @@ class End:
     """All files were read."""
 
 
-Message = OpenSource | Contact | Batch | Notice | Failure | End
+Message = OpenSource | Ready | Contact | Batch | Notice | Failure | End
 
 
 def read_source(connection: Connection, source: Source, start: Position) -> None:
-    """The process's work: send `Contact`, `OpenSource`, each `Batch` from `start` on, and `End` or a `Failure`."""
+    """The process's work: send how far it is, each `Batch` from `start` on, and `End` or a `Failure`."""
     begin_child()
     os.environ.update(_ENVIRONMENT)
     # The lock that tqdm would make is shared between processes, and outlives one that is killed.
@@ -95,7 +101,9 @@ def read_source(connection: Connection, source: Source, start: Position) -> None
 
 def _messages(connection: Connection, source: Source, start: Position) -> Iterator[Message]:
     if source.folder is None:
+        importlib.import_module("huggingface_hub.hf_api")
         _take_notices(connection)
+        yield Ready()
         current_revision(source)
         yield Contact()
         _set_up_datasets()

@@ -252,10 +252,15 @@ def test_a_file_that_is_whole_again_later_is_read_then(
 
 
 def test_a_network_that_is_lost_and_comes_back_is_gone_on_with(hub: Hub, expected: list[list[int]], tmp_path: Path):
-    timer = threading.Timer(2.0, hub.start)
-    preparation = Preparation(FINEWEB, ALL, report=Once(1, lambda: (hub.stop(), timer.start())))
+    def come_back() -> None:
+        while not preparation.notes:  # until it is missed, however slow the machine is
+            time.sleep(0.05)
+        hub.start()
+
+    coming_back = threading.Thread(target=come_back, daemon=True)
+    preparation = Preparation(FINEWEB, ALL, report=Once(1, lambda: (hub.stop(), coming_back.start())))
     preparation.run(tmp_path / "out")
-    timer.join()
+    coming_back.join()
     assert shards_in(tmp_path / "out") == expected
     assert any(note.endswith("[Errno 111] Connection refused; attempt 2 of 8 in 1 s") for note in preparation.notes)
 

@@ -33,7 +33,7 @@ from pipelines.data.imagenet import patience
 from pipelines.data.imagenet.hub import download_hub_copy
 from pipelines.errors import AsgoError
 
-patience.PAUSES_S, patience.NO_NETWORK_S = (float(sys.argv[2]),), 5.0
+patience.PAUSES_S, patience.NO_NETWORK_S = (float(sys.argv[2]),), 60.0
 try:
     print(download_hub_copy(Path(sys.argv[1]), progress=lambda *_: None, notify=print))
 except AsgoError as error:
