@@ -58,8 +58,9 @@ def optimizer_and_schedule(model: nn.Module, name: str) -> tuple[torch.optim.Opt
 
 
 def assert_same_weights(model: nn.Module, expected: nn.Module) -> None:
+    """To the last bit: the same operations in the same order."""
     for (key, mine), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        assert torch.equal(mine, other), key
 
 
 # --- A plain loop
@@ -153,7 +154,8 @@ def test_the_hugging_face_trainer(name: str, transformers: Any, tmp_path: Path) 
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     assert len(losses) == STEPS
     assert losses[-1] < 0.75 * losses[0]
-    plain_loop(expected, name, lambda tokens: expected(**example(tokens)).loss)
+    predicted = torch.tensor(BATCH * (LENGTH - 1))  # by which the trainer divides a sum, where a mean rounds otherwise
+    plain_loop(expected, name, lambda tokens: expected(**example(tokens), num_items_in_batch=predicted).loss)
     assert_same_weights(model, expected)
 
 
@@ -214,7 +216,7 @@ def test_lightning(name: str, lightning: Any, lightning_task: Any, tmp_path: Pat
     task, expected = lightning_task(name), tiny_decoder()
     lightning_fit(lightning, task, tmp_path)
     losses = plain_loop(expected, name, expected.loss)
-    assert task.losses == pytest.approx(losses, rel=1e-4)
+    assert task.losses == losses
     assert_same_weights(task.model, expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 
 from pipelines.benchmarks import batches
 from pipelines.benchmarks.batches import measure_batches
-from pipelines.data.batches import TrainingBatches
+from pipelines.data.batches import TokenData, TrainingBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
 
 
@@ -36,8 +37,20 @@ def test_the_rate_counts_the_tokens_of_the_batches_that_were_read(
 
 def test_without_a_folder_made_up_tokens_are_read_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(batches, "_SHARD_TOKENS", 100_000)
+    readings = itertools.count()
+    monkeypatch.setattr(batches, "time", SimpleNamespace(perf_counter=lambda: next(readings) / 8))
+    opened = []
+
+    def open_data(folder: Path) -> TokenData:
+        opened.append((folder.parent, data := open_token_data(folder)))
+        return data
+
+    monkeypatch.setattr(batches, "open_token_data", open_data)
     rate = measure_batches(None, context_length=1024, batch_size=32, seconds=0.3)
-    assert rate > 0
+    assert rate == 2 * 32 * 1024 / (3 / 8)  # the third reading of the clock ends it
+    ((place, data),) = opened
+    assert (place, data.vocab_size) == (tmp_path, 50257)
     assert not any(tmp_path.iterdir())
 
 

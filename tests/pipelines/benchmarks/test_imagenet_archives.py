@@ -30,4 +30,6 @@ def test_every_round_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert figures["images"] == 2 * 3 + 2
     assert {name: len(each) for name, each in figures["extraction_s"].items()} == {"asgo": 2, "torchvision": 2}
     assert figures["index_members"] == 100 * (2 + 1) + 100
-    assert figures["extraction_speedup"] > 0
+    seconds = figures["extraction_s"]
+    ratios = [peer / own for own, peer in zip(seconds["asgo"], seconds["torchvision"], strict=True)]
+    assert figures["extraction_speedup"] == pytest.approx(sum(ratios) / 2)

@@ -22,6 +22,7 @@ from pipelines.resolve import Layer, preset_layer
 from pipelines.training.run_folder import RunFolder, checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
+from tests.pipelines.training.double_precision import double_precision
 from tests.pipelines.training.processes import Job, carry_out
 
 Begin = Callable[..., RunConfig]
@@ -67,6 +68,11 @@ def begin(token_folder: Path) -> Begin:
     return make
 
 
+FORWARD = 1e-11
+"""How far, as a share, rounding moves a loss in float64: a few dozen operations in a row, each a sum of at most a
+thousand terms that is rounded by 1e-16 a term."""
+
+
 def first_loss(run: Path) -> float:
     """The validation loss before the first step."""
     row = next(row for row in RunFolder(run).rows() if row["split"] == "val")
@@ -105,10 +111,10 @@ def test_the_first_loss_is_that_of_transformers(
 ) -> None:  # fmt: skip
     folder = save(**theirs)
     config = begin(folder, **ours)
-    train(config, tmp_path / "run", reporter)
-    expected = loss_of(AutoModelForCausalLM.from_pretrained(folder), config)
-    # In float32, a loss of about 4: sums of up to a hundred terms, each rounded by 6e-8, come to 2.4e-5.
-    assert abs(first_loss(tmp_path / "run") - expected) < 1e-4
+    with double_precision():
+        train(config, tmp_path / "run", reporter)
+    expected = loss_of(AutoModelForCausalLM.from_pretrained(folder).double(), config)
+    assert first_loss(tmp_path / "run") == pytest.approx(expected, rel=FORWARD)
     assert abs(RunFolder(tmp_path / "run").rows()[-1]["loss"] - expected) > 1e-3, "it trains"
 
 
@@ -197,11 +203,11 @@ def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
 ) -> None:
     folder = save()
     brief = {"training__steps": 1, "training__micro_batch_size": 2, "evaluation__batches": 4}
-    train(begin(folder, **brief), tmp_path / "one", reporter)
+    with double_precision():
+        train(begin(folder, **brief), tmp_path / "one", reporter)
     shared = begin(folder, runtime__shard_model=True, **brief)
-    carry_out([Job(shared, tmp_path / "two")], 2, tmp_path)
-    # Both sum the same losses of about 4, in float64; those differ where a window is computed beside others.
-    assert abs(first_loss(tmp_path / "one") - first_loss(tmp_path / "two")) < 2.4e-5
+    carry_out([Job(shared, tmp_path / "two", double=True)], 2, tmp_path)
+    assert first_loss(tmp_path / "one") == pytest.approx(first_loss(tmp_path / "two"), rel=FORWARD)
 
 
 @pytest.mark.parametrize(
