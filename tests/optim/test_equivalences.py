@@ -14,8 +14,11 @@ from .cases import Description, every_optimizer, noise, parameter, set_gradient,
 from .steps import assert_identical, make_params, parameters, run, set_gradients, weights, with_fallback
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+# Few steps of few operations an element, which an instruction set fuses or not, and roots of small matrices: a hundred
+# roundings. What is kept in lower precision is rounded to it once a step more.
 RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float64: 1e-9}
-# Products of matrices that lie differently in memory add up in another order.
+# Products of matrices that lie differently in memory add up in another order: rounding of 1e-16, and what a root of a
+# nearly singular matrix makes of it, up to 1 / √1e-16 times as much.
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}
 
 

@@ -74,6 +74,7 @@ def assert_each_follows(case: Description) -> None:
             gradient = noise(tuple(refer.shape), 1, seed=100 * step + index)[0]
             refer.step(np.where(np.abs(gradient) < 0.3, 0.0, gradient).astype(np.float32))
     for mine, refer in zip(trained(case), references, strict=True):
+        # Twelve steps of a dozen roundings of 6e-8, none of which is made larger: 9e-6.
         assert relative_error(mine, refer.parameter) < 2e-5
 
 

@@ -49,7 +49,8 @@ def test_asgo_takes_the_identity_for_a_root_that_is_not_finite(root_method, valu
     break_factors(optimizer, param, value)
     messages = steps(optimizer, [param], [GRADIENT])
     expected = start(SHAPE) - 0.1 * with_norm(GRADIENT, 0.2 * np.sqrt(48))
-    np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    # An update of about 0.02 an element in float32, of a few operations: 1e-8 is left of it
+    np.testing.assert_allclose(param.detach().numpy(), expected, rtol=1e-6, atol=1e-7)
     assert len(messages) == 1
     assert "layer.weight" in messages[0]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -50,7 +51,6 @@ def _local_failure(error: Exception) -> Failure:
 
 
 def _remote_failure(error: Exception) -> Failure:
-    from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, AsgoError):
@@ -60,7 +60,7 @@ def _remote_failure(error: Exception) -> Failure:
             return Failure("HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or pass --source", "lasting")
         if isinstance(cause, HfHubHTTPError):
             return _answered(cause)
-        if isinstance(cause, DatasetNotFoundError):
+        if _is_unknown_dataset(cause):
             return Failure(f"{_first_line(cause)} {_LOG_IN}", "lasting")
         if isinstance(cause, (ConnectionError, TimeoutError)) or _is_transport_error(cause):
             return Failure(_first_line(cause) or type(cause).__name__, "unreachable")
@@ -68,6 +68,12 @@ def _remote_failure(error: Exception) -> Failure:
         # What datasets makes of any answer but a good one, as long as it looks for the files.
         return Failure(_described(error), "refused for now")
     return Failure(_described(error), "damaged" if isinstance(error, (*_NO_CONTENT, OSError)) else "lasting")
+
+
+def _is_unknown_dataset(error: BaseException) -> bool:
+    """Whether datasets raised it; importing that takes seconds, and where nobody has, it raised nothing."""
+    module = sys.modules.get("datasets.exceptions")
+    return module is not None and isinstance(error, module.DatasetNotFoundError)
 
 
 def _answered(error: HfHubHTTPError) -> Failure:
