@@ -74,7 +74,8 @@ def test_the_command_is_imported_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_table_has_a_row_an_optimizer_with_the_exact_state(asgo: Run) -> None:
+def test_the_table_has_a_row_an_optimizer_with_the_exact_state(asgo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optim.matrix_functions._has_fast_bfloat16", lambda matrix: False)  # as on a CPU without AMX
     code, out, err = asgo("optimizers", *options("muon", "accasro", "torch.Muon"), "--repeats", "3", "--device", "cpu")
     assert code == 0
     header = [line for line in out.splitlines() if line.startswith("┃")]
@@ -143,7 +144,8 @@ def test_json_is_everything_on_stdout(asgo: Run) -> None:
     ratios = sorted(mine / theirs for mine, theirs in zip(row["samples_ms"], base, strict=True))
     assert row["ratio_to_baseline"] == pytest.approx((ratios[1] + ratios[2]) / 2)
     assert row["state_bytes_per_parameter"] == row["state_bytes"] / PARAMETERS
-    assert 0 < row["error"] < 1e-3
+    # Sums of 24 products in float32, off by eps √24, of which a condition of 1e4 makes half of that as much.
+    assert 0 < row["error"] < 3e-3
     assert "hello from a peer" in err
 
 
