@@ -174,7 +174,8 @@ class Feed:
         self._failures += 1
         place = failure.file or self.source.name
         if failure.kind in ("usage", "lasting"):
-            raise (UsageError if failure.kind == "usage" else AsgoError)(f"{place}: {failure.text}")
+            text = failure.text if failure.text.startswith(place) else f"{place}: {failure.text}"  # it may name a row
+            raise (UsageError if failure.kind == "usage" else AsgoError)(text)
         allowed = DAMAGED_ATTEMPTS if failure.kind == "damaged" else ATTEMPTS
         if self._failures >= allowed:
             raise AsgoError(

@@ -232,6 +232,7 @@ def test_wrong_options_are_refused_before_anything_is_made(options: dict, expect
         ("a.jsonl", b'{"text": "fine"}\n{"text": "torn', "a.jsonl, line 2: not valid JSON"),
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl, line 1: not valid JSON ('utf-8' codec"),
         ("a.jsonl.gz", b"\x1f\x8b and then nonsense", "a.jsonl.gz: damaged file"),
+        ("a.jsonl.gz", gzip.compress(bytes(65 << 20), 1), "a.jsonl.gz, line 1: longer than 67,108,864 bytes"),
         ("a.doc", b"", "there is no file that ends in .parquet, .jsonl, .jsonl.gz"),
     ],
 )
@@ -242,5 +243,6 @@ def test_a_damaged_source_is_named_at_once(name: str, content: bytes, expected: 
     with pytest.raises(AsgoError) as caught:
         preparation.run(tmp_path / "out")
     assert expected in str(caught.value)
+    assert str(caught.value).count(str(tmp_path)) == 1
     assert "\n" not in str(caught.value)
     assert preparation.notes == []
