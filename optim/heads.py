@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -14,6 +15,9 @@ _CONCATENATED = 4
 
 _CHUNKED = 16
 """Into up to so many inputs of one size a layer's output is taken to be cut: queries, keys and values, gates."""
+
+_SMALLEST_PART = 4
+"""Fewer features are taken neither for a part of a layer's inputs nor of its outputs: they are actions, or colours."""
 
 
 def unwrapped(model: nn.Module) -> list[nn.Module]:
@@ -84,23 +88,28 @@ class _Step:
     module: nn.Module
     inputs: int
     outputs: int | None
+    place: str
+    """The path of what contains it, not counting sequences."""
 
     @property
     def is_convolution(self) -> bool:
         return hasattr(self.module, "in_channels")
 
     def may_feed(self, later: _Step) -> bool:
-        """Whether `later` may take in this layer's outputs: all, joined to others, in parts, or laid out otherwise."""
+        """Whether `later` may take in this layer's outputs: all, some copies, in parts, or laid out otherwise."""
         assert self.outputs is not None
         if self.outputs == later.inputs or later.outputs is None:
             return self.outputs == later.inputs
-        if self.inputs == later.inputs:
+        if self.inputs == later.inputs and f"{later.place}.".startswith(f"{self.place}." if self.place else ""):
             return False  # beside it, as the predictions of classes and of boxes are
-        if self.outputs < later.inputs:
+        part, whole = sorted((self.outputs, later.inputs))
+        if whole % part:
+            return False
+        if part == self.outputs:
             is_flattened = self.is_convolution and not later.is_convolution
-            return later.inputs % self.outputs == 0 and (is_flattened or later.inputs <= _CONCATENATED * self.outputs)
+            return is_flattened or (part >= _SMALLEST_PART and whole <= _CONCATENATED * part)
         is_unflattened = later.is_convolution and not self.is_convolution
-        return self.outputs % later.inputs == 0 and (is_unflattened or self.outputs <= _CHUNKED * later.inputs)
+        return part >= _SMALLEST_PART and (is_unflattened or whole <= _CHUNKED * part)
 
 
 class _Layout:
@@ -109,6 +118,24 @@ class _Layout:
     def __init__(self, model: nn.Module) -> None:
         self._steps = list(_steps(model))
         self._position = {id(step.module): index for index, step in enumerate(self._steps)}
+        self._outputs = Counter(step.outputs for step in self._steps)
+        self._tables = {each.embedding_dim for each in model.modules() if isinstance(each, nn.Embedding)}
+        self._data = self._data_sizes()
+
+    def _data_sizes(self) -> set[tuple[bool, int]]:
+        """Kind and inputs of the layers that take in the data: the first one, or the only one that no layer feeds."""
+        sizes = [(step.is_convolution, step.inputs) for step in self._steps]
+        sources = {size for size, step in zip(sizes, self._steps, strict=True) if self._is_source(step)}
+        if not sizes or sizes[0] in sources or self._takes_in_the_outputs(self._steps[0]):
+            return set(sizes[:1])
+        return sources if len(sources) == 1 else set()
+
+    def _takes_in_the_outputs(self, first: _Step) -> bool:
+        """Whether the model's outputs are like its inputs, as those of autoencoders: no layer before them feeds one."""
+        takes = [index for index, step in enumerate(self._steps) if step.inputs == first.inputs]
+        gives = [index for index, step in enumerate(self._steps) if step.outputs == first.inputs]
+        is_fed = any(step.inputs == first.outputs for step in self._steps[1:])
+        return is_fed and gives[0] >= takes[-1]
 
     def ends(self, module: nn.Module, is_whole: bool = False) -> list[nn.Module]:
         """The layers in a module that make outputs of the model: none, unless its last child has one.
@@ -134,19 +161,41 @@ class _Layout:
         is_width = any(other.inputs == step.outputs for other in others) and any(
             other.outputs == step.outputs and other.inputs != step.inputs for other in others
         )
-        return is_width or any(step.may_feed(later) for later in self._steps[index + 1 :])
+        return is_width or any(self._feeds(step, later) for later in self._steps[index + 1 :])
+
+    def _feeds(self, step: _Step, later: _Step) -> bool:
+        if step.outputs != later.inputs and (later.is_convolution, later.inputs) in self._data:
+            return False  # the data, which begin another branch, or a model whose head was made first
+        return step.may_feed(later) or self._is_joined(step, later)
+
+    def _is_joined(self, step: _Step, later: _Step) -> bool:
+        """Whether `later` may take in the outputs beside those of another layer, an embedding, or fewer data."""
+        if not (self._is_source(later) and step.is_convolution == later.is_convolution):
+            return False
+        assert step.outputs is not None
+        rest = later.inputs - step.outputs
+        if step.outputs < _SMALLEST_PART or rest <= 0:
+            return False
+        is_data = (later.is_convolution, rest) in self._data and rest < step.outputs
+        return is_data or rest in self._tables or self._outputs[rest] > (rest == step.outputs)
+
+    def _is_source(self, step: _Step) -> bool:
+        """Whether what it takes in is of a size that no other layer gives out."""
+        is_norm = step.outputs is None and not isinstance(step.module, nn.RNNBase)
+        return not is_norm and self._outputs[step.inputs] == (step.inputs == step.outputs)
 
 
-def _steps(module: nn.Module) -> Iterator[_Step]:
+def _steps(module: nn.Module, place: str = "", name: str = "") -> Iterator[_Step]:
     if _is_layer(module):
         sizes = _sizes(module)
         assert sizes is not None
-        yield _Step(module, *sizes)
+        yield _Step(module, *sizes, place)
         return
     gain = dict(module.named_parameters(recurse=False)).get("weight")
     if gain is not None and gain.ndim == 1:
-        yield _Step(module, gain.numel(), None)
+        yield _Step(module, gain.numel(), None, place)
     elif isinstance(module, nn.RNNBase):
-        yield _Step(module, module.input_size, None)
-    for child in module.children():
-        yield from _steps(child)
+        yield _Step(module, module.input_size, None, place)
+    inside = place if isinstance(module, nn.Sequential) else f"{place}.{name}".strip(".")
+    for name, child in module.named_children():
+        yield from _steps(child, inside, name)

@@ -55,6 +55,10 @@ def encoder(width: int = 32) -> nn.Module:
     return Parts(tokens=nn.Embedding(100, width), layers=nn.ModuleList([Residual(width)]), pooler=pooler(width))
 
 
+def perceptron(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, outputs))
+
+
 def backbone() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32))
 
@@ -141,6 +145,43 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
                       predictor=Parts(score=nn.Linear(128, 91), box=nn.Linear(128, 364))),
         ),
         {"rpn.head.logits", "rpn.head.boxes", "roi.predictor.score", "roi.predictor.box"},
+    ),
+    "an actor and a critic that see as many numbers as two or four of their outputs": (
+        lambda: Parts(actor=perceptron(4, 2), critic=perceptron(4, 1)),
+        {"actor.2", "critic.2"},
+    ),
+    "an ensemble": (lambda: nn.ModuleList([perceptron(2, 1) for _ in range(3)]), {"0.2", "1.2", "2.2"}),
+    "an ensemble on images of one channel": (
+        lambda: nn.ModuleList([Parts(conv=nn.Conv2d(1, 8, 3), fc=nn.Linear(72, 10)) for _ in range(2)]),
+        {"0.fc", "1.fc"},
+    ),
+    "a head made first, of half as many outputs as there are inputs": (
+        lambda: Parts(head=nn.Linear(16, 10), body=nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 16))),
+        {"head"},
+    ),
+    "two kinds of data, joined": (
+        lambda: Parts(image=perceptron(100, 50), text=perceptron(30, 20), joined=perceptron(70, 5)),
+        {"joined.2"},
+    ),
+    "an embedding joined to features": (
+        lambda: Parts(user=nn.Embedding(10, 8), features=perceptron(20, 16), head=nn.Linear(24, 1)),
+        {"head"},
+    ),
+    "data joined to features again": (
+        lambda: Parts(fc1=nn.Linear(10, 50), fc2=nn.Linear(60, 50), fc3=nn.Linear(60, 1)),
+        {"fc3"},
+    ),
+    "an autoencoder whose code is cut into mean and variance": (
+        lambda: Parts(encoder=perceptron(78, 8), decoder=perceptron(4, 78)),
+        {"decoder.2"},
+    ),
+    "scales and shifts of a diffusion transformer": (
+        lambda: Parts(
+            blocks=nn.ModuleList([Parts(mlp=Residual(32), modulation=nn.Sequential(nn.SiLU(), nn.Linear(32, 192)))
+                                  for _ in range(2)]),
+            head=nn.Linear(32, 16),
+        ),
+        {"head"},
     ),
     "what a method names": (
         lambda: Timm(head=nn.Linear(32, 32), head_dist=nn.Linear(32, 32), body=Residual(32), norm=nn.LayerNorm(32)),
