@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,11 @@ from typing import cast
 
 from torch import nn
 from torch.nn.utils import parametrize
+
+_HEAD_NAME = re.compile(
+    r"head|class|cls|pred|score|logit|out|box|policy|actor|critic|value|fc|mean|mu$|sigma|std|var|label|projection"
+)
+"""In the names of layers that make outputs."""
 
 _CONCATENATED = 4
 """Up to so many outputs of one size are taken for the input of a layer that they may be joined to."""
@@ -33,8 +39,8 @@ def output_heads(model: nn.Module) -> list[nn.Module]:
 
     They are what `get_output_embeddings()` of Hugging Face and `get_classifier()` of timm name, and the layers at the
     ends of the model and of its branches whose number of outputs no other layer takes in, as far as sizes and the order
-    of the modules tell. Where there is none, it is the model's last module if that is a layer, or a `nn.Sequential`
-    that ends in one. Wrappers change nothing.
+    of the modules tell; of lone layers beside the last one, those whose names say so. Where there is none, it is the
+    model's last module if that is a layer, or a `nn.Sequential` that ends in one. Wrappers change nothing.
     """
     chain = unwrapped(model)
     named = [head for module in chain for head in _named_heads(module)]
@@ -118,6 +124,7 @@ class _Layout:
     def __init__(self, model: nn.Module) -> None:
         self._steps = list(_steps(model))
         self._position = {id(step.module): index for index, step in enumerate(self._steps)}
+        self._names = {id(module): name.lower() for name, module in model.named_modules()}
         self._outputs = Counter(step.outputs for step in self._steps)
         self._tables = {each.embedding_dim for each in model.modules() if isinstance(each, nn.Embedding)}
         self._data = self._data_sizes()
@@ -148,7 +155,19 @@ class _Layout:
         ends = self.ends(children[-1]) if children else []
         if isinstance(module, nn.Sequential) or not (ends or is_whole):
             return ends
-        return [layer for child in children[:-1] for layer in self.ends(child)] + ends
+        return [
+            layer for child in children[:-1] for layer in self.ends(child) if self._ends_branch(layer, child)
+        ] + ends
+
+    def _ends_branch(self, layer: nn.Module, branch: nn.Module) -> bool:
+        """Whether a layer that is not the last is a head: it comes after others of its branch, or its name says so.
+
+        Sizes alone do not tell a lone layer beside the head from a hidden one, such as fused queries, keys and values.
+        """
+        inputs = self._steps[self._position[id(layer)]].inputs
+        others = (step for step in _steps(branch) if step.module is not layer)
+        is_fed = any((step.outputs or step.inputs) == inputs for step in others)
+        return is_fed or _HEAD_NAME.search(self._names[id(layer)]) is not None
 
     def _is_hidden(self, layer: nn.Module) -> bool:
         """Whether other layers may take in the outputs: later ones, or one that takes in as much from another layer.

@@ -183,6 +183,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], set[str]]] = {
         ),
         {"head"},
     ),
+    "fused queries, keys and values beside the head": (
+        lambda: Parts(c_attn=nn.Linear(8, 24), head=nn.Linear(8, 4)),
+        {"head"},
+    ),
+    "a layer for each attention head beside the output": (
+        lambda: Parts(parts=nn.ModuleList(nn.Linear(8, rows) for rows in (4, 4, 8)), head=nn.Linear(8, 4)),
+        {"head"},
+    ),
     "what a method names": (
         lambda: Timm(head=nn.Linear(32, 32), head_dist=nn.Linear(32, 32), body=Residual(32), norm=nn.LayerNorm(32)),
         {"head", "head_dist"},
