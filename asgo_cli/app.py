@@ -61,7 +61,8 @@ class _InOrder(TyperGroup):
 app = typer.Typer(
     cls=_InOrder,
     help="Train with, and compare, neural-network optimizers.\n\n"
-    "Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 interrupted, and saved.",
+    "Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 interrupted, and saved; 130 interrupted with "
+    "nothing to save.",
     epilog=examples(
         "asgo demo",
         "asgo data text articles.jsonl --out data/mine",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import warnings
@@ -271,7 +272,15 @@ def prune(parent: Path, newest_step: int, keep: int) -> None:
         doomed = path.with_name(f".{path.name}.pruned")
         with _saved_all_the_same(path):
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(doomed)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link that a user has made to one, which `rmtree` refuses."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager
@@ -293,5 +302,5 @@ def remove_leftovers(parent: Path) -> None:
             if match[2] == "outgoing":
                 undo_exchange(path, parent / match[1])
             with _saved_all_the_same(path):
-                if path.exists():
-                    shutil.rmtree(path)
+                if os.path.lexists(path):
+                    _remove(path)

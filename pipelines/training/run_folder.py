@@ -82,7 +82,7 @@ class RunFolder:
             return None
 
     def record_divergence(self, divergence: Divergence) -> None:
-        """Leave word that the run diverged, until somebody continues it; if the disk is full, go without."""
+        """Record that the run diverged, until it is resumed (best effort)."""
         with contextlib.suppress(OSError, AsgoError):
             self.require_ours()
             write_atomically(self._divergence_path, (json.dumps(asdict(divergence), indent=1) + "\n").encode())

@@ -143,6 +143,18 @@ def test_a_copy_with_a_name_of_its_own_is_neither_pruned_nor_taken_for_a_checkpo
     assert sorted(checkpoints.iterdir()) == sorted([*copies, checkpoints / "step-00000006"])
 
 
+def test_of_an_old_checkpoint_that_is_a_link_only_the_link_is_removed(
+    run: Path, small_config: Make, reporter: SilentReporter, tmp_path: Path
+) -> None:
+    checkpoints, elsewhere = run / "checkpoints", tmp_path / "elsewhere"
+    shutil.move(checkpoints / "step-00000002", elsewhere)
+    (checkpoints / "step-00000002").symlink_to(elsewhere)
+    shutil.rmtree(checkpoints / "step-00000006")
+    train(small_config(checkpoint__keep=1), run, reporter, resume=True)
+    assert [path.name for path in checkpoints.iterdir()] == ["step-00000006"]
+    assert (elsewhere / "state.json").is_file()
+
+
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path: Path) -> None:
     """A step of nine digits is later than every one of eight."""
     for name in ("step-100000000", "step-99999999", "step-099999999", "step-00000001"):
