@@ -34,7 +34,7 @@ def run(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]) -> bool
         graph(rows, tensors)
     except (TorchDynamoException, OSError) as error:  # the second where there is no folder for the compiler's cache
         _graphs[update] = None
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]  # its first line alone may say nothing but "inductor raised:"
         warnings.warn(f"the optimizer's update is not compiled, and slower: {reason}", stacklevel=2)
         return False
     return True
