@@ -112,7 +112,7 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
         saved = parse_json(path.read_text(encoding="utf-8"))["config"]
         values = {key: value for key, value in flatten(saved).items() if value is not None}
         trained_with = values["optimizer.name"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path}: not a configuration that asgo wrote") from None
     if optimizer not in (None, trained_with):
         raise UsageError(f"{run}: holds a run with {trained_with}, not {optimizer}; choose another --out")
