@@ -37,6 +37,7 @@ def save(folder: Path, name: str, **settings: Any) -> tuple[nn.Module, Path]:
         "data": {"fingerprint": "f", "classes": CLASSES}, "optimizer_scalars": {},
     }  # fmt: skip
     snapshot = Snapshot(1, {"model.safetensors": model_tensors(model)}, [], content)
+    folder.mkdir(parents=True, exist_ok=True)
     return model.eval(), write_snapshot(folder, snapshot, keep=1)
 
 
