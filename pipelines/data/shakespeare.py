@@ -55,6 +55,10 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
             content: bytes = response.read(_MOST_BYTES + 1)
+            # A read of so many bytes does not notice that the connection ended early.
+            missing = int(response.headers.get("Content-Length", 0)) - len(content)
+            if missing > 0 and len(content) <= _MOST_BYTES:
+                raise http.client.IncompleteRead(content, missing)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         problem = without_secrets(f"could not download {url} ({reason})")

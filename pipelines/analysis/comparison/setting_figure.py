@@ -15,7 +15,7 @@ from pipelines.analysis.comparison.results import Comparison, Entry, SettingEffe
 from pipelines.analysis.figure_style import as_they_are, line_style, plain_axes
 
 _COLUMNS = 3
-_LABEL_WIDTH = 34
+_LABEL_WIDTH = 28
 """Letters in a line of a legend: what is below a panel is no wider than the panel."""
 
 

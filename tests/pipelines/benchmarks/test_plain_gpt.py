@@ -77,7 +77,7 @@ def test_accumulated_micro_batches_are_one_batch_with_a_clipped_gradient(
             update={"training": config.training.model_copy(update={"max_grad_norm": max_grad_norm})}
         )
         torch.manual_seed(0)
-        trainer = PlainTrainer(config, data.train[0], data.vocab_size, torch.device("cpu"), torch.float32)
+        trainer = PlainTrainer(config, data.train[0].read(), data.vocab_size, torch.device("cpu"), torch.float32)
         params = list(trainer._model.parameters())
         trainer.optimizer = torch.optim.SGD(params, lr=1.0)  # shows the gradient's size, unlike AdamW
         before = [param.detach().clone() for param in params]

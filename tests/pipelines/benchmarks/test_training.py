@@ -193,7 +193,7 @@ def test_only_the_time_in_the_step_counts(
     now = 0.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     data = open_token_data(token_folder)
-    plain = PlainTrainer(config, data.train[0], data.vocab_size, CPU, torch.float32)
+    plain = PlainTrainer(config, data.train[0].read(), data.vocab_size, CPU, torch.float32)
     for trainer in (LoopTrainer(config, CPU), plain):
         assert trainer.step() == Lap(0.0, 0.0)
         now += 100.0  # another one's turn

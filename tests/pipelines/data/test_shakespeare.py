@@ -52,7 +52,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 def texts_of(folder: Path) -> tuple[str, str]:
     data = open_token_data(folder)
     tokenizer = build_tokenizer(data.tokenizer)
-    (train,), (validation,) = data.train, data.validation
+    train, validation = (files[0].read() for files in (data.train, data.validation))
     assert train[0] == validation[0] == tokenizer.end_of_text
     return tokenizer.decode(train[1:]), tokenizer.decode(validation[1:])
 

@@ -217,7 +217,7 @@ def test_the_switches_change_what_is_drawn(opened: tuple[str, str]) -> None:
     assert seen["first"]["title"] == "step"
     # Of both contenders: validation and training means; of asgo, the diverged run.
     assert seen["first"]["ends"] == [160] * 5
-    assert seen["first"]["names"] == ["asgo", "adamw"]
+    assert seen["first"]["names"] == ["asgo", "adamw", "target"]
     assert (seen["tokens"]["title"], seen["tokens"]["ends"]) == ("tokens", [160 * 16 * 128] * 5)
     assert seen["seconds"]["title"].startswith("seconds of training")
     assert seen["seconds"]["ends"] == [80] * 5

@@ -183,7 +183,7 @@ def test_killed_between_one_file_and_the_next_it_goes_on_to_the_same_bytes(
         ("os.truncate", "shard_", 2),  # going on: the validation shard is cut back, the training shard is not
         ("os.rename", "shard_000000", 1),  # all is written, and the validation shard is still hidden
         ("os.rename", "manifest.json", 1),
-        ("os.remove", "unfinished.json", 1),
+        ("os.remove", "/unfinished.json", 1),
     ):
         entry = [sys.executable, "-c", KILLED_AT, kind, file, str(count)]
         run = start("openwebtext", out, entry=entry)

@@ -270,7 +270,7 @@ def test_another_length_than_the_official_one_is_refused_at_once(
     del server.files[MD5SUMS]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     assert "3,000,000 bytes long, and the right file has 147,897,477,120" in refusal(tmp_path, server)
-    assert not tmp_path.exists()  # as a folder that stays empty
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_web_page_in_the_archives_place_is_refused(tmp_path: Path, server: FileServer) -> None:
