@@ -28,7 +28,9 @@ def test_the_layer_of_gpt2_is_six_matrices_that_all_take_the_matrix_rule() -> No
 
 def test_a_preset_has_the_parameters_of_its_decoder() -> None:
     counts = dict(shape_counts(build_model("nanogpt")))
-    assert counts == {(66, 384): 1, (256, 384): 1, (384,): 56, (1536,): 6, (384, 384): 24, (1536, 384): 6, (384, 1536): 6}
+    assert counts == {
+        (66, 384): 1, (256, 384): 1, (384,): 56, (1536,): 6, (384, 384): 24, (1536, 384): 6, (384, 1536): 6,
+    }  # fmt: skip
     tiny = dict(shape_counts(build_model("tiny")))
     assert (tiny[257, 128], tiny[128, 128], tiny[128,]) == (1, 17, 4 * 9 + 2)  # the positions are 128 × 128, too
 
