@@ -132,7 +132,7 @@ def suggest_next(*commands: str) -> None:
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
     """A table on stdout: the first column is text, the others are right-aligned figures."""
-    table = Table(title=title and _shown(title), title_justify="left", title_style="bold")
+    table = Table(title=title and "\n".join(map(_shown, title.split("\n"))), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
