@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import errno
 import itertools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pipelines.data.unpacking import (
     without_packing,
 )
 from pipelines.errors import AsgoError, UsageError
+from pipelines.storage import parse_json
 
 Document = str | Iterator[str]
 """A document's text, or its pieces where it is long; they are to be used up before the next document is asked for."""
@@ -170,8 +170,8 @@ def _is_other_json(file: Path, column: str) -> bool:
     with unpacked(file) as stream:
         first = next((line for _, line in bounded_lines(stream, str(file)) if line.strip()), b"{}")
     try:
-        row = json.loads(first)
-    except (ValueError, RecursionError):
+        row = parse_json(first)
+    except ValueError:
         return True
     return not isinstance(row, dict) or column not in row
 
@@ -255,8 +255,8 @@ def _read_json_lines(file: Path, column: str) -> Iterator[tuple[str, str]]:
 
 def _parse(line: str, where: str) -> object:
     try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
+        return parse_json(line)
+    except ValueError as error:
         raise AsgoError(f"{where}: not valid JSON ({error})") from None
 
 

@@ -24,12 +24,12 @@ class Standing:
     run: SweepRun
     folder: Path
     step: int
-    """Of its newest good checkpoint."""
+    """Of its newest good checkpoint, or the last one, where the checkpoints of a finished run were removed."""
     begun: bool
 
     @property
     def state(self) -> State:
-        """`done` when the checkpoint of the last step is there, and good."""
+        """`done` after the last step."""
         if self.step == self.run.config.training.steps:
             return "done"
         return "partial" if self.begun else "new"
@@ -67,6 +67,9 @@ def standing(run: SweepRun, out: Path) -> Standing:
     if changed:
         lines = (f"{folder.path}: {line}; choose another --out" for line in changed)
         raise UsageError("\n".join(lines))
+    steps = run.config.training.steps
+    if folder.lost_checkpoints() and folder.ends_at(steps):
+        return Standing(run, folder.path, steps, begun=True)
     from pipelines.training.checkpoint import newest_checkpoint  # imports torch, which a new sweep can do without
 
     checkpoint, _skipped = newest_checkpoint(folder.checkpoints)

@@ -142,6 +142,15 @@ class RunFolder:
         """Whether the run has had a checkpoint, which may have been removed since."""
         return _size(self._lock_path) > 0
 
+    def lost_checkpoints(self) -> bool:
+        """Whether the run has had checkpoints and has none now, as where somebody freed the disk."""
+        return self.was_saved() and not checkpoint_folders(self.checkpoints)
+
+    def ends_at(self, step: int) -> bool:
+        """Whether the metrics end with the validation after `step`."""
+        rows = self.rows()
+        return bool(rows) and (rows[-1]["split"], rows[-1]["step"]) == ("val", step)
+
     def begin(self, config: RunConfig, description: dict[str, Any], device: str) -> None:
         """Make the folder, and record what the run is."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, replicated
 from pipelines.training.reporter import Reporter
-from pipelines.training.run_folder import Divergence, RunFolder, checkpoint_folders, refuse_existing
+from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.state import TrainState
 from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
@@ -233,12 +233,12 @@ def _record_without_checkpoints(folder: RunFolder, config: RunConfig, reporter: 
 
     Raises `AsgoError` for one that was not finished: it cannot go on, and is not to begin again unasked.
     """
-    if not folder.was_saved() or checkpoint_folders(folder.checkpoints):
+    if not folder.lost_checkpoints():
         return None
     rows = folder.rows()
     if not rows:
         return None
-    if (rows[-1]["split"], rows[-1]["step"]) != ("val", config.training.steps):
+    if not folder.ends_at(config.training.steps):
         raise AsgoError(
             f"{folder.path}: cannot go on from step {rows[-1]['step']}: its checkpoints were removed; its record was "
             "not touched; train again in another --out"

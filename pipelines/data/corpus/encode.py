@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pipelines.data.documents import in_pieces, pieces_of
 from pipelines.data.manifest import DocumentCounts
 from pipelines.data.tokenizers import END_OF_TEXT, Gpt2Tokenizer, Tokens, gpt2_table
 from pipelines.errors import AsgoError
+from pipelines.storage import parse_json
 
 Backend = Literal["tiktoken", "gigatoken"]
 Encode = Callable[[list[str]], tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]]
@@ -111,8 +111,8 @@ def _rows(batch: Batch) -> Sequence[object]:
 
 def _text_of_line(line: bytes, column: str, where: str) -> object:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        row = parse_json(line)
+    except ValueError as error:  # UnicodeDecodeError is a ValueError
         raise AsgoError(f"{where}: not valid JSON ({error}); mend it, and start again with --overwrite") from None
     return row.get(column) if isinstance(row, dict) else None
 

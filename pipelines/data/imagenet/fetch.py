@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +209,7 @@ class Fetch:
 
     def _discard(self) -> None:
         """Begin again. The file goes before its note does, so that no note is ever taken for that of other bytes."""
-        os.truncate(self._partial, 0)
+        open(self._partial, "wb", opener=refusing_links).close()
         self._note_path.unlink(missing_ok=True)
         self._note = _Note(self._place)
         self._digest = hashlib.md5(usedforsecurity=False)

@@ -39,6 +39,10 @@ def test_a_run_is_done_with_its_last_checkpoint_and_partial_with_an_earlier_one(
     assert found.final_loss() is None
     shutil.rmtree(checkpoints)
     found = standing(trained, tmp_path)
+    assert (found.state, found.step) == ("done", 6), "the checkpoints of a finished run may be removed"
+    metrics = tmp_path / "a-s42/metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:-1]))
+    found = standing(trained, tmp_path)
     assert (found.state, found.step) == ("partial", 0)
     shutil.rmtree(tmp_path / "a-s42")
     assert standing(trained, tmp_path).state == "new"
