@@ -67,7 +67,7 @@ def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> N
     manifest = load_imagenet_manifest(folder)
     problems: Sequence[str] = ()
     if contact_sheet is not None:
-        from pipelines.data.imagenet.contact_sheet import draw_contact_sheet
+        from pipelines.analysis.contact_sheet import draw_contact_sheet
 
         problems = draw_contact_sheet(folder, contact_sheet)
     if as_json:

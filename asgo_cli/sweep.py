@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,15 +11,14 @@ import typer
 from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
-from asgo_cli.launch import own_path
 from asgo_cli.names import SWEEPS, sweeps_and_files
-from asgo_cli.worker import is_worker
-from pipelines.errors import AsgoError, UsageError
+from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
+from pipelines.errors import UsageError
 from pipelines.shell import command
 
 if TYPE_CHECKING:
     from pipelines.sweeps.definition import SweepRun
-    from pipelines.sweeps.queue import Failure, Program, Source
+    from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.standing import Standing
 
 EXAMPLES = examples(
@@ -105,38 +102,7 @@ def _train(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: int 
         console.say(f"{len(plan) - len(left)} of {len(plan)} runs are done already")
     if not left:
         return []
-    return work_off(FixedRuns(left), [run.run for run in left], len(left), folder, slots, gpus)
-
-
-def work_off(
-    source: Source, like: Sequence[SweepRun], count: int, folder: Path, slots: int | None, gpus: int | None
-) -> list[Failure]:
-    """Train `count` runs of the source, with data and devices as those that they are like; returns what failed."""
-    from asgo_cli.sweep_progress import SweepProgress
-    from pipelines.sweeps.queue import carry_out
-    from pipelines.sweeps.slots import make_slots
-    from pipelines.sweeps.standing import check_data
-
-    if is_worker():
-        raise UsageError("asgo sweep starts its runs by itself; give it without torchrun")
-    check_data(like)
-    on_gpus = any(run.config.runtime.device in ("auto", "cuda") for run in like)
-    places = make_slots(slots, gpus, on_gpus)
-    with SweepProgress(count) as progress:
-        return carry_out(source, folder, places, _program(), progress)
-
-
-def raise_failures(failures: Sequence[Failure]) -> None:
-    """`AsgoError` with a line for each, if there are any."""
-    if failures:
-        raise AsgoError("\n".join(f"run {run.name} failed: {run.reason}; its log: {run.log}" for run in failures))
-
-
-def _program() -> Program:
-    """This `asgo`, as its runs are to start it."""
-    from pipelines.sweeps.queue import Program
-
-    return Program([sys.executable, "-m", "asgo_cli.sweep_child", str(os.getpid())], own_path())
+    return train_runs(FixedRuns(left), [run.run for run in left], len(left), folder, slots, gpus)
 
 
 def _facts(run: SweepRun) -> dict[str, Any]:
@@ -168,14 +134,6 @@ def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
     console.show_table(("run", "optimizer", "lr", "steps", unit, "state"), cells)
     console.show_facts([(f"{len(plan)} runs", f"{total:,} {unit}, {left:,} of them left")])
     console.say("dry run: nothing was written")
-
-
-def rounded(count: int) -> str:
-    """Four digits, so that the table fits a narrow terminal."""
-    for size, letter in ((10**9, "B"), (10**6, "M")):
-        if count >= size:
-            return f"{count / size:.4g} {letter}"
-    return f"{count:,}"
 
 
 def _show_results(results: Sequence[Standing], failures: Sequence[Failure], as_json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgo_cli import console
 from asgo_cli.export import export_command
-from asgo_cli.sweep import raise_failures, rounded, work_off
+from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
 from pipelines.errors import AsgoError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
     failures: list[Failure] = []
     if left:
         record_search(plan, folder)
-        failures = work_off(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
+        failures = train_runs(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
     _show_results(plan, runs, failures, as_json)
     console.suggest_next(export_command(folder))
     raise_failures(failures)

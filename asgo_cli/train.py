@@ -277,7 +277,7 @@ def _resolve(
     assignments: list[str],
     resumed: Path | None,
 ) -> RunConfig:
-    from pipelines.exchange.initial_model import resolve_with_initial_model
+    from pipelines.gpt2.initial_model import resolve_with_initial_model
     from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, saved_layer
 
     continues = resumed is not None and preset is None and config is None

@@ -35,6 +35,13 @@ def imported_packages(path: Path) -> set[str]:
     return names
 
 
+def imported_modules(path: Path) -> set[str]:
+    """Full names of the modules that a file imports names from, also inside functions."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    found = {(str(node.module), alias.name) for node in nodes for alias in node.names}
+    return {f"{module}.{name}" if module in ROOMS else module for module, name in found}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downwards_only(path: Path) -> None:
     room = path.relative_to(ROOT).parts[0]
@@ -42,6 +49,46 @@ def test_imports_go_downwards_only(path: Path) -> None:
     assert imported & {*ROOMS, "tests"} <= MAY_IMPORT[room]
     assert room == "asgo_cli" or not imported & {"typer", "rich"}
     assert "pickle" not in imported
+
+
+LAYERS = (
+    {"errors", "storage", "locking", "shell", "stopping"},
+    {"config", "resolve", "compiler_cache", "tensors"},
+    {"data"},
+    {"gpt2"},
+    {"training"},
+    {"exchange", "generation"},
+    {"analysis"},
+    {"sweeps"},
+    {"benchmarks", "demo", "doctor"},
+)
+"""The packages and modules of `pipelines`, lowest first. One imports its own layer and those before it."""
+
+
+def layer_of(module: str) -> int:
+    return next(index for index, names in enumerate(LAYERS) if module.split(".")[1] in names)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if "pipelines" in path.parts], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_pipelines_import_no_layer_above_their_own(path: Path) -> None:
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    if module == "pipelines.__init__":
+        return
+    for imported in imported_modules(path):
+        if imported.startswith("pipelines."):
+            assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}"
+
+
+def test_no_two_modules_of_the_command_line_import_each_other() -> None:
+    imports = {
+        path.stem: {name for name in imported_modules(path) if name.startswith("asgo_cli.")}
+        for path in (ROOT / "asgo_cli").glob("*.py")
+    }
+    for name, imported in imports.items():
+        for other in imported:
+            assert f"asgo_cli.{name}" not in imports[other.split(".")[1]], f"{name} and {other}"
 
 
 @pytest.mark.parametrize("room", ["optim", "models"])

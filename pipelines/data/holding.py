@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from pipelines.data.manifest import MANIFEST, UNFINISHED
 from pipelines.errors import UsageError
+from pipelines.locking import try_lock
 from pipelines.storage import naming
 
 _OURS = re.compile(rf"\.?(shard_\d{{6}}\.bin|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)})(\.partial)?")
@@ -74,12 +74,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 
 def _lock(folder: Path, descriptor: int) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{folder}: another process is preparing data in this folder") from None
-    except OSError:
-        pass  # a file system without locks, as clusters have them
+    if not try_lock(descriptor):
+        raise UsageError(f"{folder}: another process is preparing data in this folder")
 
 
 def foreign_names(folder: Path) -> list[str]:

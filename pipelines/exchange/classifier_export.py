@@ -12,8 +12,8 @@ from models.vision import build_classifier
 from pipelines.config import ImageNetRunConfig
 from pipelines.data.imagenet.transforms import MEAN, STD, CentreCrop, build_transforms
 from pipelines.shell import command
+from pipelines.tensors import model_tensors, require_same_names
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.weights import model_tensors, require_same_names
 
 
 def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:

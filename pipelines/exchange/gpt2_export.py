@@ -9,9 +9,9 @@ import safetensors.torch
 
 from pipelines.config import GPTRunConfig
 from pipelines.data.tokenizers import CharsTokenizer, build_tokenizer
-from pipelines.exchange.gpt2_config import to_gpt2_config
-from pipelines.exchange.gpt2_weights import to_gpt2
 from pipelines.exchange.tokenizer_files import tokenizer_files
+from pipelines.gpt2.config import to_gpt2_config
+from pipelines.gpt2.weights import to_gpt2
 from pipelines.shell import command
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.gpt_task import require_weights_of

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipelines.config import GPTRunConfig, RunConfig, flatten
 from pipelines.errors import UsageError
-from pipelines.exchange.initial_model import resolve_with_initial_model
+from pipelines.gpt2.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
 from pipelines.sweeps.search_table import Search, read_search
 

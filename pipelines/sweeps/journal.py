@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -14,9 +12,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from pipelines.errors import UsageError
+from pipelines.locking import wait_for_lock
 from pipelines.storage import naming
-
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def open_journal(path: Path) -> JournalStorage:
@@ -61,7 +58,7 @@ class _Lock(JournalFileOpenLock):
     def acquire(self) -> bool:
         with contextlib.ExitStack() as held:
             file = held.enter_context(self._path.open("r+b"))
-            if not _flock(file):
+            if not wait_for_lock(file):
                 super().acquire()
                 held.callback(super().release)
             _cut_torn_line(file)
@@ -70,17 +67,6 @@ class _Lock(JournalFileOpenLock):
 
     def release(self) -> None:
         self._held.close()
-
-
-def _flock(file: IO[bytes]) -> bool:
-    """Wait for the lock of the open file; False where the disk has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return False
-    return True
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import tomli_w
 
 from pipelines.config import ImageNetRunConfig
 from pipelines.errors import RunInterrupted, UsageError
+from pipelines.locking import try_lock
 from pipelines.stopping import StopRequest, stop_on_signals
 from pipelines.storage import parse_json, refusing_links, write_atomically
 from pipelines.sweeps.slots import Slot
@@ -332,10 +332,10 @@ def _locked(folder: Path, reporter: QueueReporter) -> Iterator[int]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
-        if not _try_lock(descriptor):
+        if not try_lock(descriptor):
             reporter.note("waiting for the runs of another sweep in this folder to save and end")
             deadline = time.monotonic() + _LOCK_WAIT_S
-            while not _try_lock(descriptor):
+            while not try_lock(descriptor):
                 if time.monotonic() > deadline:
                     raise UsageError(
                         f"{folder.parent}: another sweep is at work here; wait for it, or choose another --out"
@@ -344,11 +344,3 @@ def _locked(folder: Path, reporter: QueueReporter) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

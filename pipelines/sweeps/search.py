@@ -20,7 +20,6 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 from pipelines.sweeps.contenders import Contender, SearchPlan
 from pipelines.sweeps.definition import SweepRun
-from pipelines.sweeps.folders import SEARCH_RECORD, TRIALS
 from pipelines.sweeps.grid import next_position, on_edge
 from pipelines.sweeps.queue import FOLDER, Ending
 from pipelines.sweeps.search_table import Around, Range
@@ -37,7 +36,7 @@ from pipelines.sweeps.study import (
     require_sampler,
 )
 from pipelines.training.metrics import Row
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

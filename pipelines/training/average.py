@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from optim.transport import local
-from pipelines.training.weights import Tensors, model_tensors
+from pipelines.tensors import Tensors, model_tensors
 
 
 class WeightAverage:

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
 from pipelines.storage import naming, parse_json, sha256_of, staged_folder, undo_exchange
+from pipelines.tensors import Tensors
 from pipelines.training.distributed import seed_of_rank
 from pipelines.training.launched import launched
 from pipelines.training.metrics import Counts, Row, columns_to_rows, rows_to_columns
 from pipelines.training.random_state import gather_random_states, set_random_state
 from pipelines.training.run_folder import RunFolder, checkpoint_folders, checkpoint_name, step_of
 from pipelines.training.state import TrainState
-from pipelines.training.weights import Tensors
 
 _FORMAT = 1
 _STATE = "state.json"

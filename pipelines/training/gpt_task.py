@@ -13,12 +13,12 @@ from models.gpt import GPT, next_token_loss
 from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
-from pipelines.exchange.initial_model import refuse_other_vocabulary
+from pipelines.gpt2.initial_model import refuse_other_vocabulary
+from pipelines.tensors import Tensors, require_same_names
 from pipelines.training.device import autocast, memory_bytes, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
-from pipelines.training.weights import Tensors, require_same_names
 
 
 def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:

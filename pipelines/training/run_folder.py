@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -19,12 +18,18 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError, UsageError
+from pipelines.locking import try_lock
 from pipelines.storage import make_folder, naming, parse_json, refusing_links, sync, write_atomically
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
 from pipelines.training.statistics_file import STATISTICS
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,18})")
 _RECORDED_PACKAGES = ("asgo", "torch", "numpy", "safetensors", "tiktoken")
+
+TRIALS = "trials"
+"""The folder of a search's trials, in the folder of the search."""
+SEARCH_RECORD = "search.json"
+"""What they are trials of, beside them."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class RunFolder:
         """
         make_folder(self.path)
         self._lock = os.fdopen(refusing_links(str(self._lock_path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", 0)
-        if not _try_lock(self._lock):
+        if not try_lock(self._lock):
             raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another --out")
         self.require_ours()
 
@@ -102,7 +107,7 @@ class RunFolder:
         """Whether a process trains here now."""
         try:
             with self._lock_path.open("r+b") as file:
-                return not _try_lock(file)
+                return not try_lock(file)
         except FileNotFoundError:
             return False
 
@@ -193,18 +198,6 @@ class RunFolder:
 def _size(path: Path) -> int:
     """Bytes of a file; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
-
-
-def _try_lock(file: IO[bytes]) -> bool:
-    """Lock the open file; False if another process has."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise
-    return True
 
 
 def refuse_existing(folder: RunFolder) -> None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from optim.sharded import ShardedOptimizer
+from pipelines.tensors import Tensors, copy_into, model_tensors, whole
 from pipelines.training.average import WeightAverage
 from pipelines.training.clock import StepClock
 from pipelines.training.distributed import ALONE, Ranks
 from pipelines.training.metrics import Row
-from pipelines.training.weights import Tensors, copy_into, model_tensors, whole
 
 
 @dataclass

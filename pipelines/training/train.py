@@ -16,7 +16,7 @@ from optim.sharded import ShardedOptimizer
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
-from pipelines.exchange.initial_weights import load_initial_weights
+from pipelines.gpt2.initial_weights import load_initial_weights
 from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.training.arithmetic import agree_on_arithmetic, differences_in_arithmetic

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import UsageError
-from pipelines.sweeps.folders import SEARCH_RECORD, TRIALS
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:

@@ -13,9 +13,9 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
+from pipelines.data import retries
 from pipelines.data.addresses import without_secrets
-from pipelines.data.corpus.child import signals_held_back
-from pipelines.data.corpus.failure import Failure
+from pipelines.data.child import signals_held_back
 from pipelines.data.corpus.reader import (
     Batch,
     Contact,
@@ -26,19 +26,8 @@ from pipelines.data.corpus.reader import (
     read_source,
 )
 from pipelines.data.corpus.sources import OpenSource, Position, Source
+from pipelines.data.failure import Failure
 from pipelines.errors import AsgoError, UsageError
-
-ATTEMPTS = 8
-"""Failures in a row, without one batch between them, after which a source is given up."""
-DAMAGED_ATTEMPTS = 3
-"""The same for content that arrives, and is damaged."""
-PAUSES_S = (1, 2, 4, 8, 16, 32, 60)
-NO_NETWORK_S = 8.0
-"""How long a network that has never answered is waited for."""
-STALL_S = 120.0
-"""How long a reader may bring nothing before it is taken for stuck."""
-LONGEST_WAIT_S = 300.0
-"""How much longer than that it may take when the server has asked to wait."""
 
 _ASKED_TO_WAIT = re.compile(r"Rate limited\. Waiting ([\d.]+)s")
 
@@ -126,7 +115,7 @@ class Feed:
             reader.start()
         self._reader = reader
         other_end.close()
-        self._patience_ends = time.monotonic() + STALL_S
+        self._patience_ends = time.monotonic() + retries.STALL_S
 
     def _heed(self, message: Message | None) -> None:
         now = time.monotonic()
@@ -134,7 +123,7 @@ class Feed:
             self._check_patience(now)
             return
         if not isinstance(message, Notice):
-            self._patience_ends = now + STALL_S
+            self._patience_ends = now + retries.STALL_S
         match message:
             case Ready():
                 self._asked_at = min(self._asked_at, now)
@@ -147,7 +136,7 @@ class Feed:
                 self._next = position._replace(batch=position.batch + 1)
             case Notice(text):
                 if wait := _ASKED_TO_WAIT.search(text):
-                    self._patience_ends = now + min(float(wait[1]), LONGEST_WAIT_S) + STALL_S
+                    self._patience_ends = now + min(float(wait[1]), retries.LONGEST_WAIT_S) + retries.STALL_S
                 self._notify(text)
             case Failure():
                 self._has_answered |= message.kind in ("refused for now", "damaged")
@@ -163,10 +152,10 @@ class Feed:
             self.source = replace(self.source, revision=opened.revision)
 
     def _check_patience(self, now: float) -> None:
-        if not self._has_answered and now - self._asked_at > NO_NETWORK_S:
+        if not self._has_answered and now - self._asked_at > retries.NO_NETWORK_S:
             raise self._no_network("no answer")
         if now > self._patience_ends:
-            self._fail(Failure(f"nothing came for {STALL_S:.0f} s", "unreachable"))
+            self._fail(Failure(f"nothing came for {retries.STALL_S:.0f} s", "unreachable"))
 
     def _fail(self, failure: Failure) -> None:
         """Schedule another attempt, or give up."""
@@ -176,15 +165,15 @@ class Feed:
         if failure.kind in ("usage", "lasting"):
             text = failure.text if failure.text.startswith(place) else f"{place}: {failure.text}"  # it may name a row
             raise (UsageError if failure.kind == "usage" else AsgoError)(text)
-        allowed = DAMAGED_ATTEMPTS if failure.kind == "damaged" else ATTEMPTS
+        allowed = retries.DAMAGED_ATTEMPTS if failure.kind == "damaged" else retries.ATTEMPTS
         if self._failures >= allowed:
             raise AsgoError(
                 f"{place}: given up after {allowed} attempts ({failure.text}); "
                 "what is written is kept: the same command goes on"
             )
         now = time.monotonic()
-        pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
-        if not self._has_answered and now + pause - self._asked_at > NO_NETWORK_S:
+        pause = retries.PAUSES_S[min(self._failures, len(retries.PAUSES_S)) - 1]
+        if not self._has_answered and now + pause - self._asked_at > retries.NO_NETWORK_S:
             raise self._no_network(failure.text)
         self._start_at = now + pause
         where = f"{failure.file.rpartition('/')[2]}: " if failure.file else ""

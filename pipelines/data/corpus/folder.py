@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pipelines.data.corpus.journal import Journal, load_journal
 from pipelines.data.holding import foreign_names
-from pipelines.data.holding import held_folder as held_folder
 from pipelines.data.manifest import MANIFEST, UNFINISHED, Manifest, load_manifest
 from pipelines.errors import UsageError
 

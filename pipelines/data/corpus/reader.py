@@ -18,8 +18,7 @@ import pyarrow
 import tqdm
 
 from pipelines.data.addresses import without_secrets
-from pipelines.data.corpus.child import begin_child
-from pipelines.data.corpus.failure import Failure, failure_of
+from pipelines.data.child import begin_child
 from pipelines.data.corpus.sources import (
     OpenSource,
     Position,
@@ -29,6 +28,7 @@ from pipelines.data.corpus.sources import (
     open_source,
     read_file,
 )
+from pipelines.data.failure import Failure, failure_of
 
 _FOLDERS_OF_URL = re.compile(r"https?://\S*/")
 _ENVIRONMENT = {

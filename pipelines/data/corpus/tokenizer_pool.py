@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from pipelines.data.corpus.child import begin_child, signals_held_back
+from pipelines.data.child import begin_child, signals_held_back
 from pipelines.data.corpus.encode import Backend, BatchEncoder, EncodedBatch, best_backend
 from pipelines.data.corpus.reader import Batch
 

@@ -19,9 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from pipelines.data.corpus.failure import Failure
-from pipelines.data.corpus.feed import STALL_S
-from pipelines.data.imagenet.patience import Failed, Send
+from pipelines.data.failure import Failure
+from pipelines.data.retries import STALL_S, Failed, Send
 from pipelines.errors import UsageError
 
 ACCESS = "https://image-net.org/download-images.php"

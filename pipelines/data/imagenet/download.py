@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urljoin
 
-from pipelines.data.corpus.folder import held_folder
+from pipelines.data.holding import held_folder
 from pipelines.data.imagenet.archives import (
     ARCHIVES,
     MD5SUMS,
@@ -18,7 +18,7 @@ from pipelines.data.imagenet.archives import (
 )
 from pipelines.data.imagenet.client import BY_HAND, check_url, without_login
 from pipelines.data.imagenet.fetch import Fetch, fetch_small, partial_path, require_space
-from pipelines.data.imagenet.patience import Patience
+from pipelines.data.retries import Patience
 from pipelines.errors import AsgoError, UsageError
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import write_atomically

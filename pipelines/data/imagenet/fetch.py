@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from pipelines.data.corpus.failure import Failure
+from pipelines.data.failure import Failure
 from pipelines.data.imagenet.archives import Archive, Progress
 from pipelines.data.imagenet.client import BY_HAND, Answer, get, without_login
-from pipelines.data.imagenet.patience import Failed, Patience
+from pipelines.data.retries import Failed, Patience
 from pipelines.errors import AsgoError
 from pipelines.storage import parse_json, refusing_links, sync, write_atomically
 

@@ -14,12 +14,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
-from pipelines.data.corpus.failure import Failure, failure_of
-from pipelines.data.corpus.folder import held_folder
+from pipelines.data.failure import Failure, failure_of
+from pipelines.data.holding import held_folder
 from pipelines.data.imagenet.archives import Progress, digest_of
 from pipelines.data.imagenet.fetch import require_space
-from pipelines.data.imagenet.patience import Failed, Patience, Send
 from pipelines.data.manifest import Frozen, Sha256
+from pipelines.data.retries import Failed, Patience, Send
 from pipelines.errors import AsgoError, UsageError
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import write_atomically

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.corpus.child import begin_child, signals_held_back
+from pipelines.data.child import begin_child, signals_held_back
 from pipelines.data.imagenet.decode import BadImageError, EncodedImage
 from pipelines.data.imagenet.images import ImageSet
 from pipelines.data.imagenet.transforms import Transform, render

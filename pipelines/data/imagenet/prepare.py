@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.data.corpus.folder import held_folder
+from pipelines.data.holding import held_folder
 from pipelines.data.imagenet.archives import Progress
 from pipelines.data.imagenet.extract import flush_to_disk
 from pipelines.data.imagenet.folder import begin_or_go_on, finished_manifest, remove_notes

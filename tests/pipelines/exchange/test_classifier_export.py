@@ -16,8 +16,8 @@ from models.vision import build_classifier
 from pipelines.data.imagenet.transforms import normalize
 from pipelines.exchange.export import export_model
 from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.tensors import model_tensors
 from pipelines.training.checkpoint import Snapshot, write_snapshot
-from pipelines.training.weights import model_tensors
 
 CLASSES = [["n01440764", "tench"], ["n01443537", "goldfish"], ["n01484850", "great white shark"]]
 

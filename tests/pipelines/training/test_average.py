@@ -12,10 +12,10 @@ from torch import nn
 
 from pipelines.config import RunConfig
 from pipelines.errors import UsageError
+from pipelines.tensors import model_tensors
 from pipelines.training.average import WeightAverage
 from pipelines.training.checkpoint import open_checkpoint
 from pipelines.training.train import train
-from pipelines.training.weights import model_tensors
 from tests.conftest import SilentReporter
 from tests.pipelines.training.test_resume import Dies, assert_same_run, die_at
 

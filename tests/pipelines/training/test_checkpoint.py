@@ -226,9 +226,9 @@ def test_a_checkpoint_of_another_run_is_not_resumed(
 
 
 def test_weights_of_another_model_are_named(run: Path, small_config: Make, reporter: SilentReporter) -> None:
+    from pipelines.tensors import require_same_names
     from pipelines.training.device import pick_device
     from pipelines.training.gpt_task import GPTTask
-    from pipelines.training.weights import require_same_names
 
     checkpoint = open_checkpoint(checkpoint_folders(run / "checkpoints")[-1])
     for change, message in [

@@ -19,7 +19,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipelines.data.corpus import feed
+from pipelines.data import retries
 from pipelines.data.corpus.prepare import CorpusOptions
 from pipelines.data.corpus.sources import FINEWEB, OPENWEBTEXT
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
@@ -240,7 +240,7 @@ class Notes(list[str]):
 def test_a_file_that_is_whole_again_later_is_read_then(
     fault: Fault, what: str, hub: Hub, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(feed, "STALL_S", 4.0)
+    monkeypatch.setattr(retries, "STALL_S", 4.0)
     hub.misbehave(fault, "003_")
     preparation = Preparation(FINEWEB, ALL, notes=Notes(hub.behave))
     preparation.run(tmp_path / "out")
@@ -297,8 +297,8 @@ def test_a_fault_that_stays_ends_in_one_line_and_a_folder_to_go_on_with(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(feed, "ATTEMPTS", 2)
-    monkeypatch.setattr(feed, "PAUSES_S", (0.1, 0.2))
+    monkeypatch.setattr(retries, "ATTEMPTS", 2)
+    monkeypatch.setattr(retries, "PAUSES_S", (0.1, 0.2))
     hub.misbehave(fault, "003_")
     preparation = Preparation(FINEWEB, ALL)
     with pytest.raises(AsgoError) as given_up:

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.batches import open_token_data
-from pipelines.data.corpus.folder import held_folder
 from pipelines.data.corpus.pipeline import Status
 from pipelines.data.corpus.prepare import CorpusOptions
 from pipelines.data.corpus.sources import FINEWEB, OPENWEBTEXT, Corpus
+from pipelines.data.holding import held_folder
 from pipelines.data.manifest import DocumentCounts, load_manifest
 from pipelines.data.verify import verify
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
@@ -200,7 +200,7 @@ def test_overwrite_spares_a_folder_that_holds_anything_else(mirror: Path, tmp_pa
 def test_two_processes_do_not_prepare_one_folder(mirror: Path, tmp_path: Path):
     with held_folder(tmp_path / "out"):
         code = (
-            "import sys; from pathlib import Path; from pipelines.data.corpus.folder import held_folder\n"
+            "import sys; from pathlib import Path; from pipelines.data.holding import held_folder\n"
             "with held_folder(Path(sys.argv[1])): pass"
         )
         second = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True, text=True)

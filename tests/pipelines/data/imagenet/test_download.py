@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.corpus.folder import held_folder
-from pipelines.data.imagenet import patience
+from pipelines.data import retries
+from pipelines.data.holding import held_folder
 from pipelines.data.imagenet.archives import ARCHIVES, MD5SUMS
 from pipelines.data.imagenet.download import BASE_URL, LICENCE_TERMS, download_archives
 from pipelines.data.imagenet.fetch import require_space
@@ -54,7 +54,7 @@ except AsgoError as error:
 def _no_proxies_and_short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(patience, "PAUSES_S", (0.01,))
+    monkeypatch.setattr(retries, "PAUSES_S", (0.01,))
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_a_server_that_asks_to_wait_is_left_alone_so_long(tmp_path: Path, server
 def test_no_server_is_waited_for_beyond_the_bound(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patience, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(retries, "LONGEST_WAIT_S", 0.1)
     server.misbehave(Status(503, retry_after=3600), TRAIN, times=1)
     fetch(tmp_path, server, "train")
 
@@ -310,7 +310,7 @@ def test_no_server_is_waited_for_beyond_the_bound(
 def test_a_stalled_connection_is_left_and_another_made(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch, after: float | None
 ) -> None:
-    monkeypatch.setattr(patience, "STALL_S", 0.3)
+    monkeypatch.setattr(retries, "STALL_S", 0.3)
     server.misbehave(Stall(30, after=after), TRAIN, times=1)
     assert "nothing came for" in fetch(tmp_path, server, "train")[0]
     assert (tmp_path / TRAIN).read_bytes() == CONTENTS[TRAIN]
@@ -323,8 +323,8 @@ def test_no_network_at_the_start_is_said_before_a_pause_that_is_too_long(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch, endpoint: Any, why: str
 ) -> None:
     """On no machine is the third pause taken, which would end after 0.35 s, nor a stall waited for."""
-    monkeypatch.setattr(patience, "NO_NETWORK_S", 0.3)
-    monkeypatch.setattr(patience, "PAUSES_S", (0.05, 0.1, 0.2, 3600))
+    monkeypatch.setattr(retries, "NO_NETWORK_S", 0.3)
+    monkeypatch.setattr(retries, "PAUSES_S", (0.05, 0.1, 0.2, 3600))
     notices: list[str] = []
     with endpoint() as url, pytest.raises(AsgoError) as raised:
         download_archives(tmp_path / "folder", url, ("train",), progress=lambda *_: None, notify=notices.append)

@@ -29,11 +29,11 @@ NAMES = ("tench, Tinca tinca", "goldfish, Carassius auratus")
 PROGRAM = """
 import sys
 from pathlib import Path
-from pipelines.data.imagenet import patience
+from pipelines.data import retries
 from pipelines.data.imagenet.hub import download_hub_copy
 from pipelines.errors import AsgoError
 
-patience.PAUSES_S, patience.NO_NETWORK_S = (float(sys.argv[2]),), 60.0
+retries.PAUSES_S, retries.NO_NETWORK_S = (float(sys.argv[2]),), 60.0
 try:
     print(download_hub_copy(Path(sys.argv[1]), progress=lambda *_: None, notify=print))
 except AsgoError as error:

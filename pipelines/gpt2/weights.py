@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from pipelines.errors import AsgoError
-from pipelines.training.weights import Tensors
+from pipelines.tensors import Tensors
 
 _PREFIX = "transformer."
 _LAYER = {

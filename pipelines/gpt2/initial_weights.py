@@ -10,9 +10,9 @@ from torch import nn
 
 from pipelines.config import GPTRunConfig
 from pipelines.errors import AsgoError, UsageError
-from pipelines.exchange.gpt2_weights import from_gpt2
-from pipelines.exchange.initial_model import InitialModel, open_initial_model, refuse_contradictions
-from pipelines.training.weights import Tensors, copy_into, model_tensors
+from pipelines.gpt2.initial_model import InitialModel, open_initial_model, refuse_contradictions
+from pipelines.gpt2.weights import from_gpt2
+from pipelines.tensors import Tensors, copy_into, model_tensors
 
 
 def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:

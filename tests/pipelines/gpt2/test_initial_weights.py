@@ -17,7 +17,7 @@ from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.data.batches import ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.export import export_model
-from pipelines.exchange.initial_model import resolve_with_initial_model
+from pipelines.gpt2.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer, preset_layer
 from pipelines.training.run_folder import RunFolder, checkpoint_folders
 from pipelines.training.train import train

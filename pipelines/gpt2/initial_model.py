@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.errors import AsgoError, UsageError
-from pipelines.exchange.gpt2_config import from_gpt2_config, problems_of
+from pipelines.gpt2.config import from_gpt2_config, problems_of
 from pipelines.resolve import Layer, resolve
 from pipelines.storage import parse_json, sha256_of
 

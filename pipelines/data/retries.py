@@ -9,14 +9,25 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
-from pipelines.data.corpus.failure import Failure
-from pipelines.data.corpus.feed import ATTEMPTS, DAMAGED_ATTEMPTS, LONGEST_WAIT_S, NO_NETWORK_S, PAUSES_S, STALL_S
+from pipelines.data.failure import Failure
 from pipelines.errors import AsgoError, RunInterrupted
 from pipelines.stopping import StopRequest
 
 Notify = Callable[[str], None]
 T = TypeVar("T")
 Send = Callable[[T], None]
+
+ATTEMPTS = 8
+"""Failures in a row, without one batch between them, after which a source is given up."""
+DAMAGED_ATTEMPTS = 3
+"""The same for content that arrives, and is damaged."""
+PAUSES_S = (1, 2, 4, 8, 16, 32, 60)
+NO_NETWORK_S = 8.0
+"""How long a network that has never answered is waited for."""
+STALL_S = 120.0
+"""How long a reader may bring nothing before it is taken for stuck."""
+LONGEST_WAIT_S = 300.0
+"""How much longer than that it may take when the server has asked to wait."""
 
 _POLL_S = 0.1
 _MESSAGES_AHEAD = 8
@@ -36,7 +47,7 @@ class Failed(Exception):
 
 
 class Patience:
-    """Counts failures in a row and waits between attempts, within the bounds of `pipelines.data.corpus.feed`.
+    """Counts failures in a row and waits between attempts, within the bounds above.
 
     `unreachable` says what to do about a network that never answers. Everything that waits raises `RunInterrupted` when
     `stop` is asked for.

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.imagenet.contact_sheet import draw_contact_sheet
+from pipelines.analysis.contact_sheet import draw_contact_sheet
 from pipelines.data.imagenet.prepare import prepare_imagenet
 from pipelines.errors import AsgoError, UsageError
 
-from .archive_makers import CLASSES, Content, write_archives
+from tests.pipelines.data.imagenet.archive_makers import CLASSES, Content, write_archives
 
 COLOURS = [(220, 0, 0), (0, 180, 0), (0, 0, 220)]
 

@@ -1,0 +1,56 @@
+"""What `asgo sweep` does alike with a list of runs and with a search."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asgo_cli.launch import own_path
+from asgo_cli.worker import is_worker
+from pipelines.errors import AsgoError, UsageError
+
+if TYPE_CHECKING:
+    from pipelines.sweeps.definition import SweepRun
+    from pipelines.sweeps.queue import Failure, Program, Source
+
+
+def train_runs(
+    source: Source, like: Sequence[SweepRun], count: int, folder: Path, slots: int | None, gpus: int | None
+) -> list[Failure]:
+    """Train `count` runs of the source, with data and devices as those that they are like; returns what failed."""
+    from asgo_cli.sweep_progress import SweepProgress
+    from pipelines.sweeps.queue import carry_out
+    from pipelines.sweeps.slots import make_slots
+    from pipelines.sweeps.standing import check_data
+
+    if is_worker():
+        raise UsageError("asgo sweep starts its runs by itself; give it without torchrun")
+    check_data(like)
+    on_gpus = any(run.config.runtime.device in ("auto", "cuda") for run in like)
+    places = make_slots(slots, gpus, on_gpus)
+    with SweepProgress(count) as progress:
+        return carry_out(source, folder, places, _program(), progress)
+
+
+def _program() -> Program:
+    """This `asgo`, as its runs are to start it."""
+    from pipelines.sweeps.queue import Program
+
+    return Program([sys.executable, "-m", "asgo_cli.sweep_child", str(os.getpid())], own_path())
+
+
+def raise_failures(failures: Sequence[Failure]) -> None:
+    """`AsgoError` with a line for each, if there are any."""
+    if failures:
+        raise AsgoError("\n".join(f"run {run.name} failed: {run.reason}; its log: {run.log}" for run in failures))
+
+
+def rounded(count: int) -> str:
+    """Four digits, so that the table fits a narrow terminal."""
+    for size, letter in ((10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.4g} {letter}"
+    return f"{count:,}"
