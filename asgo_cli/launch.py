@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,23 +17,25 @@ from pipelines.errors import UsageError
 from pipelines.shell import command
 from pipelines.training.launched import launched
 
-GpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, with a GPU each.")]
-ProcessesOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, on its CPU.")]
-NodesOption = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Machines; the same command is given on each.")
-]
-NodeRankOption = Annotated[int | None, typer.Option(min=0, metavar="K", help="Which of the machines this is, from 0.")]
-RendezvousOption = Annotated[
-    str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, at a free port.")
-]
-MaxRestartsOption = Annotated[
-    int,
-    typer.Option(
-        min=0, metavar="N", help="How often a lost process is replaced; all go on from the newest checkpoint."
-    ),
-]
-
-_OPTIONS = ("--gpus", "--processes", "--nodes", "--node-rank", "--rendezvous", "--max-restarts")
+LAUNCH_OPTIONS: dict[str, Any] = {
+    "gpus": Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, with a GPU each.")],
+    "processes": Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, on its CPU.")],
+    "nodes": Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Machines; the same command is given on each.")
+    ],
+    "node_rank": Annotated[int | None, typer.Option(min=0, metavar="K", help="Which of the machines this is, from 0.")],
+    "rendezvous": Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, at a free port.")
+    ],
+    "max_restarts": Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", help="How often a lost process is replaced; all go on from the newest checkpoint."
+        ),
+    ],
+}
+"""The options of a command that starts processes, by the fields of `Launch`."""
+_FLAGS = {name: f"--{name.replace('_', '-')}" for name in LAUNCH_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Launch:
 
     def check(self, device: str | None) -> None:
         """Raise `UsageError` for options that do not go together, or with `--device`."""
-        given = [name for name in _OPTIONS if getattr(self, name[2:].replace("-", "_"))]
+        given = [flag for name, flag in _FLAGS.items() if getattr(self, name)]
         across = (self.nodes, self.node_rank, self.rendezvous)
         place = launched()
         if given and place is not None:
@@ -168,9 +170,9 @@ def _without_launch_options(arguments: Sequence[str]) -> list[str]:
     kept = []
     rest = iter(arguments)
     for argument in rest:
-        if argument in _OPTIONS:
+        if argument in _FLAGS.values():
             next(rest)
-        elif argument.partition("=")[0] not in _OPTIONS:
+        elif argument.partition("=")[0] not in _FLAGS.values():
             kept.append(argument)
     return kept
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pipelines.tasks import TASKS
+
 OPTIMIZERS = (
     "asgo",
     "dasgo",
@@ -21,7 +23,7 @@ OPTIMIZERS = (
     "sgd-momentum",
     "sgd-nesterov",
 )
-PRESETS = {"gpt": ("asro-gpt", "asgo-gpt2", "asgo-nanogpt", "tiny"), "imagenet": ("asro-imagenet",)}
+PRESETS = {name: task.presets for name, task in TASKS.items()}
 """By task, the default first."""
 SWEEPS = ("asro-gpt-paper", "asro-imagenet-paper", "asgo-gpt2-paper", "asgo-nanogpt-paper", "asgo-nanogpt-search")
 TRACKERS = ("tensorboard", "wandb")

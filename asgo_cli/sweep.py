@@ -15,6 +15,7 @@ from asgo_cli.names import SWEEPS, sweeps_and_files
 from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
 from pipelines.errors import UsageError
 from pipelines.shell import command
+from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
     from pipelines.sweeps.definition import SweepRun
@@ -112,7 +113,7 @@ def _facts(run: SweepRun) -> dict[str, Any]:
 
 def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
     total, left = sum(run.tokens for run in plan), sum(run.tokens_left for run in plan)
-    unit = "images" if plan[0].run.config.task == "imagenet" else "tokens"
+    unit = task_of(plan[0].run.config).unit
     if as_json:
         rows = [
             {**_facts(run.run), "steps": run.run.config.training.steps, unit: run.tokens, "state": run.state}

@@ -9,12 +9,11 @@ from rich.progress import TaskID
 
 from asgo_cli import console
 from asgo_cli.progress import figures, run_bars
+from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
     from pipelines.sweeps.standing import Standing
     from pipelines.training.metrics import Row
-
-_SHORT_UNITS = {"gpt": "tok", "imagenet": "img"}
 
 
 class SweepProgress:
@@ -54,7 +53,7 @@ class SweepProgress:
     def progressed(self, run: Standing, slot: int, row: Row) -> None:
         """Move the run's bar."""
         if slot in self._bars:
-            unit = _SHORT_UNITS[run.run.config.task]
+            unit = task_of(run.run.config).short_unit
             self._progress.update(self._bars[slot], completed=row["step"], figures=figures(row, unit))
         steps = run.run.config.training.steps
         self._positions[slot] = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"

@@ -10,6 +10,7 @@ from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
 from pipelines.errors import AsgoError
+from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
     from pipelines.sweeps.contenders import Contender, SearchPlan
@@ -55,7 +56,7 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
     total = (plan.search.trials + len(plan.seeds)) * sum(tokens.values())
     spent = sum(done.get(name, 0) * count for name, count in tokens.items())
     spent += sum(tokens[contender.name] for name, contender in _finals(plan) if losses.get(name) is not None)
-    unit = "images" if plan.contenders[0].config.task == "imagenet" else "tokens"
+    unit = task_of(plan.contenders[0].config).unit
     if as_json:
         rows = [
             {

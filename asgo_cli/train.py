@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,19 +15,13 @@ import typer
 from asgo_cli import console, launch, names
 from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
-from asgo_cli.launch import (
-    GpusOption,
-    Launch,
-    MaxRestartsOption,
-    NodeRankOption,
-    NodesOption,
-    ProcessesOption,
-    RendezvousOption,
-)
+from asgo_cli.launch import LAUNCH_OPTIONS, Launch
 from asgo_cli.options import Device
 from asgo_cli.progress import TrainingProgress
 from asgo_cli.worker import is_restarted
 from pipelines.shell import command
+from pipelines.tasks import TASKS, task_of
+from pipelines.tasks.description import TaskDescription
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
@@ -39,36 +35,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_UNITS = {"gpt": "tokens", "imagenet": "images"}
-_SHORT_UNITS = {"gpt": "tok", "imagenet": "img"}
-_GPT_EXAMPLES = examples(
-    "asgo train gpt --preset tiny --data data/text --optimizer asgo",
-    "asgo train gpt --resume --out runs/tiny-asgo-s42",
-    "asgo train gpt --optimizer accasro --gpus 4",
-    "asgo train gpt --preset tiny --data data/text --set schedule.kind=linear",
-    "asgo train gpt --preset tiny --print-config    # all keys for --set",
-)
-_IMAGENET_EXAMPLES = examples(
-    "asgo train imagenet --optimizer accasro",
-    "asgo train imagenet --model resnet50 --optimizer asgo",
-    "asgo train imagenet --optimizer asro --gpus 8 --dry-run",
-)
-
 
 @app.callback(invoke_without_command=True)
 def _group(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
-
-
-def _preset_option(task: str) -> Any:
-    known = names.PRESETS[task]
-    return typer.Option(
-        metavar="NAME",
-        help=f"Settings to begin with: {', '.join(known)}.",
-        show_default=known[0],
-        autocompletion=names.completing(known),
-    )
 
 
 OptimizerOption = Annotated[
@@ -91,6 +62,10 @@ ModelOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one a processor")
+]
+InitFromOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Begin with the weights, and the shape, of a local Hugging Face GPT-2 folder."),
 ]
 StepsOption = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", show_default="the preset's")]
 LrOption = Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.", show_default="the preset's")]
@@ -133,123 +108,87 @@ PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and exit.")]
+_OF_SOME_TASKS = frozenset().union(*(task.options for task in TASKS.values()))
 
 
-@app.command("gpt", epilog=_GPT_EXAMPLES)
-def gpt(
-    preset: Annotated[str | None, _preset_option("gpt")] = None,
-    optimizer: OptimizerOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Token shards, made by `asgo data`.", show_default="the preset's"),
-    ] = None,
-    init_from: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="Begin with the weights, and the shape, of a local Hugging Face GPT-2 folder."
-        ),
-    ] = None,
-    steps: StepsOption = None,
-    lr: LrOption = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Sequences a step, over all processes.")] = None,
-    seed: SeedOption = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    device: Device = None,
-    compile_model: CompileOption = None,
-    gpus: GpusOption = None,
-    processes: ProcessesOption = None,
-    nodes: NodesOption = None,
-    node_rank: NodeRankOption = None,
-    rendezvous: RendezvousOption = None,
-    max_restarts: MaxRestartsOption = 0,
-    shard_optimizer: ShardOptimizerOption = None,
-    shard_model: ShardModelOption = None,
-    track: TrackOption = None,
-    print_config: PrintConfigOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Pretrain a GPT on token shards.
+@dataclass(frozen=True)
+class _Option:
+    """A parameter of a command and, where it sets one, the dotted key of the configuration."""
 
-    Later settings win: the preset, --config, the other options, --set.
-    """
-    asked = Launch(gpus, processes, nodes, node_rank, rendezvous, max_restarts)
-    asked.check(device)
-    flags = {
-        "--optimizer": ("optimizer.name", optimizer),
-        "--data": ("data.folder", None if data is None else str(data)),
-        "--init-from": ("init_from", None if init_from is None else str(init_from)),
-        "--steps": ("training.steps", steps),
-        "--lr": ("optimizer.lr", lr),
-        "--batch-size": ("training.batch_size", batch_size),
-        "--seed": ("seed", seed),
-        "--device": ("runtime.device", asked.device or device),
-        "--compile": ("runtime.compile", compile_model),
-        "--shard-optimizer": ("runtime.shard_optimizer", shard_optimizer),
-        "--shard-model": ("runtime.shard_model", shard_model),
-        "--track": ("runtime.track", track),
-    }
-    settings = _resolve("gpt", preset, config, flags, assignments or [], out if resume else None)
-    _carry_out(settings, out, resume, print_config, dry_run, asked)
+    name: str
+    annotation: Any
+    key: str | None = None
+    default: Any = None
+
+    @property
+    def flag(self) -> str:
+        """As it is typed."""
+        return f"--{self.name.replace('_', '-')}"
 
 
-@app.command("imagenet", epilog=_IMAGENET_EXAMPLES)
-def imagenet(
-    preset: Annotated[str | None, _preset_option("imagenet")] = None,
-    optimizer: OptimizerOption = None,
-    model: ModelOption = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Images, made by `asgo data imagenet`.", show_default="the preset's"),
-    ] = None,
-    steps: StepsOption = None,
-    lr: LrOption = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", help="Images a step, over all processes.")] = None,
-    workers: WorkersOption = None,
-    seed: SeedOption = None,
-    out: OutOption = None,
-    resume: ResumeOption = False,
-    config: ConfigOption = None,
-    assignments: SetOption = None,
-    device: Device = None,
-    compile_model: CompileOption = None,
-    gpus: GpusOption = None,
-    processes: ProcessesOption = None,
-    nodes: NodesOption = None,
-    node_rank: NodeRankOption = None,
-    rendezvous: RendezvousOption = None,
-    max_restarts: MaxRestartsOption = 0,
-    shard_optimizer: ShardOptimizerOption = None,
-    shard_model: ShardModelOption = None,
-    track: TrackOption = None,
-    print_config: PrintConfigOption = False,
-    dry_run: DryRunOption = False,
-) -> None:
-    """Train a classifier on ImageNet.
+def _options_of(task: TaskDescription) -> list[_Option]:
+    """The options of `asgo train TASK`, in the order of its help page."""
+    preset = typer.Option(
+        metavar="NAME",
+        help=f"Settings to begin with: {', '.join(task.presets)}.",
+        show_default=task.presets[0],
+        autocompletion=names.completing(task.presets),
+    )
+    data = typer.Option(metavar="FOLDER", help=f"{task.data}.", show_default="the preset's")
+    batch_size = typer.Option(metavar="N", help=f"{task.samples} a step, over all processes.")
+    options = [
+        _Option("preset", Annotated[str | None, preset]),
+        _Option("optimizer", OptimizerOption, "optimizer.name"),
+        _Option("model", ModelOption, "model.name"),
+        _Option("data", Annotated[Path | None, data], "data.folder"),
+        _Option("init_from", InitFromOption, "init_from"),
+        _Option("steps", StepsOption, "training.steps"),
+        _Option("lr", LrOption, "optimizer.lr"),
+        _Option("batch_size", Annotated[int | None, batch_size], "training.batch_size"),
+        _Option("workers", WorkersOption, "runtime.workers"),
+        _Option("seed", SeedOption, "seed"),
+        _Option("out", OutOption),
+        _Option("resume", ResumeOption, default=False),
+        _Option("config", ConfigOption),
+        _Option("set", SetOption),
+        _Option("device", Device, "runtime.device"),
+        _Option("compile", CompileOption, "runtime.compile"),
+        *(_Option(name, annotation, default=getattr(Launch(), name)) for name, annotation in LAUNCH_OPTIONS.items()),
+        _Option("shard_optimizer", ShardOptimizerOption, "runtime.shard_optimizer"),
+        _Option("shard_model", ShardModelOption, "runtime.shard_model"),
+        _Option("track", TrackOption, "runtime.track"),
+        _Option("print_config", PrintConfigOption, default=False),
+        _Option("dry_run", DryRunOption, default=False),
+    ]
+    return [option for option in options if option.name not in _OF_SOME_TASKS or option.name in task.options]
 
-    Later settings win: the preset, --config, the other options, --set.
-    """
-    asked = Launch(gpus, processes, nodes, node_rank, rendezvous, max_restarts)
-    asked.check(device)
-    flags = {
-        "--optimizer": ("optimizer.name", optimizer),
-        "--model": ("model.name", model),
-        "--data": ("data.folder", None if data is None else str(data)),
-        "--steps": ("training.steps", steps),
-        "--lr": ("optimizer.lr", lr),
-        "--batch-size": ("training.batch_size", batch_size),
-        "--workers": ("runtime.workers", workers),
-        "--seed": ("seed", seed),
-        "--device": ("runtime.device", asked.device or device),
-        "--compile": ("runtime.compile", compile_model),
-        "--shard-optimizer": ("runtime.shard_optimizer", shard_optimizer),
-        "--shard-model": ("runtime.shard_model", shard_model),
-        "--track": ("runtime.track", track),
-    }
-    settings = _resolve("imagenet", preset, config, flags, assignments or [], out if resume else None)
-    _carry_out(settings, out, resume, print_config, dry_run, asked)
+
+def _add_command(task: TaskDescription) -> None:
+    """Declare `asgo train TASK`. Typer reads the parameters from the signature, which is made here."""
+    options = _options_of(task)
+
+    def train(**given: Any) -> None:
+        asked = Launch(**{name: given[name] for name in LAUNCH_OPTIONS})
+        asked.check(given["device"])
+        given["device"] = asked.device or given["device"]
+        flags = {option.flag: (option.key, given[option.name]) for option in options if option.key is not None}
+        resumed = given["out"] if given["resume"] else None
+        settings = _resolve(task, given["preset"], given["config"], flags, given["set"] or [], resumed)
+        _carry_out(settings, given["out"], given["resume"], given["print_config"], given["dry_run"], asked)
+
+    train.__doc__ = f"{task.summary}\n\nLater settings win: the preset, --config, the other options, --set."
+    train.__annotations__ = {option.name: option.annotation for option in options}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [
+        inspect.Parameter(option.name, keyword, default=option.default, annotation=option.annotation)
+        for option in options
+    ]
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    app.command(task.name, epilog=examples(*task.examples))(train)
+
+
+for _task in TASKS.values():
+    _add_command(_task)
 
 
 def _carry_out(
@@ -270,7 +209,7 @@ def _carry_out(
 
 
 def _resolve(
-    task: str,
+    task: TaskDescription,
     preset: str | None,
     config: Path | None,
     flags: dict[str, tuple[str, Any]],
@@ -283,11 +222,11 @@ def _resolve(
     continues = resumed is not None and preset is None and config is None
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
     files = [file_layer(config)] if config is not None else []
-    named = preset or next(
-        (layer.values["preset"] for layer in files if "preset" in layer.values), names.PRESETS[task][0]
-    )
-    layers: list[Layer] = [base or preset_layer(task, str(named)), *files]
-    layers += [Layer(flag, {key: value}) for flag, (key, value) in flags.items() if value is not None]
+    named = preset or next((layer.values["preset"] for layer in files if "preset" in layer.values), task.presets[0])
+    layers: list[Layer] = [base or preset_layer(task.name, str(named)), *files]
+    for flag, (key, value) in flags.items():
+        if value is not None:
+            layers.append(Layer(flag, {key: str(value) if isinstance(value, Path) else value}))
     return resolve_with_initial_model([*layers, assignment_layer(assignments)])
 
 
@@ -316,7 +255,7 @@ def _show_plan(settings: RunConfig, folder: Path, asked: Launch) -> None:
 
     _warn_of_warmup(settings)
     planned = plan(settings, asked.size)
-    training, unit = settings.training, _UNITS[settings.task]
+    training, unit = settings.training, task_of(settings).unit
     facts = [
         ("run folder", str(folder)),
         ("model", f"{planned.model}, {planned.parameters:,} parameters"),
@@ -343,7 +282,7 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
     # What a library prints is words, too, and must not end the run where stdout is a broken pipe.
     with (
         contextlib.redirect_stdout(sys.stderr),
-        TrainingProgress(settings.optimizer.name, _SHORT_UNITS[settings.task]) as progress,
+        TrainingProgress(settings.optimizer.name, task_of(settings).short_unit) as progress,
     ):
         rows = train(settings, folder, progress, resume=resume)
     first, *_, last = [row for row in rows if row["split"] == "val"]
@@ -352,6 +291,6 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
         f"done: validation loss {first['loss']:.4f} → {last['loss']:.4f}{accuracy} "
         f"in {settings.training.steps:,} steps; {folder}"
     )
-    has_model = settings.task == "gpt" and any((folder / "checkpoints").iterdir())
+    has_model = task_of(settings).writes_text and any((folder / "checkpoints").iterdir())
     generate = [command("asgo", "generate", folder, "--prompt", "TEXT")] if has_model else []
     console.suggest_next(export_command(folder), *generate)

@@ -420,6 +420,11 @@ class RunConfig(Settings):
             )
         return self
 
+    @classmethod
+    def trains(cls, task: object) -> bool:
+        """Whether a configuration of this class trains the task of that name."""
+        return task in get_args(cls.model_fields["task"].annotation)
+
     @property
     def validation_samples(self) -> int | None:
         """How many sequences (or images) a validation takes, with any number of processes; None for all."""
@@ -458,9 +463,12 @@ class ImageNetRunConfig(RunConfig):
         return self
 
 
+RUN_CONFIGS = (GPTRunConfig, ImageNetRunConfig)
+
+
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
-    kind = ImageNetRunConfig if values.get("task") == "imagenet" else GPTRunConfig
+    kind = next((kind for kind in RUN_CONFIGS if kind.trains(values.get("task"))), GPTRunConfig)
     optimizer = values.get("optimizer")
     if isinstance(optimizer, Mapping) and is_other_optimizer(optimizer.get("name")):
         return _with_other_optimizer(kind)

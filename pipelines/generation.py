@@ -11,6 +11,7 @@ from models.gpt import sample
 from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.tokenizers import build_tokenizer
 from pipelines.errors import AsgoError
+from pipelines.tasks import task_of
 from pipelines.training.checkpoint import find_checkpoint
 from pipelines.training.device import pick_device
 from pipelines.training.gpt_task import build_gpt, require_weights_of
@@ -37,7 +38,7 @@ def generate(
         note(line)
     config = checkpoint.config()
     if not isinstance(config, GPTRunConfig):
-        raise AsgoError(f"{checkpoint.folder}: of a classifier of images, which writes no text")
+        raise AsgoError(f"{checkpoint.folder}: of {task_of(config).model}, which writes no text")
     device = pick_device(runtime)
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
     tensors = checkpoint.model_tensors()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.config import GPTRunConfig, ImageNetRunConfig, RunConfig
+from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
-from pipelines.exchange.gpt2_export import write_gpt2
 from pipelines.storage import staged_folder
+from pipelines.tasks import task_of
 from pipelines.training.checkpoint import Checkpoint, find_checkpoint
 
 Format = Literal["hf", "torchvision"]
@@ -50,14 +50,8 @@ def export_model(path: Path, form: Format, out: Path) -> Exported:
 
 def _write(checkpoint: Checkpoint, config: RunConfig, form: Format, folder: Path, out: Path) -> str:
     """Write the files; returns a command that loads them from `out`, where they come to lie."""
-    match config, form:
-        case GPTRunConfig(), "hf":
-            return write_gpt2(checkpoint, config, folder, out)
-        case ImageNetRunConfig(), "torchvision":
-            from pipelines.exchange.classifier_export import write_classifier  # takes a second to import
-
-            return write_classifier(checkpoint, config, folder, out)
-        case GPTRunConfig(), _:
-            raise UsageError(f"{checkpoint.folder}: of a GPT, which torchvision does not have; take --format hf")
-        case _:
-            raise UsageError(f"{checkpoint.folder}: of a classifier of torchvision; take --format torchvision")
+    task = task_of(config)
+    if form not in task.exporters:
+        formats = " or ".join(f"--format {name}" for name in task.exporters)
+        raise UsageError(f"{checkpoint.folder}: of {task.model}, which --format {form} does not write; take {formats}")
+    return task.exporters[form](checkpoint, config, folder, out)

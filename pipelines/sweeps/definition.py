@@ -12,16 +12,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import GPTRunConfig, RunConfig, flatten
+from pipelines.config import RunConfig, flatten
 from pipelines.errors import UsageError
 from pipelines.gpt2.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
 from pipelines.sweeps.search_table import Search, read_search
+from pipelines.tasks import TASKS, task_of
 
 _SHIPPED = resources.files("pipelines") / "presets" / "sweeps"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_RUNS = 10_000
-_TASKS = ("gpt", "imagenet")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SweepRun:
     @property
     def tokens_per_sample(self) -> int:
         """The context's length; 1 for an image."""
-        return self.config.model.context_length if isinstance(self.config, GPTRunConfig) else 1
+        return task_of(self.config).units_per_sample(self.config)
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,9 @@ def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
     runs, problems = _named_runs(values.get("runs", []))
     seeds = values.get("seeds", [])
     task, preset = common.pop("task", None), common.pop("preset", None)
-    if task not in _TASKS:
-        problems.append(f'task is {task!r}: write task = "gpt" or task = "imagenet"')
+    if task not in TASKS:
+        choices = " or ".join(f'task = "{name}"' for name in TASKS)
+        problems.append(f"task is {task!r}: write {choices}")
     elif preset not in preset_names(task):
         problems.append(f"preset is {preset!r}: the runs begin with one of {', '.join(preset_names(task))}")
     if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):

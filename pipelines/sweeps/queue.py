@@ -14,7 +14,6 @@ from typing import Literal, Protocol, TypeVar
 
 import tomli_w
 
-from pipelines.config import ImageNetRunConfig
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.locking import try_lock
 from pipelines.stopping import StopRequest, stop_on_signals
@@ -225,8 +224,8 @@ class _Queue:
         text = tomli_w.dumps(run.run.config.model_dump(mode="json", exclude_none=True))
         write_atomically(config, text.encode())
         arguments: list[object] = ["train", run.run.config.task, "--config", config, "--resume", "--out", run.folder]
-        if isinstance(run.run.config, ImageNetRunConfig) and run.run.config.runtime.workers is None:
-            arguments += ["--workers", self._slots[slot].threads]  # a run alone takes all cores
+        if getattr(run.run.config.runtime, "workers", 0) is None:  # a run alone takes all cores
+            arguments += ["--workers", self._slots[slot].threads]
         with open(log, "ab", opener=refusing_links) as output:
             log_start = output.tell()  # before the child shares this position
             child = subprocess.Popen(

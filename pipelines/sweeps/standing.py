@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from pipelines.config import differences
 from pipelines.errors import AsgoError, UsageError
 from pipelines.sweeps.definition import SweepRun
+from pipelines.tasks import TASKS
 from pipelines.training.run_folder import RunFolder, refuse_existing
 
 State = Literal["new", "partial", "done"]
@@ -78,7 +79,8 @@ def standing(run: SweepRun, out: Path) -> Standing:
 
 def check_data(runs: Sequence[SweepRun]) -> None:
     """Open the data of all runs as they will; `UsageError` with a line for every folder that is not good."""
-    _for_each(dict.fromkeys((run.config.task, run.config.data.folder) for run in runs), lambda data: _open_data(*data))
+    places = dict.fromkeys((run.config.task, run.config.data.folder) for run in runs)
+    _for_each(places, lambda place: TASKS[place[0]].open_data(Path(place[1])))
 
 
 def _for_each(items: Iterable[_Item], do: Callable[[_Item], _Result]) -> list[_Result]:
@@ -92,14 +94,3 @@ def _for_each(items: Iterable[_Item], do: Callable[[_Item], _Result]) -> list[_R
     if problems:
         raise UsageError("\n".join(problems))
     return results
-
-
-def _open_data(task: str, folder: str) -> None:
-    if task == "gpt":
-        from pipelines.data.batches import open_token_data
-
-        open_token_data(Path(folder))
-    else:
-        from pipelines.data.imagenet.images import open_imagenet
-
-        open_imagenet(Path(folder))

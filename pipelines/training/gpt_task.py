@@ -14,6 +14,7 @@ from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
 from pipelines.gpt2.initial_model import refuse_other_vocabulary
+from pipelines.gpt2.initial_weights import load_initial_weights
 from pipelines.tensors import Tensors, require_same_names
 from pipelines.training.device import autocast, memory_bytes, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
@@ -59,6 +60,7 @@ class GPTTask:
     def __init__(self, config: GPTRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
         """Raises as `open_token_data` does, and `UsageError` for a batch that the processes cannot share."""
         training = config.training
+        self._config = config
         self._share = batch_share(training, ranks)
         self.data = open_token_data(Path(config.data.folder))
         refuse_other_vocabulary(config, self.data.vocab_size)
@@ -78,6 +80,10 @@ class GPTTask:
         self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
+
+    def load_initial_weights(self) -> None:
+        """Those of the folder `init_from`; raises as `pipelines.gpt2.initial_weights.load_initial_weights`."""
+        load_initial_weights(self.model, self._config)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """(inputs, targets), each (micro_batch_size, context_length) int64."""

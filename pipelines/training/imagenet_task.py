@@ -74,6 +74,9 @@ class ImageNetTask:
         batches = list(rounds(count, self._share.micro_batch_size, self._ranks))
         self._validation = ValidationImages(self._workers, "validation", batches)
 
+    def load_initial_weights(self) -> None:
+        """Nothing: a classifier begins with fresh weights."""
+
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """(images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""
         self._right.zero_()

@@ -24,6 +24,9 @@ class Task(Protocol):
     def tokens_per_sample(self) -> int:
         """Tokens in one row of a batch; 1 for an image."""
 
+    def load_initial_weights(self) -> None:
+        """Load the weights that a new run begins with, if its configuration names some."""
+
     def micro_batches(self, step: int) -> Iterable[Batch]:
         """This process's rows of the batch of a step (0-based), in equal parts, on the host; a function of the step."""
 

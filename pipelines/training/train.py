@@ -14,11 +14,10 @@ import torch
 from optim import build_optimizer
 from optim.sharded import ShardedOptimizer
 from pipelines.compiler_cache import use_private_compiler_cache
-from pipelines.config import GPTRunConfig, RunConfig, differences
+from pipelines.config import RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
-from pipelines.gpt2.initial_weights import load_initial_weights
-from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
+from pipelines.tasks import task_of
 from pipelines.training.arithmetic import agree_on_arithmetic, differences_in_arithmetic
 from pipelines.training.average import WeightAverage
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
@@ -35,7 +34,6 @@ from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.state import TrainState
 from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
-from pipelines.training.tasks import build_task
 from pipelines.training.trackers import require_trackers, tracked
 from pipelines.training.watchdog import Watchdog
 
@@ -61,7 +59,7 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
     require_trackers(config.runtime.track)
     device = pick_device(config.runtime)
     share = batch_share(config.training, Ranks(size=processes))
-    task = build_task(config, torch.device("cpu"))
+    task = task_of(config).build(config, torch.device("cpu"), ALONE)
     task.close()
     training = config.training
     return Plan(
@@ -94,7 +92,7 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         ranks.first_does(lambda: require_trackers(config.runtime.track))
         continues = ranks.first_does(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
-        with contextlib.closing(build_task(config, device, ranks)) as task, contextlib.closing(folder):
+        with contextlib.closing(task_of(config).build(config, device, ranks)) as task, contextlib.closing(folder):
             ranks.first_does(lambda: _claim(folder, continues))
             return _train(task, config, folder, device, reporter, ranks, beat, continues)
 
@@ -145,8 +143,8 @@ def _train(
     if finished is not None:
         return finished
     checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
-    if checkpoint is None and isinstance(config, GPTRunConfig):
-        load_initial_weights(task.model, config)
+    if checkpoint is None:
+        task.load_initial_weights()
     state = fresh_state(task, config, device, ranks)
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
@@ -212,13 +210,12 @@ def _how_to_train_further(run: Path, saved: RunConfig, config: RunConfig) -> lis
     """What to do instead of giving a run other steps, on which its whole schedule depends."""
     if saved.training.steps == config.training.steps:
         return []
-    if not isinstance(saved, GPTRunConfig):
+    commands = task_of(saved).commands_to_train_further(run)
+    if not commands:
         return [f"{run}: a run's schedule is made for its steps; train for others in another --out"]
-    model = Path(f"{run}-model")
-    export = command("asgo", "export-model", run, "--format", "hf", "--out", model)
     return [
         f"{run}: a run's schedule is made for its steps; to train its model further, begin a new run with it: "
-        f"{export}, then {command('asgo', 'train', 'gpt', '--init-from', model, '--out', 'ANOTHER')}"
+        f"{', then '.join(commands)}"
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pipelines.analysis.comparison.entries import finished
 from pipelines.analysis.comparison.results import Entry, Run, Sensitivity, State
 from pipelines.analysis.comparison.settings import differing_keys, in_words, settings_of
-from pipelines.config import GPTRunConfig
+from pipelines.tasks import task_of
 
 _SHOWN = 4
 
@@ -103,9 +103,8 @@ def _validated_on(run: Run) -> str:
 def _budget(run: Run) -> str:
     training = run.config.training
     samples = training.steps * training.batch_size
-    if isinstance(run.config, GPTRunConfig):
-        return f"{samples * run.config.model.context_length:,} tokens"
-    return f"{samples:,} images"
+    task = task_of(run.config)
+    return f"{samples * task.units_per_sample(run.config):,} {task.unit}"
 
 
 def _not_finished(results: Sequence[Run]) -> list[str]:

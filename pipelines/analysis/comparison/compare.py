@@ -16,6 +16,7 @@ from pipelines.analysis.comparison.setting_effects import setting_effects_of
 from pipelines.analysis.comparison.statistics import rule, verdicts
 from pipelines.analysis.comparison.targets import target_of, with_reach
 from pipelines.errors import UsageError
+from pipelines.tasks import TASKS
 
 
 def compare_runs(paths: Sequence[Path], target: float | None = None, confidence: float = 0.95) -> Comparison:
@@ -39,7 +40,7 @@ def compare_runs(paths: Sequence[Path], target: float | None = None, confidence:
     sensitivities = sensitivities_of(families, labels)
     return Comparison(
         task=task,
-        unit="images" if task == "imagenet" else "tokens",
+        unit=TASKS[task].unit,
         entries=tuple(entries),
         contenders=tuple(contenders),
         verdicts=verdicts(contenders, confidence),

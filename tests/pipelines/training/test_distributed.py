@@ -23,10 +23,10 @@ from optim import OPTIMIZER_NAMES
 from pipelines.config import RunConfig
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, resolve
-from pipelines.training.distributed import Ranks, batch_share, rounds
+from pipelines.tasks import task_of
+from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
 from pipelines.training.parallel import replicated
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.tasks import build_task
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
 from tests.pipelines.training.double_precision import bound, double_precision
@@ -100,7 +100,7 @@ def test_one_two_and_four_processes_agree_to_rounding_at_every_step(
 def losses_and_gradients(config: RunConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of each micro-batch of the first step, in float32: (k,) losses and (k, *shape) gradients."""
     torch.manual_seed(config.seed)
-    task = build_task(config, torch.device("cpu"))
+    task = task_of(config).build(config, torch.device("cpu"), ALONE)
     found: list[float] = []
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name, _ in task.model.named_parameters()}
     for batch in task.micro_batches(0):

@@ -1,0 +1,69 @@
+"""Pretraining of decoders on token shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.shell import command
+from pipelines.tasks.description import TaskDescription
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.config import GPTRunConfig
+    from pipelines.training.checkpoint import Checkpoint
+    from pipelines.training.distributed import Ranks
+    from pipelines.training.task import Task
+
+
+def _open_data(folder: Path) -> object:
+    from pipelines.data.batches import open_token_data
+
+    return open_token_data(folder)
+
+
+def _build(config: GPTRunConfig, device: torch.device, ranks: Ranks) -> Task:
+    from pipelines.training.gpt_task import GPTTask
+
+    return GPTTask(config, device, ranks)
+
+
+def _export_to_hugging_face(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Path) -> str:
+    from pipelines.exchange.gpt2_export import write_gpt2
+
+    return write_gpt2(checkpoint, config, folder, out)
+
+
+def _commands_to_train_further(run: Path) -> tuple[str, ...]:
+    model = Path(f"{run}-model")
+    return (
+        command("asgo", "export-model", run, "--format", "hf", "--out", model),
+        command("asgo", "train", "gpt", "--init-from", model, "--out", "ANOTHER"),
+    )
+
+
+GPT = TaskDescription(
+    name="gpt",
+    summary="Pretrain a GPT on token shards.",
+    examples=(
+        "asgo train gpt --preset tiny --data data/text --optimizer asgo",
+        "asgo train gpt --resume --out runs/tiny-asgo-s42",
+        "asgo train gpt --optimizer accasro --gpus 4",
+        "asgo train gpt --preset tiny --data data/text --set schedule.kind=linear",
+        "asgo train gpt --preset tiny --print-config    # all keys for --set",
+    ),
+    model="a GPT",
+    unit="tokens",
+    short_unit="tok",
+    samples="Sequences",
+    data="Token shards, made by `asgo data`",
+    presets=("asro-gpt", "asgo-gpt2", "asgo-nanogpt", "tiny"),
+    options=frozenset({"init_from"}),
+    open_data=_open_data,
+    build=_build,
+    units_per_sample=lambda config: config.model.context_length,
+    exporters={"hf": _export_to_hugging_face},
+    writes_text=True,
+    commands_to_train_further=_commands_to_train_further,
+)

@@ -1,0 +1,56 @@
+"""Classification of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.tasks.description import TaskDescription
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipelines.config import ImageNetRunConfig
+    from pipelines.training.checkpoint import Checkpoint
+    from pipelines.training.distributed import Ranks
+    from pipelines.training.task import Task
+
+
+def _open_data(folder: Path) -> object:
+    from pipelines.data.imagenet.images import open_imagenet
+
+    return open_imagenet(folder)
+
+
+def _build(config: ImageNetRunConfig, device: torch.device, ranks: Ranks) -> Task:
+    from pipelines.training.imagenet_task import ImageNetTask  # takes a second to import, with torchvision
+
+    return ImageNetTask(config, device, ranks)
+
+
+def _export_to_torchvision(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:
+    from pipelines.exchange.classifier_export import write_classifier  # takes a second to import
+
+    return write_classifier(checkpoint, config, folder, out)
+
+
+IMAGES = TaskDescription(
+    name="imagenet",
+    summary="Train a classifier on ImageNet.",
+    examples=(
+        "asgo train imagenet --optimizer accasro",
+        "asgo train imagenet --model resnet50 --optimizer asgo",
+        "asgo train imagenet --optimizer asro --gpus 8 --dry-run",
+    ),
+    model="a classifier of torchvision",
+    unit="images",
+    short_unit="img",
+    samples="Images",
+    data="Images, made by `asgo data imagenet`",
+    presets=("asro-imagenet",),
+    options=frozenset({"model", "workers"}),
+    open_data=_open_data,
+    build=_build,
+    units_per_sample=lambda config: 1,
+    exporters={"torchvision": _export_to_torchvision},
+)
