@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 _INIT_STD = 0.02
+Gelu = Literal["exact", "tanh"]
 
 
 class CausalSelfAttention(nn.Module):
@@ -43,22 +45,22 @@ class CausalSelfAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Two layers with a GELU between them; (..., d_model) → (..., d_model)."""
 
-    def __init__(self, d_model: int, d_ff: int, bias: bool) -> None:
+    def __init__(self, d_model: int, d_ff: int, bias: bool, gelu: Gelu) -> None:
         super().__init__()
         self.up = nn.Linear(d_model, d_ff, bias=bias)
-        self.gelu = nn.GELU()
+        self.gelu = nn.GELU("tanh" if gelu == "tanh" else "none")
         self.down = nn.Linear(d_ff, d_model, bias=bias)
 
 
 class Block(nn.Module):
     """Attention and a feed-forward network, each added to its normalized input."""
 
-    def __init__(self, d_model: int, n_heads: int, d_ff: int, bias: bool, dropout: float) -> None:
+    def __init__(self, d_model: int, n_heads: int, d_ff: int, bias: bool, dropout: float, gelu: Gelu) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(d_model, bias=bias)
         self.attention = CausalSelfAttention(d_model, n_heads, bias, dropout)
         self.feed_forward_norm = nn.LayerNorm(d_model, bias=bias)
-        self.feed_forward = FeedForward(d_model, d_ff, bias)
+        self.feed_forward = FeedForward(d_model, d_ff, bias, gelu)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +82,7 @@ class GPT(nn.Module):
         bias: whether linear layers and normalizations have biases.
         tied_head: whether the output head is the token embedding.
         dropout: rate on embeddings, attention weights and residual branches while training.
+        gelu: `exact`, or the approximation `tanh`, which the published GPT-2 was trained with.
 
     Raises:
         ValueError: `n_heads` does not divide `d_model`.
@@ -100,6 +103,7 @@ class GPT(nn.Module):
         bias: bool = True,
         tied_head: bool = True,
         dropout: float = 0.0,
+        gelu: Gelu = "exact",
     ) -> None:
         super().__init__()
         if d_model % n_heads:
@@ -108,7 +112,7 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, d_model)
         self.position_embedding = nn.Embedding(context_length, d_model)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, bias, dropout) for _ in range(n_layers))
+        self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, bias, dropout, gelu) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model, bias=bias)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied_head:
@@ -157,16 +161,17 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: GPT,
+    model: nn.Module,
     prompt: Tensor,
     *,
+    context_length: int,
     new_tokens: int,
     vocab_size: int,
     temperature: float,
     top_k: int | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Continue a prompt by sampling; (time,) → (time + new_tokens,), on the prompt's device.
+    """Continue a prompt with a decoder by sampling; (time,) → (time + new_tokens,), on the prompt's device.
 
     Only the first `vocab_size` symbols are drawn, since a vocabulary may be padded. Temperature 0 takes the likeliest.
     The model sees the last `context_length` tokens. `generator` lives on the CPU, so a seed gives the same text on any
@@ -174,7 +179,7 @@ def sample(
     """
     tokens = prompt
     for _ in range(new_tokens):
-        logits = model(tokens[None, -model.context_length :])[0, -1, :vocab_size].float().cpu()
+        logits = model(tokens[None, -context_length:])[0, -1, :vocab_size].float().cpu()
         tokens = torch.cat([tokens, _draw(logits, temperature, top_k, generator).to(tokens.device)])
     return tokens
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -14,8 +15,12 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     create_model,
+    field_validator,
     model_validator,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -230,10 +235,41 @@ def optimizer_names() -> tuple[str, ...]:
     return OPTIMIZER_NAMES
 
 
-class GPTSettings(Settings):
-    """Shape of `models.gpt.GPT`; the vocabulary comes with the data."""
+class ModelSettings(Settings, ABC):
+    """What a model is made of."""
 
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """The model's name for people."""
+
+
+class DecoderSettings(ModelSettings):
+    """What every decoder has; the vocabulary comes with the data. One class for each `kind`."""
+
+    kind: str
     context_length: Size
+
+    @abstractmethod
+    def parameters(self, vocab_size: int) -> int:
+        """Elements of the weight matrices for a vocabulary; gains and biases are left out."""
+
+    @abstractmethod
+    def build(self, vocab_size: int) -> nn.Module:
+        """A freshly initialized decoder: (batch, time) tokens → (batch, time, vocabulary and padding) logits."""
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _is_known(cls, kind: object) -> object:
+        if kind not in DECODERS:
+            raise ValueError(f"unknown decoder {kind!r}; known: {', '.join(DECODERS)}")
+        return kind
+
+
+class GPTSettings(DecoderSettings):
+    """Shape of `models.gpt.GPT`."""
+
+    kind: Literal["gpt"] = "gpt"
     n_layers: Annotated[int, Field(gt=0, le=10_000)]
     n_heads: Size
     d_model: Size
@@ -246,17 +282,33 @@ class GPTSettings(Settings):
     vocab_multiple: Size = 1
     """The vocabulary is padded to a multiple of this."""
 
+    @property
+    def title(self) -> str:
+        return "GPT"
+
     def parameters(self, vocab_size: int) -> int:
-        """Elements of the weight matrices of a model for the padded vocabulary, gains and biases left out."""
         block = 4 * self.d_model**2 + 2 * self.d_model * self.d_ff
-        tables = vocab_size * (1 if self.tied_head else 2) + self.context_length
+        tables = self._padded(vocab_size) * (1 if self.tied_head else 2) + self.context_length
         return self.n_layers * block + tables * self.d_model
+
+    def build(self, vocab_size: int) -> nn.Module:
+        from models.gpt import GPT
+
+        shape = self.model_dump(exclude={"kind", "vocab_multiple"})
+        return GPT(vocab_size=self._padded(vocab_size), **shape)
+
+    def _padded(self, vocab_size: int) -> int:
+        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
         if self.d_model % self.n_heads:
             raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
         return self
+
+
+DECODERS: dict[str, type[DecoderSettings]] = {"gpt": GPTSettings}
+"""The classes above, by `kind`. Configurations without `kind` have the first."""
 
 
 class DataSettings(Settings):
@@ -278,11 +330,15 @@ class ImageDataSettings(DataSettings):
     """What to do about one that cannot be decoded: stop with its name, or count it and go on."""
 
 
-class ClassifierSettings(Settings):
+class ClassifierSettings(ModelSettings):
     """A classifier of torchvision, without pretrained weights."""
 
     name: str = "efficientnet_b1"
     channels_last: bool = False
+
+    @property
+    def title(self) -> str:
+        return self.name
 
 
 class ScheduleSettings(Settings):
@@ -395,7 +451,7 @@ class RunConfig(Settings):
     preset: str
     seed: Seed = 42
     data: DataSettings
-    model: Settings
+    model: ModelSettings
     optimizer: OptimizerSettings
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings
@@ -468,16 +524,19 @@ RUN_CONFIGS = (GPTRunConfig, ImageNetRunConfig)
 
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
-    kind = next((kind for kind in RUN_CONFIGS if kind.trains(values.get("task"))), GPTRunConfig)
-    optimizer = values.get("optimizer")
+    run_config: type[RunConfig] = next((kind for kind in RUN_CONFIGS if kind.trains(values.get("task"))), GPTRunConfig)
+    model, optimizer = values.get("model"), values.get("optimizer")
+    decoder = DECODERS.get(model.get("kind", "gpt")) if isinstance(model, Mapping) else None
+    if run_config is GPTRunConfig and decoder not in (None, GPTSettings):
+        run_config = _with_field(run_config, "model", decoder)
     if isinstance(optimizer, Mapping) and is_other_optimizer(optimizer.get("name")):
-        return _with_other_optimizer(kind)
-    return kind
+        run_config = _with_field(run_config, "optimizer", OtherOptimizerSettings)
+    return run_config
 
 
 @functools.cache
-def _with_other_optimizer(kind: type[RunConfig]) -> type[RunConfig]:
-    return create_model(kind.__name__, __base__=kind, optimizer=(OtherOptimizerSettings, ...))
+def _with_field(run_config: type[RunConfig], name: str, kind: type[BaseModel]) -> type[RunConfig]:
+    return create_model(run_config.__name__, __base__=run_config, **{name: (kind, ...)})  # type: ignore[call-overload, no-any-return]
 
 
 def load_run_config(values: Any) -> RunConfig:

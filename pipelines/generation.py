@@ -14,7 +14,7 @@ from pipelines.errors import AsgoError
 from pipelines.tasks import task_of
 from pipelines.training.checkpoint import find_checkpoint
 from pipelines.training.device import pick_device
-from pipelines.training.gpt_task import build_gpt, require_weights_of
+from pipelines.training.gpt_task import build_decoder, require_weights_of
 
 
 def generate(
@@ -43,12 +43,13 @@ def generate(
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
     tensors = checkpoint.model_tensors()
     require_weights_of(config.model, tokenizer.vocab_size, tensors, str(checkpoint.folder))
-    model = build_gpt(config.model, tokenizer.vocab_size)
+    model = build_decoder(config.model, tokenizer.vocab_size)
     model.load_state_dict(tensors, strict=False)  # a tied head is saved once, under the embedding's name
     model.to(device).eval()
     tokens = sample(
         model,
         torch.tensor([tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()], device=device),
+        context_length=config.model.context_length,
         new_tokens=new_tokens,
         vocab_size=tokenizer.vocab_size,
         temperature=temperature,

@@ -13,7 +13,7 @@ from torch import nn
 from pipelines.config import GPTSettings
 from pipelines.errors import UsageError
 from pipelines.resolve import read_preset
-from pipelines.training.gpt_task import build_gpt
+from pipelines.training.gpt_task import build_decoder
 
 GPT2_LAYER = {
     "query": (768, 768),
@@ -52,7 +52,7 @@ def build_model(name: str) -> nn.Module:
         return Matrices(GPT2_LAYER)
     if name in _PRESETS:
         preset, vocab_size = _PRESETS[name]
-        return build_gpt(GPTSettings.model_validate(read_preset(preset)["model"]), vocab_size)
+        return build_decoder(GPTSettings.model_validate(read_preset(preset)["model"]), vocab_size)
     return _vision_model(name)
 
 

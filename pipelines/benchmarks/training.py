@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models.gpt import GPT
 from pipelines.benchmarks.optimizers import BenchReporter
 from pipelines.benchmarks.plain_gpt import PlainTrainer
 from pipelines.benchmarks.random_tokens import write_random_tokens
@@ -29,7 +30,7 @@ from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.batches import open_token_data
 from pipelines.training.device import describe_device, pick_device, pick_precision
-from pipelines.training.gpt_task import build_gpt
+from pipelines.training.gpt_task import build_decoder
 
 _BATCHES_OF_TOKENS = 4
 
@@ -81,7 +82,8 @@ def bench_training(settings: TrainingBenchSettings, reporter: BenchReporter) -> 
 
 def _describe_work(workload: Workload, config: GPTRunConfig, device: torch.device) -> TrainingWork:
     with torch.device("meta"):
-        model = build_gpt(config.model, workload.tokenizer.vocab_size)
+        model = build_decoder(config.model, workload.tokenizer.vocab_size)
+    assert isinstance(model, GPT)
     return TrainingWork(
         model=workload.model,
         parameters=sum(param.numel() for param in model.parameters()),

@@ -9,6 +9,7 @@ import safetensors.torch
 
 from pipelines.config import GPTRunConfig
 from pipelines.data.tokenizers import CharsTokenizer, build_tokenizer
+from pipelines.errors import UsageError
 from pipelines.exchange.tokenizer_files import tokenizer_files
 from pipelines.gpt2.config import to_gpt2_config
 from pipelines.gpt2.weights import to_gpt2
@@ -20,9 +21,11 @@ from pipelines.training.gpt_task import require_weights_of
 def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Path) -> str:
     """Write configuration, weights and tokenizer; returns a command that uses them at `out`, where they come to lie.
 
-    Raises `AsgoError` for weights that are not the model's.
+    Raises `AsgoError` for weights that are not the model's, and `UsageError` for a decoder that GPT-2 is not.
     """
     settings = config.model
+    if settings.kind != "gpt":
+        raise UsageError(f"{checkpoint.folder}: --format hf does not write decoders of the kind {settings.kind}")
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
     tensors = checkpoint.model_tensors()
     require_weights_of(settings, tokenizer.vocab_size, tensors, str(checkpoint.folder))

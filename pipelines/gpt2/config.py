@@ -67,6 +67,7 @@ def from_gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
     dropout are left out: they belong to a training run.
     """
     return {
+        "kind": "gpt",
         "context_length": config["n_positions"],
         "n_layers": config["n_layer"],
         "n_heads": config["n_head"],

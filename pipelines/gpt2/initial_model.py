@@ -127,8 +127,10 @@ def refuse_contradictions(config: GPTRunConfig, initial: InitialModel) -> None:
 
 def refuse_other_vocabulary(config: GPTRunConfig, vocab_size: int) -> None:
     """`UsageError` unless the data's tokenizer has as many symbols as the initial model, but for its padding."""
+    if config.init_from is None:
+        return
     symbols = config.model.vocab_multiple
-    if config.init_from is not None and not vocab_size <= symbols <= vocab_size + _LARGEST_PADDING:
+    if not vocab_size <= symbols <= vocab_size + _LARGEST_PADDING:
         raise UsageError(
             f"{config.init_from}: a model of {symbols:,} symbols, but {config.data.folder} has {vocab_size:,}; "
             "give it --data made with the model's own tokenizer"

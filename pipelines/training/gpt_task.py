@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.gpt import GPT, next_token_loss
-from pipelines.config import GPTRunConfig, GPTSettings
+from models.gpt import next_token_loss
+from pipelines.config import DecoderSettings, GPTRunConfig
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
 from pipelines.gpt2.initial_model import refuse_other_vocabulary
@@ -22,33 +22,28 @@ from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
 
-def build_gpt(settings: GPTSettings, vocab_size: int) -> GPT:
+def build_decoder(settings: DecoderSettings, vocab_size: int) -> nn.Module:
     """A freshly initialized decoder for a vocabulary, which is padded as the settings say.
 
     Raises `UsageError` if its weights cannot fit in this machine's memory.
     """
-    multiple = settings.vocab_multiple
-    padded = -(-vocab_size // multiple) * multiple
-    size = 4 * settings.parameters(padded)
+    size = 4 * settings.parameters(vocab_size)
     if size > memory_bytes():
         raise UsageError(f"model: its weights take {size / 2**30:,.0f} GiB, more than this machine's memory")
-    model = GPT(vocab_size=padded, **settings.model_dump(exclude={"gelu", "vocab_multiple"}))
-    for module in model.modules():
-        if isinstance(module, nn.GELU):
-            module.approximate = "tanh" if settings.gelu == "tanh" else "none"
-    return model
+    return settings.build(vocab_size)
 
 
-def require_weights_of(settings: GPTSettings, vocab_size: int, tensors: Tensors, source: str) -> None:
+def require_weights_of(settings: DecoderSettings, vocab_size: int, tensors: Tensors, source: str) -> None:
     """`AsgoError` unless the weights are those of a decoder with these settings.
 
     To be asked before one is built: settings may be a stranger's, and would size it.
     """
-    if settings.n_layers > len(tensors):
-        raise AsgoError(f"{source}: of another model: {len(tensors):,} weights for n_layers={settings.n_layers}")
+    n_layers = getattr(settings, "n_layers", 0)
+    if n_layers > len(tensors):
+        raise AsgoError(f"{source}: of another model: {len(tensors):,} weights for n_layers={n_layers}")
     try:
         with torch.device("meta"):
-            own = build_gpt(settings, vocab_size)
+            own = build_decoder(settings, vocab_size)
     except (RuntimeError, ValueError, OverflowError, TypeError):  # sizes beyond 64 bits
         raise AsgoError(f"{source}: of another model: its settings describe none that can be") from None
     require_same_names(dict(own.named_parameters()), tensors, source)
@@ -73,7 +68,7 @@ class GPTTask:
         self._validation = ValidationBatches(
             self.data, self.tokens_per_sample, config.validation_samples, pinned=pinned
         )
-        self.model = place_model(build_gpt(config.model, self.data.vocab_size), device, ranks, config.runtime)
+        self.model = place_model(build_decoder(config.model, self.data.vocab_size), device, ranks, config.runtime)
         self.network: nn.Module = self.model
         # Compiled, it makes no copy of the logits in float32, the largest tensor of all.
         self._cross_entropy = torch.compile(next_token_loss) if config.runtime.compile else next_token_loss

@@ -64,7 +64,7 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
     training = config.training
     return Plan(
         parameters=sum(param.numel() for param in task.model.parameters()),
-        model=getattr(config.model, "name", "GPT"),
+        model=config.model.title,
         tokens_per_step=training.batch_size * task.tokens_per_sample,
         micro_batches=len(share.parts),
         epochs=task.epoch_at(training.steps),

@@ -72,8 +72,16 @@ def test_the_command_for_a_classifier_loads_it(asgo: Asgo, tmp_path: Path) -> No
     [
         (["nowhere", "--format", "hf"], 1, "nowhere: not a checkpoint"),
         (["runs/one", "--format", "onnx"], 2, "'onnx' is not one of 'hf', 'torchvision'"),
-        (["runs/one", "--format", "torchvision"], 2, "of a GPT, which --format torchvision does not write; take --format hf"),
-        (["step-00000001", "--format", "hf"], 2, "of a classifier of torchvision, which --format hf does not write; take --format torchvision"),
+        (
+            ["runs/one", "--format", "torchvision"],
+            2,
+            "of a GPT, which --format torchvision does not write; take --format hf",
+        ),
+        (
+            ["step-00000001", "--format", "hf"],
+            2,
+            "of a classifier of torchvision, which --format hf does not write; take --format torchvision",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_told_in_one_line(

@@ -160,7 +160,14 @@ def test_a_row_block_is_one_head_and_no_other() -> None:
 
 
 def draw(model: GPT, seed: int = 0, **changes: Any) -> list[int]:
-    options: dict[str, Any] = {"new_tokens": 30, "vocab_size": 11, "temperature": 1.0, "top_k": None, **changes}
+    options: dict[str, Any] = {
+        "context_length": model.context_length,
+        "new_tokens": 30,
+        "vocab_size": 11,
+        "temperature": 1.0,
+        "top_k": None,
+        **changes,
+    }
     generator = torch.Generator().manual_seed(seed)
     return sample(model.eval(), torch.tensor([1, 2]), generator=generator, **options).tolist()
 
@@ -191,12 +198,8 @@ def test_sampling_follows_the_models_probabilities() -> None:
     kept = logits >= logits.topk(4).values[-1]
     expected = logits.masked_fill(~kept, -math.inf).softmax(-1)
     generator = torch.Generator().manual_seed(0)
-    draws = [
-        sample(model, torch.tensor([1, 2]), new_tokens=1, vocab_size=11, temperature=0.7, top_k=4, generator=generator)[
-            -1
-        ]
-        for _ in range(1000)
-    ]
+    options: dict[str, Any] = {"context_length": model.context_length, "vocab_size": 11, "temperature": 0.7, "top_k": 4}
+    draws = [sample(model, torch.tensor([1, 2]), new_tokens=1, generator=generator, **options)[-1] for _ in range(1000)]
     seen = torch.bincount(torch.stack(draws), minlength=11) / 1000
     assert (seen[~kept] == 0).all()
     torch.testing.assert_close(seen.double(), expected, rtol=0, atol=0.06)

@@ -23,7 +23,7 @@ from pipelines.resolve import (
     resolve,
     saved_layer,
 )
-from pipelines.training.gpt_task import build_gpt
+from pipelines.training.gpt_task import build_decoder
 
 TINY = preset_layer("gpt", "tiny")
 BUILD_KEYWORDS = ("by_heads", "no_decay")
@@ -99,7 +99,7 @@ def test_in_the_asgo_papers_experiments_every_optimizer_decays_the_same_weights(
         layers = [preset_layer("gpt", preset), given("test", {**small, "optimizer.name": name})]
         config = resolve(layers)
         assert isinstance(config, GPTRunConfig)
-        model = build_gpt(config.model, 99)
+        model = build_decoder(config.model, 99)
         optimizer = build_optimizer(model, name, 10, **config.optimizer_keywords())
         decays = {param: group["weight_decay"] for group in optimizer.param_groups for param in group["params"]}
         decayed.append([key for key, param in model.named_parameters() if decays[param]])
@@ -263,10 +263,10 @@ def test_a_model_beyond_the_memory_is_one_line() -> None:
     config = resolve([TINY, given("my.toml", huge)])
     assert isinstance(config, GPTRunConfig)
     with pytest.raises(UsageError, match=r"^model: its weights take [0-9,]+ GiB, more than this machine's memory$"):
-        build_gpt(config.model, 100)
+        build_decoder(config.model, 100)
     small = resolve([TINY])
     assert isinstance(small, GPTRunConfig)
-    weights = [param.numel() for param in build_gpt(small.model, 100).parameters() if param.ndim == 2]
+    weights = [param.numel() for param in build_decoder(small.model, 100).parameters() if param.ndim == 2]
     assert small.model.parameters(100) == sum(weights)
 
 

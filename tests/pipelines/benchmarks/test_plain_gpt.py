@@ -14,7 +14,7 @@ from models.gpt import GPT, next_token_loss
 from pipelines.benchmarks.plain_gpt import PlainGPT, PlainTrainer
 from pipelines.config import GPTRunConfig, GPTSettings
 from pipelines.data.batches import open_token_data
-from pipelines.training.gpt_task import build_gpt
+from pipelines.training.gpt_task import build_decoder
 from tests.pipelines.training.double_precision import double_precision
 
 VOCABULARY = 50
@@ -39,7 +39,7 @@ def settings(**changes: Any) -> GPTSettings:
 @pytest.mark.parametrize("changes", [{}, {"bias": False}, {"tied_head": False}])
 def test_the_loss_and_its_gradient_are_those_of_the_same_weights_in_asgo(changes: dict[str, bool]) -> None:
     torch.manual_seed(0)
-    model = build_gpt(settings(**changes), VOCABULARY).double()
+    model = build_decoder(settings(**changes), VOCABULARY).double()
     plain = PlainGPT(settings(**changes), VOCABULARY).double()
     plain.load_state_dict(plain_weights(model))
     inputs, targets = torch.randint(VOCABULARY, (2, 3, 12))
@@ -59,7 +59,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_same_weights_in_asgo(changes
 def test_the_weights_begin_with_the_spread_of_those_in_asgo() -> None:
     torch.manual_seed(0)
     shape = settings(d_model=64, d_ff=256)
-    expected = plain_weights(build_gpt(shape, 500))
+    expected = plain_weights(build_decoder(shape, 500))
     for name, param in PlainGPT(shape, 500).named_parameters():
         assert param.std().item() == pytest.approx(expected[name].std().item(), rel=0.1, abs=1e-9), name
 

@@ -7,7 +7,7 @@ import torch
 
 from pipelines.benchmarks.utilization import flops_per_token, peak_flops
 from pipelines.config import GPTSettings
-from pipelines.training.gpt_task import build_gpt
+from pipelines.training.gpt_task import build_decoder
 
 GPT2 = {"context_length": 1024, "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "vocab_multiple": 128}
 
@@ -16,7 +16,7 @@ GPT2 = {"context_length": 1024, "n_layers": 12, "n_heads": 12, "d_model": 768, "
 def test_a_token_of_gpt2_costs_six_flop_a_multiplied_parameter_and_the_attention(tied_head: bool) -> None:
     settings = GPTSettings(**GPT2, bias=False, tied_head=tied_head)
     with torch.device("meta"):
-        model = build_gpt(settings, 50_257)
+        model = build_decoder(settings, 50_257)
     multiplied = 50_304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768  # the head, layers with two gains, the last gain
     assert flops_per_token(model, settings) == 6 * multiplied + 12 * 12 * 768 * 1024
 

@@ -19,7 +19,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.export import export_model
 from pipelines.generation import generate
 from pipelines.training.checkpoint import open_checkpoint
-from pipelines.training.gpt_task import build_gpt
+from pipelines.training.gpt_task import build_decoder
 from pipelines.training.run_folder import checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
@@ -46,7 +46,7 @@ def model_of(run: Path) -> tuple[GPT, int]:
     config = checkpoint.config()
     assert isinstance(config, GPTRunConfig)
     vocab_size = build_tokenizer(checkpoint.state["data"]["tokenizer"]).vocab_size
-    model = build_gpt(config.model, vocab_size)
+    model = build_decoder(config.model, vocab_size)
     averaged = config.training.ema_decay is not None
     tensors = load_file(checkpoint.folder / ("average.safetensors" if averaged else "model.safetensors"))
     model.load_state_dict(tensors, strict=False)

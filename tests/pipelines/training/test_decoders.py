@@ -1,0 +1,98 @@
+"""A decoder is one module and one class of settings: one that is added trains, resumes and generates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pipelines import config
+from pipelines.config import DecoderSettings, RuntimeSettings, load_run_config
+from pipelines.errors import UsageError
+from pipelines.exchange.export import export_model
+from pipelines.generation import generate
+from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.training.train import plan, train
+from tests.conftest import SMALL, SilentReporter
+
+
+class Bigram(nn.Module):
+    """Logits from the last token alone."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(vocab_size, vocab_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(batch, time) → (batch, time, vocab_size)."""
+        return self.table(tokens)  # type: ignore[no-any-return]
+
+
+class BigramSettings(DecoderSettings):
+    """Nothing but a table."""
+
+    kind: Literal["bigram"]
+
+    @property
+    def title(self) -> str:
+        return "bigram"
+
+    def parameters(self, vocab_size: int) -> int:
+        return vocab_size**2
+
+    def build(self, vocab_size: int) -> nn.Module:
+        return Bigram(vocab_size)
+
+
+@pytest.fixture(autouse=True)
+def _added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(config.DECODERS, "bigram", BigramSettings)
+
+
+def settings(token_folder: Path, **changes: Any) -> dict[str, Any]:
+    """A small run with it; the shape of a GPT, which the preset gives, is taken away."""
+    values = preset_layer("gpt", "tiny").values | SMALL | {"data.folder": str(token_folder), **changes}
+    kept = {key: value for key, value in values.items() if not key.startswith("model.")}
+    return kept | {"model.kind": "bigram", "model.context_length": 16}
+
+
+def test_an_added_decoder_trains_resumes_and_generates(
+    token_folder: Path, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    run_config = resolve([Layer("test", settings(token_folder, **{"checkpoint.keep": 9}))])
+    assert plan(run_config).model == "bigram"
+    rows = train(run_config, tmp_path / "run", reporter)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    saved = json.loads((tmp_path / "run/config.json").read_text())["config"]
+    assert load_run_config(saved) == run_config
+    text = generate(
+        tmp_path / "run",
+        "the ",
+        new_tokens=5,
+        temperature=1.0,
+        top_k=None,
+        seed=1,
+        runtime=RuntimeSettings(device="cpu"),
+    )
+    assert len(text) == len("the ") + 5
+    assert train(run_config, tmp_path / "run", reporter, resume=True) == rows
+    with pytest.raises(UsageError, match="--format hf does not write decoders of the kind bigram"):
+        export_model(tmp_path / "run", "hf", tmp_path / "out")
+
+
+def test_an_unknown_decoder_is_named_with_those_that_there_are(token_folder: Path) -> None:
+    with pytest.raises(UsageError, match="unknown decoder 'trigram'; known: gpt, bigram"):
+        resolve([Layer("test", settings(token_folder) | {"model.kind": "trigram"})])
+
+
+def test_a_configuration_without_a_kind_is_a_gpt(token_folder: Path) -> None:
+    """As those of older runs."""
+    run_config = resolve([preset_layer("gpt", "tiny"), Layer("test", {**SMALL, "data.folder": str(token_folder)})])
+    values = run_config.model_dump(mode="json")
+    assert values["model"].pop("kind") == "gpt"
+    assert load_run_config(values) == run_config
+    assert torch.nn.Module in type(run_config.model.build(11)).__mro__
