@@ -20,7 +20,7 @@ from pipelines.tasks import task_of
 if TYPE_CHECKING:
     from pipelines.sweeps.definition import SweepRun
     from pipelines.sweeps.queue import Failure
-    from pipelines.sweeps.standing import Standing
+    from pipelines.sweeps.status import RunStatus
 
 EXAMPLES = examples(
     "asgo sweep asro-gpt-paper --dry-run",
@@ -64,7 +64,7 @@ def sweep(
     """
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import read_sweep, resolve_runs
-    from pipelines.sweeps.standing import standings
+    from pipelines.sweeps.status import run_statuses
 
     definition = read_sweep(source)
     set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
@@ -76,12 +76,12 @@ def sweep(
         search(plan_search(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json)
         return
     runs = resolve_runs(definition, set_layer, final_seeds)
-    plan = standings(runs, folder)
+    plan = run_statuses(runs, folder)
     if dry_run:
         _show_plan(plan, as_json)
         return
     failures = _train(plan, folder, slots, gpus)
-    _show_results(standings(runs, folder), failures, as_json)
+    _show_results(run_statuses(runs, folder), failures, as_json)
     console.suggest_next(export_command(folder), command("asgo", "compare", folder))
     raise_failures(failures)
 
@@ -95,7 +95,7 @@ def _parse_seeds(text: str | None) -> list[int]:
     return list(dict.fromkeys(int(part) for part in parts))
 
 
-def _train(plan: Sequence[Standing], folder: Path, slots: int | None, gpus: int | None) -> list[Failure]:
+def _train(plan: Sequence[RunStatus], folder: Path, slots: int | None, gpus: int | None) -> list[Failure]:
     from pipelines.sweeps.queue import FixedRuns
 
     left = [run for run in plan if run.state != "done"]
@@ -111,7 +111,7 @@ def _facts(run: SweepRun) -> dict[str, Any]:
     return {"run": run.name, "seed": config.seed, "optimizer": config.optimizer.name, "lr": config.optimizer.lr}
 
 
-def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
+def _show_plan(plan: Sequence[RunStatus], as_json: bool) -> None:
     total, left = sum(run.tokens for run in plan), sum(run.tokens_left for run in plan)
     unit = task_of(plan[0].run.config).unit
     if as_json:
@@ -137,7 +137,7 @@ def _show_plan(plan: Sequence[Standing], as_json: bool) -> None:
     console.say("dry run: nothing was written")
 
 
-def _show_results(results: Sequence[Standing], failures: Sequence[Failure], as_json: bool) -> None:
+def _show_results(results: Sequence[RunStatus], failures: Sequence[Failure], as_json: bool) -> None:
     failed = {run.name: run for run in failures}
     rows = [
         {

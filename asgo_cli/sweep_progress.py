@@ -12,7 +12,7 @@ from asgo_cli.progress import figures, run_bars
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
-    from pipelines.sweeps.standing import Standing
+    from pipelines.sweeps.status import RunStatus
     from pipelines.training.metrics import Row
 
 
@@ -40,7 +40,7 @@ class SweepProgress:
         """Say why nothing happens yet, or any more."""
         console.say(message)
 
-    def started(self, run: Standing, slot: int) -> None:
+    def started(self, run: RunStatus, slot: int) -> None:
         """Give the run a bar."""
         self._started += 1
         steps = run.run.config.training.steps
@@ -50,7 +50,7 @@ class SweepProgress:
             origin = f" from step {run.step:,}" if run.step else ""
             console.say(f"{run.run.name}: started{origin}, run {self._started} of {self._count}, slot {slot}")
 
-    def progressed(self, run: Standing, slot: int, row: Row) -> None:
+    def progressed(self, run: RunStatus, slot: int, row: Row) -> None:
         """Move the run's bar."""
         if slot in self._bars:
             unit = task_of(run.run.config).short_unit
@@ -59,7 +59,7 @@ class SweepProgress:
         self._positions[slot] = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"
         self._lines.say("; ".join(self._positions.values()))
 
-    def ended(self, run: Standing, slot: int, how: str) -> None:
+    def ended(self, run: RunStatus, slot: int, how: str) -> None:
         """Replace the run's bar by how it ended."""
         self._positions.pop(slot, None)
         if slot in self._bars:

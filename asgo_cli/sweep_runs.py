@@ -24,7 +24,7 @@ def train_runs(
     from asgo_cli.sweep_progress import SweepProgress
     from pipelines.sweeps.queue import carry_out
     from pipelines.sweeps.slots import make_slots
-    from pipelines.sweeps.standing import check_data
+    from pipelines.sweeps.status import check_data
 
     if is_worker():
         raise UsageError("asgo sweep starts its runs by itself; give it without torchrun")

@@ -19,7 +19,7 @@ from pipelines.locking import try_lock
 from pipelines.stopping import StopRequest, stop_on_signals
 from pipelines.storage import parse_json, refusing_links, write_atomically
 from pipelines.sweeps.slots import Slot
-from pipelines.sweeps.standing import Standing
+from pipelines.sweeps.status import RunStatus
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import RunFolder
 
@@ -57,13 +57,13 @@ class Source(Protocol):
     def waiting(self) -> str | None:
         """What more runs depend on, in words, when `next` has none; None if nothing can bring more."""
 
-    def next(self) -> Standing | None:
+    def next(self) -> RunStatus | None:
         """A run to start now, if there is one."""
 
-    def recorded(self, run: Standing, row: Row) -> bool:
+    def recorded(self, run: RunStatus, row: Row) -> bool:
         """A validation was recorded; returns whether the run is to be given up."""
 
-    def ended(self, run: Standing, ending: Ending) -> Ending:
+    def ended(self, run: RunStatus, ending: Ending) -> Ending:
         """A run's process has ended; returns what that means here."""
 
 
@@ -72,18 +72,18 @@ class FixedRuns:
 
     waiting = None
 
-    def __init__(self, runs: Sequence[Standing]) -> None:
+    def __init__(self, runs: Sequence[RunStatus]) -> None:
         self._runs = list(runs)
 
-    def next(self) -> Standing | None:
+    def next(self) -> RunStatus | None:
         """In their order."""
         return self._runs.pop(0) if self._runs else None
 
-    def recorded(self, run: Standing, row: Row) -> bool:
+    def recorded(self, run: RunStatus, row: Row) -> bool:
         """None is given up."""
         return False
 
-    def ended(self, run: Standing, ending: Ending) -> Ending:
+    def ended(self, run: RunStatus, ending: Ending) -> Ending:
         """It means what it says."""
         return ending
 
@@ -94,19 +94,19 @@ class QueueReporter(Protocol):
     def note(self, message: str) -> None:
         """Why nothing happens yet, or any more."""
 
-    def started(self, run: Standing, slot: int) -> None:
+    def started(self, run: RunStatus, slot: int) -> None:
         """A run's process was started."""
 
-    def progressed(self, run: Standing, slot: int, row: Row) -> None:
+    def progressed(self, run: RunStatus, slot: int, row: Row) -> None:
         """The newest training record of a run."""
 
-    def ended(self, run: Standing, slot: int, how: str) -> None:
+    def ended(self, run: RunStatus, slot: int, how: str) -> None:
         """A run's process has ended, in words."""
 
 
 @dataclass
 class _Process:
-    run: Standing
+    run: RunStatus
     slot: int
     child: subprocess.Popen[bytes]
     log: Path
@@ -218,7 +218,7 @@ class _Queue:
         self._told = waiting
         return waiting is not None
 
-    def _start(self, run: Standing, slot: int) -> _Process:
+    def _start(self, run: RunStatus, slot: int) -> _Process:
         name = run.run.name
         config, log = self._folder / f"{name}.toml", self._log(run)
         text = tomli_w.dumps(run.run.config.model_dump(mode="json", exclude_none=True))
@@ -246,14 +246,14 @@ class _Queue:
         del self._busy[process.slot]
         self._end(process.run, process.slot, _ending(process, code, stopping), process.log)
 
-    def _end(self, run: Standing, slot: int, how: Ending, log: Path) -> None:
+    def _end(self, run: RunStatus, slot: int, how: Ending, log: Path) -> None:
         ending = self._ask_source(lambda: self._source.ended(run, how), how)
         if ending.kind == "failed":
             self.failures.append(Failure(run.run.name, ending.words, log))
         words = f"failed: {ending.words}" if ending.kind == "failed" else ending.words
         self._reporter.ended(run, slot, words)
 
-    def _log(self, run: Standing) -> Path:
+    def _log(self, run: RunStatus) -> Path:
         return self._folder / f"{run.run.name}.log"
 
     def _read_records(self, process: _Process) -> None:
@@ -267,7 +267,7 @@ class _Queue:
         if newest is not None:
             self._reporter.progressed(process.run, process.slot, newest)
 
-    def _gives_up(self, run: Standing, row: Row) -> bool:
+    def _gives_up(self, run: RunStatus, row: Row) -> bool:
         return self._ask_source(lambda: self._source.recorded(run, row), False)
 
 

@@ -23,7 +23,7 @@ from pipelines.sweeps.definition import SweepRun
 from pipelines.sweeps.grid import next_position, on_edge
 from pipelines.sweeps.queue import FOLDER, Ending
 from pipelines.sweeps.search_table import Around, Range
-from pipelines.sweeps.standing import Standing, standing
+from pipelines.sweeps.status import RunStatus, run_status
 from pipelines.sweeps.study import (
     Claims,
     Space,
@@ -246,7 +246,7 @@ class SearchRuns:
                     found.append(Elsewhere(name, contender is not None, attributes["place"], attributes.get("left")))
         return found
 
-    def next(self) -> Standing | None:
+    def next(self) -> RunStatus | None:
         """Claim a run; a moment after there was none, there is none."""
         if time.monotonic() - self._asked_s < _ASK_AGAIN_S:
             return None
@@ -259,11 +259,11 @@ class SearchRuns:
         self._claimed[run.name] = claimed
         claimed.claims.leave(claimed.number, None)
         try:
-            return standing(run, folder)
+            return run_status(run, folder)
         except AsgoError:  # something else is in the way, which the run's own process refuses
-            return Standing(run, folder / run.name, 0, begun=False)
+            return RunStatus(run, folder / run.name, 0, begun=False)
 
-    def recorded(self, run: Standing, row: Row) -> bool:
+    def recorded(self, run: RunStatus, row: Row) -> bool:
         """Tell the pruner; the first validation is of the model as it was made, the last comes too late."""
         claimed = self._claimed[run.run.name]
         if claimed.trials is None or not 0 < row["step"] < run.run.config.training.steps:
@@ -273,12 +273,12 @@ class SearchRuns:
         self._given_up.add(run.run.name)
         return True
 
-    def ended(self, run: Standing, ending: Ending) -> Ending:
+    def ended(self, run: RunStatus, ending: Ending) -> Ending:
         """Tell the others what came of it."""
         claimed = self._claimed[run.run.name]
         self._asked_s = -math.inf
         if ending.kind == "done":
-            loss = standing(run.run, run.folder.parent).final_loss()
+            loss = run_status(run.run, run.folder.parent).final_loss()
             assert loss is not None
             claimed.claims.finish(claimed.number, loss)
             return Ending("done", f"done, {self._settings(run)}: loss {loss:.4f}")
@@ -351,7 +351,7 @@ class SearchRuns:
             write_atomically(path, uuid.uuid4().hex.encode())
         return Worker(path.read_text(), f"{socket.gethostname()}:{self._out.absolute()}")
 
-    def _settings(self, run: Standing) -> str:
+    def _settings(self, run: RunStatus) -> str:
         settings = flatten(run.run.config.model_dump(mode="json"))
         return ", ".join(f"{key.split('.')[-1]} {_short(settings[key])}" for key in self._plan.search.space)
 

@@ -1,4 +1,4 @@
-"""The processes that train together: who they are, and what they tell each other. One alone is the same program."""
+"""The processes of a distributed run and their collectives. A single process runs the same code."""
 
 from __future__ import annotations
 
@@ -27,53 +27,54 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run: the `rank`-th (from 0) of `size`, alone unless torchrun started more."""
+    """Rank and world size of this process; rank 0 of 1 unless a launcher started several."""
 
     rank: int = 0
     size: int = 1
     store: Store | None = None
-    """What the processes share besides their collectives; none where there is no process group."""
+    """The key-value store of the process group; None without a process group."""
 
     @property
     def joined(self) -> bool:
-        """Whether there is a process group; torchrun makes one of a single process too."""
+        """Whether there is a process group. Torchrun makes one for a single process too."""
         return self.store is not None
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks, and writes the run folder."""
+        """Whether this is rank 0, which reports and writes the run folder."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
-        """This process's stretch of `range(count)`; the stretches of all differ in length by one at most."""
+    def shard(self, count: int) -> range:
+        """The part of `range(count)` that belongs to this rank. The lengths of two ranks differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of each element over the processes, in place; returns `values`."""
+        """Sum each element over all ranks, in place; returns `values`."""
         if self.joined:
             dist.all_reduce(values)
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of each element over the processes, in place; returns `values`."""
+        """Average each element over all ranks, in place; returns `values`."""
         return self.sum(values).div_(self.size)
 
     def any(self, flag: bool) -> bool:
-        """Whether any process says so; the GPU is neither asked nor waited for."""
+        """Whether the flag is true on any rank. Does not wait for the GPU."""
         return bool(self.sum(torch.tensor([int(flag)])).item()) if self.joined else flag
 
     def gather(self, values: Tensor) -> list[Tensor]:
-        """The tensors of all processes, of one shape on the CPU, by rank."""
+        """Gather CPU tensors of equal shape from all ranks; the list is in the order of ranks."""
         if not self.joined:
             return [values]
         gathered = [torch.empty_like(values) for _ in range(self.size)]
         dist.all_gather(gathered, values)
         return gathered
 
-    def first_does(self, work: Callable[[], Value]) -> Value:
-        """What `work` returns in the first process, a JSON value, in every process; or the `AsgoError` that it raises.
+    def on_rank_0(self, work: Callable[[], Value]) -> Value:
+        """Call `work` on rank 0 and return its result, a JSON value, on every rank.
 
-        So that all processes end with the same error, instead of waiting for one that is gone.
+        An `AsgoError` that `work` raises is raised on every rank: all end with the same error, and none waits for a
+        rank that has ended.
         """
         if not self.joined:
             return work()
@@ -98,7 +99,7 @@ ALONE = Ranks()
 
 
 def _broadcast_json(value: Any, is_first: bool) -> Any:
-    """A JSON value of the first process, in every process. As text: nothing here unpickles what a socket brings."""
+    """Broadcast a JSON value from rank 0, as text. `broadcast_object_list` would unpickle what a socket brings."""
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8) if is_first else torch.empty(0)
     length = torch.tensor([text.numel()])
     dist.broadcast(length, 0)
@@ -109,11 +110,11 @@ def _broadcast_json(value: Any, is_first: bool) -> Any:
 
 
 @contextlib.contextmanager
-def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
-    """Join the processes that a launcher started, if it did; they part at the end, unless that is an error.
+def process_group(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
+    """Join the process group of the launcher, if there is one, and leave it at the end, unless an error is raised.
 
-    Tensors of a GPU travel by NCCL, those of a CPU by gloo. The backends wait for twice `timeout_s`, so that the
-    watchdog, which knows whom they wait for, is first. Raises `AsgoError` when the others do not come.
+    NCCL moves tensors on a GPU, gloo those on a CPU. Both time out after twice `timeout_s`: the watchdog, which names
+    the rank that hangs, comes first. Raises `AsgoError` if the other ranks cannot be reached.
     """
     place = launched()
     if place is None:
@@ -125,7 +126,7 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     timeout = datetime.timedelta(seconds=2 * timeout_s)
     try:
         store, rank, size = next(rendezvous("env://", timeout=timeout))
-        # Torchrun gives the processes that it starts again the store in which the lost ones left their addresses.
+        # After a restart, torchrun reuses the store, which still holds the addresses of the lost processes.
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
             backend, store=PrefixStore("collectives", store), rank=rank, world_size=size, timeout=timeout
@@ -135,59 +136,62 @@ def joined_ranks(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, size, PrefixStore("watchdog", store))
     except RunInterrupted:
-        _part()
+        _leave_process_group()
         raise
-    # Not after an error: others may be gone or waiting, and NCCL would wait for them before the error could be told.
-    _part()
+    # Not after an error: other ranks may be gone, and NCCL would wait for them before the error is reported.
+    _leave_process_group()
 
 
 def _stay_on_loopback() -> None:
-    """Have the backends listen on no interface that others can reach, and ask for no address of this machine's name."""
+    """Make gloo and NCCL listen on loopback only. They then do not resolve the host name either."""
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={loopback}")  # without "=", all whose name begins like this
 
 
-def _part() -> None:
-    """End the process group, which nothing else may hold then.
+def _leave_process_group() -> None:
+    """Destroy the process group after everything that refers to it is collected.
 
-    A replica of DDP, kept alive by a cycle, would end it later and with Python's lock in its hands: forever, if one of
-    gloo's threads, for which it waits, wants that lock to let go of a tensor.
+    Trap: a DDP module in a reference cycle would destroy it later, while it holds the GIL. That is a deadlock if one of
+    gloo's threads, which the destructor joins, needs the GIL to release a tensor.
     """
     gc.collect()
     dist.destroy_process_group()
 
 
 def seed_of_rank(seed: int, rank: int, step: int = 0) -> int:
-    """A seed for what a process draws on its own, such as dropout, from a step on."""
+    """Seed of what a rank draws on its own, such as dropout, from a step on."""
     return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def rounds(count: int, rows: int, ranks: Ranks) -> Iterator[range]:
-    """`range(count)` in as many parts for every process, of at most `rows`; parts may be empty in the last round."""
+    """Split `range(count)` among the ranks, in rounds of at most `rows` each.
+
+    Every rank has as many rounds. Its range may be empty in the last one.
+    """
     for start in range(0, count, rows * ranks.size):
-        part = ranks.share(min(rows * ranks.size, count - start))
+        part = ranks.shard(min(rows * ranks.size, count - start))
         yield range(start + part.start, start + part.stop)
 
 
 @dataclass(frozen=True)
-class BatchShare:
-    """The rows of every global batch that are one process's, and how many it takes in a forward pass."""
+class LocalBatch:
+    """The rows of a global batch that belong to this rank, and the size of its micro-batches."""
 
     rows: range
     micro_batch_size: int
 
     @property
-    def parts(self) -> list[slice]:
+    def micro_batches(self) -> list[slice]:
         """The micro-batches, as slices of the global batch."""
         starts = range(self.rows.start, self.rows.stop, self.micro_batch_size)
         return [slice(start, start + self.micro_batch_size) for start in starts]
 
 
-def batch_share(training: TrainingSettings, ranks: Ranks) -> BatchShare:
-    """This process's share. Raises `UsageError` if the batch cannot be divided into equal ones."""
-    rows = ranks.share(training.batch_size)
+def local_batch(training: TrainingSettings, ranks: Ranks) -> LocalBatch:
+    """The local batch of this rank. Raises `UsageError` if the global batch does not divide equally."""
+    rows = ranks.shard(training.batch_size)
     micro_batch_size = training.micro_batch_size or len(rows)
     if training.batch_size % ranks.size:
         raise UsageError(
@@ -198,4 +202,4 @@ def batch_share(training: TrainingSettings, ranks: Ranks) -> BatchShare:
             f"training.micro_batch_size={micro_batch_size} does not divide the {len(rows)} samples that each of "
             f"{ranks.size} processes has of a batch of {training.batch_size}"
         )
-    return BatchShare(rows, micro_batch_size)
+    return LocalBatch(rows, micro_batch_size)

@@ -17,7 +17,7 @@ from pipelines.gpt2.initial_model import refuse_other_vocabulary
 from pipelines.gpt2.initial_weights import load_initial_weights
 from pipelines.tensors import Tensors, require_same_names
 from pipelines.training.device import autocast, memory_bytes, pick_precision
-from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
+from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
@@ -56,7 +56,7 @@ class GPTTask:
         """Raises as `open_token_data` does, and `UsageError` for a batch that the processes cannot share."""
         training = config.training
         self._config = config
-        self._share = batch_share(training, ranks)
+        self._rows = local_batch(training, ranks)
         self.data = open_token_data(Path(config.data.folder))
         refuse_other_vocabulary(config, self.data.vocab_size)
         self.tokens_per_sample = config.model.context_length
@@ -82,7 +82,7 @@ class GPTTask:
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """(inputs, targets), each (micro_batch_size, context_length) int64."""
-        for rows in self._share.parts:
+        for rows in self._rows.micro_batches:
             yield self.batches.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -92,7 +92,7 @@ class GPTTask:
             logits = self.network(inputs)
         return self._cross_entropy(logits, targets)
 
-    def training_figures(self) -> dict[str, float]:
+    def training_metrics(self) -> dict[str, float]:
         """None."""
         return {}
 
@@ -102,7 +102,7 @@ class GPTTask:
         dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
         total = torch.zeros((), dtype=dtype, device=self._device)
         self.model.eval()
-        for windows in rounds(len(self._validation), self._share.micro_batch_size, self._ranks):
+        for windows in rounds(len(self._validation), self._rows.micro_batch_size, self._ranks):
             if should_stop():
                 self.model.train()
                 return None

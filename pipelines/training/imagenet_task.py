@@ -18,7 +18,7 @@ from pipelines.data.imagenet.loader import TrainingImages, ValidationImages
 from pipelines.data.imagenet.transforms import build_transforms, normalize
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.device import autocast, pick_precision
-from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
+from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
@@ -40,10 +40,10 @@ class ImageNetTask:
         processes cannot share.
         """
         training = config.training
-        self._share = batch_share(training, ranks)
+        self._rows = local_batch(training, ranks)
         self.data = open_imagenet(Path(config.data.folder))
         try:
-            _require_possible(config, len(self.data.classes), self._share.micro_batch_size * ranks.size)
+            _require_possible(config, len(self.data.classes), self._rows.micro_batch_size * ranks.size)
             model = build_classifier(config.model.name, len(self.data.classes))
         except ValueError as error:
             raise UsageError(f"model.name: {error}") from None
@@ -68,10 +68,10 @@ class ImageNetTask:
             "validation": Source(self.data.validation, validation, 0, "leave out" if skips else "stop", exact),
         }
         self._workers = ImageWorkers(sources, config.runtime.workers, pinned=device.type == "cuda")
-        self._train = TrainingImages(self._workers, "train", config.training.batch_size, self._share.parts)
+        self._train = TrainingImages(self._workers, "train", config.training.batch_size, self._rows.micro_batches)
         images = len(self.data.validation)
         count = min(images, config.validation_samples or images)
-        batches = list(rounds(count, self._share.micro_batch_size, self._ranks))
+        batches = list(rounds(count, self._rows.micro_batch_size, self._ranks))
         self._validation = ValidationImages(self._workers, "validation", batches)
 
     def load_initial_weights(self) -> None:
@@ -81,7 +81,7 @@ class ImageNetTask:
         """(images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""
         self._right.zero_()
         self._seen = 0
-        for rows in self._share.parts:
+        for rows in self._rows.micro_batches:
             yield self._train.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -91,7 +91,7 @@ class ImageNetTask:
         self._seen += len(labels)
         return functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
 
-    def training_figures(self) -> dict[str, float]:
+    def training_metrics(self) -> dict[str, float]:
         """Top-1 and top-5 accuracy over the step just made, of all processes. Waits for the device."""
         return _accuracies(self._ranks.sum(self._right.clone()).tolist(), self._seen * self._ranks.size)
 

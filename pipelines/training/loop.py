@@ -18,7 +18,7 @@ from pipelines.errors import AsgoError, Diverged, RunInterrupted
 from pipelines.stopping import StopRequest
 from pipelines.training.checkpoint import last_good, take_snapshot
 from pipelines.training.checkpoint_writer import CheckpointWriter
-from pipelines.training.distributed import batch_share
+from pipelines.training.distributed import local_batch
 from pipelines.training.metrics import Counts, Row
 from pipelines.training.parallel import gradients_synchronized
 from pipelines.training.reporter import Reporter
@@ -29,12 +29,12 @@ from pipelines.training.task import Task
 
 _NAMES_SHOWN = 5
 _GRACE_S = 30
-"""From the SIGTERM that torchrun passes on to its SIGKILL."""
+"""Seconds from the SIGTERM that torchrun forwards to its SIGKILL."""
 
 
 @dataclass
 class Run:
-    """A training run under way: what `fit` works with."""
+    """State of a training run, for `fit`."""
 
     task: Task
     config: RunConfig
@@ -43,16 +43,16 @@ class Run:
     reporter: Reporter
     stop: StopRequest
     writer: CheckpointWriter
-    beat: Callable[[str], None] = lambda doing: None
-    """Told what is being done, so that others can tell where a process hangs."""
+    heartbeat: Callable[[str], None] = lambda activity: None
+    """Tells the watchdog that the run makes progress, and what it does."""
     saved: tuple[int, int] | None = None
     """Step and number of records of the newest checkpoint."""
-    told_of_slow_saves: bool = False
-    measuring: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext()
-    """Is open while the optimizer makes the step it is told, to measure what that does."""
+    warned_of_slow_saves: bool = False
+    around_step: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext()
+    """Context manager around `optimizer.step()`, for layer statistics; called with the number of the step."""
 
     def should_stop(self) -> bool:
-        """Whether a signal asked any of the processes to save and stop; a question of all of them together."""
+        """Whether a signal asks any rank to save and stop. A collective: every rank must call it."""
         return self.state.ranks.any(bool(self.stop))
 
 
@@ -62,11 +62,11 @@ def fit(run: Run) -> None:
     Raises:
         RunInterrupted: a signal asked to stop; the run is saved.
         Diverged: a loss or gradient is not finite (the weights are those before it).
-        AsgoError: the disk refuses.
+        AsgoError: writing to the disk failed.
     """
     config, state = run.config, run.state
     while True:
-        run.beat(f"step {state.step}")
+        run.heartbeat(f"step {state.step}")
         if _due(state.step, config.evaluation.every, config) and not state.validated():
             evaluate(run)
         stops = run.should_stop()
@@ -86,54 +86,54 @@ def fit(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Record the validation figures of the model as it is, unless told to stop meanwhile."""
+    """Record the validation metrics, unless a signal stops the validation."""
     run.state.clock.pause()
     average = run.state.average
 
     def should_stop() -> bool:
-        run.beat(f"the validation at step {run.state.step}")
+        run.heartbeat(f"the validation at step {run.state.step}")
         return run.should_stop()
 
     with contextlib.nullcontext() if average is None else average.in_place_of_weights():
-        figures = run.task.evaluate(should_stop)
-    if figures is None:
+        metrics = run.task.evaluate(should_stop)
+    if metrics is None:
         return
-    if not math.isfinite(figures["loss"]):
+    if not math.isfinite(metrics["loss"]):
         raise Diverged(
-            run.state.step, f"step {run.state.step}: the validation loss is {figures['loss']}; {_last_good(run)}"
+            run.state.step, f"step {run.state.step}: the validation loss is {metrics['loss']}; {_last_good(run)}"
         )
-    row = Row(**_counts(run), split="val", **figures)  # type: ignore[typeddict-item]
+    row = Row(**_counts(run), split="val", **metrics)  # type: ignore[typeddict-item]
     _record(run, row)
     run.reporter.validated(row)
 
 
 def save(run: Run) -> None:
-    """Begin to write a checkpoint, unless the newest one already holds all there is."""
+    """Start writing a checkpoint, unless the newest one is of this step and has all rows."""
     run.state.clock.pause()
     now = (run.state.step, len(run.state.rows))
     if now == run.saved:
         return
-    run.beat(f"the checkpoint at step {run.state.step}")
+    run.heartbeat(f"the checkpoint at step {run.state.step}")
     snapshot = take_snapshot(run.state, run.config, run.task.description(), _counts(run))
     if snapshot is not None:
         run.writer.write(snapshot)
-        _tell_of_slow_saves(run)
+        _warn_of_slow_saves(run)
     run.saved = now
 
 
-def _tell_of_slow_saves(run: Run) -> None:
-    """Once, after the first one that torchrun might have cut short."""
+def _warn_of_slow_saves(run: Run) -> None:
+    """Warn once if a checkpoint takes longer than torchrun's grace period."""
     seconds = run.writer.seconds
-    if run.state.ranks.joined and seconds > _GRACE_S and not run.told_of_slow_saves:
-        run.told_of_slow_saves = True
+    if run.state.ranks.joined and seconds > _GRACE_S and not run.warned_of_slow_saves:
+        run.warned_of_slow_saves = True
         run.reporter.note(
-            f"a checkpoint takes {seconds:.0f} s to write, but torchrun ends processes {_GRACE_S} s after it passes a "
-            "SIGTERM on: a run stopped like this goes back to the checkpoint before; a faster disk would help"
+            f"a checkpoint takes {seconds:.0f} s to write, but torchrun kills processes {_GRACE_S} s after it forwards "
+            "a SIGTERM: a run stopped that way resumes from the checkpoint before; use a faster disk"
         )
 
 
 def _interrupted(run: Run) -> RunInterrupted:
-    """What ends a run that a signal stopped, when its checkpoint is on the disk."""
+    """The exception for a run that a signal stopped; waits until its checkpoint is on disk."""
     run.writer.wait()
     command = shell.command("asgo", "train", run.config.task, "--resume", "--out", run.folder.path)
     command += ", and --gpus or --processes as you like" if run.state.ranks.joined else ""
@@ -142,17 +142,17 @@ def _interrupted(run: Run) -> RunInterrupted:
 
 
 def train_step(run: Run) -> tuple[float, float, float]:
-    """One update from one global batch; returns its loss, the norm of its gradient, and its learning rate."""
+    """Update the weights from one global batch; returns loss, gradient norm and learning rate."""
     config, state = run.config, run.state
     factor = lr_factor(config.schedule, state.step, config.training.steps)
     loss = accumulate_gradients(run)
     grad_norm = _clip(run)
     loss = state.ranks.mean(loss)
-    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the one wait for the device in a step
+    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the only device sync in a step
     _refuse_not_finite(run, loss_value, norm_value, factor)
     for group in state.optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    with run.measuring(state.step + 1), state.clock.optimizer():
+    with run.around_step(state.step + 1), state.clock.optimizer():
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if state.average is not None:
@@ -162,12 +162,12 @@ def train_step(run: Run) -> tuple[float, float, float]:
 
 
 def accumulate_gradients(run: Run) -> Tensor:
-    """Backpropagate every micro-batch that is this process's; returns their mean loss, shape ().
+    """Run forward and backward passes of this rank's micro-batches; returns their mean loss, shape ().
 
-    The gradients are then those of the whole batch: processes add theirs up once, after the last micro-batch.
+    Gradients are then those of the global batch: they are reduced over ranks once, in the last backward pass.
     """
     total = torch.zeros((), device=run.state.clock.device)
-    parts = len(batch_share(run.config.training, run.state.ranks).parts)
+    parts = len(local_batch(run.config.training, run.state.ranks).micro_batches)
     for number, batch in enumerate(run.task.micro_batches(run.state.step), 1):
         with gradients_synchronized(run.task.network, number == parts):
             loss = run.task.loss(batch) / parts
@@ -177,7 +177,7 @@ def accumulate_gradients(run: Run) -> Tensor:
 
 
 def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
-    """Record the step just made."""
+    """Record the metrics of the step."""
     lap = run.state.clock.lap()
     tokens_a_step = run.config.training.batch_size * run.task.tokens_per_sample
     row = Row(
@@ -191,7 +191,7 @@ def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
     )
     if math.isfinite(grad_norm):
         row["grad_norm"] = grad_norm
-    row.update(run.task.training_figures())  # type: ignore[typeddict-item]
+    row.update(run.task.training_metrics())  # type: ignore[typeddict-item]
     _record(run, row)
     run.reporter.trained(row)
 
@@ -201,7 +201,7 @@ def _due(step: int, every: int, config: RunConfig) -> bool:
 
 
 def _clip(run: Run) -> Tensor:
-    """Clip the gradient to its largest norm, if there is one; returns the norm before, shape ()."""
+    """Clip the gradient norm to `max_grad_norm`, if set; returns the norm before clipping, shape ()."""
     state, max_norm = run.state, run.config.training.max_grad_norm
     state.scaler.unscale_(state.optimizer)
     params = [param for param in state.model.parameters() if param.grad is not None]
@@ -213,17 +213,17 @@ def _clip(run: Run) -> Tensor:
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
-    """The norm of all gradients together, shape ()."""
+    """The norm of all gradients, shape ()."""
     if grads[0].device.type != "cpu":
         return torch.nn.utils.get_total_norm(grads)
-    # A CPU adds up a tensor in few float32 sums: of 40 million elements the norm was 0.3 % too small. Row by row it is
-    # right to 1e-6, and as fast.
+    # Trap: on a CPU, torch accumulates a tensor in few float32 sums; the norm of 40 million elements was 0.3 % too
+    # small. Row by row the error is 1e-6, at the same speed.
     rows = [torch.linalg.vector_norm(grad, dim=tuple(range(1, grad.ndim))) if grad.ndim > 1 else grad for grad in grads]
     return cast(Tensor, torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row) for row in rows])))
 
 
 def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -> None:
-    """`Diverged` before the weights change; gradients that overflow under a loss scale are skipped by the scaler."""
+    """Raise `Diverged` before the weights change. The scaler skips gradients that overflow under a loss scale."""
     scaler = run.state.scaler
     if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1.0)):
         return
@@ -243,7 +243,7 @@ def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -
 
 
 def _last_good(run: Run) -> str:
-    with contextlib.suppress(AsgoError):  # what this is a part of was first
+    with contextlib.suppress(AsgoError):  # the divergence is the first error
         run.writer.wait()
     return last_good(run.folder.checkpoints)
 

@@ -1,4 +1,4 @@
-"""A model on its device, as one of several processes trains it: whole in each (DDP) or in shares (FSDP2)."""
+"""Place a model on its device and parallelize it: replicated (DDP) or sharded (FSDP2)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pipelines.training.synchronized_norm import synchronize_batch_norms
 
 
 def place_model(model: nn.Module, device: torch.device, ranks: Ranks, runtime: RuntimeSettings) -> nn.Module:
-    """The model on its device, in shares if so asked, with batch normalization over all processes.
+    """Move the model to its device; shard it if the settings ask for that; synchronize batch normalization over ranks.
 
-    A model that is to be shared goes there layer by layer, so that no device must hold the whole.
+    A sharded model moves layer by layer: no device holds all of it.
     """
     if ranks.size > 1:
         model = synchronize_batch_norms(model, device)
@@ -33,19 +33,19 @@ def place_model(model: nn.Module, device: torch.device, ranks: Ranks, runtime: R
     return model.to(device)  # the buffers
 
 
-def replicated(model: nn.Module, ranks: Ranks) -> nn.Module:
-    """What a training step calls: the model, which adds up its gradients over the processes in the backward pass."""
+def wrap_in_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Wrap the model in DDP, where there is a process group. FSDP2 reduces its gradients by itself."""
     if not ranks.joined or isinstance(model, FSDPModule):
         return model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the option has another name from torch 2.14 on
-        # Its buffers need no broadcast at every step: batch normalization makes the same ones in all processes.
+        # No broadcast of buffers: synchronized batch normalization computes the same ones on every rank.
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 @contextlib.contextmanager
 def gradients_synchronized(network: nn.Module, now: bool) -> Iterator[None]:
-    """Inside, the backward pass adds up gradients over the processes only if it is the last of its step."""
+    """Context manager around a backward pass: gradients are reduced over ranks only if `now`, once a step."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(now)
     if isinstance(network, DistributedDataParallel) and not now:
@@ -56,12 +56,12 @@ def gradients_synchronized(network: nn.Module, now: bool) -> Iterator[None]:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Have `torch.compile` make the forward pass; of a model in shares, each layer's, between which it is gathered."""
+    """Compile the model in place; a sharded one layer by layer, since FSDP2 gathers the weights between layers."""
     for module in _layers(model) if isinstance(model, FSDPModule) else [model]:
         module.compile()
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
-    """What lies in the model's lists of layers and has weights."""
+    """Children of the model's lists of layers that have weights."""
     lists = [child for child in model.children() if isinstance(child, nn.ModuleList | nn.Sequential)]
     return [layer for layers in lists for layer in layers if any(True for _ in layer.parameters())]

@@ -24,11 +24,11 @@ from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, 
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
-from pipelines.training.distributed import ALONE, Ranks, batch_share, joined_ranks, seed_of_rank
+from pipelines.training.distributed import ALONE, Ranks, local_batch, process_group, seed_of_rank
 from pipelines.training.layer_statistics import LayerStatistics
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
-from pipelines.training.parallel import compile_model, replicated
+from pipelines.training.parallel import compile_model, wrap_in_ddp
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.state import TrainState
@@ -58,7 +58,7 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
     """
     require_trackers(config.runtime.track)
     device = pick_device(config.runtime)
-    share = batch_share(config.training, Ranks(size=processes))
+    local = local_batch(config.training, Ranks(size=processes))
     task = task_of(config).build(config, torch.device("cpu"), ALONE)
     task.close()
     training = config.training
@@ -66,7 +66,7 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
         parameters=sum(param.numel() for param in task.model.parameters()),
         model=config.model.title,
         tokens_per_step=training.batch_size * task.tokens_per_sample,
-        micro_batches=len(share.parts),
+        micro_batches=len(local.micro_batches),
         epochs=task.epoch_at(training.steps),
         device=describe_device(device),
         precision=str(pick_precision(training, device)).removeprefix("torch."),
@@ -86,14 +86,14 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
     device = pick_device(config.runtime)
     if config.runtime.compile or device.type == "cuda":  # where the optimizers' updates are compiled, too
         use_private_compiler_cache()
-    with joined_ranks(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
+    with process_group(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
         resume = ranks.any(resume)  # of several machines, the one that came back may not be the first
-        ranks.first_does(lambda: require_trackers(config.runtime.track))
-        continues = ranks.first_does(lambda: _continues(folder, config, resume))
+        ranks.on_rank_0(lambda: require_trackers(config.runtime.track))
+        continues = ranks.on_rank_0(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
         with contextlib.closing(task_of(config).build(config, device, ranks)) as task, contextlib.closing(folder):
-            ranks.first_does(lambda: _claim(folder, continues))
+            ranks.on_rank_0(lambda: _claim(folder, continues))
             return _train(task, config, folder, device, reporter, ranks, beat, continues)
 
 
@@ -139,7 +139,7 @@ def _train(
     beat: Callable[[str], None],
     continues: bool,
 ) -> list[Row]:
-    finished = ranks.first_does(lambda: _record_without_checkpoints(folder, config, reporter)) if continues else None
+    finished = ranks.on_rank_0(lambda: _record_without_checkpoints(folder, config, reporter)) if continues else None
     if finished is not None:
         return finished
     checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
@@ -160,7 +160,7 @@ def _train(
         reporter.begin(state.step, config.training.steps)
     if config.runtime.compile:
         compile_model(task.model)
-    task.network = replicated(task.model, ranks)
+    task.network = wrap_in_ddp(task.model, ranks)
     statistics = LayerStatistics(state, config, folder)
     try:
         with (
@@ -169,7 +169,7 @@ def _train(
             CheckpointWriter(folder, config.checkpoint.keep) as writer,
         ):
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
-            fit(Run(task, config, folder, state, told, stop, writer, beat, saved, measuring=statistics.of_step))
+            fit(Run(task, config, folder, state, told, stop, writer, beat, saved, around_step=statistics.of_step))
         if ranks.is_first:
             folder.finish()
     except Diverged as error:
@@ -253,7 +253,7 @@ def _find_checkpoint(
         checkpoint = _newest_of_this_run(folder, config, task, reporter)
         return None if checkpoint is None else {"name": checkpoint.folder.name, "state": checkpoint.state}
 
-    found = ranks.first_does(find)
+    found = ranks.on_rank_0(find)
     return None if found is None else Checkpoint(folder.checkpoints / found["name"], found["state"])
 
 

@@ -22,7 +22,7 @@ from pipelines.resolve import assignment_layer
 from pipelines.sweeps import queue
 from pipelines.sweeps.definition import read_sweep, resolve_runs
 from pipelines.sweeps.slots import Slot
-from pipelines.sweeps.standing import Standing
+from pipelines.sweeps.status import RunStatus
 from pipelines.training.metrics import Row
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
@@ -153,21 +153,21 @@ class QuietReporter:
     def __init__(self) -> None:
         self.told: list[str] = []
 
-    def started(self, run: Standing, slot: int) -> None: ...
+    def started(self, run: RunStatus, slot: int) -> None: ...
 
-    def progressed(self, run: Standing, slot: int, row: Row) -> None: ...
+    def progressed(self, run: RunStatus, slot: int, row: Row) -> None: ...
 
     def note(self, message: str) -> None:
         self.told.append(message)
 
-    def ended(self, run: Standing, slot: int, how: str) -> None:
+    def ended(self, run: RunStatus, slot: int, how: str) -> None:
         self.told.append(f"{run.run.name}: {how}")
 
 
-def standings_of(token_folder: Path, folder: Path) -> list[Standing]:
+def standings_of(token_folder: Path, folder: Path) -> list[RunStatus]:
     definition = write_sweep(folder / "my.toml", token_folder, *GOOD)
     runs = resolve_runs(read_sweep(str(definition)), assignment_layer([]))
-    return [Standing(run, folder / "out" / run.name, 0, begun=False) for run in runs]
+    return [RunStatus(run, folder / "out" / run.name, 0, begun=False) for run in runs]
 
 
 def test_a_configuration_that_cannot_be_written_fails_its_run_alone(token_folder: Path, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_source_that_fails_ends_the_sweep_when_the_runs_at_work_have_ended(
     token_folder: Path, tmp_path: Path
 ) -> None:
     class FullDisk(queue.FixedRuns):
-        def next(self) -> Standing | None:
+        def next(self) -> RunStatus | None:
             run = super().next()
             if run is not None and run.run.name == "b-s42":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "study.log")

@@ -18,7 +18,7 @@ from pipelines.sweeps.definition import SweepRun, read_sweep
 from pipelines.sweeps.queue import Ending, FixedRuns, carry_out
 from pipelines.sweeps.search import open_search
 from pipelines.sweeps.slots import Slot
-from pipelines.sweeps.standing import Standing
+from pipelines.sweeps.status import RunStatus
 from pipelines.training.metrics import Row
 from pipelines.training.train import train
 from tests.asgo_cli.test_sweep import ENVIRONMENT, asgo, command, final_weights, run_sweep, wait_for_steps
@@ -82,19 +82,19 @@ def test_a_run_that_is_given_up_ends_before_its_last_step(
     reporter: SilentReporter,  # type: ignore[no-untyped-def]
 ) -> None:
     class GivesUp(FixedRuns):
-        def recorded(self, run: Standing, row: Row) -> bool:
+        def recorded(self, run: RunStatus, row: Row) -> bool:
             return row["step"] > 0
 
     told = []
 
     class Reporter:
-        def started(self, run: Standing, slot: int) -> None: ...
-        def progressed(self, run: Standing, slot: int, row: Row) -> None: ...
-        def ended(self, run: Standing, slot: int, how: str) -> None:
+        def started(self, run: RunStatus, slot: int) -> None: ...
+        def progressed(self, run: RunStatus, slot: int, row: Row) -> None: ...
+        def ended(self, run: RunStatus, slot: int, how: str) -> None:
             told.append(how)
 
     endless = SweepRun("a-t0", "a", small_config(training__steps=10**8, metrics__every=100))
-    run = Standing(endless, tmp_path / "a-t0", 0, begun=False)
+    run = RunStatus(endless, tmp_path / "a-t0", 0, begun=False)
     assert carry_out(GivesUp([run]), tmp_path, [Slot(1)], _program(), Reporter()) == []  # type: ignore[arg-type]
     assert told == ["stopped"]
     assert list((tmp_path / "a-t0/checkpoints").glob("step-*"))

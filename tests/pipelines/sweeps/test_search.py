@@ -17,7 +17,7 @@ from pipelines.sweeps.contenders import SearchPlan, plan_search
 from pipelines.sweeps.definition import read_sweep
 from pipelines.sweeps.queue import Ending
 from pipelines.sweeps.search import SearchRuns, open_search
-from pipelines.sweeps.standing import Standing
+from pipelines.sweeps.status import RunStatus
 from pipelines.sweeps.study import Claims, Worker, open_storage
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
@@ -42,7 +42,7 @@ def plan(token_folder: Path, tmp_path: Path) -> Callable[..., SearchPlan]:
     return make
 
 
-def end(runs: SearchRuns, run: Standing) -> Ending:
+def end(runs: SearchRuns, run: RunStatus) -> Ending:
     """Train a claimed run in this process, and tell what came of it, as the queue does."""
     try:
         train(run.run.config, run.folder, SilentReporter(), resume=True)
@@ -240,7 +240,7 @@ def test_a_trial_that_the_pruner_gives_up_counts_with_its_last_loss_and_is_not_t
     only = SearchPlan(search.name, search.search, search.contenders[:1], (1,))
     runs = open_search(only, tmp_path)
 
-    def claim(losses: list[float]) -> tuple[Standing, list[bool]]:
+    def claim(losses: list[float]) -> tuple[RunStatus, list[bool]]:
         run = runs.next()
         assert run is not None
         rows = [{"split": "val", "step": 2 * number, "loss": loss} for number, loss in enumerate(losses)]

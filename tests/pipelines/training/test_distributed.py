@@ -24,8 +24,8 @@ from pipelines.config import RunConfig
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.tasks import task_of
-from pipelines.training.distributed import ALONE, Ranks, batch_share, rounds
-from pipelines.training.parallel import replicated
+from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
+from pipelines.training.parallel import wrap_in_ddp
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
@@ -266,7 +266,7 @@ def test_no_replica_outlives_the_process_group(
     alive_at_the_end: list[bool] = []
 
     def remembered(model: nn.Module, ranks: Ranks) -> nn.Module:
-        network = replicated(model, ranks)
+        network = wrap_in_ddp(model, ranks)
         replicas.append(weakref.ref(network))
         return network
 
@@ -291,7 +291,7 @@ def test_accumulated_gradients_are_added_up_over_the_processes_once_a_step(
         return allreduce_hook(group, bucket)
 
     def counted(model: nn.Module, ranks: Ranks) -> nn.Module:
-        network = replicated(model, ranks)
+        network = wrap_in_ddp(model, ranks)
         assert isinstance(network, DistributedDataParallel)
         network.register_comm_hook(dist.group.WORLD, counting)
         return network
@@ -312,8 +312,8 @@ def test_every_validation_sample_is_read_once_and_all_processes_take_as_many_tur
 
 def test_a_batch_that_cannot_be_shared_is_refused(small_config: Make) -> None:
     config = small_config(training__batch_size=8, training__micro_batch_size=4)
-    assert batch_share(config.training, Ranks(1, 2)).parts == [slice(4, 8)]
+    assert local_batch(config.training, Ranks(1, 2)).micro_batches == [slice(4, 8)]
     with pytest.raises(UsageError, match=r"batch_size=8 cannot be divided equally among 3 processes"):
-        batch_share(config.training, Ranks(0, 3))
+        local_batch(config.training, Ranks(0, 3))
     with pytest.raises(UsageError, match=r"micro_batch_size=4 does not divide the 2 samples that each of 4 processes"):
-        batch_share(config.training, Ranks(0, 4))
+        local_batch(config.training, Ranks(0, 4))

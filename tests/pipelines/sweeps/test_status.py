@@ -12,7 +12,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import UsageError
 from pipelines.sweeps.definition import SweepRun
 from pipelines.sweeps.slots import Slot, make_slots
-from pipelines.sweeps.standing import check_data, standing, standings
+from pipelines.sweeps.status import check_data, run_status, run_statuses
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 
@@ -28,24 +28,24 @@ def trained(small_config: Callable[..., RunConfig], reporter: SilentReporter, tm
 def test_a_run_is_done_with_its_last_checkpoint_and_partial_with_an_earlier_one(
     trained: SweepRun, tmp_path: Path
 ) -> None:
-    found = standing(trained, tmp_path)
+    found = run_status(trained, tmp_path)
     assert (found.state, found.step, found.tokens, found.tokens_left) == ("done", 6, 6 * 4 * 16, 0)
     assert found.final_loss() is not None
     checkpoints = tmp_path / "a-s42/checkpoints"
     weights = checkpoints / "step-00000006/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    found = standing(trained, tmp_path)
+    found = run_status(trained, tmp_path)
     assert (found.state, found.step, found.tokens_left) == ("partial", 4, 2 * 4 * 16), "a damaged one does not count"
     assert found.final_loss() is None
     shutil.rmtree(checkpoints)
-    found = standing(trained, tmp_path)
+    found = run_status(trained, tmp_path)
     assert (found.state, found.step) == ("done", 6), "the checkpoints of a finished run may be removed"
     metrics = tmp_path / "a-s42/metrics.jsonl"
     metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:-1]))
-    found = standing(trained, tmp_path)
+    found = run_status(trained, tmp_path)
     assert (found.state, found.step) == ("partial", 0)
     shutil.rmtree(tmp_path / "a-s42")
-    assert standing(trained, tmp_path).state == "new"
+    assert run_status(trained, tmp_path).state == "new"
 
 
 def test_folders_of_other_runs_and_of_other_things_are_named_all_at_once(
@@ -55,7 +55,7 @@ def test_folders_of_other_runs_and_of_other_things_are_named_all_at_once(
     (tmp_path / "b-s42/manifest.json").touch()
     longer = SweepRun("a-s42", "a", small_config(training__steps=9, runtime__timeout_s=5.0))
     with pytest.raises(UsageError) as error:
-        standings([longer, SweepRun("b-s42", "b", small_config())], tmp_path)
+        run_statuses([longer, SweepRun("b-s42", "b", small_config())], tmp_path)
     assert str(error.value).splitlines() == [
         f"{tmp_path}/a-s42: training.steps is 6 in the run, 9 now; choose another --out",
         f"{tmp_path}/b-s42: no place for a new run: {tmp_path}/b-s42/manifest.json is in the way; choose another --out",

@@ -19,7 +19,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunStatus:
     """A run and where it stands."""
 
     run: SweepRun
@@ -53,28 +53,28 @@ class Standing:
         return next((row["loss"] for row in reversed(RunFolder(self.folder).rows()) if row["split"] == "val"), None)
 
 
-def standings(runs: Sequence[SweepRun], out: Path) -> list[Standing]:
+def run_statuses(runs: Sequence[SweepRun], out: Path) -> list[RunStatus]:
     """Where all runs stand; `UsageError` with a line for every folder that holds something else."""
-    return _for_each(runs, lambda run: standing(run, out))
+    return _for_each(runs, lambda run: run_status(run, out))
 
 
-def standing(run: SweepRun, out: Path) -> Standing:
+def run_status(run: SweepRun, out: Path) -> RunStatus:
     """Where a run stands. Raises `AsgoError` if its folder holds something else, or its configuration is unreadable."""
     folder = RunFolder(out / run.name)
     if not folder.exists():
         refuse_existing(folder)
-        return Standing(run, folder.path, 0, begun=False)
+        return RunStatus(run, folder.path, 0, begun=False)
     changed = differences(folder.config(), run.config)
     if changed:
         lines = (f"{folder.path}: {line}; choose another --out" for line in changed)
         raise UsageError("\n".join(lines))
     steps = run.config.training.steps
     if folder.lost_checkpoints() and folder.ends_at(steps):
-        return Standing(run, folder.path, steps, begun=True)
+        return RunStatus(run, folder.path, steps, begun=True)
     from pipelines.training.checkpoint import newest_checkpoint  # imports torch, which a new sweep can do without
 
     checkpoint, _skipped = newest_checkpoint(folder.checkpoints)
-    return Standing(run, folder.path, 0 if checkpoint is None else checkpoint.step, begun=True)
+    return RunStatus(run, folder.path, 0 if checkpoint is None else checkpoint.step, begun=True)
 
 
 def check_data(runs: Sequence[SweepRun]) -> None:
