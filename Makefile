@@ -20,7 +20,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(MAKE) test
+	ASGO_TESTS=all $(BIN)/pytest -n 2 --durations=25
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -21,11 +21,12 @@ from pipelines.config import RunConfig
 from pipelines.resolve import flatten, read_preset
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
+from tests.long import LONG
 
 
 def cases(count: int) -> Callable[[Any], Any]:
     return settings(
-        max_examples=count,
+        max_examples=count if LONG else count // 10,
         deadline=None,
         derandomize=True,
         database=None,

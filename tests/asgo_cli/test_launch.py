@@ -21,6 +21,7 @@ import pytest
 
 from asgo_cli.worker import Outcome
 from tests.asgo_cli.test_train_commands import SETTINGS, asgo  # noqa: F401  (a fixture)
+from tests.long import long
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -427,6 +428,7 @@ def worker_pids(launcher: subprocess.Popen[str]) -> dict[str, int]:
     return found
 
 
+@long
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the workers in /proc")
 def test_training_on_loopback_survives_the_loss_of_its_first_process_among_folders_of_our_names(
     token_folder: Path, tmp_path: Path

@@ -26,6 +26,7 @@ from pipelines.sweeps.status import RunStatus
 from pipelines.training.metrics import Row
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
+from tests.long import long
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -120,7 +121,9 @@ def test_what_is_done_is_not_done_again(finished, monkeypatch, capsys) -> None: 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.parametrize(("kill", "count"), [(signal.SIGTERM, 2), (signal.SIGKILL, 1)], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    ("kill", "count"), [pytest.param(signal.SIGTERM, 2, marks=long), (signal.SIGKILL, 1)], ids=["SIGTERM", "SIGKILL"]
+)
 def test_a_sweep_that_is_ended_goes_on_to_the_same_end(
     kill: signal.Signals, count: int, token_folder: Path, tmp_path: Path, reporter: SilentReporter
 ) -> None:

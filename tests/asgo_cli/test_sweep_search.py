@@ -23,6 +23,7 @@ from pipelines.training.metrics import Row
 from pipelines.training.train import train
 from tests.asgo_cli.test_sweep import ENVIRONMENT, asgo, command, final_weights, run_sweep, wait_for_steps
 from tests.conftest import SMALL, SilentReporter
+from tests.long import long
 
 LONG = {"training.steps": 400, "checkpoint.every": 100, "evaluation.every": 200}
 """About two seconds of training: enough to be killed in."""
@@ -36,6 +37,7 @@ def write_search(path: Path, data: Path, **search: object) -> Path:
     return path
 
 
+@long
 def test_a_search_that_is_killed_goes_on_to_the_same_end(
     token_folder: Path,
     tmp_path: Path,

@@ -21,6 +21,7 @@ from asgo_cli import console
 from asgo_cli.progress import PhaseProgress, TrainingProgress
 from asgo_cli.sweep_progress import SweepProgress
 from tests.conftest import SMALL
+from tests.long import long
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
@@ -108,6 +109,7 @@ def asgo_environment(**variables: str) -> dict[str, str]:
     return {**plain, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
 
 
+@long
 def test_the_log_of_two_processes_has_plain_whole_lines_of_one(token_folder: Path, tmp_path: Path) -> None:
     arguments = ["train", "gpt", "--preset", "tiny", "--data", str(token_folder), *SETTINGS, "--processes", "2"]
     done = subprocess.run(

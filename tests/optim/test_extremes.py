@@ -14,6 +14,7 @@ import torch
 
 from optim import ASGO, AccAsro, Asro, Muon, Shampoo, elementwise, native, rows
 from optim.matrix_functions import inverse_sqrt
+from tests.long import long
 
 from .cases import DESCRIPTIONS, Description, every_optimizer, full_rank, noise, parameter, set_gradient
 from .reference import inverse_root, newton_schulz_orthogonalization
@@ -176,6 +177,7 @@ def test_sizes(optimizer_class, shape):
     assert error(update(optimizer_class, gradient, torch.float32), expected / math.sqrt(min(shape))) < bound
 
 
+@long
 def test_the_largest_size():
     """A diagonal, reflected: its polar factor is the reflection."""
     v = np.random.default_rng(0).standard_normal(3072).astype(np.float32)

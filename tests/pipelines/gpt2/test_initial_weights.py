@@ -22,6 +22,7 @@ from pipelines.resolve import Layer, preset_layer
 from pipelines.training.run_folder import RunFolder, checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
+from tests.long import long
 from tests.pipelines.training.double_precision import double_precision
 from tests.pipelines.training.processes import Job, carry_out
 
@@ -198,6 +199,7 @@ def test_a_run_does_not_begin_with_weights_that_were_changed_since(
         train(config, tmp_path / "run", reporter)
 
 
+@long
 def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
     save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
 ) -> None:

@@ -14,6 +14,7 @@ from pipelines.training.checkpoint import checkpoint_folders, read_state
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
+from tests.long import long
 from tests.pipelines.training.processes import Job, start
 
 Make = Callable[..., RunConfig]
@@ -77,6 +78,7 @@ def test_another_instruction_set_torch_or_number_of_threads_is_said(
     assert "77 threads now" in said
 
 
+@long
 @needs_compiler
 def test_processes_of_which_one_has_no_compiler_stay_replicas(small_config: Make, tmp_path: Path) -> None:
     """They would drift apart: a kernel and the operations of PyTorch round otherwise."""

@@ -12,8 +12,10 @@ from pipelines.config import RunConfig
 from pipelines.training.checkpoint import open_checkpoint
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
+from tests.long import long
 
 
+@long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_model_trains_alike(
     small_config: Callable[..., RunConfig], tmp_path: Path, reporter: SilentReporter

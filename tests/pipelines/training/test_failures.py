@@ -19,6 +19,7 @@ from pipelines.training.gpt_task import GPTTask
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
+from tests.long import long
 
 Make = Callable[..., RunConfig]
 
@@ -114,6 +115,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert train(config, small_disk / "run", reporter, resume=True)[-1]["step"] == 40
 
 
+@long
 def test_a_full_disk_ends_two_processes_with_one_line_and_they_go_on_when_there_is_room(
     small_disk: Path, token_folder: Path
 ) -> None:

@@ -24,6 +24,7 @@ from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.metrics import Row, read_lines
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
+from tests.long import long
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
 from tests.pipelines.training.double_precision import bound, double_precision
 from tests.pipelines.training.processes import Job, carry_out
@@ -192,6 +193,7 @@ def test_every_classifier_of_torchvision_has_as_many_outputs_as_there_are_classe
         assert outputs[-1] == 7
 
 
+@long
 def test_two_processes_normalize_batches_and_train_as_one(make: Make, tmp_path: Path):
     """In float64: rounding alone moves the losses of a float32 run of a small batch-normalized model by 1e-3.
 

@@ -18,9 +18,10 @@ from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
+from tests.long import LONG, long
 from tests.pipelines.training.test_resume import assert_same_run
 
-KILLS = 20
+KILLS = 20 if LONG else 4
 STEPS = 20
 Make = Callable[..., RunConfig]
 
@@ -81,6 +82,7 @@ def test_kills_at_random_moments_lose_nothing(small_config: Make, tmp_path: Path
     assert torn > 0, "none of the kills fell into the writing of a file"
 
 
+@long
 def test_a_run_killed_again_and_again_arrives(small_config: Make, tmp_path: Path) -> None:
     config = small_config(training__steps=STEPS, checkpoint__every=2)
     duration = finish(config, tmp_path / "whole")

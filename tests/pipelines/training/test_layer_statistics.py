@@ -23,6 +23,7 @@ from pipelines.training.run_folder import RunFolder
 from pipelines.training.statistics_file import Record, Statistics, read_statistics
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
+from tests.long import long
 from tests.pipelines.training.double_precision import bound, double_precision
 from tests.pipelines.training.processes import Job, carry_out
 from tests.pipelines.training.test_kills import processes
@@ -246,6 +247,7 @@ def test_a_run_of_before_statistics_can_be_resumed_with_them(
     assert not (tmp_path / "run" / "statistics.jsonl").exists()
 
 
+@long
 def test_two_processes_measure_what_one_does(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
     """In the sums over the batch, rounding apart; and write it once."""
     config = small_config(optimizer__name="adamw", statistics__every=3, training__max_grad_norm=1.0)

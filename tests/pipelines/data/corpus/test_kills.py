@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.long import long
+
 from .mirrors import contents, make_texts, write_mirror
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
@@ -172,6 +174,7 @@ main()
 """
 
 
+@long
 def test_killed_between_one_file_and_the_next_it_goes_on_to_the_same_bytes(
     start: Start, done: Done, tmp_path: Path
 ) -> None:
