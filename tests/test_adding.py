@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import SMALL
+from tests.long import long
 from tests.test_docs import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,7 @@ def test_an_added_optimizer_trains_with_its_settings_recorded_and_resumes(extend
     assert final[-1] < final[0]
 
 
+@long
 def test_a_wrong_keyword_of_an_added_optimizer_is_named(extended: Path) -> None:
     words = ["train", "gpt", "--preset", "tiny", "--optimizer", "lion", "--print-config"]
     told = asgo(extended, *words, "--set", "optimizer.momentum=0.9", code=2).stderr
@@ -79,6 +81,7 @@ def test_an_added_optimizer_is_drawn_on_an_added_function(extended: Path) -> Non
     assert trajectory["lowest_value"] < 5, "from (−4, 3) down among the waves"
 
 
+@long
 def test_an_added_optimizer_is_timed(extended: Path) -> None:
     words = ["bench", "optimizers", "--optimizer", "lion", "--repeats", "1", "--json"]
     assert '"lion"' in asgo(extended, *words).stdout

@@ -384,6 +384,7 @@ def make_folders_of_our_names(place: Path, names: Sequence[str]) -> None:
         (place / name / "__init__.py").write_text("raise ImportError('the wrong one')")
 
 
+@long
 def test_a_dry_run_prints_a_command_that_does_the_same_among_folders_of_our_names(
     asgo,  # type: ignore[no-untyped-def]  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,

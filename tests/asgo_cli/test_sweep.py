@@ -83,6 +83,7 @@ def finished(
     return folder, run_sweep(folder, "my.toml", "--slots", 2)
 
 
+@long
 def test_a_diverging_run_leaves_the_others_alone_and_is_listed(finished) -> None:  # type: ignore[no-untyped-def]
     folder, result = finished
     assert result.returncode == 1, result.stderr

@@ -18,6 +18,7 @@ from pipelines.analysis import trajectories
 from pipelines.analysis.matrix_losses import run_losses
 from pipelines.analysis.optimizer_settings import MATRICES, default_settings, parse_settings
 from pipelines.analysis.trajectories import run_trajectories
+from tests.long import long
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -289,6 +290,7 @@ def test_the_arguments_are_checked_before_the_work(asgo: Run, monkeypatch: pytes
         assert asgo(*arguments)[0] == 2
 
 
+@long
 def test_the_backend_of_a_notebook_is_of_no_consequence(tmp_path: Path) -> None:
     """In a process of its own: matplotlib reads the variable when it is imported."""
     environment = {**os.environ, "MPLBACKEND": "module://not_installed.backend_inline"}

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.long import long
+
 from .cases import DESCRIPTIONS, Description, every_optimizer
 from .steps import weights
 
@@ -112,6 +114,7 @@ def test_forward_backward_and_step_compile_as_one_function(case):
     assert compiled_graphs() >= 1
 
 
+@long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @every_optimizer
 def test_the_default_compiler_agrees(case):

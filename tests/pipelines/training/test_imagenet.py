@@ -91,6 +91,7 @@ def test_accuracy_rises_far_above_chance_and_is_recorded_for_both_splits(make: M
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == rows
 
 
+@long
 def test_archives_and_extracted_files_give_the_same_training(make: Make, tmp_path: Path):
     (rows, weights), (others, other_weights) = (
         run(make(layout), tmp_path / layout) for layout in ("archives", "extracted")
@@ -143,6 +144,7 @@ def test_a_bad_image_stops_the_run_by_its_name_or_is_counted_when_the_user_says_
     assert "skipped: 1, the first of them n01440764/ILSVRC2012_val_00000001.JPEG: " in validation
 
 
+@long
 def test_label_smoothing_changes_the_training_loss_and_not_the_validation_loss(make: Make, tmp_path: Path):
     plain, _ = run(make(training__steps=1), tmp_path / "plain")
     smoothed, _ = run(make(training__steps=1, training__label_smoothing=0.1), tmp_path / "smoothed")
@@ -150,6 +152,7 @@ def test_label_smoothing_changes_the_training_loss_and_not_the_validation_loss(m
     assert plain[1]["loss"] != smoothed[1]["loss"]
 
 
+@long
 def test_channels_last_changes_nothing_but_rounding(make: Make, tmp_path: Path):
     with double_precision():
         plain, _ = run(make(training__steps=2), tmp_path / "plain")

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from pipelines.training.watchdog import Watchdog
+from tests.long import long
 
 TIMEOUT_S = 3.0
 BOUND_S = 60.0
@@ -132,6 +133,7 @@ def test_the_process_that_is_behind_is_named(a_run: Callable[..., SimpleNamespac
     assert last_words(run, 1) == expected
 
 
+@long
 def test_when_nobody_is_behind_the_line_tells_where_each_process_is(a_run: Callable[..., SimpleNamespace]) -> None:
     run = a_run(wait_for_each_other)
     words = last_words(run, 0)
@@ -155,6 +157,7 @@ def test_training_goes_on_without_the_store_and_a_hang_is_bounded_all_the_same(
     assert "the launcher's store does not answer b" in last_words(run, 1)
 
 
+@long
 def test_time_for_which_the_whole_run_was_suspended_does_not_count(a_run: Callable[..., SimpleNamespace]) -> None:
     run = a_run(be_quiet)
     time.sleep(TIMEOUT_S / 6)
