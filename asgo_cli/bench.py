@@ -8,7 +8,7 @@ import typer
 
 from asgo_cli import bench_data, bench_train, console
 from asgo_cli.help_text import examples
-from asgo_cli.names import CLASSIFIERS, OPTIMIZERS, completing
+from asgo_cli.names import CLASSIFIERS, OPTIMIZERS, OWN_OPTIMIZERS, completing
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
 from pipelines.shell import command
@@ -54,7 +54,7 @@ def optimizers(
         list[str] | None,
         typer.Option(
             metavar="NAME[:key=value,...]",
-            help="asgo, dasgo, muon, shampoo, asro, accasro; torch.CLASS, pytorch_optimizer.CLASS, heavyball.CLASS; "
+            help=f"{', '.join(OWN_OPTIMIZERS)}; torch.CLASS, pytorch_optimizer.CLASS, heavyball.CLASS; "
             "with keywords of the constructor; may be given several times. Without it: ours, and some of each library "
             "that is installed.",
             autocompletion=completing(OPTIMIZERS),

@@ -1,28 +1,14 @@
-"""Names for `--help` and for the shell to complete. Their registries cannot be imported here: they import torch."""
+"""Names for `--help` and for the shell to complete. Other registries cannot be imported here: they import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from pipelines.optimizers import OPTIMIZER_NAMES, OWN_NAMES
 from pipelines.tasks import TASKS
 
-OPTIMIZERS = (
-    "asgo",
-    "dasgo",
-    "muon",
-    "shampoo",
-    "asro",
-    "accasro",
-    "adam",
-    "adamw",
-    "amsgrad",
-    "radam",
-    "rmsprop",
-    "adagrad",
-    "sgd-momentum",
-    "sgd-nesterov",
-)
+OPTIMIZERS, OWN_OPTIMIZERS = OPTIMIZER_NAMES, OWN_NAMES
 PRESETS = {name: task.presets for name, task in TASKS.items()}
 """By task, the default first."""
 SWEEPS = ("asro-gpt-paper", "asro-imagenet-paper", "asgo-gpt2-paper", "asgo-nanogpt-paper", "asgo-nanogpt-search")

@@ -1,13 +1,22 @@
-"""The optimizers of the ASGO and Asro papers, and their peers, for any PyTorch training loop."""
+"""The optimizers of the ASGO and Asro papers, and their peers, for any PyTorch training loop.
 
-from .accasro import AccAsro
-from .asgo import ASGO
-from .asro import Asro
-from .dasgo import DASGO
-from .muon import Muon
-from .registry import OPTIMIZER_NAMES, build_optimizer, optimizer_class
-from .shampoo import Shampoo
-from .sharded import ShardedOptimizer
+Classes and functions are imported at their first use: `optim.specs` alone needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .specs import OPTIMIZER_NAMES
+
+if TYPE_CHECKING:
+    from .accasro import AccAsro
+    from .asgo import ASGO
+    from .asro import Asro
+    from .dasgo import DASGO
+    from .muon import Muon
+    from .registry import build_optimizer, optimizer_class
+    from .shampoo import Shampoo
+    from .sharded import ShardedOptimizer
 
 __all__ = [
     "ASGO",
@@ -21,3 +30,28 @@ __all__ = [
     "build_optimizer",
     "optimizer_class",
 ]
+
+_MODULES = {"ShardedOptimizer": "sharded", "build_optimizer": "registry", "optimizer_class": "registry"}
+"""Where the names are that are not a class in a file of the same name."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__`, or a submodule: `import optim` is enough for `optim.native`."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in __all__:
+        value = getattr(import_module(f".{_MODULES.get(name, name.lower())}", __name__), name)
+    else:
+        full_name = f"{__name__}.{name}"
+        try:
+            value = import_module(full_name)
+        except ModuleNotFoundError as error:
+            if error.name != full_name:
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

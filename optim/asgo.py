@@ -9,10 +9,10 @@ from torch.optim.optimizer import ParamsT
 
 from .base import Group
 from .blocks import Stack
-from .keywords import RootMethod
 from .matrix_functions import inverse_sqrt, scaled_to_one
 from .matrix_optimizer import UPDATE_RMS, with_norm
 from .preconditioned import PreconditionedOptimizer
+from .specs import RootMethod
 
 
 def asgo_update(momenta: Tensor, roots: Tensor) -> Tensor:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from .dtensors import is_dtensor, put_back, stand_in
-from .keywords import MATRIX_KEYS, check_keywords, misspelled
+from .specs import RANGES, Range
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -20,6 +24,9 @@ Group = dict[str, Any]
 _Layout = dict[str, tuple[torch.Size, torch.dtype]]
 Scalar = float | Tensor
 """A number, or a tensor of one element on the device where it is used."""
+
+_MATRIX_KEYS = ("rule", "row_blocks", "batch_dims")
+"""Keys of parameter groups that mean something to a matrix optimizer alone."""
 
 
 class BaseOptimizer(torch.optim.Optimizer):
@@ -124,7 +131,7 @@ class BaseOptimizer(torch.optim.Optimizer):
         Raises `ValueError` for a misspelled keyword, a value out of range, or a parameter this optimizer cannot take.
         """
         for key in param_group:
-            if key in MATRIX_KEYS and key not in self.group_keywords():
+            if key in _MATRIX_KEYS and key not in self.group_keywords():
                 name = type(self).__name__
                 raise ValueError(f"parameter group key {key!r}: {name} does not treat weights as matrices")
             meant = misspelled(key, self.group_keywords())
@@ -261,3 +268,68 @@ def is_plain(tensor: Tensor) -> bool:
 def can_be_read(tensor: Tensor) -> bool:
     """Whether the host may look at the numbers of a tensor: they are in its memory."""
     return is_plain(tensor) and tensor.device.type == "cpu"
+
+
+def check_keywords(values: Mapping[str, Any]) -> None:
+    """Raise `ValueError`, naming keyword and value, for the first value that its keyword cannot take."""
+    for name, value in values.items():
+        if name == "row_blocks" and not _is_blocks(value):
+            wanted = "a number of equal blocks of rows, or the rows of each block"
+        elif name in RANGES and not _is_within(RANGES[name], value):
+            wanted = RANGES[name].words
+        else:
+            continue
+        if isinstance(value, Tensor) and value.numel() != 1:  # its numbers may fill many lines
+            shape = tuple(value.shape)
+            raise ValueError(f"invalid {name}: it must be {wanted}; a Tensor {name} must be 1-element, not {shape}")
+        raise ValueError(f"invalid {name}: {value!r}; it must be {wanted}")
+    if "min_scale" in values:
+        min_scale, max_scale = values["min_scale"], values.get("max_scale", 1.0)
+        if min_scale > max_scale:
+            raise ValueError(f"invalid min_scale: {min_scale!r} is above max_scale, {max_scale!r}")
+    if values.get("capturable") and values.get("precond_frequency", 1) != 1:
+        raise ValueError("invalid precond_frequency: a CUDA graph repeats one step, so capturable=True needs 1")
+
+
+def _is_within(wanted: Range, value: Any) -> bool:
+    if wanted.is_pair:
+        is_pair = isinstance(value, tuple | list) and len(value) == 2
+        return is_pair and all(_is_within(replace(wanted, is_pair=False), each) for each in value)
+    if wanted.type is bool:
+        return isinstance(value, bool)
+    if wanted.choices:
+        return value in wanted.choices
+    return (
+        (_is_whole(value) if wanted.type is int else _is_number(value))
+        and (wanted.ge is None or value >= wanted.ge)
+        and (wanted.gt is None or value > wanted.gt)
+        and (wanted.lt is None or value < wanted.lt)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and value.is_floating_point()
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_blocks(value: Any) -> bool:
+    sizes = value if isinstance(value, tuple | list) else [value]
+    return value is None or (len(sizes) > 0 and all(_is_whole(size) and size >= 1 for size in sizes))
+
+
+def misspelled(key: str, keywords: Iterable[str]) -> str | None:
+    """The keyword that a parameter group's key misspells; None for a keyword, and for a key that others read.
+
+    Training loops and schedulers keep keys of their own in groups (`name`, `lr_scale`, `max_lr`): only what is nearly
+    a keyword is taken for a mistake. A keyword with other words, such as `weight_decay_mult`, is none, and a keyword of
+    two or three letters is too short to be nearly another word.
+    """
+    if any(f"_{keyword}_" in f"_{key}_" for keyword in keywords):
+        return None
+    long = [keyword for keyword in keywords if len(keyword) > 3 or keyword == key.lower()]
+    return next(iter(difflib.get_close_matches(key.lower(), long, n=1, cutoff=0.85)), None)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .heads import output_heads, unwrapped
-from .keywords import unknown_name
 from .matrix_optimizer import ADAM_RULE
+from .specs import unknown_name
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NO_MATRICES = (*_EMBEDDINGS, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)

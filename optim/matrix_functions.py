@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .keywords import RootMethod
+from .specs import RootMethod
 
 _NEWTON_TOLERANCE = 1e-6
 _NEWTON_STEPS = 50

@@ -4,55 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from .accasro import AccAsro
-from .asgo import ASGO
-from .asro import Asro
-from .dasgo import DASGO
 from .groups import RowBlocks, Selection, check_no_decay, decay_groups, matrix_groups
 from .heads import unwrapped
-from .keywords import unknown_name
-from .matrix_optimizer import MatrixOptimizer
-from .muon import Muon
-from .shampoo import Shampoo
-
-_CLASSES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "asgo": (ASGO, {}),
-    "dasgo": (DASGO, {}),
-    "muon": (Muon, {}),
-    "shampoo": (Shampoo, {}),
-    "asro": (Asro, {}),
-    "accasro": (AccAsro, {}),
-    "adam": (torch.optim.Adam, {"fused": True}),
-    "adamw": (torch.optim.AdamW, {"fused": True}),
-    "amsgrad": (torch.optim.Adam, {"fused": True, "amsgrad": True}),
-    "radam": (torch.optim.RAdam, {}),
-    "rmsprop": (torch.optim.RMSprop, {}),
-    "adagrad": (torch.optim.Adagrad, {}),
-    "sgd-momentum": (torch.optim.SGD, {"fused": True, "momentum": 0.9}),
-    "sgd-nesterov": (torch.optim.SGD, {"fused": True, "momentum": 0.9, "nesterov": True}),
-}
-
-OPTIMIZER_NAMES: tuple[str, ...] = tuple(_CLASSES)
+from .specs import SPECS, spec_of, unknown_name
 
 
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """The class behind a name and the keywords that belong to the name; `ValueError` for an unknown one."""
-    if name not in _CLASSES:
-        raise unknown_name("optimizer", name, OPTIMIZER_NAMES)
-    return _CLASSES[name]
-
-
-def own_keywords(name: str) -> dict[str, Any]:
-    """What can be set of an optimizer, and its defaults, None where it has none. `ValueError` for an unknown name."""
-    cls, fixed = optimizer_class(name)
-    own = {key: each.default for key, each in inspect.signature(cls).parameters.items()}
-    defaults = {key: None if default is inspect.Parameter.empty else default for key, default in own.items()}
-    return {key: value for key, value in {**defaults, **fixed}.items() if key not in ("params", "total_steps")}
+    spec = spec_of(name)
+    return getattr(import_module(spec.module, __package__), spec.class_name), dict(spec.implied)
 
 
 def build_optimizer(
@@ -103,7 +69,7 @@ def build_optimizer(
     check_no_decay(no_decay)
     cls, fixed = optimizer_class(name)
     keywords = _accepted(cls, name, total_steps, {**fixed, **settings})
-    if issubclass(cls, MatrixOptimizer):
+    if SPECS[name].takes_matrices:
         heads = _attention_row_blocks(model) if by_heads else {}
         return cls(matrix_groups(model, {**heads, **(row_blocks or {})}, head, adam), **keywords)
     for keyword, is_given in {
@@ -136,5 +102,5 @@ def _attention_row_blocks(model: nn.Module) -> RowBlocks:
 
 
 def _no_matrices(name: str, keyword: str) -> ValueError:
-    takers = ", ".join(other for other, (cls, _) in _CLASSES.items() if issubclass(cls, MatrixOptimizer))
+    takers = ", ".join(spec.name for spec in SPECS.values() if spec.takes_matrices)
     return ValueError(f"{keyword}: {name} does not treat weights as matrices; these do: {takers}")

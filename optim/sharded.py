@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .base import Group, describe
 from .dtensors import is_dtensor
-from .keywords import unknown_name
 from .parts import Part, share_out
 from .piece_state import WholeState, Wire, receive_state, send_state
-from .registry import OPTIMIZER_NAMES, optimizer_class
+from .registry import optimizer_class
+from .specs import OPTIMIZER_NAMES, unknown_name
 from .transport import is_sharded_by_rows, local
 
 

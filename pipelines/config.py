@@ -6,7 +6,7 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from optim.specs import SPECS, OptimizerSpec, Range
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -27,8 +29,6 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
 """Of one side of a model. A number in a file is not to size an allocation or a loop without a bound."""
-Repeats = Annotated[int, Field(gt=0, le=1000)]
-"""Of what is done in every step."""
 Count = Annotated[int, Field(gt=0, le=10**12)]
 """Of steps."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -47,192 +47,41 @@ class NamedOptimizerSettings(Settings):
 
     name: str
     no_decay: tuple[Literal["embeddings", "head"], ...] = ()
-    """What takes no weight decay; `asgo`, `dasgo`, `muon` and `shampoo` never decay these."""
-
-
-class ASGOSettings(NamedOptimizerSettings):
-    """Keywords of `optim.ASGO`, and how its matrices are made."""
-
-    name: Literal["asgo"]
-    lr: NonNegativeFloat = 1e-2
-    momentum: Decay = 0.9
-    beta2: Decay = 0.8
-    eps: NonNegativeFloat = 1e-10
-    weight_decay: NonNegativeFloat = 0.1
-    root_method: Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"] = "auto"
-    root_steps: Repeats = 10
-    precond_frequency: Count = 1
-    by_heads: bool = False
-    """Whether the query and key of each attention head are matrices of their own."""
-
-
-class DASGOSettings(NamedOptimizerSettings):
-    """Keywords of `optim.DASGO`, and how its matrices are made."""
-
-    name: Literal["dasgo"]
-    lr: NonNegativeFloat = 1e-2
-    momentum: Decay = 0.9
-    beta2: Decay = 0.95
-    eps: NonNegativeFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
-    by_heads: bool = False
-    """Whether the query and key of each attention head are matrices of their own."""
-
-
-class MuonSettings(NamedOptimizerSettings):
-    """Keywords of `optim.Muon`, and how its matrices are made."""
-
-    name: Literal["muon"]
-    lr: NonNegativeFloat = 1e-2
-    momentum: Decay = 0.9
-    nesterov: bool = False
-    ns_steps: Repeats = 5
-    weight_decay: NonNegativeFloat = 0.1
-    by_heads: bool = False
-    """Whether the query and key of each attention head are matrices of their own."""
-
-
-class ShampooSettings(NamedOptimizerSettings):
-    """Keywords of `optim.Shampoo`, and how its matrices are made."""
-
-    name: Literal["shampoo"]
-    lr: NonNegativeFloat = 5e-3
-    momentum: Decay = 0.9
-    beta2: Decay = 0.999
-    eps: NonNegativeFloat = 1e-10
-    weight_decay: NonNegativeFloat = 0.1
-    precond_frequency: Count = 1
-    by_heads: bool = False
-    """Whether the query and key of each attention head are matrices of their own."""
-
-
-class AsroSettings(NamedOptimizerSettings):
-    """Keywords of `optim.Asro`."""
-
-    name: Literal["asro"]
+    """What takes no weight decay; matrix optimizers never decay these."""
     lr: NonNegativeFloat
-    decrement: NonNegativeFloat
-    min_scale: Fraction
-    scale_start_step: Annotated[int, Field(ge=0, le=10**12)] = 0
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: NonNegativeFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-
-
-class AccAsroSettings(NamedOptimizerSettings):
-    """Keywords of `optim.AccAsro`; `total_steps` is the run's."""
-
-    name: Literal["accasro"]
-    lr: NonNegativeFloat
-    increment: NonNegativeFloat
-    decrement: NonNegativeFloat
-    max_scale: Positive
-    min_scale: NonNegativeFloat
-    scale_start_step: Annotated[int, Field(ge=0, le=10**12)] = 0
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: NonNegativeFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
 
     @model_validator(mode="after")
     def _scales_are_ordered(self) -> Self:
-        if self.min_scale > self.max_scale:
-            raise ValueError(f"min_scale={self.min_scale} is above max_scale={self.max_scale}")
+        low, high = getattr(self, "min_scale", None), getattr(self, "max_scale", None)
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"min_scale={low} is above max_scale={high}")
         return self
 
 
-class AdamSettings(NamedOptimizerSettings):
-    """Keywords of `torch.optim.Adam` and its family."""
-
-    name: Literal["adam", "adamw", "amsgrad", "radam"]
-    lr: NonNegativeFloat
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: NonNegativeFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-
-
-class RMSpropSettings(NamedOptimizerSettings):
-    """Keywords of `torch.optim.RMSprop`."""
-
-    name: Literal["rmsprop"]
-    lr: NonNegativeFloat
-    alpha: Decay = 0.99
-    eps: NonNegativeFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
+def _settings_of(spec: OptimizerSpec) -> type[NamedOptimizerSettings]:
+    """Settings of an optimizer: the keywords of its constructor, and for matrices how they are made."""
+    fields: dict[str, Any] = {"name": (Literal[spec.name], ...)}
+    fields |= {key: (_annotation(spec.range_of(key)), default) for key, default in spec.defaults.items()}
+    if spec.takes_matrices:
+        # Whether the query and key of each attention head are matrices of their own.
+        fields["by_heads"] = (bool, False)
+    return create_model(f"{spec.class_name}Settings", __base__=NamedOptimizerSettings, **fields)
 
 
-class AdagradSettings(NamedOptimizerSettings):
-    """Keywords of `torch.optim.Adagrad`."""
-
-    name: Literal["adagrad"]
-    lr: NonNegativeFloat
-    eps: NonNegativeFloat = 1e-10
-    weight_decay: NonNegativeFloat = 0.0
+def _annotation(values: Range) -> Any:
+    if values.choices:
+        return Literal[values.choices]
+    number: Any = Annotated[values.type, Field(ge=values.ge, gt=values.gt, lt=values.lt, le=values.most)]
+    return tuple[number, number] if values.is_pair else number
 
 
-class SGDSettings(NamedOptimizerSettings):
-    """Keywords of `torch.optim.SGD`."""
+OPTIMIZER_SETTINGS = {name: _settings_of(spec) for name, spec in SPECS.items()}
+"""By the names of the optimizers."""
 
-    name: Literal["sgd-momentum", "sgd-nesterov"]
-    lr: NonNegativeFloat
-    momentum: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    weight_decay: NonNegativeFloat = 0.0
-
-
-OptimizerSettings = Annotated[
-    ASGOSettings
-    | DASGOSettings
-    | MuonSettings
-    | ShampooSettings
-    | AsroSettings
-    | AccAsroSettings
-    | AdamSettings
-    | RMSpropSettings
-    | AdagradSettings
-    | SGDSettings,
-    Field(discriminator="name"),
-]
-
-
-OPTIMIZER_SETTINGS: dict[str, type[BaseModel]] = {
-    name: settings
-    for settings in get_args(get_args(OptimizerSettings)[0])
-    for name in get_args(settings.model_fields["name"].annotation)
-}
-"""The classes above, by the names of their optimizers."""
-
-
-class OtherOptimizerSettings(BaseModel):
-    """Keywords of an optimizer that `optim.registry` has and this file has not: those of its constructor."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-
-    name: str
-    no_decay: tuple[Literal["embeddings", "head"], ...] = ()
-    lr: NonNegativeFloat
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """With the constructor's defaults, so that a run records them. `ValueError` for a keyword it does not have."""
-        from optim.registry import own_keywords  # imports torch: for those who add an optimizer alone
-
-        defaults = own_keywords(values["name"])
-        unknown = sorted(values.keys() - defaults.keys() - NamedOptimizerSettings.model_fields.keys())
-        if unknown:
-            raise ValueError(f"{unknown[0]}: not a keyword of {values['name']}, which has {', '.join(defaults)}")
-        return {**{key: value for key, value in defaults.items() if value is not None}, **values}
-
-
-def is_other_optimizer(name: object) -> bool:
-    """Whether `optim.registry` alone knows the optimizer."""
-    return isinstance(name, str) and name not in OPTIMIZER_SETTINGS and name in optimizer_names()
-
-
-def optimizer_names() -> tuple[str, ...]:
-    """All that `optim.registry` has."""
-    from optim.registry import OPTIMIZER_NAMES  # imports torch: for names that are not in this file
-
-    return OPTIMIZER_NAMES
+if TYPE_CHECKING:
+    OptimizerSettings = NamedOptimizerSettings
+else:
+    OptimizerSettings = Annotated[Union[tuple(OPTIMIZER_SETTINGS.values())], Field(discriminator="name")]  # noqa: UP007
 
 
 class ModelSettings(Settings, ABC):
@@ -525,18 +374,16 @@ RUN_CONFIGS = (GPTRunConfig, ImageNetRunConfig)
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
     run_config: type[RunConfig] = next((kind for kind in RUN_CONFIGS if kind.trains(values.get("task"))), GPTRunConfig)
-    model, optimizer = values.get("model"), values.get("optimizer")
+    model = values.get("model")
     decoder = DECODERS.get(model.get("kind", "gpt")) if isinstance(model, Mapping) else None
     if run_config is GPTRunConfig and decoder not in (None, GPTSettings):
-        run_config = _with_field(run_config, "model", decoder)
-    if isinstance(optimizer, Mapping) and is_other_optimizer(optimizer.get("name")):
-        run_config = _with_field(run_config, "optimizer", OtherOptimizerSettings)
+        run_config = _with_decoder(decoder)
     return run_config
 
 
-@functools.cache
-def _with_field(run_config: type[RunConfig], name: str, kind: type[BaseModel]) -> type[RunConfig]:
-    return create_model(run_config.__name__, __base__=run_config, **{name: (kind, ...)})  # type: ignore[call-overload, no-any-return]
+@functools.cache  # one class for each kind: configurations of two classes are never equal
+def _with_decoder(settings: type[DecoderSettings]) -> type[RunConfig]:
+    return create_model(GPTRunConfig.__name__, __base__=GPTRunConfig, model=(settings, ...))
 
 
 def load_run_config(values: Any) -> RunConfig:

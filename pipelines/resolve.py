@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,19 +16,14 @@ from pydantic_core import ErrorDetails
 
 from pipelines.config import (
     OPTIMIZER_SETTINGS,
-    OtherOptimizerSettings,
     RunConfig,
     ScheduleSettings,
     flatten,
-    is_other_optimizer,
-    optimizer_names,
     run_config_of,
 )
 from pipelines.errors import UsageError
+from pipelines.optimizers import DEEPEST, OPTIMIZER_NAMES, parse_toml, parse_value
 from pipelines.storage import parse_json
-
-_DEEPEST = 16
-"""More tables in tables than any settings have."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def preset_layer(task: str, name: str) -> Layer:
 def file_layer(path: Path) -> Layer:
     """A TOML file as a layer; `UsageError` if it cannot be read."""
     try:
-        return Layer(str(path), flatten(_parse_toml(_text_of(path.read_bytes()))))
+        return Layer(str(path), flatten(parse_toml(_text_of(path.read_bytes()))))
     except ValueError as error:  # of the text, of TOML, or of a number with thousands of digits
         raise UsageError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
@@ -85,19 +79,6 @@ def _text_of(content: bytes) -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("it is UTF-16; save it as UTF-8")
     return content.decode("utf-8-sig")
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a text. Raises `ValueError` for what is not TOML, or is nested deeper than any settings are."""
-    with contextlib.suppress(RecursionError):
-        tables = tomllib.loads(text)
-        level: list[Any] = [tables]
-        for _ in range(_DEEPEST):
-            level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
-            level = [inner for inner in level if isinstance(inner, dict | list)]
-        if not level:
-            return tables
-    raise ValueError("nested too deeply")
 
 
 def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
@@ -120,17 +101,17 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
 
 
 def assignment_layer(assignments: Sequence[str]) -> Layer:
-    """`key=value` texts as a layer; values are TOML, or plain text where they are not."""
+    """`key=value` texts as a layer; for values see `parse_value`."""
     values: dict[str, Any] = {}
     problems = []
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             problems.append(f"--set {text}: write it as key=value, such as training.steps=100")
-        elif key.count(".") > _DEEPEST:
+        elif key.count(".") > DEEPEST:
             problems.append(f"--set {key.strip()}: nested too deeply")
         else:
-            values.update(flatten({key.strip(): _parse_value(value.strip())}))
+            values.update(flatten({key.strip(): parse_value(value.strip())}))
     if problems:
         raise UsageError("\n".join(problems))
     return Layer("--set", values)
@@ -156,13 +137,6 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
     if problems or conflicts:
         raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
     return config
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return _parse_toml(f"value = {text}")["value"]
-    except ValueError:
-        return text
 
 
 def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
@@ -193,8 +167,8 @@ def _table_problems(layer: Layer, chosen: str) -> list[str]:
     ]
     for name in dict.fromkeys(key.split(".")[1] for key in tables if key.count(".") >= 2):
         prefix = f"optimizers.{name}"
-        if name not in OPTIMIZER_SETTINGS and not is_other_optimizer(name):
-            problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, optimizer_names())}")
+        if name not in OPTIMIZER_SETTINGS:
+            problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, OPTIMIZER_NAMES)}")
         elif name != chosen:
             problems += _problems_in_table(layer, name, prefix)
     return problems
@@ -206,7 +180,7 @@ def _problems_in_table(layer: Layer, name: str, prefix: str) -> list[str]:
     settings = table["optimizers"][name]
     schedule = settings.pop("schedule", {})
     checks: tuple[tuple[type[BaseModel], Any, str], ...] = (
-        (OPTIMIZER_SETTINGS.get(name, OtherOptimizerSettings), {"name": name, **settings}, prefix),
+        (OPTIMIZER_SETTINGS[name], {"name": name, **settings}, prefix),
         (ScheduleSettings, schedule, f"{prefix}.schedule"),
     )
     for model, content, place in checks:
@@ -236,7 +210,7 @@ def _explain(
         return f"{where}: {_unknown_key(loc[-1], table)}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name", "") if isinstance(value, dict) else value
-        hint = _hint(str(name), optimizer_names())
+        hint = _hint(str(name), OPTIMIZER_NAMES)
         return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}"
     if kind == "value_error":
         return f"{where}: {details['msg'].removeprefix('Value error, ')}"

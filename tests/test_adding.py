@@ -29,8 +29,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (file,) = blocks(PAGE, "python")
     (copy / "optim" / "lion.py").write_text(file)
     entry, _commands, function = blocks(PAGE, "")
-    insert(copy / "optim" / "registry.py", "from .muon import Muon\n", "from .lion import Lion\n")
-    insert(copy / "optim" / "registry.py", '    "asgo": (ASGO, {}),\n', entry)
+    insert(copy / "optim" / "specs.py", 'implied={**_FUSED_SGD, "nesterov": True},\n    ),\n', entry)
     insert(copy / "models" / "functions.py", "USUAL_FUNCTIONS = (\n", function)
     insert(copy / "asgo_cli" / "viz.py", "USUAL_FUNCTIONS = (\n", '    "bohachevsky",\n')
     return copy
@@ -69,7 +68,9 @@ def test_an_added_optimizer_trains_with_its_settings_recorded_and_resumes(extend
 def test_a_wrong_keyword_of_an_added_optimizer_is_named(extended: Path) -> None:
     words = ["train", "gpt", "--preset", "tiny", "--optimizer", "lion", "--print-config"]
     told = asgo(extended, *words, "--set", "optimizer.momentum=0.9", code=2).stderr
-    assert told.strip() == "error: --set: optimizer: momentum: not a keyword of lion, which has lr, betas, weight_decay"
+    assert told.startswith("error: --set: optimizer.momentum: unknown key of this optimizer; these have it: asgo, ")
+    told = asgo(extended, *words, "--set", "optimizer.betas=0.9,1.5", code=2).stderr
+    assert told.strip() == "error: --set: optimizer.betas.1 = 1.5: should be less than 1"
     assert "unknown optimizer 'lio'; did you mean 'lion'?" in asgo(extended, *words[:5], "lio", code=2).stderr
 
 
@@ -79,6 +80,19 @@ def test_an_added_optimizer_is_drawn_on_an_added_function(extended: Path) -> Non
     (trajectory,) = drawn["trajectories"]
     assert trajectory["optimizer"] == "lion"
     assert trajectory["lowest_value"] < 5, "from (−4, 3) down among the waves"
+
+
+def test_an_added_optimizer_leaves_the_suite_green(extended: Path) -> None:
+    """Of the tests, those of this optimizer and of names, in the files that finish soon."""
+    shutil.copytree(ROOT / "tests", extended / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", extended)
+    files = ("optim/test_specs.py", "optim/test_build_optimizer.py", "pipelines/test_resolve.py")
+    files += ("asgo_cli/test_completion.py", "pipelines/analysis/test_matrix_losses.py")
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", "base"]
+    command += [*(f"tests/{file}" for file in files), "-k", "lion or name"]
+    environment = {**os.environ, "PYTHONPATH": str(extended)}
+    ended = subprocess.run(command, cwd=extended, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout
 
 
 @long

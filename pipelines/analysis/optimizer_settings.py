@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,30 +11,14 @@ from typing import Any
 import torch
 
 from models.matrix_problems import PROBLEMS
-from optim.keywords import unknown_name
-from optim.matrix_optimizer import MatrixOptimizer
-from optim.registry import optimizer_class
+from optim import optimizer_class
+from optim.specs import spec_of, unknown_name
 from pipelines.errors import UsageError
+from pipelines.optimizers import parse_value, split_optimizer
 from pipelines.resolve import read_preset
 
 POINTS, MATRICES = "asro-functions", "matrix-problems"  # the presets, for 2-D functions and for matrix problems
 
-_TITLES = {
-    "asgo": "ASGO",
-    "dasgo": "DASGO",
-    "muon": "Muon",
-    "shampoo": "Shampoo",
-    "asro": "Asro",
-    "accasro": "AccAsro",
-    "adam": "Adam",
-    "adamw": "AdamW",
-    "amsgrad": "AMSGrad",
-    "radam": "RAdam",
-    "rmsprop": "RMSprop",
-    "adagrad": "Adagrad",
-    "sgd-momentum": "SGD momentum",
-    "sgd-nesterov": "SGD Nesterov",
-}
 # How a trajectory is computed is not the user's choice, and its length is said once, for all optimizers.
 _NOT_OFFERED = {"params", "total_steps", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
@@ -64,16 +47,15 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
     With `all_rates` the learning rate is not the text's to say, nor in the label.
     Raises `UsageError` for a name, a keyword or a value that cannot be, before anything is computed.
     """
-    name, _, listed = text.partition(":")
     try:
-        cls, _ = optimizer_class(name)
+        name, texts = split_optimizer(text)
         defaults = read_preset(preset)["optimizers"]
-        if preset == POINTS and issubclass(cls, MatrixOptimizer):
+        if preset == POINTS and spec_of(name).takes_matrices:
             raise ValueError(
                 f"{name} updates matrices and cannot move a point; choose from {', '.join(defaults)}; "
                 f"or draw a problem of matrices: {', '.join(PROBLEMS)}"
             )
-        given = _parse_keywords(name, listed)
+        given = _read_keywords(name, texts)
         if all_rates and "lr" in given:
             raise ValueError("--lr-grid chooses the learning rate; leave lr out")
         settings = _settings(name, {**defaults.get(name, {}), **given}, shown=[*([] if all_rates else ["lr"]), *given])
@@ -94,49 +76,46 @@ def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], tota
 
 def _settings(name: str, keywords: Mapping[str, Any], shown: Collection[str]) -> OptimizerSettings:
     values = [f"{key} {_plain(value)}" for key, value in keywords.items() if key in shown]
-    return OptimizerSettings(name, dict(keywords), ", ".join([_TITLES.get(name, name), *values]))
+    return OptimizerSettings(name, dict(keywords), ", ".join([spec_of(name).title, *values]))
 
 
 def _plain(value: Any) -> str:
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _parse_keywords(name: str, listed: str) -> dict[str, Any]:
+def _read_keywords(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
     cls, _ = optimizer_class(name)
     offered = {key: entry for key, entry in inspect.signature(cls).parameters.items() if key not in _NOT_OFFERED}
     keywords: dict[str, Any] = {}
-    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
-    for item in re.split(r",(?=[^,=]*=)", listed) if listed else []:
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise ValueError(f"{item!r} is not key=value")
+    for key, text in texts.items():
         if key not in offered:
             raise unknown_name(f"keyword of {name}", key, offered)
-        keywords[key] = _parse_value(key, value, offered[key].default)
+        keywords[key] = _checked(key, text, offered[key].default)
     return keywords
 
 
-def _parse_value(key: str, text: str, default: Any) -> Any:
-    """Read a value of the default's kind: true or false, several numbers, a word, or one number."""
-    if isinstance(default, bool):
-        if text not in ("true", "false"):
-            raise ValueError(f"{key} takes true or false, not {text!r}")
-        return text == "true"
-    if isinstance(default, tuple):
-        numbers = tuple(_number(key, part) for part in text.split(","))
-        if len(numbers) != len(default):
-            raise ValueError(f"{key} takes {len(default)} numbers, not {text!r}")
-        return numbers
+def _checked(key: str, text: str, default: Any) -> Any:
+    """A value of the default's kind: true or false, several numbers, a word, or one number."""
+    value = parse_value(text)
     if isinstance(default, str):
-        return text  # the constructor knows which words there are
-    return _number(key, text)
+        return value if isinstance(value, str) else text  # the constructor knows which words there are
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} takes true or false, not {text!r}")
+        return value
+    if not isinstance(default, tuple):
+        return _number(key, value, text)
+    parts = value if isinstance(value, list) else [parse_value(part.strip()) for part in text.split(",")]
+    numbers = tuple(_number(key, part, str(part)) for part in parts)
+    if len(numbers) != len(default):
+        raise ValueError(f"{key} takes {len(default)} numbers, not {text!r}")
+    return numbers
 
 
-def _number(key: str, text: str) -> int | float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{key} takes a number, not {text!r}") from None
-    if not math.isfinite(value):
+def _number(key: str, value: Any, text: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{key} takes a number, not {text!r}")
+    # Beyond the largest float, an int cannot be used as a learning rate either.
+    if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{key} takes a finite number, not {text!r}")
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else value
+    return value

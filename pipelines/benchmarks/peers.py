@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -19,6 +17,7 @@ from optim import OPTIMIZER_NAMES, build_optimizer
 from optim.groups import matrix_groups
 from pipelines.benchmarks.shapes import Matrices
 from pipelines.errors import UsageError
+from pipelines.optimizers import parse_value, split_optimizer
 
 OURS = "asgo"
 _MODULES = {"torch": "torch.optim", "pytorch_optimizer": "pytorch_optimizer", "heavyball": "heavyball"}
@@ -121,16 +120,18 @@ def parse_choice(text: str) -> Choice:
 
     Raises `UsageError` for what cannot be built.
     """
-    name, _, listed = text.partition(":")
-    library, dot, optimizer = name.partition(".")
     try:
+        name, texts = split_optimizer(text)
+        library, dot, optimizer = name.partition(".")
         if not dot:
             library, optimizer = OURS, name
             if name not in OPTIMIZER_NAMES:
                 raise _unknown("optimizer", name, [*OPTIMIZER_NAMES, *(f"{each}.CLASS" for each in _MODULES)])
         else:
             _check_class(library, optimizer)
-        choice = Choice(text, library, optimizer, _parse_keywords(listed))
+        values = {key: parse_value(each) for key, each in texts.items()}
+        keywords = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        choice = Choice(text, library, optimizer, keywords)
         if choice.keywords:
             choice.build(Matrices({"only": (2, 2)}))
     except Exception as error:  # a peer's constructor may raise anything
@@ -200,23 +201,3 @@ def _split(model: nn.Module, max_dims: int | None = None) -> tuple[list[Tensor],
         fits = id(param) in hidden and (max_dims is None or param.ndim <= max_dims)
         (matrices if fits else others).append(param)
     return matrices, others
-
-
-def _parse_keywords(listed: str) -> dict[str, Any]:
-    keywords = {}
-    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
-    for item in re.split(r",(?=[^,=]*=)", listed) if listed else []:
-        key, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise ValueError(f"{item!r} is not key=value")
-        keywords[key] = _parse_value(value)
-    return keywords
-
-
-def _parse_value(text: str) -> Any:
-    """A number, true or false, several of them with commas between, or else the text itself."""
-    try:
-        values = tomllib.loads(f"values = [{text}]")["values"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return values[0] if len(values) == 1 else tuple(values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Literal
 from pipelines.config import GPTRunConfig
 from pipelines.data.tokenizers import BytesTokenizer, CharsTokenizer, Gpt2Tokenizer, Tokenizer
 from pipelines.errors import UsageError
+from pipelines.optimizers import split_optimizer
 from pipelines.resolve import Layer, assignment_layer, preset_layer, resolve
 
 DEFAULT_OPTIMIZERS = ("adamw", "accasro", "muon", "asgo")
@@ -99,7 +99,10 @@ def configure(
     workload: Workload, settings: TrainingBenchSettings, text: str, data: Path, compiled: bool
 ) -> GPTRunConfig:
     """The configuration of a run with the optimizer `text` on a folder of data; `UsageError` if there is none such."""
-    name, _, listed = text.partition(":")
+    try:
+        name, keywords = split_optimizer(text)
+    except ValueError as error:
+        raise UsageError(f"--optimizer {text}: {error}; write it as asgo:lr=0.01,beta2=0.9") from None
     values = {
         "data.folder": str(data),
         "model.context_length": workload.context_length,
@@ -110,7 +113,8 @@ def configure(
         "runtime.device": settings.device,
         "runtime.compile": compiled,
     }
-    optimizer = {"optimizer.name": name, **_keywords(text, listed)}
+    given = assignment_layer([f"optimizer.{key}={value}" for key, value in keywords.items()])
+    optimizer = {"optimizer.name": name, **given.values}
     preset = preset_layer("gpt", workload.preset)
     config = resolve([preset, Layer("asgo bench train", values), Layer(f"--optimizer {text}", optimizer)])
     assert isinstance(config, GPTRunConfig)
@@ -120,12 +124,3 @@ def configure(
 def largest_divisor(number: int, at_most: int) -> int:
     """The largest divisor of `number` that is not above `at_most`."""
     return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)
-
-
-def _keywords(text: str, listed: str) -> dict[str, object]:
-    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
-    items = re.split(r",(?=[^,=]*=)", listed) if listed else []
-    for item in items:
-        if "=" not in item:
-            raise UsageError(f"--optimizer {text}: {item!r} is not key=value; write it as asgo:lr=0.01,beta2=0.9")
-    return dict(assignment_layer([f"optimizer.{item.strip()}" for item in items]).values)

@@ -17,6 +17,12 @@ from . import reference
 
 Gradients = Sequence[np.ndarray | None]
 
+MATRIX = ["asgo", "dasgo", "muon", "shampoo"]
+ELEMENTWISE = ["asro", "accasro"]
+BASELINES = ["adam", "adamw", "amsgrad", "radam", "rmsprop", "adagrad", "sgd-momentum", "sgd-nesterov"]
+PUBLISHED = [*MATRIX, *ELEMENTWISE, *BASELINES]
+"""The names that are promised, in their order. There may be more."""
+
 
 @dataclass(frozen=True)
 class Description:

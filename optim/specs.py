@@ -1,0 +1,186 @@
+"""The optimizers by name: class, keywords with defaults and ranges, title. Needs no torch.
+
+Checks, settings of runs, help texts and figures are made from this table.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, get_args
+
+RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
+
+REQUIRED: Final = ...
+"""The default of a keyword that has none."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of a keyword: numbers, a flag (`type` is bool), or one of a few words (`choices`)."""
+
+    words: str
+    """What a value must be, for messages."""
+    type: type[float] | type[int] | type[bool] | type[str]
+    ge: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+    most: float | None = None
+    """The largest value in a settings file, where a number must not size a loop without a bound; code may exceed it."""
+    is_pair: bool = False
+    choices: tuple[str, ...] = ()
+
+
+NOT_NEGATIVE = Range("a finite number >= 0", float, ge=0)
+POSITIVE = Range("a finite number > 0", float, gt=0)
+FRACTION = Range("a number in [0, 1]", float, ge=0, most=1)
+DECAY = Range("a number in [0, 1)", float, ge=0, lt=1)
+PAIR_OF_DECAYS = Range("two numbers in [0, 1)", float, ge=0, lt=1, is_pair=True)
+COUNT = Range("a whole number >= 0", int, ge=0, most=10**12)
+POSITIVE_COUNT = Range("a whole number >= 1", int, gt=0, most=10**12)
+REPEATS = Range("a whole number >= 1", int, gt=0, most=1000)
+"""Of what is done in every step."""
+FLAG = Range("True or False", bool)
+ROOT_METHODS = Range(f"one of {', '.join(get_args(RootMethod))}", str, choices=get_args(RootMethod))
+
+RANGES: Mapping[str, Range] = {
+    "lr": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "eps": NOT_NEGATIVE,
+    "increment": NOT_NEGATIVE,
+    "decrement": NOT_NEGATIVE,
+    "min_scale": NOT_NEGATIVE,
+    "max_scale": POSITIVE,
+    "momentum": DECAY,
+    "beta2": DECAY,
+    "betas": PAIR_OF_DECAYS,
+    "nesterov": FLAG,
+    "maximize": FLAG,
+    "capturable": FLAG,
+    "batch_dims": COUNT,
+    "ns_steps": REPEATS,
+    "root_steps": REPEATS,
+    "precond_frequency": POSITIVE_COUNT,
+    "total_steps": POSITIVE_COUNT,
+    "scale_start_step": COUNT,
+    "root_method": ROOT_METHODS,
+}
+"""By keyword, for the constructors and parameter groups of the optimizers in this package, and for settings."""
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """An optimizer under the name that users give it."""
+
+    name: str
+    title: str
+    """In figures."""
+    module: str
+    """Relative to this package, or absolute."""
+    class_name: str
+    defaults: Mapping[str, Any]
+    """The settings: keywords of the constructor in its order, with its defaults; `REQUIRED` where it has none."""
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    """Of keywords that `RANGES` does not have, or that settings limit further."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Keywords that come with the name."""
+    takes_matrices: bool = False
+    """Whether it derives from `MatrixOptimizer`."""
+
+    def __post_init__(self) -> None:
+        for keyword in self.defaults:
+            assert keyword in self.ranges or keyword in RANGES, f"{self.name}: {keyword} has no range"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this package implements it."""
+        return self.module.startswith(".")
+
+    def range_of(self, keyword: str) -> Range:
+        """The values that a setting can have."""
+        return self.ranges.get(keyword) or RANGES[keyword]
+
+
+_MATRIX = {"lr": 1e-2, "momentum": 0.9}
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+_TORCH_ADAM = {"lr": REQUIRED, **_ADAM}
+_TORCH_SGD = {"lr": REQUIRED, "momentum": 0.9, "weight_decay": 0.0}
+_FUSED_SGD = {"fused": True, "momentum": 0.9}
+_MOMENTUM = {"momentum": Range("a number in (0, 1)", float, gt=0, lt=1)}
+
+_SPECS = (
+    OptimizerSpec(
+        "asgo", "ASGO", ".asgo", "ASGO",
+        {
+            **_MATRIX, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto", "root_steps": 10,
+            "precond_frequency": 1,
+        },
+        takes_matrices=True,
+    ),
+    OptimizerSpec(
+        "dasgo", "DASGO", ".dasgo", "DASGO", {**_MATRIX, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
+        takes_matrices=True,
+    ),
+    OptimizerSpec(
+        "muon", "Muon", ".muon", "Muon", {**_MATRIX, "nesterov": False, "ns_steps": 5, "weight_decay": 0.1},
+        takes_matrices=True,
+    ),
+    OptimizerSpec(
+        "shampoo", "Shampoo", ".shampoo", "Shampoo",
+        {**_MATRIX, "lr": 5e-3, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1},
+        takes_matrices=True,
+    ),
+    OptimizerSpec(
+        "asro", "Asro", ".asro", "Asro",
+        {"lr": REQUIRED, "decrement": REQUIRED, "min_scale": REQUIRED, "scale_start_step": 0, **_ADAM},
+        ranges={"min_scale": FRACTION},
+    ),
+    OptimizerSpec(
+        "accasro", "AccAsro", ".accasro", "AccAsro",
+        {
+            "lr": REQUIRED, "increment": REQUIRED, "decrement": REQUIRED, "max_scale": REQUIRED, "min_scale": REQUIRED,
+            "scale_start_step": 0, **_ADAM,
+        },
+    ),
+    OptimizerSpec("adam", "Adam", "torch.optim", "Adam", _TORCH_ADAM, implied={"fused": True}),
+    OptimizerSpec("adamw", "AdamW", "torch.optim", "AdamW", _TORCH_ADAM, implied={"fused": True}),
+    OptimizerSpec("amsgrad", "AMSGrad", "torch.optim", "Adam", _TORCH_ADAM, implied={"fused": True, "amsgrad": True}),
+    OptimizerSpec("radam", "RAdam", "torch.optim", "RAdam", _TORCH_ADAM),
+    OptimizerSpec(
+        "rmsprop", "RMSprop", "torch.optim", "RMSprop",
+        {"lr": REQUIRED, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0},
+        ranges={"alpha": DECAY},
+    ),
+    OptimizerSpec(
+        "adagrad", "Adagrad", "torch.optim", "Adagrad", {"lr": REQUIRED, "eps": 1e-10, "weight_decay": 0.0}
+    ),
+    OptimizerSpec(
+        "sgd-momentum", "SGD momentum", "torch.optim", "SGD", _TORCH_SGD, ranges=_MOMENTUM, implied=_FUSED_SGD
+    ),
+    OptimizerSpec(
+        "sgd-nesterov", "SGD Nesterov", "torch.optim", "SGD", _TORCH_SGD, ranges=_MOMENTUM,
+        implied={**_FUSED_SGD, "nesterov": True},
+    ),
+)  # fmt: skip
+
+SPECS: Mapping[str, OptimizerSpec] = {spec.name: spec for spec in _SPECS}
+"""By name, in the order in which users see them."""
+
+OPTIMIZER_NAMES: tuple[str, ...] = tuple(SPECS)
+
+
+def spec_of(name: str) -> OptimizerSpec:
+    """The optimizer of a name; `ValueError` for an unknown one, with the nearest."""
+    if name not in SPECS:
+        raise unknown_name("optimizer", name, OPTIMIZER_NAMES)
+    return SPECS[name]
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that does not exist, with the nearest one that does."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name.lower(), known, n=1)
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known[:20])}{more}"
+    return ValueError(f"unknown {kind}: {name!r}; {hint}")
