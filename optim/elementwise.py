@@ -9,15 +9,23 @@ An update is written once as a function on tensors, and once more in native.c. I
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import compiled, native
+from . import native
 from .base import BaseOptimizer, Group, Scalar, State, gradient, is_plain, new_step, on_host
 from .rows import Row, Update, as_vectors, in_pieces, update_rows
+
+COMPILE_FROM = 2**22
+"""Elements in all from which compiling for a GPU, which takes tens of seconds, is worth its time."""
+
+_Graph = Callable[[Sequence[Row], dict[str, Tensor]], None]
+_graphs: dict[Update, _Graph | None] = {}
 
 
 class ElementwiseOptimizer(BaseOptimizer):
@@ -67,7 +75,7 @@ class ElementwiseOptimizer(BaseOptimizer):
     def _run(self, rows: list[Row], scalars: dict[str, Scalar]) -> None:
         elements = sum(row[0].numel() for row in rows)
         update, device = type(self).update, rows[0][0].device.type
-        if device == "cuda" and elements >= compiled.WORTH_FROM and compiled.run(update, rows, scalars):
+        if device == "cuda" and elements >= COMPILE_FROM and run_compiled(update, rows, scalars):
             return
         if device == "cpu" and elements >= native.WORTH_FROM:
             rows = [as_vectors(row) if all(map(is_plain, row)) else row for row in rows]
@@ -82,3 +90,28 @@ class ElementwiseOptimizer(BaseOptimizer):
         if fitting:
             native.update(self.kernel, fitting, scalars)
         return [row for row in rows if not native.fits(self.kernel, row)]
+
+
+def run_compiled(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]) -> bool:
+    """Update all rows as one compiled graph; `False`, the first time with a warning, where the compiler fails."""
+    from torch._dynamo.exc import TorchDynamoException  # loading it takes seconds
+
+    if update not in _graphs:
+        _graphs[update] = _compile(update)
+    graph = _graphs[update]
+    if graph is None:
+        return False
+    # As tensors, so that a new learning rate or step is no new constant, which would be compiled anew.
+    tensors = {name: torch.as_tensor(value, dtype=rows[0][1].dtype) for name, value in scalars.items()}
+    try:
+        graph(rows, tensors)
+    except (TorchDynamoException, OSError) as error:  # the second where there is no folder for the compiler's cache
+        _graphs[update] = None
+        reason = " ".join(str(error).split())[:200]  # its first line alone may say nothing but "inductor raised:"
+        warnings.warn(f"the optimizer's update is not compiled, and slower: {reason}", stacklevel=2)
+        return False
+    return True
+
+
+def _compile(update: Update) -> _Graph:
+    return torch.compile(functools.partial(update_rows, update), fullgraph=True, dynamic=False)

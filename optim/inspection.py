@@ -14,8 +14,7 @@ from .asro import Asro
 from .base import Group
 from .blocks import Stack
 from .matrix_functions import decompose
-from .preconditioned import PreconditionedOptimizer
-from .preconditioner import Factor
+from .preconditioned import Factor, PreconditionedOptimizer
 
 SCALE_BINS = 21
 """An odd number: where the clamps lie evenly about 1, at which all scales start, it is in the middle of a bin."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from optim import DASGO, AccAsro, Asro, compiled, elementwise, native, rows
+from optim import DASGO, AccAsro, Asro, elementwise, native, rows
 
 from .cases import DESCRIPTIONS, Description, noise, parameter, relative_error, set_gradient, start
 
@@ -158,7 +158,9 @@ class TestCompiledGraph:
         monkeypatch.setattr(
             elementwise.ElementwiseOptimizer,
             "_run",
-            lambda self, rows, scalars: compiled.run(type(self).update, rows, scalars) or pytest.fail("not compiled"),
+            lambda self, rows, scalars: (
+                elementwise.run_compiled(type(self).update, rows, scalars) or pytest.fail("not compiled")
+            ),
         )
 
     @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -172,7 +174,7 @@ class TestCompiledGraph:
         import torch._dynamo
 
         torch._dynamo.reset()
-        compiled._graphs.clear()
+        elementwise._graphs.clear()
         case = BY_NAME[name]
         params = [parameter(start(shape), torch.float32) for shape in SHAPES[1:]]
         references = [case.refer(param.detach().numpy()) for param in params]
@@ -196,11 +198,11 @@ class TestCompiledGraph:
             raise Unsupported("no compiler on this machine", None, "test")
 
         monkeypatch.undo()
-        monkeypatch.setattr(compiled, "_compile", lambda update: broken)
-        monkeypatch.setattr(compiled, "_graphs", {})
+        monkeypatch.setattr(elementwise, "_compile", lambda update: broken)
+        monkeypatch.setattr(elementwise, "_graphs", {})
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            results = [compiled.run(Asro.update, [[torch.ones(2)] * 2], {}) for _ in range(3)]
+            results = [elementwise.run_compiled(Asro.update, [[torch.ones(2)] * 2], {}) for _ in range(3)]
         assert results == [False] * 3
         assert len(caught) == 1
         assert "not compiled" in str(caught[0].message)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optim import build_optimizer, compiled
+from optim import build_optimizer, elementwise
 from optim.matrix_functions import inverse_root_eigh
 
 from .cases import DESCRIPTIONS, Description, every_optimizer, noise, set_gradient, start
@@ -311,7 +311,7 @@ def test_large_parameters_compile_once_for_all_learning_rates(
     torch._dynamo.reset()
     counters.clear()
     generator = torch.Generator("cuda").manual_seed(0)
-    value = torch.randn(compiled.WORTH_FROM, device="cuda", generator=generator)
+    value = torch.randn(elementwise.COMPILE_FROM, device="cuda", generator=generator)
     gradients = [torch.randn(value.shape, device="cuda", generator=generator) for _ in range(6)]
 
     def train() -> tuple[Tensor, list[int]]:
@@ -326,5 +326,5 @@ def test_large_parameters_compile_once_for_all_learning_rates(
 
     in_one_graph, graphs = train()
     assert graphs == [1] * 6
-    monkeypatch.setattr(compiled, "WORTH_FROM", value.numel() + 1)
+    monkeypatch.setattr(elementwise, "COMPILE_FROM", value.numel() + 1)
     torch.testing.assert_close(in_one_graph, train()[0], **CLOSE)
