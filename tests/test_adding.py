@@ -75,10 +75,11 @@ def test_a_wrong_keyword_of_an_added_optimizer_is_named(extended: Path) -> None:
 
 
 def test_an_added_optimizer_is_drawn_on_an_added_function(extended: Path) -> None:
-    words = ["viz", "bohachevsky", "--optimizer", "lion:lr=0.01", "--steps", "500", "--json"]
+    optimizers = ("--optimizer", "lion:lr=0.01", "--optimizer", "lion")
+    words = ["viz", "bohachevsky", *optimizers, "--steps", "500", "--json"]
     (drawn,) = json.loads(asgo(extended, *words).stdout)["functions"]
-    (trajectory,) = drawn["trajectories"]
-    assert trajectory["optimizer"] == "lion"
+    trajectory, by_its_own_rate = drawn["trajectories"]
+    assert trajectory["optimizer"] == by_its_own_rate["optimizer"] == "lion"
     assert trajectory["lowest_value"] < 5, "from (−4, 3) down among the waves"
 
 

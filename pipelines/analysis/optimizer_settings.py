@@ -12,7 +12,7 @@ import torch
 
 from models.matrix_problems import PROBLEMS
 from optim import optimizer_class
-from optim.specs import spec_of, unknown_name
+from optim.specs import REQUIRED, spec_of, unknown_name
 from pipelines.errors import UsageError
 from pipelines.optimizers import parse_value, split_optimizer
 from pipelines.resolve import read_preset
@@ -49,8 +49,8 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
     """
     try:
         name, texts = split_optimizer(text)
-        defaults = read_preset(preset)["optimizers"]
-        if preset == POINTS and spec_of(name).takes_matrices:
+        defaults, spec = read_preset(preset)["optimizers"], spec_of(name)
+        if preset == POINTS and spec.takes_matrices:
             raise ValueError(
                 f"{name} updates matrices and cannot move a point; choose from {', '.join(defaults)}; "
                 f"or draw a problem of matrices: {', '.join(PROBLEMS)}"
@@ -58,7 +58,10 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
         given = _read_keywords(name, texts)
         if all_rates and "lr" in given:
             raise ValueError("--lr-grid chooses the learning rate; leave lr out")
-        settings = _settings(name, {**defaults.get(name, {}), **given}, shown=[*([] if all_rates else ["lr"]), *given])
+        keywords = {"lr": 0.0 if all_rates else spec.defaults["lr"], **defaults.get(name, {}), **given}
+        if keywords["lr"] is REQUIRED:
+            raise ValueError(f"it has no learning rate of its own; give one, as in {name}:lr=0.01")
+        settings = _settings(name, keywords, shown=[*([] if all_rates else ["lr"]), *given])
         build(settings, [{"params": [torch.zeros(2, 2)]}], total_steps=1)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--optimizer {text}: {error}") from None
