@@ -20,8 +20,8 @@ from pipelines.shell import command
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from pipelines.data.corpus.corpus_to_shards import CorpusOptions
     from pipelines.data.corpus.pipeline import Status
-    from pipelines.data.corpus.prepare import CorpusOptions
     from pipelines.data.corpus.sources import Corpus
 
 FINEWEB_EXAMPLES = examples(
@@ -69,7 +69,7 @@ def fineweb(
     The first shard of the stream validates. Killed at any moment, the same command goes on where it was. A connection
     that fails is tried again, eight times in a row with pauses of 1 to 60 seconds.
     """
-    from pipelines.data.corpus.prepare import CorpusOptions
+    from pipelines.data.corpus.corpus_to_shards import CorpusOptions
     from pipelines.data.corpus.sources import FINEWEB
 
     _prepare(
@@ -93,7 +93,7 @@ def openwebtext(
     Every 2,000th document validates, a fraction of 0.0005. Killed at any moment, the same command goes on where it
     was. A connection that fails is tried again, eight times in a row with pauses of 1 to 60 seconds.
     """
-    from pipelines.data.corpus.prepare import CorpusOptions
+    from pipelines.data.corpus.corpus_to_shards import CorpusOptions
     from pipelines.data.corpus.sources import OPENWEBTEXT
 
     _prepare(
@@ -106,7 +106,7 @@ def openwebtext(
 
 
 def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool) -> None:
-    from pipelines.data.corpus.prepare import prepare_corpus
+    from pipelines.data.corpus.corpus_to_shards import prepare_corpus
     from pipelines.data.manifest import UNFINISHED
     from pipelines.errors import AsgoError
 

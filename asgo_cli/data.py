@@ -64,7 +64,7 @@ def text(
     A .txt file is one document, and so is a file of any other kind that is named; a line of .jsonl or .json or a row
     of .parquet is one, under the name that --text-column gives. gzip and zstd are unpacked.
     """
-    from pipelines.data.prepare import prepare_text
+    from pipelines.data.text_to_shards import prepare_text
 
     progress = _CharactersProgress()
     with progress.bar:

@@ -18,7 +18,7 @@ from pipelines.shell import command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.data.imagenet.manifest import ImagenetManifest
+    from pipelines.data.images.manifest import ImageManifest
     from pipelines.data.info import FolderInfo
     from pipelines.data.manifest import DocumentCounts, Manifest, ShardEntry, SourcePosition
 
@@ -53,18 +53,18 @@ def info(
     Where it came from, its shards, and how the first documents begin; of ImageNet, the images of each class. It takes
     the manifest's word and reads no more than it shows, so that a large folder takes no longer.
     """
-    from pipelines.data.imagenet.manifest import holds_imagenet
+    from pipelines.data.images.manifest import holds_images
 
-    if holds_imagenet(folder):
+    if holds_images(folder):
         _show_imagenet(folder, contact_sheet, as_json)
     else:
         _show_shards(folder, lines, contact_sheet, as_json)
 
 
 def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> None:
-    from pipelines.data.imagenet.manifest import load_imagenet_manifest
+    from pipelines.data.images.manifest import load_image_manifest
 
-    manifest = load_imagenet_manifest(folder)
+    manifest = load_image_manifest(folder)
     problems: Sequence[str] = ()
     if contact_sheet is not None:
         from pipelines.analysis.contact_sheet import draw_contact_sheet
@@ -82,14 +82,15 @@ def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> N
     console.suggest_next(command("asgo", "train", "imagenet", "--data", folder))
 
 
-def _imagenet_facts(manifest: ImagenetManifest) -> Iterator[tuple[str, str]]:
+def _imagenet_facts(manifest: ImageManifest) -> Iterator[tuple[str, str]]:
     extracted = manifest.layout == "extracted"
-    hub = manifest.origin == "hub"
-    yield "source", f"ImageNet, the hub's copy at {manifest.revision or 'an unknown commit'}" if hub else "ImageNet"
-    places = "in train.images and val.images" if hub else "left in the archives"
+    hub = manifest.recipe.get("source") == "hub"
+    commit = f", the hub's copy at {manifest.revision or 'an unknown commit'}" if hub else ""
+    yield "source", f"{manifest.dataset}{commit}"
+    places = "left in the archives" if manifest.containers else "in train.images and val.images"
     yield "images", "files in train and val" if extracted else places
-    needed = not (extracted or hub)
-    yield "archives", manifest.archives_folder + (" (they must stay there)" if needed else " (not needed any more)")
+    needed = "they must stay there" if manifest.containers else "not needed any more"
+    yield "archives", f"{manifest.source_folder} ({needed})"
     yield "classes", f"{len(manifest.classes):,}"
     for split in ("train", "validation"):
         counts = [getattr(each, split) for each in manifest.classes]
@@ -98,10 +99,10 @@ def _imagenet_facts(manifest: ImagenetManifest) -> Iterator[tuple[str, str]]:
     yield "fingerprint", manifest.fingerprint
 
 
-def _show_classes(manifest: ImagenetManifest) -> None:
+def _show_classes(manifest: ImageManifest) -> None:
     classes = manifest.classes
     shown = classes if len(classes) <= _MOST_CLASSES else classes[:_FIRST_CLASSES]
-    rows = [(f"{each.wnid} {_visible(each.name)}", f"{each.train:,}", f"{each.validation:,}") for each in shown]
+    rows = [(f"{each.id} {_visible(each.name)}", f"{each.train:,}", f"{each.validation:,}") for each in shown]
     console.show_table(("class", "train", "validation"), rows)
     if len(shown) < len(classes):
         console.say(f"and {len(classes) - len(shown):,} more classes; --json has all")
@@ -141,11 +142,11 @@ def verify(
     """
     from dataclasses import asdict
 
-    from pipelines.data.imagenet.manifest import holds_imagenet
+    from pipelines.data.images.manifest import holds_images
     from pipelines.data.verify import verify as verify_folder
     from pipelines.errors import AsgoError
 
-    if holds_imagenet(folder):
+    if holds_images(folder):
         _verify_imagenet(folder, as_json)
         return
     progress = _BytesProgress()
@@ -170,12 +171,12 @@ def verify(
 def _verify_imagenet(folder: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from pipelines.data.imagenet.verify import verify_imagenet
+    from pipelines.data.images.verify import verify_images
     from pipelines.errors import AsgoError
 
     progress = PhaseProgress()
     with progress.bar:
-        problems = verify_imagenet(folder, progress.show)
+        problems = verify_images(folder, progress.show)
     if as_json:
         console.show_json([asdict(problem) for problem in problems])
     else:

@@ -15,7 +15,7 @@ from pipelines.shell import command
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from pipelines.data.imagenet.manifest import ImagenetManifest
+    from pipelines.data.images.manifest import ImageManifest
 
 EXAMPLES = examples(
     "asgo data imagenet --archives /data/archives",
@@ -61,7 +61,7 @@ def imagenet(
     The archives are checked by their MD5, or by a file md5sums.txt beside them, and the hub's files by what the hub
     told of them. Killed at any moment, the same command goes on where it was.
     """
-    from pipelines.data.imagenet.prepare import prepare_imagenet
+    from pipelines.data.imagenet.importer import prepare_imagenet
     from pipelines.errors import UsageError
 
     if source == "hub" and base_url is not None:
@@ -118,11 +118,11 @@ def _show_terms() -> None:
         console.say(line)
 
 
-def _summarize(manifest: ImagenetManifest, out: Path) -> None:
+def _summarize(manifest: ImageManifest, out: Path) -> None:
     rows = []
     for part in ("train", "validation"):
         counts = [getattr(each, part) for each in manifest.classes]
         rows.append((part, f"{len(counts):,}", f"{sum(counts):,}", f"{min(counts):,}", f"{max(counts):,}"))
-    in_place = manifest.archives_folder if manifest.origin == "archives" else f"{out}/*.images"
+    in_place = manifest.source_folder if manifest.containers else f"{out}/*.images"
     place = "files" if manifest.layout == "extracted" else f"in {in_place}"
     console.show_table(("part", "classes", "images", "fewest", "most"), rows, title=f"{out} ({place})")

@@ -18,7 +18,7 @@ from pipelines.analysis.optimizer_settings import default_settings
 from pipelines.analysis.trajectories import run_trajectories
 from pipelines.analysis.trajectory_figure import draw_trajectories
 from pipelines.config import RunConfig
-from pipelines.data.prepare import prepare_text
+from pipelines.data.text_to_shards import prepare_text
 from pipelines.errors import AsgoError
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.storage import write_output

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipelines.config import RunConfig
-from pipelines.data.prepare import prepare_text
+from pipelines.data.text_to_shards import prepare_text
 from pipelines.resolve import Layer, preset_layer, resolve
 
 torch.set_num_threads(1)

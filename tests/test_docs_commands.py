@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from asgo_cli.app import app
-from pipelines.data.prepare import prepare_text
+from pipelines.data.text_to_shards import prepare_text
 from pipelines.exchange.export import export_model
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.train import train

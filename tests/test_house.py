@@ -86,6 +86,11 @@ def test_pipelines_import_no_layer_above_their_own(path: Path) -> None:
             assert layer_of(imported) <= layer_of(module), f"{module} imports {imported}"
 
 
+def test_what_is_general_about_images_does_not_know_imagenet() -> None:
+    for path in (ROOT / "pipelines" / "data" / "images").glob("*.py"):
+        assert not [name for name in imported_modules(path) if name.startswith("pipelines.data.imagenet")], path
+
+
 def test_no_two_modules_of_the_command_line_import_each_other() -> None:
     imports = {
         path.stem: {name for name in imported_modules(path) if name.startswith("asgo_cli.")}

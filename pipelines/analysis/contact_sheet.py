@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipelines.analysis.figure_style import check_figure_path, figure_style, save_figure
-from pipelines.data.imagenet.decode import BadImageError, EncodedImage, Pixels
-from pipelines.data.imagenet.images import ImagenetData, open_imagenet
+from pipelines.data.images.decode import BadImageError, EncodedImage, Pixels
+from pipelines.data.images.image_sets import ImageData, open_images
 from pipelines.errors import AsgoError
 
 _COLUMNS, _ROWS = 5, 4
@@ -23,12 +23,12 @@ _LETTERS = 26  # of the usual size below an image
 def draw_contact_sheet(folder: Path, path: Path) -> tuple[str, ...]:
     """Draw the first training image of up to 20 classes, evenly spread over all, to `path` (.png, .pdf or .svg).
 
-    Below an image are the class's WordNet id and name. One that cannot be decoded is an empty frame with the image's
+    Below an image are the class's id and name. One that cannot be decoded is an empty frame with the image's
     name in it; returns a line on each such image. Raises `UsageError` for another type of file, and what
-    `open_imagenet` and reading an image raise.
+    `open_images` and reading an image raise.
     """
     check_figure_path(path)
-    data = open_imagenet(folder)
+    data = open_images(folder)
     shown = _spread(data)
     problems = []
     columns = min(_COLUMNS, len(shown))
@@ -45,7 +45,7 @@ def draw_contact_sheet(folder: Path, path: Path) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _spread(data: ImagenetData) -> list[int]:
+def _spread(data: ImageData) -> list[int]:
     """The first images of classes from the first to the last, without classes that have none."""
     _, first = np.unique(data.train.labels, return_index=True)
     if not len(first):
@@ -54,7 +54,7 @@ def _spread(data: ImagenetData) -> list[int]:
     return [int(index) for index in first[places]]
 
 
-def _draw_image(axes: Axes, data: ImagenetData, index: int) -> list[str]:
+def _draw_image(axes: Axes, data: ImageData, index: int) -> list[str]:
     """Draw an image with its label; returns what is wrong with it, if anything is."""
     problems = []
     name = data.train.name(index)
@@ -69,7 +69,7 @@ def _draw_image(axes: Axes, data: ImagenetData, index: int) -> list[str]:
     axes.spines[:].set_color("#d0d0d0")
     label = data.classes[data.train.labels[index]]
     words = textwrap.wrap(label.name, _LETTERS, max_lines=2, placeholder=" …")
-    axes.set_xlabel("\n".join([label.wnid, *words]), fontsize=7, parse_math=False)
+    axes.set_xlabel("\n".join([label.id, *words]), fontsize=7, parse_math=False)
     return problems
 
 

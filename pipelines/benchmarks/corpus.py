@@ -20,9 +20,9 @@ import pyarrow
 from pyarrow import parquet
 
 from pipelines.benchmarks.batches import measure_batches
+from pipelines.data.corpus.corpus_to_shards import CorpusOptions, prepare_corpus
 from pipelines.data.corpus.encode import Backend, best_backend
 from pipelines.data.corpus.pipeline import Status
-from pipelines.data.corpus.prepare import CorpusOptions, prepare_corpus
 from pipelines.data.corpus.sources import FINEWEB, ROWS_IN_BATCH
 from pipelines.data.documents import find_files, read_documents
 from pipelines.data.shards import HEADER_BYTES

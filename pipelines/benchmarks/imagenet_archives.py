@@ -19,12 +19,14 @@ from unittest import mock
 
 import numpy as np
 
+from pipelines.data.imagenet.archive_index import build_train_index, build_validation_index
 from pipelines.data.imagenet.archives import ARCHIVES, MD5SUMS, expected_archives
-from pipelines.data.imagenet.extract import flush_to_disk
-from pipelines.data.imagenet.index import build_train_index, build_validation_index
-from pipelines.data.imagenet.labels import ImageClass, Labels
-from pipelines.data.imagenet.members import open_tar
-from pipelines.data.imagenet.prepare import WAITING, prepare_imagenet
+from pipelines.data.imagenet.devkit import Labels
+from pipelines.data.imagenet.importer import prepare_imagenet
+from pipelines.data.imagenet.tar import open_tar
+from pipelines.data.images.extract import flush_to_disk
+from pipelines.data.images.importing import WAITING
+from pipelines.data.images.index import ImageClass
 from pipelines.errors import UsageError
 
 _MEAN_BYTES = 110_000  # of ImageNet's training images

@@ -19,13 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipelines.data.imagenet.image_workers import ImageWorkers, Source, default_workers
-from pipelines.data.imagenet.images import ArchiveImages, FolderImages, ImageSet
-from pipelines.data.imagenet.index import build_train_index
-from pipelines.data.imagenet.labels import ImageClass, Labels
-from pipelines.data.imagenet.loader import TrainingImages
-from pipelines.data.imagenet.members import open_tar
-from pipelines.data.imagenet.transforms import MEAN, STD, build_transforms, normalize
+from pipelines.data.imagenet.archive_index import build_train_index
+from pipelines.data.imagenet.devkit import Labels
+from pipelines.data.imagenet.tar import open_tar
+from pipelines.data.images.image_sets import FolderImages, ImageSet, PackedImages
+from pipelines.data.images.index import ImageClass
+from pipelines.data.images.loader import TrainingImages
+from pipelines.data.images.transforms import MEAN, STD, build_transforms, normalize
+from pipelines.data.images.workers import ImageSource, ImageWorkers, default_workers
 from pipelines.errors import AsgoError, UsageError
 
 TORCHVISION, FILES, ARCHIVES, EXACT = "torchvision", "asgo, files", "asgo, archives", "asgo, torchvision's pixels"
@@ -170,7 +171,7 @@ def _write_images(folder: Path, photographs: Sequence[bytes]) -> dict[str, Image
     with open_tar(archive) as opened:
         index = build_train_index(opened, labels, lambda phase, done, total: None)
     files = FolderImages(folder / "train", index, wnids)
-    return {FILES: files, EXACT: files, ARCHIVES: ArchiveImages(archive, index, wnids)}
+    return {FILES: files, EXACT: files, ARCHIVES: PackedImages(archive, index, wnids)}
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -200,7 +201,7 @@ def _reference(folder: Path) -> Any:
 
 
 def _our_batches(images: ImageSet, workers: int, exact: bool) -> Iterator[Tensor]:
-    source = Source(images, build_transforms("paper")[0], exact=exact)
+    source = ImageSource(images, build_transforms("paper")[0], exact=exact)
     with ImageWorkers({"train": source}, workers) as started:
         training = TrainingImages(started, "train", BATCH_SIZE)
         for step in range(BATCHES):
@@ -220,7 +221,7 @@ def _rate(batches: Iterable[Tensor]) -> float:
 def _differences(folder: Path, images: ImageSet) -> tuple[float, float]:
     """The largest and the mean difference of 255 between our pixels and torchvision's, over a batch."""
     theirs = _reference(folder)
-    source = Source(images, build_transforms("paper")[0])
+    source = ImageSource(images, build_transforms("paper")[0])
     with ImageWorkers({"train": source}, 0) as here:
         part = here.start("train", [(0, index) for index in range(BATCH_SIZE)])
     values = normalize(part.pixels.permute(0, 3, 1, 2)) - torch.stack([theirs[index][0] for index in range(BATCH_SIZE)])

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pipelines.data.manifest import MANIFEST, UNFINISHED
 from pipelines.errors import UsageError
 from pipelines.locking import try_lock
 from pipelines.storage import naming
 
+T = TypeVar("T")
 _OURS = re.compile(rf"\.?(shard_\d{{6}}\.bin|{re.escape(MANIFEST)}|{re.escape(UNFINISHED)})(\.partial)?")
 
 
@@ -76,6 +78,22 @@ def _is_at(path: Path, descriptor: int) -> bool:
 def _lock(folder: Path, descriptor: int) -> None:
     if not try_lock(descriptor):
         raise UsageError(f"{folder}: another process is preparing data in this folder")
+
+
+def require_same_options(
+    folder: Path,
+    state: str,
+    before: Mapping[str, T],
+    now: Mapping[str, T],
+    describe: Callable[[str, T | None, T | None], str],
+) -> None:
+    """Raise `UsageError` that names every option that differs; `describe` gets its name and both values."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if names:
+        changes = ", ".join(describe(name, before.get(name), now.get(name)) for name in names)
+        raise UsageError(
+            f"{folder}: {state}, made with {changes}; give the same options, another --out, or --overwrite"
+        )
 
 
 def foreign_names(folder: Path) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
@@ -100,7 +101,7 @@ def fingerprint(manifest: Manifest) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` into `folder`; to be called when all shards are there."""
-    write_atomically(folder / MANIFEST, sealed_json(manifest))
+    write_atomically(folder / MANIFEST, sealed_json(manifest.model_dump(mode="json")))
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -128,13 +129,12 @@ def load_manifest(folder: Path) -> Manifest:
         raise AsgoError(f"{path}: {place + ': ' if place else ''}{first['msg']}; {_REMAKE}") from None
     except (ValueError, TypeError, KeyError):
         raise AsgoError(f"{path}: damaged, or not a manifest of token shards; {_REMAKE}") from None
-    if raw != sealed_json(manifest):
+    if raw != sealed_json(manifest.model_dump(mode="json")):
         raise AsgoError(f"{path}: altered since it was written (its own checksum does not match); {_REMAKE}")
     return manifest
 
 
-def sealed_json(manifest: Frozen) -> bytes:
+def sealed_json(fields: Mapping[str, Any]) -> bytes:
     """JSON text with a checksum of itself: an altered alphabet would change every text without any other sign."""
-    fields = manifest.model_dump(mode="json")
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**fields, "manifest_sha256": digest}, indent=2) + "\n").encode()

@@ -12,7 +12,7 @@ from pipelines.data.addresses import without_secrets
 from pipelines.data.destination import check_destination
 from pipelines.data.documents import decode_utf8
 from pipelines.data.manifest import Manifest
-from pipelines.data.prepare import Progress, Source, prepare_documents, prepare_text
+from pipelines.data.text_to_shards import Progress, TextSource, prepare_documents, prepare_text
 from pipelines.errors import AsgoError
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -42,7 +42,7 @@ def prepare_shakespeare(
     shown = without_secrets(url)
     document = decode_utf8(raw, shown)
     return prepare_documents(
-        Source(shown, lambda: [document]),
+        TextSource(shown, lambda: [document]),
         out,
         tokenizer="chars",
         val_fraction=VAL_FRACTION,

@@ -10,7 +10,7 @@ import safetensors.torch
 
 from models.vision import build_classifier
 from pipelines.config import ImageNetRunConfig
-from pipelines.data.imagenet.transforms import MEAN, STD, CentreCrop, build_transforms
+from pipelines.data.images.transforms import MEAN, STD, CentreCrop, build_transforms
 from pipelines.shell import command
 from pipelines.tensors import model_tensors, require_same_names
 from pipelines.training.checkpoint import Checkpoint
@@ -40,7 +40,7 @@ def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: 
         "interpolation": "bilinear",
         "mean": MEAN,
         "std": STD,
-        "classes": [{"wnid": wnid, "name": name} for wnid, name in classes],
+        "classes": [{"id": class_id, "name": name} for class_id, name in classes],
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"
     (folder / "description.json").write_text(text, encoding="utf-8")

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def _open_data(folder: Path) -> object:
-    from pipelines.data.imagenet.images import open_imagenet
+    from pipelines.data.images.image_sets import open_images
 
-    return open_imagenet(folder)
+    return open_images(folder)
 
 
 def _build(config: ImageNetRunConfig, device: torch.device, ranks: Ranks) -> Task:

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from models.vision import build_classifier, why_refused
 from pipelines.config import ImageNetRunConfig
-from pipelines.data.imagenet.image_workers import ImageWorkers, Source
-from pipelines.data.imagenet.images import open_imagenet
-from pipelines.data.imagenet.loader import TrainingImages, ValidationImages
-from pipelines.data.imagenet.transforms import build_transforms, normalize
+from pipelines.data.images.image_sets import open_images
+from pipelines.data.images.loader import TrainingImages, ValidationImages
+from pipelines.data.images.transforms import build_transforms, normalize
+from pipelines.data.images.workers import ImageSource, ImageWorkers
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.device import autocast, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
@@ -41,7 +41,7 @@ class ImageNetTask:
         """
         training = config.training
         self._rows = local_batch(training, ranks)
-        self.data = open_imagenet(Path(config.data.folder))
+        self.data = open_images(Path(config.data.folder))
         try:
             _require_possible(config, len(self.data.classes), self._rows.micro_batch_size * ranks.size)
             model = build_classifier(config.model.name, len(self.data.classes))
@@ -64,8 +64,8 @@ class ImageNetTask:
         train, validation = build_transforms(config.data.transform, config.data.resolution)
         exact, skips = not config.data.reduced_decoding, config.data.bad_images == "skip"
         sources = {
-            "train": Source(self.data.train, train, config.seed, "replace" if skips else "stop", exact),
-            "validation": Source(self.data.validation, validation, 0, "leave out" if skips else "stop", exact),
+            "train": ImageSource(self.data.train, train, config.seed, "replace" if skips else "stop", exact),
+            "validation": ImageSource(self.data.validation, validation, 0, "leave out" if skips else "stop", exact),
         }
         self._workers = ImageWorkers(sources, config.runtime.workers, pinned=device.type == "cuda")
         self._train = TrainingImages(self._workers, "train", config.training.batch_size, self._rows.micro_batches)
@@ -120,8 +120,8 @@ class ImageNetTask:
         return self._train.epoch_at(step)
 
     def description(self) -> dict[str, Any]:
-        """The data's fingerprint, and its classes by wnid and name."""
-        classes = [[each.wnid, each.name] for each in self.data.classes]
+        """The data's fingerprint, and its classes by id and name."""
+        classes = [[each.id, each.name] for each in self.data.classes]
         return {"fingerprint": self.data.fingerprint, "classes": classes}
 
     def notes(self) -> list[str]:

@@ -78,7 +78,7 @@ def test_bare_data_shows_its_help():
 
 
 def test_the_commands_are_there_without_the_heavy_libraries():
-    heavy = ("torch", "numpy", "pydantic", "matplotlib", "pyarrow", "tiktoken", "pipelines.data.prepare")
+    heavy = ("torch", "numpy", "pydantic", "matplotlib", "pyarrow", "tiktoken", "pipelines.data.text_to_shards")
     code = f"import sys, asgo_cli.data; sys.exit(', '.join(name for name in {heavy} if name in sys.modules) or None)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,10 +9,10 @@ from rich.cells import cell_len
 from typer.testing import CliRunner, Result
 
 from asgo_cli import console, data
-from pipelines.data.imagenet.manifest import load_imagenet_manifest
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
+from pipelines.data.images.manifest import load_image_manifest
 from pipelines.data.manifest import DocumentCounts, SourcePosition, load_manifest, write_manifest
-from pipelines.data.prepare import prepare_text
+from pipelines.data.text_to_shards import prepare_text
 from pipelines.errors import AsgoError, UsageError
 from tests.pipelines.data.imagenet.archive_makers import CLASSES, noise, pictures, write_archives
 from tests.pipelines.data.imagenet.hub_makers import write_hub_copy
@@ -149,7 +149,7 @@ def test_info_shows_the_first_of_many_classes_and_json_all(tmp_path: Path):
     assert result.stdout.count("│ n1") == 20
     assert "and 21 more classes; --json has all" in result.stderr
     found = json.loads(asgo_data("info", folder, "--json").stdout)
-    assert (found["kind"], found["layout"]) == ("imagenet", "packed")
+    assert (found["kind"], found["layout"]) == ("images", "packed")
     assert [each["train"] for each in found["classes"]] == [3] + 40 * [4]
 
 
@@ -237,7 +237,7 @@ def test_verify_tells_of_missing_cut_and_foreign_packed_files_in_a_line_each(pac
 
 
 def test_verify_says_between_which_bytes_a_packed_file_is_altered(packed: Path):
-    first, second, third = (piece.bytes for piece in load_imagenet_manifest(packed).pieces if piece.split == "train")
+    first, second, third = (piece.bytes for piece in load_image_manifest(packed).pieces if piece.split == "train")
     write_byte(packed / "train.images", first, b"\x07")  # a JPEG begins with another byte
     write_byte(packed / "train.images", first + second + third - 1, b"\x07")  # nor does one end so
     result = asgo_data("verify", packed)

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from asgo_cli import data, train
 from pipelines.data.imagenet.hub import REPOSITORY
-from pipelines.data.imagenet.manifest import load_imagenet_manifest
+from pipelines.data.images.manifest import load_image_manifest
 from pipelines.errors import UsageError
 from tests.hub import Hub, Status, client_environment, refusing_endpoint
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
@@ -98,7 +98,7 @@ def test_the_hubs_copy_is_fetched_once_and_trains_alike_in_both_layouts(hub: Hub
         packed = asgo(nobody, tmp_path, *from_hub, "--out", "packed", "--no-extract")
     assert packed.returncode == 0, packed.stderr
     assert "packed (in packed/*.images)" in packed.stdout
-    assert load_imagenet_manifest(tmp_path / "packed").revision == hub.sha(REPOSITORY)
+    assert load_image_manifest(tmp_path / "packed").revision == hub.sha(REPOSITORY)
     shutil.rmtree(tmp_path / "fetched")  # nor is it needed any more
 
     rows = [train_two_steps(tmp_path / layout, tmp_path / f"run-{layout}") for layout in ("files", "packed")]

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
-from pipelines.data.corpus.reader import Batch
+from pipelines.data.corpus.reader import TextBatch
 from pipelines.data.documents import in_pieces, pieces_of
 from pipelines.data.manifest import DocumentCounts
 from pipelines.data.tokenizers import END_OF_TEXT, Gpt2Tokenizer, Tokens, gpt2_table
@@ -56,7 +56,7 @@ class BatchEncoder:
         self._room = 0  # tokens until the cache of gigatoken, which has no bound, is thrown away
         self._batches = 0
 
-    def encode(self, batch: Batch) -> EncodedBatch:
+    def encode(self, batch: TextBatch) -> EncodedBatch:
         """Raises `AsgoError` for a line that is not JSON, and when gigatoken gives other tokens than tiktoken."""
         texts, numbers, counts = _plain_texts(_rows(batch))
         if not texts:
@@ -96,7 +96,7 @@ def _in_pieces(texts: list[str], where: str) -> tuple[list[str], list[int]]:
     return pieces, firsts
 
 
-def _rows(batch: Batch) -> Sequence[object]:
+def _rows(batch: TextBatch) -> Sequence[object]:
     column = pyarrow.ipc.open_stream(batch.column).read_all().column("text")
     if batch.are_lines:
         lines = ((batch.first_row + index + 1, line) for index, line in enumerate(column.to_pylist()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import multiprocessing
 import re
 import time
@@ -13,21 +12,21 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Self
 
-from pipelines.data import retries
 from pipelines.data.addresses import without_secrets
 from pipelines.data.child import signals_held_back
 from pipelines.data.corpus.reader import (
-    Batch,
     Contact,
     End,
     Message,
     Notice,
     Ready,
+    TextBatch,
     read_source,
 )
-from pipelines.data.corpus.sources import OpenSource, Position, Source
+from pipelines.data.corpus.sources import CorpusSource, OpenSource, Position
 from pipelines.data.failure import Failure
-from pipelines.errors import AsgoError, UsageError
+from pipelines.data.retries import Failed, RetryPolicy
+from pipelines.errors import AsgoError
 
 _ASKED_TO_WAIT = re.compile(r"Rate limited\. Waiting ([\d.]+)s")
 
@@ -39,18 +38,17 @@ class Feed:
     told of every failure and of the pause before the next attempt.
     """
 
-    def __init__(self, source: Source, start: Position, notify: Callable[[str], None]) -> None:
+    def __init__(self, source: CorpusSource, start: Position, notify: Callable[[str], None]) -> None:
         self.source = source
         self.opened: OpenSource | None = None
         self.ended = False
         self._next = start
-        self._notify = notify
+        self._retries = RetryPolicy(_no_network, notify, "what is written is kept")
         self._reader: BaseProcess | None = None
         self._connection: Connection | None = None
-        self._has_answered = source.folder is not None
-        self._failures = 0
-        self._asked_at = math.inf  # when the network was first asked
-        self._start_at = self._patience_ends = 0.0
+        self._start_at = 0.0
+        if source.folder is not None:
+            self._retries.answered()
 
     def open(self, timeout: float) -> OpenSource | None:
         """The files of the source, or None if they are not known within `timeout` seconds. Raises as `poll` does."""
@@ -59,7 +57,7 @@ class Feed:
             self._receive(max(0.0, deadline - time.monotonic()))
         return self.opened
 
-    def poll(self, timeout: float) -> Batch | None:
+    def poll(self, timeout: float) -> TextBatch | None:
         """The next batch, or None if none came within `timeout` seconds or `ended` is set.
 
         Raises `AsgoError` when the source is given up.
@@ -67,7 +65,7 @@ class Feed:
         deadline = time.monotonic() + timeout
         while not self.ended:
             message = self._receive(max(0.0, deadline - time.monotonic()))
-            if isinstance(message, Batch):
+            if isinstance(message, TextBatch):
                 return message
             if message is None and time.monotonic() >= deadline:
                 return None
@@ -103,8 +101,8 @@ class Feed:
                 message = self._connection.recv()
         except (EOFError, OSError):
             message = Failure("the process that reads was lost (killed, perhaps for want of memory)", "unreachable")
-            self._has_answered = True  # it is not the network that is missing
-        self._heed(message)
+            self._retries.answered()  # it is not the network that is missing
+        self._handle(message)
         return message
 
     def _start(self) -> None:
@@ -115,32 +113,32 @@ class Feed:
             reader.start()
         self._reader = reader
         other_end.close()
-        self._patience_ends = time.monotonic() + retries.STALL_S
+        self._retries.expect_message()
 
-    def _heed(self, message: Message | None) -> None:
-        now = time.monotonic()
-        if message is None:
-            self._check_patience(now)
-            return
-        if not isinstance(message, Notice):
-            self._patience_ends = now + retries.STALL_S
+    def _handle(self, message: Message | None) -> None:
+        if message is not None and not isinstance(message, Notice):
+            self._retries.expect_message()
         match message:
+            case None:
+                try:
+                    self._retries.check()
+                except Failed as error:
+                    self._restart_after(error.failure)
             case Ready():
-                self._asked_at = min(self._asked_at, now)
+                self._retries.asked()
             case Contact():
-                self._has_answered = True
+                self._retries.answered()
             case OpenSource():
                 self._check_unchanged(message)
-            case Batch(position=position):
-                self._failures = 0
+            case TextBatch(position=position):
+                self._retries.advanced()
                 self._next = position._replace(batch=position.batch + 1)
             case Notice(text):
                 if wait := _ASKED_TO_WAIT.search(text):
-                    self._patience_ends = now + min(float(wait[1]), retries.LONGEST_WAIT_S) + retries.STALL_S
-                self._notify(text)
+                    self._retries.expect_message(float(wait[1]))
+                self._retries.notify(text)
             case Failure():
-                self._has_answered |= message.kind in ("refused for now", "damaged")
-                self._fail(message)
+                self._restart_after(message)
             case End():
                 self.ended = True
 
@@ -151,38 +149,18 @@ class Feed:
         if self.source.folder is None:  # the hub's files may change; the next attempt takes these
             self.source = replace(self.source, revision=opened.revision)
 
-    def _check_patience(self, now: float) -> None:
-        if not self._has_answered and now - self._asked_at > retries.NO_NETWORK_S:
-            raise self._no_network("no answer")
-        if now > self._patience_ends:
-            self._fail(Failure(f"nothing came for {retries.STALL_S:.0f} s", "unreachable"))
-
-    def _fail(self, failure: Failure) -> None:
+    def _restart_after(self, failure: Failure) -> None:
         """Schedule another attempt, or give up."""
         self.close()
-        self._failures += 1
-        place = failure.file or self.source.name
-        if failure.kind in ("usage", "lasting"):
-            text = failure.text if failure.text.startswith(place) else f"{place}: {failure.text}"  # it may name a row
-            raise (UsageError if failure.kind == "usage" else AsgoError)(text)
-        allowed = retries.DAMAGED_ATTEMPTS if failure.kind == "damaged" else retries.ATTEMPTS
-        if self._failures >= allowed:
-            raise AsgoError(
-                f"{place}: given up after {allowed} attempts ({failure.text}); "
-                "what is written is kept: the same command goes on"
-            )
-        now = time.monotonic()
-        pause = retries.PAUSES_S[min(self._failures, len(retries.PAUSES_S)) - 1]
-        if not self._has_answered and now + pause - self._asked_at > retries.NO_NETWORK_S:
-            raise self._no_network(failure.text)
-        self._start_at = now + pause
-        where = f"{failure.file.rpartition('/')[2]}: " if failure.file else ""
-        self._notify(f"{where}{failure.text}; attempt {self._failures + 1} of {allowed} in {pause} s")
+        shown = f"{failure.file.rpartition('/')[2]}: " if failure.file else ""
+        pause = self._retries.pause_after(failure.file or self.source.name, Failed(failure), shown)
+        self._start_at = time.monotonic() + pause
 
-    def _no_network(self, why: str) -> AsgoError:
-        from huggingface_hub.constants import ENDPOINT
 
-        return AsgoError(
-            f"{without_secrets(ENDPOINT)} cannot be reached ({why}); check the network, set HF_ENDPOINT to a mirror, "
-            "or pass --source FOLDER with the files"
-        )
+def _no_network(why: str | None) -> str:
+    from huggingface_hub.constants import ENDPOINT
+
+    return (
+        f"{without_secrets(ENDPOINT)} cannot be reached ({why or 'no answer'}); check the network, "
+        "set HF_ENDPOINT to a mirror, or pass --source FOLDER with the files"
+    )

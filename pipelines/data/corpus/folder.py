@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.data.corpus.journal import Journal, load_journal
-from pipelines.data.holding import foreign_names
+from pipelines.data.holding import foreign_names, require_same_options
 from pipelines.data.manifest import MANIFEST, UNFINISHED, Manifest, load_manifest
 from pipelines.errors import UsageError
 
@@ -18,7 +18,7 @@ def finished_manifest(folder: Path, recipe: Recipe) -> Manifest | None:
     if not (folder / MANIFEST).exists():
         return None
     manifest = load_manifest(folder)
-    _require_same(folder, "complete", manifest.recipe, recipe)
+    require_same_options(folder, "complete", manifest.recipe, recipe, _difference)
     return manifest
 
 
@@ -29,7 +29,7 @@ def unfinished_journal(folder: Path, recipe: Recipe) -> Journal | None:
     """
     journal = load_journal(folder)
     if journal is not None:
-        _require_same(folder, "unfinished", journal.recipe, recipe)
+        require_same_options(folder, "unfinished", journal.recipe, recipe, _difference)
     elif any(path.name != f".{UNFINISHED}.partial" for path in folder.iterdir()):  # the first one, never finished
         raise UsageError(f"{folder}: this folder is not empty; choose another --out, or pass --overwrite")
     return journal
@@ -44,20 +44,10 @@ def require_replaceable(folder: Path) -> None:
         )
 
 
-def _require_same(folder: Path, state: str, before: Recipe, now: Recipe) -> None:
-    """Name every option that differs."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    if names:
-        changes = ", ".join(f"{_flag(name)} {_shown(before, name)} and not {_shown(now, name)}" for name in names)
-        raise UsageError(
-            f"{folder}: {state}, made with {changes}; give the same options, another --out, or --overwrite"
-        )
+def _difference(name: str, before: str | int | None, now: str | int | None) -> str:
+    flag = name if name == "corpus" else f"--{name.replace('_', '-')}"
+    return f"{flag} {_shown(before)} and not {_shown(now)}"
 
 
-def _flag(name: str) -> str:
-    return name if name == "corpus" else f"--{name.replace('_', '-')}"
-
-
-def _shown(recipe: Recipe, name: str) -> str:
-    value = recipe.get(name)
+def _shown(value: str | int | None) -> str:
     return "none" if value is None else f"{value:,}" if isinstance(value, int) else value

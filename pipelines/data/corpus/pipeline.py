@@ -16,7 +16,7 @@ from pathlib import Path
 from pipelines.data.corpus.encode import EncodedBatch
 from pipelines.data.corpus.feed import Feed
 from pipelines.data.corpus.journal import Journal, LastBatch, save_journal
-from pipelines.data.corpus.reader import Batch
+from pipelines.data.corpus.reader import TextBatch
 from pipelines.data.corpus.split import SplitWriter
 from pipelines.data.corpus.tokenizer_pool import TokenizerPool
 from pipelines.errors import AsgoError, RunInterrupted
@@ -65,7 +65,7 @@ class Pipeline:
         self._folder = folder
         self._journal = journal
         self._report = report
-        self._pending: deque[tuple[Batch, Future[EncodedBatch]]] = deque()
+        self._pending: deque[tuple[TextBatch, Future[EncodedBatch]]] = deque()
         self._last = journal.last_batch
         self._clock = _Clock(writer.tokens)
         self._saved_at = time.monotonic()
@@ -125,7 +125,7 @@ class Pipeline:
         self._write(batch, encoded)
         return True
 
-    def _write(self, batch: Batch, encoded: EncodedBatch) -> None:
+    def _write(self, batch: TextBatch, encoded: EncodedBatch) -> None:
         last = LastBatch(**batch.position._asdict(), crc32=zlib.crc32(encoded.tokens.data))
         before = self._journal.last_batch
         if before is not None and batch.position == before.position:

@@ -20,9 +20,9 @@ import tqdm
 from pipelines.data.addresses import without_secrets
 from pipelines.data.child import begin_child
 from pipelines.data.corpus.sources import (
+    CorpusSource,
     OpenSource,
     Position,
-    Source,
     current_revision,
     holds_lines,
     open_source,
@@ -41,7 +41,7 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """Rows of a file on their way to a tokenizer: `column` is an Arrow stream of one column.
 
     `are_lines` says whether they are lines of JSON, with the text under `text_column`; `first_row` counts from 0 in the
@@ -78,11 +78,11 @@ class End:
     """All files were read."""
 
 
-Message = OpenSource | Ready | Contact | Batch | Notice | Failure | End
+Message = OpenSource | Ready | Contact | TextBatch | Notice | Failure | End
 
 
-def read_source(connection: Connection, source: Source, start: Position) -> None:
-    """The process's work: send how far it is, each `Batch` from `start` on, and `End` or a `Failure`."""
+def read_source(connection: Connection, source: CorpusSource, start: Position) -> None:
+    """The process's work: send how far it is, each `TextBatch` from `start` on, and `End` or a `Failure`."""
     begin_child()
     os.environ.update(_ENVIRONMENT)
     # The lock that tqdm would make is shared between processes, and outlives one that is killed.
@@ -99,7 +99,7 @@ def read_source(connection: Connection, source: Source, start: Position) -> None
         connection.send(failure_of(error, file=file, remote=source.folder is None))
 
 
-def _messages(connection: Connection, source: Source, start: Position) -> Iterator[Message]:
+def _messages(connection: Connection, source: CorpusSource, start: Position) -> Iterator[Message]:
     if source.folder is None:
         importlib.import_module("huggingface_hub.hf_api")
         _take_notices(connection)
@@ -114,7 +114,7 @@ def _messages(connection: Connection, source: Source, start: Position) -> Iterat
             place = start if index == start.file else Position(index, 0, 0)
             for rows in read_file(file, place, source.text_column):
                 column = _serialize(rows.column)
-                yield Batch(rows.position, file, rows.first, holds_lines(file), column, source.text_column)
+                yield TextBatch(rows.position, file, rows.first, holds_lines(file), column, source.text_column)
         except Exception as error:
             error.add_note(file)
             raise

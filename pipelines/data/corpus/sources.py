@@ -47,7 +47,7 @@ OPENWEBTEXT = Corpus("openwebtext", "Skylion007/openwebtext", subset=None, valid
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusSource:
     """What to read: a repository of the hub at a revision (None: its newest), or a local folder of the same files."""
 
     corpus: Corpus
@@ -63,24 +63,24 @@ class Source:
         return ", ".join(filter(None, parts))
 
 
-def build_source(corpus: Corpus, source: str, subset: str | None, text_column: str) -> Source:
+def build_source(corpus: Corpus, source: str, subset: str | None, text_column: str) -> CorpusSource:
     """The source that the options `--source`, `--subset` and `--text-column` name.
 
     Raises `UsageError` for a folder that is not there, and for a subset of a folder that has none.
     """
     if source == HUB:
-        return Source(corpus, None, subset or corpus.subset, None, text_column)
+        return CorpusSource(corpus, None, subset or corpus.subset, None, text_column)
     folder = Path(source).resolve()
     if not folder.is_dir():
         raise UsageError(f'--source {source}: no such folder; give "{HUB}" or a folder of .parquet or .jsonl files')
     if _lists_subsets(folder):
-        return Source(corpus, folder, subset or corpus.subset, None, text_column)
+        return CorpusSource(corpus, folder, subset or corpus.subset, None, text_column)
     if subset is not None:
         raise UsageError(
             f"--subset {subset}: {folder} is a plain folder of files; leave --subset out, "
             "or copy the repository's README.md, which lists the subsets, into it"
         )
-    return Source(corpus, folder, None, None, text_column)
+    return CorpusSource(corpus, folder, None, None, text_column)
 
 
 def _lists_subsets(folder: Path) -> bool:
@@ -97,7 +97,7 @@ class OpenSource:
     files: tuple[str, ...]
 
 
-def current_revision(source: Source) -> str:
+def current_revision(source: CorpusSource) -> str:
     """The commit of the hub's repository. Raises whatever the client raises; the first contact with the network."""
     from huggingface_hub import HfApi
 
@@ -105,7 +105,7 @@ def current_revision(source: Source) -> str:
     return str(info.sha)
 
 
-def open_source(source: Source) -> OpenSource:
+def open_source(source: CorpusSource) -> OpenSource:
     """Find the files. Raises `UsageError` for an unknown subset and a folder without files."""
     if source.folder is None:
         revision = source.revision or current_revision(source)

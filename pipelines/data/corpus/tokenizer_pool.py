@@ -13,7 +13,7 @@ from typing import Self
 
 from pipelines.data.child import begin_child, signals_held_back
 from pipelines.data.corpus.encode import Backend, BatchEncoder, EncodedBatch, best_backend
-from pipelines.data.corpus.reader import Batch
+from pipelines.data.corpus.reader import TextBatch
 
 
 class TokenizerPool:
@@ -32,11 +32,11 @@ class TokenizerPool:
             self._idle.put(tokenizer)
         self._threads = ThreadPoolExecutor(self.size)
 
-    def submit(self, batch: Batch) -> Future[EncodedBatch]:
+    def submit(self, batch: TextBatch) -> Future[EncodedBatch]:
         """Have a batch encoded. The future raises what `BatchEncoder.encode` raises, or `BrokenExecutor`."""
         return self._threads.submit(self._encode, batch)
 
-    def _encode(self, batch: Batch) -> EncodedBatch:
+    def _encode(self, batch: TextBatch) -> EncodedBatch:
         tokenizer = self._idle.get()
         try:
             return tokenizer.encode(batch)
@@ -63,7 +63,7 @@ class _Tokenizer:
             self._process.start()
         other_end.close()
 
-    def encode(self, batch: Batch) -> EncodedBatch:
+    def encode(self, batch: TextBatch) -> EncodedBatch:
         reply: EncodedBatch | Exception
         try:
             self._connection.send(batch)
@@ -90,7 +90,7 @@ def _work(connection: Connection, backend: Backend) -> None:
             connection.send(_reply(encoder, connection.recv()))
 
 
-def _reply(encoder: BatchEncoder, batch: Batch) -> EncodedBatch | Exception:
+def _reply(encoder: BatchEncoder, batch: TextBatch) -> EncodedBatch | Exception:
     try:
         return encoder.encode(batch)
     except Exception as error:

@@ -1,18 +1,21 @@
-"""The three archives that ILSVRC2012 comes in, and whether a file is one of them."""
+"""The three archives that ILSVRC2012 comes in: extracted, or indexed to be read in place."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.errors import AsgoError
-
-Progress = Callable[[str, int, int], None]
-"""Called with (phase, bytes done, bytes in all), often; what it raises ends the work."""
+from pipelines.data.imagenet.archive_index import build_train_index, build_validation_index
+from pipelines.data.imagenet.devkit import Labels, read_devkit
+from pipelines.data.imagenet.tar import open_tar
+from pipelines.data.images.extract import extract_images
+from pipelines.data.images.importing import Contents, on_disk, require_room
+from pipelines.data.images.index import SPLITS, Index, index_file, read_index, write_index
+from pipelines.data.images.manifest import Layout
+from pipelines.data.progress import Progress, digest_of
+from pipelines.errors import AsgoError, UsageError
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,6 @@ MD5SUMS = "md5sums.txt"
 """Beside the archives, in the format of `md5sum`: what they must be where they are not the official ones."""
 
 _MD5SUM_LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](?:\./)?(.+)")
-_BLOCK = 4 << 20
 
 
 def parse_md5sums(text: str, origin: str) -> dict[str, Archive]:
@@ -85,13 +87,69 @@ def check_archive(path: Path, archive: Archive, progress: Progress) -> None:
         raise AsgoError(f"{path}: its MD5 is {md5}, not {archive.md5}; {remedy}")
 
 
-def digest_of(path: Path, algorithm: str, tell: Callable[[int, int], None]) -> str:
-    """The hexadecimal digest of a file; `tell` is called often with (bytes done, bytes in all). Raises `OSError`."""
-    digest, done, block = hashlib.new(algorithm, usedforsecurity=False), 0, memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        while count := file.readinto(block):
-            digest.update(block[:count])
-            done += count
-            tell(done, size)
-    return digest.hexdigest()
+class ArchiveImporter:
+    """The archives in a folder; see `ImageImporter`."""
+
+    dataset = "ImageNet"
+    command = "imagenet"
+    revision = None
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.options = {"source": "archives", "archives": str(self.folder)}
+        self._expected: Mapping[str, Archive] = {}
+
+    def find(self) -> list[Path]:
+        missing = [archive.file for archive in ARCHIVES.values() if not (self.folder / archive.file).is_file()]
+        if missing:
+            raise UsageError(
+                f"{self.folder}: {_other_layout(self.folder)}no {', no '.join(missing)}; "
+                "name the folder of the archives with --archives, or get them with --download"
+            )
+        self._expected = {archive.file: archive for archive in expected_archives(self.folder).values()}
+        return [self.folder / file for file in self._expected]
+
+    def expected(self, path: Path) -> str:
+        return f"md5:{self._expected[path.name].md5}"
+
+    def check(self, path: Path, report: Progress) -> str:
+        check_archive(path, self._expected[path.name], report)
+        return self.expected(path)
+
+    def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
+        labels = read_devkit(self._path("devkit"))
+        wnids = [each.id for each in labels.classes]
+        indices = {split: self._index(out, split, labels, wnids, report) for split in SPLITS}
+        if layout == "packed":
+            return Contents(labels.classes, indices, containers={split: ARCHIVES[split].file for split in SPLITS})
+        _require_room(out, indices)
+        for split, index in indices.items():
+            extract_images(self._path(split), index, out / split, wnids, workers, report)
+        return Contents(labels.classes, indices)
+
+    def _index(self, out: Path, split: str, labels: Labels, wnids: Sequence[str], report: Progress) -> Index:
+        path = out / index_file(split)
+        if not path.exists():
+            build = build_train_index if split == "train" else build_validation_index
+            with open_tar(self._path(split)) as tar:
+                write_index(path, build(tar, labels, report), wnids)
+        return read_index(path, wnids)
+
+    def _path(self, key: str) -> Path:
+        return self.folder / ARCHIVES[key].file
+
+
+def _other_layout(folder: Path) -> str:
+    """What lies in the folder in the place of archives, if it is known, in words to begin with."""
+    if (folder / "ILSVRC").is_dir() or (folder / "LOC_synset_mapping.txt").is_file():
+        return "holds ImageNet as Kaggle gives it, which cannot be taken; the archives of image-net.org are wanted: "
+    if (folder / "train").is_dir():
+        return "holds a folder of image files, which cannot be taken; the archives of image-net.org are wanted: "
+    return ""
+
+
+def _require_room(out: Path, indices: Mapping[str, Index]) -> None:
+    if any((out / split).exists() for split in indices):  # of an earlier call, and not counted
+        return
+    needed = sum(on_disk(int(index.sizes.sum()), len(index)) for index in indices.values())
+    require_room(out, needed, "leave them in the archives with --no-extract")

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urljoin
 
+from pipelines.data.download import (
+    Advice,
+    Download,
+    check_url,
+    fetch_small,
+    partial_path,
+    require_space,
+    without_login,
+)
 from pipelines.data.holding import held_folder
 from pipelines.data.imagenet.archives import (
     ARCHIVES,
     MD5SUMS,
     Archive,
-    Progress,
     check_archive,
     expected_archives,
     parse_md5sums,
 )
-from pipelines.data.imagenet.client import BY_HAND, check_url, without_login
-from pipelines.data.imagenet.fetch import Fetch, fetch_small, partial_path, require_space
-from pipelines.data.retries import Patience
+from pipelines.data.progress import Progress
+from pipelines.data.retries import Notify, Retries
 from pipelines.errors import AsgoError, UsageError
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import write_atomically
@@ -36,7 +43,15 @@ The terms themselves, which alone are binding: https://image-net.org/download.ph
 """
 """For people, before anything is downloaded."""
 
-Notify = Callable[[str], None]
+_BY_HAND = (
+    "ask for access at https://image-net.org/download-images.php and download the archives by hand: "
+    "those that lie in --archives are used as they are"
+)
+_ADVICE = Advice(
+    no_access=f"ImageNet is given to those who agree to its terms; {_BY_HAND}",
+    elsewhere="give another --base-url",
+    by_hand=_BY_HAND,
+)
 
 
 def download_archives(
@@ -63,29 +78,33 @@ def download_archives(
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--archives {folder}: a file is in the way")
     with stop_on_signals() as stop, held_folder(folder):
-        unreachable = f"check the network and --base-url {without_login(base_url)}, or {BY_HAND}"
-        patience = Patience(unreachable, notify, stop)
-
-        def stoppable_progress(phase: str, done: int, total: int) -> None:
-            patience.check_stop()
-            progress(phase, done, total)
-
-        archives = _wanted(folder, base_url, names, patience)
+        unreachable = f"check the network and --base-url {without_login(base_url)}, or {_BY_HAND}"
+        retries = Retries(unreachable, notify, stop)
+        progress = retries.stoppable(progress)
+        archives = _wanted(folder, base_url, names, retries)
         missing = [archive for archive in archives if not (folder / archive.file).exists()]
         require_space(folder, sum(_still_to_come(folder, archive) for archive in missing))
         for archive in archives:
             if archive not in missing:
-                check_archive(folder / archive.file, archive, stoppable_progress)
+                check_archive(folder / archive.file, archive, progress)
                 notify(f"{archive.file}: there already, and right")
         for archive in missing:
             url = urljoin(base_url, archive.file)
-            Fetch(url, folder / archive.file, archive, stoppable_progress, patience).run()
+            Download(
+                url,
+                folder / archive.file,
+                length=archive.bytes,
+                md5=archive.md5,
+                advice=_ADVICE,
+                progress=progress,
+                retries=retries,
+            ).run()
 
 
-def _wanted(folder: Path, base_url: str, names: Sequence[str], patience: Patience) -> list[Archive]:
+def _wanted(folder: Path, base_url: str, names: Sequence[str], retries: Retries) -> list[Archive]:
     archives = expected_archives(folder)
     if archives is ARCHIVES and base_url != BASE_URL and _lacks_any(folder, names):
-        archives = _served_archives(folder, base_url, patience)
+        archives = _served_archives(folder, base_url, retries)
     return [archives[name] for name in names]
 
 
@@ -93,10 +112,10 @@ def _lacks_any(folder: Path, names: Sequence[str]) -> bool:
     return not all((folder / ARCHIVES[name].file).exists() for name in names)
 
 
-def _served_archives(folder: Path, base_url: str, patience: Patience) -> Mapping[str, Archive]:
+def _served_archives(folder: Path, base_url: str, retries: Retries) -> Mapping[str, Archive]:
     """What a mirror says of its archives; without a list of its own it has the official ones."""
     url = urljoin(base_url, MD5SUMS)
-    content = fetch_small(url, patience)
+    content = fetch_small(url, _ADVICE, retries)
     if content is None:
         return ARCHIVES
     archives = parse_md5sums(content.decode(errors="replace"), without_login(url))

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, ValidationError
 
+from pipelines.data.download import require_space
 from pipelines.data.failure import Failure, failure_of
 from pipelines.data.holding import held_folder
-from pipelines.data.imagenet.archives import Progress, digest_of
-from pipelines.data.imagenet.fetch import require_space
 from pipelines.data.manifest import Frozen, Sha256
-from pipelines.data.retries import Failed, Patience, Send
+from pipelines.data.progress import Progress, digest_of
+from pipelines.data.retries import Failed, Notify, Retries, Send
 from pipelines.errors import AsgoError, UsageError
 from pipelines.stopping import stop_on_signals
 from pipelines.storage import write_atomically
@@ -60,7 +59,7 @@ class _Notice:
     text: str
 
 
-def download_hub_copy(folder: Path, *, progress: Progress, notify: Callable[[str], None]) -> str:
+def download_hub_copy(folder: Path, *, progress: Progress, notify: Notify) -> str:
     """Bring the hub's Parquet files of both splits into `folder`/data, or go on with those that are still missing.
 
     Files that are there and have the right SHA-256 are left alone. What the hub says of them is kept in `hub.json`.
@@ -78,20 +77,16 @@ def download_hub_copy(folder: Path, *, progress: Progress, notify: Callable[[str
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--archives {folder}: a file is in the way")
     with stop_on_signals() as stop, held_folder(folder):
-        patience = Patience(f"check the network, or set HF_ENDPOINT to a mirror of {ENDPOINT}", notify, stop)
-
-        def stoppable_progress(phase: str, done: int, total: int) -> None:
-            patience.check_stop()
-            progress(phase, done, total)
-
-        listing = _list(patience)
+        retries = Retries(f"check the network, or set HF_ENDPOINT to a mirror of {ENDPOINT}", notify, stop)
+        progress = retries.stoppable(progress)
+        listing = _list(retries)
         _clear_leftovers(folder)
         missing = [file for file in listing.files if not _is_there(folder, file)]
         require_space(folder, sum(file.bytes for file in missing))
         write_atomically(folder / LISTING, listing.model_dump_json(indent=2).encode())
         for number, file in enumerate(listing.files, start=1):
             label = f"{Path(file.path).name} ({number} of {len(listing.files)})"
-            _HubFetch(folder, file, listing.revision, label, stoppable_progress, patience).run()
+            _HubFetch(folder, file, listing.revision, label, progress, retries).run()
         return listing.revision
 
 
@@ -139,18 +134,18 @@ def _clear_leftovers(folder: Path) -> None:
         path.unlink()
 
 
-def _list(patience: Patience) -> Listing:
+def _list(retries: Retries) -> Listing:
     while True:
         try:
-            for message in patience.messages(_ask_for_listing):
-                patience.answered()
+            for message in retries.messages(_ask_for_listing):
+                retries.answered()
                 if not message.files:
                     raise AsgoError(
                         f"{REPOSITORY}: the hub has no Parquet files of it any more; download the archives instead"
                     )
                 return message
         except Failed as error:
-            patience.failed(REPOSITORY, error)
+            retries.wait_after(REPOSITORY, error)
 
 
 def _ask_for_listing(send: Send[Listing]) -> None:
@@ -173,7 +168,7 @@ class _HubFetch:
     """Brings one file to its place under `folder`."""
 
     def __init__(
-        self, folder: Path, file: HubFile, revision: str, label: str, progress: Progress, patience: Patience
+        self, folder: Path, file: HubFile, revision: str, label: str, progress: Progress, retries: Retries
     ) -> None:
         self._folder = folder
         self._file = file
@@ -181,33 +176,33 @@ class _HubFetch:
         self._revision = revision
         self._label = label
         self._progress = progress
-        self._patience = patience
+        self._retries = retries
 
     def run(self) -> None:
         if self._target.exists():
             if self._is_right():
                 return
-            self._patience.notify(f"{self._target}: not as the hub has it; it is fetched again")
+            self._retries.notify(f"{self._target}: not as the hub has it; it is fetched again")
             self._target.unlink()
         while not self._target.exists():
             try:
                 self._attempt()
             except Failed as error:
-                self._patience.failed(self._target.name, error)
+                self._retries.wait_after(self._target.name, error)
 
     def _attempt(self) -> None:
         done = 0
-        for message in self._patience.messages(partial(_fetch, self._folder, self._file.path, self._revision)):
+        for message in self._retries.messages(partial(_fetch, self._folder, self._file.path, self._revision)):
             if isinstance(message, _Notice):
-                self._patience.notify(message.text)
+                self._retries.notify(message.text)
             else:
                 done += message
-                self._patience.answered()
+                self._retries.answered()
                 self._progress(f"downloading {self._label}", min(done, self._file.bytes), self._file.bytes)
         if not self._is_right():
             self._target.unlink()
             raise Failed(Failure("not the bytes that the hub lists", "damaged"))
-        self._patience.advanced()
+        self._retries.advanced()
 
     def _is_right(self) -> bool:
         if self._target.stat().st_size != self._file.bytes:

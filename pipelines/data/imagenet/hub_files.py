@@ -1,4 +1,4 @@
-"""What a Parquet file of the hub's copy of ImageNet holds: pictures as they came, named with their class.
+"""The Parquet files of the hub's copy of ImageNet: pictures as they came, named with their class.
 
 Its columns are `image`, a struct of `bytes` and `path`, and `label`, the class's place among the sorted WordNet ids.
 The paths are the official names with the class once more at the end: `n01440764_10026_n01440764.JPEG` and
@@ -10,31 +10,31 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow
 from pyarrow import parquet
 
+from pipelines.data.imagenet.hub import LISTING, Listing, Split, hub_files, load_listing
+from pipelines.data.images.importing import Contents
+from pipelines.data.images.index import SPLITS, ImageClass
+from pipelines.data.images.manifest import Layout
+from pipelines.data.images.streams import SourceReader, StreamedImage, import_streams
 from pipelines.data.parquet_text import UnreadableColumn, rows_at_once
+from pipelines.data.progress import Progress, digest_of
 from pipelines.errors import AsgoError
 from pipelines.storage import parse_json
 
+_HUB_SPLITS: dict[str, Split] = {"train": "train", "val": "validation"}
 _PATH = re.compile(r"((?:(n\d{8})_\d+|ILSVRC2012_val_\d{8}))_(n\d{8})\.JPEG")
 _PICTURES_AT_ONCE = 32
 _NAMES_AT_ONCE = 1024
 _READ_BYTES = 2 << 20
 
 
-class HubImage(NamedTuple):
-    """A picture's class, its official name (`n01440764_10026.JPEG`) and the bytes of its file."""
-
-    wnid: str
-    name: str
-    content: bytes
-
-
-def read_hub_file(path: Path) -> Iterator[HubImage]:
+def read_hub_file(path: Path) -> Iterator[StreamedImage]:
     """The pictures of a Parquet file in their order, a few megabytes in memory at once.
 
     Raises `AsgoError` for a damaged file, other columns, a page that is too large, a picture without bytes, a path of
@@ -47,7 +47,7 @@ def read_hub_file(path: Path) -> Iterator[HubImage]:
                 wnid, name = _parse(path, image and image["path"], seen)
                 if not image["bytes"]:
                     raise AsgoError(f"{path}: {name} has no bytes")
-                yield HubImage(wnid, name, image["bytes"])
+                yield StreamedImage(wnid, name, image["bytes"])
 
 
 def count_images(path: Path) -> int:
@@ -127,3 +127,58 @@ def _parse(path: Path, name: str | None, seen: set[str]) -> tuple[str, str]:
         raise AsgoError(f"{path}: two pictures are named {match[1]}.JPEG")
     seen.add(match[1])
     return match[3], f"{match[1]}.JPEG"
+
+
+_READER = SourceReader(read_hub_file, count_images)
+
+
+class HubImporter:
+    """The hub's files in a folder; see `ImageImporter`."""
+
+    dataset = "ImageNet"
+    command = "imagenet"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder.resolve()
+        self.options = {"source": "hub", "archives": str(self.folder)}
+        self._files: dict[str, tuple[Path, ...]] = {}
+        self._listing: Listing | None = None
+
+    @property
+    def revision(self) -> str | None:
+        return None if self._listing is None else self._listing.revision
+
+    def find(self) -> list[Path]:
+        self._listing = load_listing(self.folder)
+        self._files = {split: hub_files(self.folder, _HUB_SPLITS[split]) for split in SPLITS}
+        return [path for split in SPLITS for path in self._files[split]]
+
+    def expected(self, path: Path) -> str | None:
+        listed = () if self._listing is None else self._listing.files
+        digests = [file.sha256 for file in listed if Path(file.path).name == path.name and file.sha256]
+        return f"sha256:{digests[0]}" if digests else None
+
+    def check(self, path: Path, report: Progress) -> str:
+        digest = f"sha256:{digest_of(path, 'sha256', partial(report, f'checking {path.name}'))}"
+        expected = self.expected(path)
+        if expected is not None and digest != expected:
+            raise AsgoError(
+                f"{path}: its SHA-256 is not the one that the hub told; remove it and get it again with --download, "
+                f"or remove {self.folder / LISTING} if it is of another edition"
+            )
+        return digest
+
+    def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
+        return import_streams(self._files, _READER, self._classes(report), out, layout, workers, report)
+
+    def _classes(self, report: Progress) -> tuple[ImageClass, ...]:
+        """Sorted by their ids, and called by the first of their names, as those of the development kit."""
+        paths = self._files["train"]
+
+        def read() -> Iterator[Path]:
+            for number, path in enumerate(paths):
+                report("reading the labels", number, len(paths))
+                yield path
+
+        names = read_hub_classes(read())
+        return tuple(ImageClass(wnid, names[wnid].partition(",")[0]) for wnid in sorted(names))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.analysis.contact_sheet import draw_contact_sheet
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
 from pipelines.errors import AsgoError, UsageError
 from tests.pipelines.data.imagenet.archive_makers import CLASSES, Content, write_archives
 

@@ -131,7 +131,7 @@ def test_an_unsorted_or_repeating_alphabet_is_refused(alphabet: str):
 
 def test_tokenizing_and_preparing_do_without_torch():
     code = (
-        "import sys, pipelines.data.prepare, pipelines.data.verify, pipelines.data.shakespeare\n"
+        "import sys, pipelines.data.text_to_shards, pipelines.data.verify, pipelines.data.shakespeare\n"
         "from pipelines.data.tokenizers import Gpt2Tokenizer\n"
         "Gpt2Tokenizer().encode('a')\n"
         "sys.exit('torch' in sys.modules)"

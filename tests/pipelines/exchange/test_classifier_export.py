@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.vision import build_classifier
-from pipelines.data.imagenet.transforms import normalize
+from pipelines.data.images.transforms import normalize
 from pipelines.exchange.export import export_model
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.tensors import model_tensors
@@ -51,7 +51,7 @@ def test_torchvision_loads_it_and_sees_the_same(name: str, tmp_path: Path) -> No
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(theirs.eval()(images), ours(images))
-    assert [[each["wnid"], each["name"]] for each in description["classes"]] == CLASSES
+    assert [[each["id"], each["name"]] for each in description["classes"]] == CLASSES
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pipelines.data.imagenet.transforms import normalize
+from pipelines.data.images.transforms import normalize
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pipelines.config import ImageNetRunConfig, RunConfig
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, preset_names, resolve
 from pipelines.training.checkpoint import newest_checkpoint

@@ -179,7 +179,7 @@ def test_resume_with_another_configuration_says_what_differs(
 
 
 def test_resume_on_other_data_is_refused(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
-    from pipelines.data.prepare import prepare_text
+    from pipelines.data.text_to_shards import prepare_text
 
     train(small_config(), tmp_path / "run", reporter)
     (tmp_path / "other.txt").write_text("abcdefgh " * 1000, encoding="utf-8")

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
+from pipelines.data.corpus.corpus_to_shards import CorpusOptions, prepare_corpus
 from pipelines.data.corpus.pipeline import Status
-from pipelines.data.corpus.prepare import CorpusOptions, prepare_corpus
 from pipelines.data.corpus.sources import Corpus
 from pipelines.data.manifest import Manifest
 from pipelines.data.tokenizers import Gpt2Tokenizer

@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.data.corpus import encode
 from pipelines.data.corpus.encode import Backend, BatchEncoder, EncodedBatch
-from pipelines.data.corpus.reader import Batch
+from pipelines.data.corpus.reader import TextBatch
 from pipelines.data.corpus.sources import Position
 from pipelines.data.manifest import DocumentCounts
 from pipelines.data.tokenizers import Gpt2Tokenizer
@@ -25,7 +25,7 @@ TEXTS = [
 ]
 
 
-def rows(values: Sequence[str | bytes | None]) -> Batch:
+def rows(values: Sequence[str | bytes | None]) -> TextBatch:
     """A batch of Parquet rows; bytes go into the column as they are, valid or not."""
     raw = [value.encode() if isinstance(value, str) else value for value in values]
     binary = pyarrow.array(raw, type=pyarrow.binary())
@@ -33,16 +33,16 @@ def rows(values: Sequence[str | bytes | None]) -> Batch:
     return batch_of(column, are_lines=False)
 
 
-def lines(values: Sequence[str]) -> Batch:
+def lines(values: Sequence[str]) -> TextBatch:
     return batch_of(pyarrow.array([value.encode() for value in values]), are_lines=True)
 
 
-def batch_of(column: pyarrow.Array, *, are_lines: bool) -> Batch:
+def batch_of(column: pyarrow.Array, *, are_lines: bool) -> TextBatch:
     sink = pyarrow.BufferOutputStream()
     table = pyarrow.table({"text": column})
     with pyarrow.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
-    return Batch(Position(0, 0, 3), "mirror/b.jsonl", 768, are_lines, bytes(sink.getvalue()))
+    return TextBatch(Position(0, 0, 3), "mirror/b.jsonl", 768, are_lines, bytes(sink.getvalue()))
 
 
 def documents(encoded: EncodedBatch) -> dict[int, list[int]]:

@@ -20,7 +20,7 @@ import pytest
 from pyarrow import parquet
 
 from pipelines.data import retries
-from pipelines.data.corpus.prepare import CorpusOptions
+from pipelines.data.corpus.corpus_to_shards import CorpusOptions
 from pipelines.data.corpus.sources import FINEWEB, OPENWEBTEXT
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from tests import hub as protocol

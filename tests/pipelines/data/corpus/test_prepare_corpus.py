@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.batches import open_token_data
+from pipelines.data.corpus.corpus_to_shards import CorpusOptions
 from pipelines.data.corpus.pipeline import Status
-from pipelines.data.corpus.prepare import CorpusOptions
 from pipelines.data.corpus.sources import FINEWEB, OPENWEBTEXT, Corpus
 from pipelines.data.holding import held_folder
 from pipelines.data.manifest import DocumentCounts, load_manifest

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 
 from pipelines.data import retries
+from pipelines.data.download import require_space
 from pipelines.data.holding import held_folder
 from pipelines.data.imagenet.archives import ARCHIVES, MD5SUMS
 from pipelines.data.imagenet.download import BASE_URL, LICENCE_TERMS, download_archives
-from pipelines.data.imagenet.fetch import require_space
 from pipelines.errors import AsgoError, UsageError
 from tests.hub import Drip, Drop, Stall, Status, Truncate, refusing_endpoint, silent_endpoint
 

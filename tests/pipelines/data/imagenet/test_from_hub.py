@@ -16,12 +16,12 @@ import pytest
 from pyarrow import parquet
 
 from pipelines.data import parquet_text
-from pipelines.data.imagenet.archives import Progress
 from pipelines.data.imagenet.hub import LISTING, HubFile, Listing
 from pipelines.data.imagenet.hub_files import read_hub_classes, read_hub_file
-from pipelines.data.imagenet.images import open_imagenet
-from pipelines.data.imagenet.manifest import ImagenetManifest
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
+from pipelines.data.images.image_sets import open_images
+from pipelines.data.images.manifest import ImageManifest
+from pipelines.data.progress import Progress
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import sha256_of
 
@@ -33,7 +33,7 @@ CHILD = """
 import sys
 from pathlib import Path
 import numpy, pyarrow
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
 
 pyarrow.array(numpy.array([b""]))  # the first one brings pandas where there is one, which takes a second
 
@@ -53,9 +53,7 @@ def unheard(phase: str, done: int, total: int) -> None:
     """A report that nobody hears."""
 
 
-def prepare(
-    folder: Path, out: Path, *, extract: bool = True, report: Progress = unheard, **more: Any
-) -> ImagenetManifest:
+def prepare(folder: Path, out: Path, *, extract: bool = True, report: Progress = unheard, **more: Any) -> ImageManifest:
     return prepare_imagenet(folder, out, origin="hub", extract=extract, workers=2, report=report, **more)
 
 
@@ -91,7 +89,7 @@ def test_in_one_file_a_split_the_images_are_read_in_the_same_order_as_from_the_a
     prepare(copy, tmp_path / "out", extract=False)
     files = ["manifest.json", "train.images", "train.parquet", "val.images", "val.parquet"]
     assert sorted(tree(tmp_path / "out")) == files
-    expected, made = open_imagenet(tmp_path / "expected"), open_imagenet(tmp_path / "out")
+    expected, made = open_images(tmp_path / "expected"), open_images(tmp_path / "out")
     assert made.fingerprint == expected.fingerprint
     for ours, theirs in ((made.train, expected.train), (made.validation, expected.validation)):
         assert [(ours.name(at), ours.read(at)) for at in range(len(ours))] == [
@@ -105,7 +103,7 @@ def test_the_manifest_has_the_commit_and_the_digests_of_the_files(tmp_path: Path
     write_listing(copy)
     manifest = prepare(copy, tmp_path / "out")
     assert manifest.revision == "c0ffee"
-    assert {each.file: each.digest for each in manifest.archives} == {
+    assert {each.file: each.digest for each in manifest.source_files} == {
         path.name: f"sha256:{sha256_of(path)}" for path in paths
     }
 
@@ -145,7 +143,7 @@ def test_a_damaged_file_is_one_line_and_when_it_is_mended_the_work_goes_on(
         prepare(copy, tmp_path / "out", extract=extract)
     assert "\n" not in str(caught.value)
     with pytest.raises(AsgoError, match=r"incomplete; this goes on: asgo data imagenet --source hub --archives"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
     path.write_bytes(whole)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UsageError, match=r"not the archive that .*out was begun with; pass --overwrite"):
@@ -275,10 +273,10 @@ def test_a_packed_file_that_is_gone_or_cut_is_not_read_from(tmp_path: Path, copy
     size = path.stat().st_size
     os.truncate(path, size - 1)
     with pytest.raises(AsgoError, match=rf"val\.images: {size - 1:,} bytes long, not {size:,}; make the folder again"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
     path.unlink()
     with pytest.raises(AsgoError, match=r"val\.images: not there any more; make the folder again with --overwrite"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
 
 
 @LAYOUTS
@@ -292,7 +290,7 @@ def test_killed_again_and_again_it_ends_with_the_same_folder(tmp_path: Path, ext
         while len(moments) < KILLS and kill_before_the_end(copy, out, extract, rng):
             moments.append(files_done(out))
             with pytest.raises(AsgoError, match="incomplete; this goes on"):
-                open_imagenet(out)
+                open_images(out)
         assert (prepare(copy, out, extract=extract), tree(out)) == undisturbed
         folders += 1
         assert folders < 10 * KILLS, "it ends too soon to be killed"

@@ -17,7 +17,8 @@ import pytest
 from pyarrow import parquet
 
 from pipelines.data.imagenet.hub import LISTING, REPOSITORY, hub_files
-from pipelines.data.imagenet.hub_files import HubImage, read_hub_classes, read_hub_file
+from pipelines.data.imagenet.hub_files import read_hub_classes, read_hub_file
+from pipelines.data.images.streams import StreamedImage
 from pipelines.errors import AsgoError
 from tests.hub import Drip, Drop, Hub, Stall, Status, client_environment, refusing_endpoint
 
@@ -63,7 +64,7 @@ def test_pictures_come_in_order_with_their_official_names(tmp_path: Path) -> Non
     rows = train_rows(1)
     images = list(read_hub_file(write_file(tmp_path / "a.parquet", rows)))
     assert [image.content for image in images] == [content for content, *_ in rows]
-    assert [f"{image.name[:-5]}_{image.wnid}.JPEG" for image in images] == [name for _, name, _ in rows]
+    assert [f"{image.name[:-5]}_{image.class_id}.JPEG" for image in images] == [name for _, name, _ in rows]
 
 
 def test_only_a_part_of_a_file_is_in_memory(tmp_path: Path) -> None:
@@ -76,7 +77,7 @@ def test_only_a_part_of_a_file_is_in_memory(tmp_path: Path) -> None:
 
 def test_validation_pictures_are_named_with_their_class(tmp_path: Path) -> None:
     path = write_file(tmp_path / "a.parquet", [(b"jpeg", f"ILSVRC2012_val_00000293_{TENCH}.JPEG", 0)])
-    assert list(read_hub_file(path)) == [HubImage(TENCH, "ILSVRC2012_val_00000293.JPEG", b"jpeg")]
+    assert list(read_hub_file(path)) == [StreamedImage(TENCH, "ILSVRC2012_val_00000293.JPEG", b"jpeg")]
 
 
 def test_classes_are_named_by_their_label(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from pipelines.data.imagenet.archives import ARCHIVES
-from pipelines.data.imagenet.images import ImagenetData, ImageSet, open_imagenet
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
+from pipelines.data.images.image_sets import ImageData, ImageSet, open_images
 from pipelines.errors import AsgoError, UsageError
 
 from .archive_makers import CLASSES, Content, pictures, write_archives
@@ -35,9 +35,9 @@ def archives(tmp_path: Path, content: Content) -> Path:
     return write_archives(tmp_path / "moved" / "archives", content)
 
 
-def make(archives: Path, out: Path, layout: str) -> ImagenetData:
+def make(archives: Path, out: Path, layout: str) -> ImageData:
     prepare_imagenet(archives, out, extract=layout == "extracted", report=unheard)
-    return open_imagenet(out)
+    return open_images(out)
 
 
 def everything(images: ImageSet) -> list[tuple[str, int, bytes]]:
@@ -50,7 +50,7 @@ def test_images_names_and_labels_are_those_of_the_archives(
 ) -> None:
     data = make(archives, tmp_path / "out", layout)
     wnids = sorted(content.train)
-    assert [(each.wnid, each.name) for each in data.classes] == [(wnid, CLASSES[wnid]) for wnid in wnids]
+    assert [(each.id, each.name) for each in data.classes] == [(wnid, CLASSES[wnid]) for wnid in wnids]
     assert everything(data.train) == [
         (f"{wnid}/{name}", label, content.train[wnid][name])
         for label, wnid in enumerate(wnids)
@@ -96,16 +96,16 @@ def test_sets_can_be_sent_to_other_processes_after_they_were_read(tmp_path: Path
 def test_threads_may_read_at_once(tmp_path: Path, archives: Path, layout: str) -> None:
     train = make(archives, tmp_path / "out", layout).train
     wanted = [train.read(index) for index in range(len(train))]
-    fresh = open_imagenet(tmp_path / "out").train
+    fresh = open_images(tmp_path / "out").train
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(fresh.read, list(range(len(train))) * 20)) == wanted * 20
 
 
 def test_folders_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such data folder"):
-        open_imagenet(tmp_path / "nowhere")
+        open_images(tmp_path / "nowhere")
     with pytest.raises(AsgoError, match=r"no manifest\.json, so `asgo data imagenet` has not made this folder"):
-        open_imagenet(tmp_path)
+        open_images(tmp_path)
 
 
 def test_archives_that_are_gone_or_changed_are_named_with_the_way_out(tmp_path: Path, archives: Path) -> None:
@@ -115,14 +115,14 @@ def test_archives_that_are_gone_or_changed_are_named_with_the_way_out(tmp_path: 
         AsgoError,
         match=r"img_train\.tar: not there any more; put it back, .*--archives FOLDER .*--no-extract --overwrite",
     ):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
     there = tmp_path / "elsewhere" / "archives"
     prepare_imagenet(there, tmp_path / "out", extract=False, overwrite=True, report=unheard)
-    open_imagenet(tmp_path / "out")
+    open_images(tmp_path / "out")
     with (there / ARCHIVES["val"].file).open("ab") as file:
         file.write(b"x")
     with pytest.raises(AsgoError, match=r"img_val\.tar: [\d,]+ bytes long, not [\d,]+; put it back"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
 
 
 def test_an_archive_that_is_cut_while_it_is_open_is_told_with_the_image(tmp_path: Path, archives: Path) -> None:
@@ -144,7 +144,7 @@ def test_extracted_images_that_are_gone_or_cut_are_named(tmp_path: Path, archive
         data.train.read(3)
     shutil.rmtree(path.parent)
     with pytest.raises(AsgoError, match=rf"{path.parent.name}: not there any more; make the folder again"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
 
 
 def test_an_index_that_is_not_the_manifests_own_is_refused(tmp_path: Path, archives: Path, content: Content) -> None:
@@ -153,4 +153,4 @@ def test_an_index_that_is_not_the_manifests_own_is_refused(tmp_path: Path, archi
     make(write_archives(tmp_path / "others", content), tmp_path / "out2", "archives")
     shutil.copy(tmp_path / "out2" / "train.parquet", tmp_path / "out" / "train.parquet")
     with pytest.raises(AsgoError, match=r"train\.parquet: altered since it was written"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")

@@ -8,17 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipelines.data.imagenet.archive_index import build_train_index, build_validation_index
 from pipelines.data.imagenet.archives import ARCHIVES
-from pipelines.data.imagenet.index import (
+from pipelines.data.imagenet.devkit import Labels, read_devkit
+from pipelines.data.imagenet.tar import open_tar
+from pipelines.data.images.index import (
     Index,
-    build_train_index,
-    build_validation_index,
     fingerprint,
     read_index,
     write_index,
 )
-from pipelines.data.imagenet.labels import Labels, read_devkit
-from pipelines.data.imagenet.members import open_tar
 from pipelines.errors import AsgoError
 
 from .archive_makers import Content, noise, tar_bytes, write_archives
@@ -85,8 +84,8 @@ def test_what_is_written_is_read_and_has_plain_columns(tmp_path: Path) -> None:
     for name in ("labels", "names", "offsets", "sizes"):
         np.testing.assert_array_equal(getattr(again, name), getattr(train, name))
     row = parquet.read_table(path).to_pylist()[7]
-    assert list(row) == ["wnid", "name", "offset", "size"]
-    assert (row["wnid"], row["name"]) == ("n10000017", "n10000017_2.JPEG")
+    assert list(row) == ["class", "name", "offset", "size"]
+    assert (row["class"], row["name"]) == ("n10000017", "n10000017_2.JPEG")
 
 
 def test_an_index_that_is_damaged_altered_or_gone_is_named(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch
 from torchvision.datasets import imagenet
 
 from pipelines.data.imagenet.archives import ARCHIVES, expected_archives
-from pipelines.data.imagenet.labels import ImageClass, read_devkit
+from pipelines.data.imagenet.devkit import read_devkit
+from pipelines.data.images.index import ImageClass
 from pipelines.errors import AsgoError
 
 from .archive_makers import CLASSES, Content, class_map, kit_files, noise, pictures, tar_bytes, write_archives

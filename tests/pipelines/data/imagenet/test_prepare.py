@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.imagenet.archives import ARCHIVES, Progress
-from pipelines.data.imagenet.images import open_imagenet
-from pipelines.data.imagenet.manifest import ImagenetManifest, load_imagenet_manifest
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.archives import ARCHIVES
+from pipelines.data.imagenet.importer import prepare_imagenet
+from pipelines.data.images.image_sets import open_images
+from pipelines.data.images.manifest import ImageManifest, load_image_manifest
+from pipelines.data.progress import Progress
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 
 from .archive_makers import Content, noise, tree, write_archives, write_digests
@@ -27,7 +28,7 @@ from .kills import KILLS
 CHILD = """
 import sys
 from pathlib import Path
-from pipelines.data.imagenet.prepare import prepare_imagenet
+from pipelines.data.imagenet.importer import prepare_imagenet
 
 def report(phase, done, total):
     print(phase, flush=True)
@@ -40,9 +41,7 @@ def unheard(phase: str, done: int, total: int) -> None:
     """A report that nobody hears."""
 
 
-def prepare(
-    folder: Path, out: Path, *, extract: bool = True, report: Progress = unheard, **more: Any
-) -> ImagenetManifest:
+def prepare(folder: Path, out: Path, *, extract: bool = True, report: Progress = unheard, **more: Any) -> ImageManifest:
     return prepare_imagenet(folder, out, extract=extract, workers=2, report=report, **more)
 
 
@@ -82,10 +81,10 @@ def test_extracting_gives_the_images_by_class_and_a_manifest_with_the_counts(
         "val",
         "val.parquet",
     ]
-    assert [(each.wnid, each.train, each.validation) for each in manifest.classes] == [
+    assert [(each.id, each.train, each.validation) for each in manifest.classes] == [
         (wnid, 8, 3) for wnid in sorted(content.train)
     ]
-    assert manifest == load_imagenet_manifest(out)
+    assert manifest == load_image_manifest(out)
 
 
 def test_without_extracting_only_the_index_is_written_and_the_data_are_the_same(tmp_path: Path, archives: Path) -> None:
@@ -117,7 +116,7 @@ def test_other_options_are_refused_by_name_unless_overwriting(tmp_path: Path, ar
     assert images_in(out) == expected_tree(content)
     prepare(other, out, extract=False, overwrite=True)
     assert sorted(tree(out)) == ["manifest.json", "train.parquet", "val.parquet"]
-    assert len(open_imagenet(out).train) == 6
+    assert len(open_images(out).train) == 6
 
 
 def test_an_overwriting_that_is_ended_goes_on_without_anything_of_the_old(
@@ -276,7 +275,7 @@ def test_a_signal_at_any_time_interrupts_and_the_same_call_goes_on(
     with pytest.raises(RunInterrupted, match=rf"SIG\w+ while {moment}.*; the same command goes on from here"):
         prepare(archives, tmp_path / "out", report=send)
     with pytest.raises(AsgoError, match=r"out: incomplete; this goes on: asgo data imagenet --archives .* --out .*out"):
-        open_imagenet(tmp_path / "out")
+        open_images(tmp_path / "out")
     prepare(archives, tmp_path / "out")
     assert images_in(tmp_path / "out") == expected_tree(content)
 
@@ -292,7 +291,7 @@ def test_killed_again_and_again_it_ends_with_the_same_folder(tmp_path: Path) -> 
             kills += 1
             partly += 0 < len(images_in(out)) < len(expected_tree(content))
             with pytest.raises(AsgoError, match="incomplete; this goes on"):
-                open_imagenet(out)
+                open_images(out)
         assert (prepare(archives, out), tree(out)) == undisturbed
         folders += 1
         assert folders < 10 * KILLS, "it ends too soon to be killed"
@@ -330,7 +329,7 @@ def test_a_folder_of_an_earlier_version_is_refused_in_one_line_and_may_be_overwr
     (out / name).write_text('{"format_version": 1, "kind": "imagenet", "recipe": {}}')
     told = rf"out/{name}: made by an earlier version of asgo; make the folder again with --overwrite$"
     with pytest.raises(AsgoError, match=told):
-        open_imagenet(out)
+        open_images(out)
     with pytest.raises(AsgoError, match=told):
         prepare(archives, out)
     prepare(archives, out, overwrite=True)
@@ -341,7 +340,7 @@ def test_an_unfinished_folder_of_other_data_is_left_alone(tmp_path: Path, archiv
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "unfinished.json").write_text('{"format_version": 1, "recipe": {}}')
     before = tree(tmp_path / "out")
-    with pytest.raises(AsgoError, match=r"unfinished\.json: damaged, or not of ImageNet; choose another folder"):
+    with pytest.raises(AsgoError, match=r"unfinished\.json: damaged, or not of images; choose another folder"):
         prepare(archives, tmp_path / "out")
     with pytest.raises(UsageError, match=r"`asgo data imagenet` did not make it, so nothing is overwritten"):
         prepare(archives, tmp_path / "out", overwrite=True)
@@ -355,11 +354,11 @@ def test_a_manifest_that_was_altered_is_told(tmp_path: Path, archives: Path) -> 
     whole = path.read_text()
     path.write_text(whole.replace('"train": 8', '"train": 9', 1))
     with pytest.raises(AsgoError, match=r"manifest\.json: altered since it was written"):
-        load_imagenet_manifest(out)
+        load_image_manifest(out)
     path.write_text(json.dumps({**json.loads(whole), "kind": "tokens"}))
-    with pytest.raises(AsgoError, match=r"out: holds other data than ImageNet"):
-        load_imagenet_manifest(out)
+    with pytest.raises(AsgoError, match=r"out: holds other data than images"):
+        load_image_manifest(out)
     for broken in ("", "[]", "{}", whole[:-9], whole.replace('"layout"', '"layouts"')):
         path.write_text(broken)
         with pytest.raises(AsgoError, match=r"manifest\.json: damaged|holds other data"):
-            load_imagenet_manifest(out)
+            load_image_manifest(out)

@@ -1,0 +1,127 @@
+"""Batches of images whose content is a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.data.images.workers import ImageWorkers, PendingBatch
+from pipelines.data.permutation import EpochStream
+
+ImageBatch = tuple[Tensor, Tensor]
+"""Images, uint8 (n, 3, size, size), channels last in memory; their labels, int64 (n,)."""
+
+
+class TrainingImages:
+    """The training images in an order that depends on nothing but the seed, the batch size and the data.
+
+    Each epoch goes through all images once, in its own order. Global batch `step` (0-based) holds the images at the
+    places `step * batch_size` up to `(step + 1) * batch_size` of that stream, across the end of an epoch too. Processes
+    and micro-batches take slices of the same global batch, so their number does not change what is learned from.
+
+    `skipped` are the images met so far that could not be decoded, by name, with the reason.
+    """
+
+    def __init__(
+        self, workers: ImageWorkers, source: str, batch_size: int, parts: Sequence[slice] = (slice(None),)
+    ) -> None:
+        """`parts` are what this process asks for in every step, in that order.
+
+        They are made ahead; whatever else is asked for is made then, and is the same.
+        """
+        images, seed = workers.sources[source].images, workers.sources[source].seed
+        self._workers = workers
+        self._source = source
+        self._labels = images.labels
+        self._batch_size = batch_size
+        self._parts = [range(batch_size)[part] for part in parts]
+        self._stream = EpochStream(len(images), seed)
+        self._coming: dict[tuple[int, range], PendingBatch] = {}
+        self.images_per_epoch = len(images)
+        self.skipped: dict[str, str] = {}
+
+    def batch(self, step: int, rows: slice = slice(None)) -> ImageBatch:
+        """Some rows of global batch `step`.
+
+        Raises `AsgoError` that names an image that cannot be decoded, unless the source is to do without, and when a
+        process was lost.
+        """
+        wanted = (step, range(self._batch_size)[rows])
+        part = self._coming.pop(wanted, None) or self._start(wanted)
+        self._look_ahead(wanted)
+        return _finish(part, self._labels, self.skipped)
+
+    def epoch_at(self, step: int) -> float:
+        """How many times the data has been gone through before global batch `step`."""
+        return step * self._batch_size / self.images_per_epoch
+
+    def _start(self, wanted: tuple[int, range]) -> PendingBatch:
+        step, rows = wanted
+        epochs, images = self._stream.at(step * self._batch_size + np.array(rows, dtype=np.int64))
+        return self._workers.start(self._source, list(zip(epochs.tolist(), images.tolist(), strict=True)))
+
+    def _look_ahead(self, now: tuple[int, range]) -> None:
+        """Start what is asked for next, and drop what is not."""
+        next_ones = self._after(*now)
+        coming = [next(next_ones) for _ in range(self._workers.parts_ahead(len(now[1])))]
+        for key in self._coming.keys() - set(coming):
+            self._coming.pop(key).cancel()
+        for key in coming:
+            if key not in self._coming:
+                self._coming[key] = self._start(key)
+
+    def _after(self, step: int, rows: range) -> Iterator[tuple[int, range]]:
+        place = self._parts.index(rows) + 1 if rows in self._parts else len(self._parts)
+        while True:
+            yield from ((step, part) for part in self._parts[place:])
+            step, place = step + 1, 0
+
+
+class ValidationImages:
+    """The validation images in order, of which a process takes some; iterate as often as you like.
+
+    Those left out of the batches because they could not be decoded are in `skipped`, by name, with the reason.
+    """
+
+    def __init__(self, workers: ImageWorkers, source: str, batches: Sequence[range]) -> None:
+        """`batches` are the places of the images of each batch."""
+        self._workers = workers
+        self._source = source
+        self._labels = workers.sources[source].images.labels
+        self._batches = batches
+        self.skipped: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        """Batches, empty ones too."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        """Each batch, without what is left out. Raises as `TrainingImages.batch` does."""
+        to_come = iter(self._batches)
+        coming: list[PendingBatch] = []
+        try:
+            for batch in self._batches:
+                while (
+                    len(coming) <= self._workers.parts_ahead(max(1, len(batch)))
+                    and (rows := next(to_come, None)) is not None
+                ):
+                    coming.append(self._workers.start(self._source, [(0, index) for index in rows]))
+                yield _finish(coming.pop(0), self._labels, self.skipped)
+        finally:
+            for part in coming:
+                part.cancel()
+
+
+def _finish(part: PendingBatch, labels: NDArray[np.int64], skipped: dict[str, str]) -> ImageBatch:
+    """Wait for a part; rows that were left out go."""
+    made = part.wait()
+    skipped |= made.bad
+    used = torch.tensor(made.used, dtype=torch.int64)
+    pixels = part.pixels
+    if (used < 0).any():
+        pixels, used = pixels[used >= 0], used[used >= 0]
+    return pixels.permute(0, 3, 1, 2), torch.from_numpy(labels[used.numpy()])

@@ -1,0 +1,67 @@
+"""Progress of long work: what reports it, threads that share it, and digests of large files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Progress = Callable[[str, int, int], None]
+"""Called with (phase, done, total), often; what it raises ends the work."""
+
+_POLL_S = 0.1
+_BLOCK = 4 << 20
+
+
+@dataclass
+class Tally:
+    """How much the threads have done, and whether they are to stop."""
+
+    done: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def advance(self, by: int) -> None:
+        """Count what was done, in any unit."""
+        with self._lock:
+            self.done += by
+
+
+def in_threads(
+    jobs: Iterable[Callable[[], None]], workers: int, tally: Tally, tell: Callable[[int], None] = lambda done: None
+) -> None:
+    """Run all `jobs` in `workers` threads, and `tell` many times a second, in this thread, how much is done.
+
+    What a job raises is raised here, and ends the others as what `tell` raises does: they must check `tally.stop`.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        tell(0)
+        try:
+            pending = {pool.submit(job) for job in jobs}
+            while pending:
+                done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                tell(tally.done)
+        finally:
+            tally.stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def digest_of(path: Path, algorithm: str, tell: Callable[[int, int], None]) -> str:
+    """Return the hexadecimal digest of a file.
+
+    `tell` is called often with (bytes done, bytes in total). Raises `OSError`.
+    """
+    digest, done, block = hashlib.new(algorithm, usedforsecurity=False), 0, memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        while count := file.readinto(block):
+            digest.update(block[:count])
+            done += count
+            tell(done, size)
+    return digest.hexdigest()
