@@ -173,8 +173,9 @@ def partial_path(target: Path) -> Path:
 
 
 def fetch_small(url: str, advice: Advice, retries: Retries) -> bytes | None:
-    """A file of at most 1 MiB; None if the server has none. Raises as `Retries.wait_after` does."""
-    while True:
+    """A file of at most 1 MiB; None if the server has none. Raises as `Retries.call` does."""
+
+    def attempt() -> bytes | None:
         body = bytearray()
         try:
             for message in retries.messages(partial(get, url, {}, advice)):
@@ -183,11 +184,13 @@ def fetch_small(url: str, advice: Advice, retries: Retries) -> bytes | None:
                     body += message
                 if len(body) > _SMALL or (isinstance(message, Answer) and message.is_page):
                     return None
-            return bytes(body)
         except Failed as error:
             if error.status in (403, 404, 410):
                 return None
-            retries.wait_after(without_login(url), error)
+            raise
+        return bytes(body)
+
+    return retries.call(without_login(url), attempt)
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -203,7 +206,7 @@ def require_space(folder: Path, needed: int) -> None:
 class Download:
     """Brings the file at `url` to `target`, by way of `target.partial`, whose bytes are never asked for twice.
 
-    Raises from `run`: `AsgoError` as `Retries.wait_after` does, for another length (in bytes) or MD5 than the one
+    Raises from `run`: `AsgoError` as `Retries.call` does, for another length (in bytes) or MD5 than the one
     given, and for a disk that fails; `RunInterrupted`, also when `progress` raises it. What has come is kept in all
     cases but a wrong MD5.
     """
@@ -240,8 +243,8 @@ class Download:
         try:
             with open(self._partial, "ab", buffering=0, opener=refusing_links) as file:
                 self._read_beginning()
-                while self._length is None or self._position < self._length:
-                    self._attempt(file)
+                if self._length is None or self._position < self._length:
+                    self._retries.call(self._target.name, partial(self._attempt, file))
             self._finish()
         except OSError as error:
             raise AsgoError(
@@ -277,7 +280,7 @@ class Download:
         except Failed as error:
             if error.status == 416:
                 self._discard()
-            self._retries.wait_after(self._target.name, error)
+            raise
 
     def _require_end(self) -> None:
         if self._length is None:

@@ -10,6 +10,8 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pipelines.errors import RunInterrupted
+
 Progress = Callable[[str, int, int], None]
 """Called with (phase, done, total), often; what it raises ends the work."""
 
@@ -26,7 +28,9 @@ class Tally:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, by: int) -> None:
-        """Count what was done, in any unit."""
+        """Count what was done, in any unit. Raises `RunInterrupted` when the work is stopped."""
+        if self.stop.is_set():
+            raise RunInterrupted("stopped")
         with self._lock:
             self.done += by
 
@@ -36,7 +40,7 @@ def in_threads(
 ) -> None:
     """Run all `jobs` in `workers` threads, and `tell` many times a second, in this thread, how much is done.
 
-    What a job raises is raised here, and ends the others as what `tell` raises does: they must check `tally.stop`.
+    What a job raises is raised here, and ends the others as what `tell` raises does, at their next `tally.advance`.
     """
     with ThreadPoolExecutor(workers) as pool:
         tell(0)

@@ -141,9 +141,19 @@ class Retries(RetryPolicy):
 
         return tell
 
-    def wait_after(self, place: str, error: Failed) -> None:
-        """Report what failed, and wait. Raises as `pause_after` does if no other attempt is to be made."""
-        deadline = self.pause_after(place, error) + time.monotonic()
+    def call(self, place: str, attempt: Callable[[], T]) -> T:
+        """What `attempt` returns; while it raises `Failed`, report that, wait, and try again.
+
+        Raises as `pause_after` does.
+        """
+        while True:
+            try:
+                return attempt()
+            except Failed as error:
+                self._wait(self.pause_after(place, error))
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
             self.check_stop()
             time.sleep(min(_POLL_S, left))

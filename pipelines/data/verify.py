@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from pipelines.data.manifest import ShardEntry, load_manifest
+from pipelines.data.progress import Tally, in_threads
 from pipelines.data.shards import HEADER_BYTES, MAGIC, VERSION, shard_problem
 from pipelines.data.tokenizers import build_tokenizer
-from pipelines.errors import RunInterrupted
 
 Progress = Callable[[int, int], None]
-"""Called as (bytes checked, bytes in total), by one thread at a time, though not always the same one."""
+"""Called as (bytes checked, bytes in total)."""
 
 _BYTES_AT_ONCE = 1 << 20  # stays in a core's cache between the digest and the maximum
 
@@ -44,37 +43,22 @@ def verify(folder: Path, progress: Progress | None = None) -> list[ShardResult]:
     """
     manifest = load_manifest(folder)
     vocab_size = build_tokenizer(manifest.tokenizer).vocab_size
-    tally = _Tally(sum(_file_bytes(shard) for shard in manifest.shards), progress)
+    tally, told = Tally(), 0
+    results: dict[str, ShardResult] = {}
 
-    def check(shard: ShardEntry) -> ShardResult:
-        return ShardResult(shard.file, shard.tokens, shard.documents, _problem(folder, shard, vocab_size, tally))
+    def check(shard: ShardEntry) -> None:
+        problem = _problem(folder, shard, vocab_size, tally)
+        results[shard.file] = ShardResult(shard.file, shard.tokens, shard.documents, problem)
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, len(manifest.shards))) as pool:
-        try:
-            results = list(pool.map(check, manifest.shards))
-        except BaseException:
-            tally.stopped = True  # leaving the pool waits for its threads, and a shard may have gigabytes
-            raise
-    return results + _foreign(folder, {shard.file for shard in manifest.shards})
+    def tell(done: int) -> None:
+        nonlocal told
+        if progress is not None and done > told:
+            told = done
+            progress(done, sum(_file_bytes(shard) for shard in manifest.shards))
 
-
-class _Tally:
-    """Counts the bytes that all threads have checked, and tells the threads to stop."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.stopped = False
-        self._done = 0
-        self._total = total
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def add(self, count: int) -> None:
-        if self.stopped:
-            raise RunInterrupted("the check was stopped")
-        with self._lock:
-            self._done += count
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+    workers = min(os.cpu_count() or 1, len(manifest.shards))
+    in_threads([partial(check, shard) for shard in manifest.shards], workers, tally, tell)
+    return [results[shard.file] for shard in manifest.shards] + _foreign(folder, results)
 
 
 class _Content(NamedTuple):
@@ -87,7 +71,7 @@ def _file_bytes(shard: ShardEntry) -> int:
     return HEADER_BYTES + 2 * shard.tokens
 
 
-def _problem(folder: Path, shard: ShardEntry, vocab_size: int, tally: _Tally) -> str | None:
+def _problem(folder: Path, shard: ShardEntry, vocab_size: int, tally: Tally) -> str | None:
     path = folder / shard.file
     try:
         # Of another size it is bad, however long the reading would take: only its own header has to say why.
@@ -101,19 +85,19 @@ def _problem(folder: Path, shard: ShardEntry, vocab_size: int, tally: _Tally) ->
         return f"cannot be read: {error.strerror}"
 
 
-def _read(path: Path, tally: _Tally) -> _Content:
+def _read(path: Path, tally: Tally) -> _Content:
     """Header, digest and largest token of a shard, in one pass over its bytes."""
     buffer = memoryview(bytearray(_BYTES_AT_ONCE))
     largest = 0
     with path.open("rb") as file:
         header = file.read(HEADER_BYTES)
         digest = hashlib.sha256(header)
-        tally.add(len(header))
+        tally.advance(len(header))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
             tokens = np.frombuffer(buffer[: count // 2 * 2], dtype="<u2")
             largest = max(largest, int(tokens.max(initial=0)))
-            tally.add(count)
+            tally.advance(count)
     return _Content(header, digest.hexdigest(), largest)
 
 
@@ -134,7 +118,7 @@ def _difference(path: Path, shard: ShardEntry) -> str:
     return "altered: its SHA-256 is not the one in the manifest"
 
 
-def _foreign(folder: Path, known: set[str]) -> list[ShardResult]:
+def _foreign(folder: Path, known: Collection[str]) -> list[ShardResult]:
     unknown = sorted(path.name for path in folder.glob("*.bin") if path.name not in known)
     remains = sorted(path.name for path in folder.glob(".*.bin.partial"))
     return [

@@ -54,11 +54,6 @@ class Listing(Frozen):
     files: Annotated[tuple[HubFile, ...], Field(strict=False)]
 
 
-@dataclass(frozen=True)
-class _Notice:
-    text: str
-
-
 def download_hub_copy(folder: Path, *, progress: Progress, notify: Notify) -> str:
     """Bring the hub's Parquet files of both splits into `folder`/data, or go on with those that are still missing.
 
@@ -79,14 +74,14 @@ def download_hub_copy(folder: Path, *, progress: Progress, notify: Notify) -> st
     with stop_on_signals() as stop, held_folder(folder):
         retries = Retries(f"check the network, or set HF_ENDPOINT to a mirror of {ENDPOINT}", notify, stop)
         progress = retries.stoppable(progress)
-        listing = _list(retries)
+        listing = retries.call(REPOSITORY, lambda: _list(retries))
         _clear_leftovers(folder)
         missing = [file for file in listing.files if not _is_there(folder, file)]
         require_space(folder, sum(file.bytes for file in missing))
         write_atomically(folder / LISTING, listing.model_dump_json(indent=2).encode())
         for number, file in enumerate(listing.files, start=1):
             label = f"{Path(file.path).name} ({number} of {len(listing.files)})"
-            _HubFetch(folder, file, listing.revision, label, progress, retries).run()
+            _FileDownload(folder, file, listing.revision, label, progress, retries).run()
         return listing.revision
 
 
@@ -135,17 +130,11 @@ def _clear_leftovers(folder: Path) -> None:
 
 
 def _list(retries: Retries) -> Listing:
-    while True:
-        try:
-            for message in retries.messages(_ask_for_listing):
-                retries.answered()
-                if not message.files:
-                    raise AsgoError(
-                        f"{REPOSITORY}: the hub has no Parquet files of it any more; download the archives instead"
-                    )
-                return message
-        except Failed as error:
-            retries.wait_after(REPOSITORY, error)
+    listing = next(retries.messages(_ask_for_listing))
+    retries.answered()
+    if not listing.files:
+        raise AsgoError(f"{REPOSITORY}: the hub has no Parquet files of it any more; download the archives instead")
+    return listing
 
 
 def _ask_for_listing(send: Send[Listing]) -> None:
@@ -164,56 +153,53 @@ def _ask_for_listing(send: Send[Listing]) -> None:
         raise Failed(failure_of(error, file=None, remote=True)) from error
 
 
-class _HubFetch:
-    """Brings one file to its place under `folder`."""
+@dataclass(frozen=True)
+class _FileDownload:
+    """Brings one file to its place under `folder`; `label` is for the progress."""
 
-    def __init__(
-        self, folder: Path, file: HubFile, revision: str, label: str, progress: Progress, retries: Retries
-    ) -> None:
-        self._folder = folder
-        self._file = file
-        self._target = folder / file.path
-        self._revision = revision
-        self._label = label
-        self._progress = progress
-        self._retries = retries
+    folder: Path
+    file: HubFile
+    revision: str
+    label: str
+    progress: Progress
+    retries: Retries
+
+    @property
+    def target(self) -> Path:
+        return self.folder / self.file.path
 
     def run(self) -> None:
-        if self._target.exists():
+        if self.target.exists():
             if self._is_right():
                 return
-            self._retries.notify(f"{self._target}: not as the hub has it; it is fetched again")
-            self._target.unlink()
-        while not self._target.exists():
-            try:
-                self._attempt()
-            except Failed as error:
-                self._retries.wait_after(self._target.name, error)
+            self.retries.notify(f"{self.target}: not as the hub has it; it is fetched again")
+            self.target.unlink()
+        self.retries.call(self.target.name, self._attempt)
 
     def _attempt(self) -> None:
         done = 0
-        for message in self._retries.messages(partial(_fetch, self._folder, self._file.path, self._revision)):
-            if isinstance(message, _Notice):
-                self._retries.notify(message.text)
+        for message in self.retries.messages(partial(_fetch, self.folder, self.file.path, self.revision)):
+            if isinstance(message, str):
+                self.retries.notify(message)
             else:
                 done += message
-                self._retries.answered()
-                self._progress(f"downloading {self._label}", min(done, self._file.bytes), self._file.bytes)
+                self.retries.answered()
+                self.progress(f"downloading {self.label}", min(done, self.file.bytes), self.file.bytes)
         if not self._is_right():
-            self._target.unlink()
+            self.target.unlink()
             raise Failed(Failure("not the bytes that the hub lists", "damaged"))
-        self._retries.advanced()
+        self.retries.advanced()
 
     def _is_right(self) -> bool:
-        if self._target.stat().st_size != self._file.bytes:
+        if self.target.stat().st_size != self.file.bytes:
             return False
-        if self._file.sha256 is None:
+        if self.file.sha256 is None:
             return True
-        tell = partial(self._progress, f"checking {self._label}")
-        return digest_of(self._target, "sha256", tell) == self._file.sha256
+        tell = partial(self.progress, f"checking {self.label}")
+        return digest_of(self.target, "sha256", tell) == self.file.sha256
 
 
-def _fetch(folder: Path, path: str, revision: str, send: Send[int | _Notice]) -> None:
+def _fetch(folder: Path, path: str, revision: str, send: Send[int | str]) -> None:
     """Send how many bytes have come, again and again, and what the library has to say."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging as hub_logging
@@ -237,9 +223,9 @@ def _fetch(folder: Path, path: str, revision: str, send: Send[int | _Notice]) ->
 
 
 class _Notices(logging.Handler):
-    def __init__(self, send: Send[_Notice]) -> None:
+    def __init__(self, send: Send[str]) -> None:
         super().__init__(logging.WARNING)
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._send(_Notice(" ".join(record.getMessage().split())))
+        self._send(" ".join(record.getMessage().split()))

@@ -77,8 +77,7 @@ def _extract_class(work: _Work, folder: Path, images: Index) -> None:
         reopen(folder)
     make_partial_folder(folder)
     _write_missing(work, partial_folder(folder), expected, images.offsets.tolist())
-    if not work.tally.stop.is_set():
-        publish(folder, expected)
+    publish(folder, expected)
 
 
 def _write_missing(work: _Work, folder: Path, expected: dict[str, int], offsets: Sequence[int]) -> None:
@@ -89,8 +88,6 @@ def _write_missing(work: _Work, folder: Path, expected: dict[str, int], offsets:
     parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for (name, size), offset in zip(expected.items(), offsets, strict=True):
-            if work.tally.stop.is_set():
-                return
             if there.get(name) != size:
                 _copy(work, buffer[:size], offset, folder / name, parent)
             work.tally.advance(size)

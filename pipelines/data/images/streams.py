@@ -207,8 +207,6 @@ def _extract_file(
         return
     rows = _Rows()
     for image in reader.read(path):
-        if tally.stop.is_set():
-            return
         label = parts.label(path, image)
         if there[label].get(image.name) != len(image.content):
             write_image(partial_folder(target / image.class_id) / image.name, image.content)

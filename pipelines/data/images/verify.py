@@ -16,7 +16,7 @@ from pipelines.data.images.index import SPLITS, Index, index_file, packed_file, 
 from pipelines.data.images.manifest import ImageManifest, Piece, SourceFile, load_image_manifest
 from pipelines.data.manifest import MANIFEST
 from pipelines.data.progress import Progress, Tally, digest_of, in_threads
-from pipelines.errors import AsgoError, RunInterrupted
+from pipelines.errors import AsgoError
 
 _BLOCK = 4 << 20
 
@@ -137,7 +137,7 @@ class _Check:
 
         def count(done: int, total: int) -> None:
             nonlocal counted
-            self._advance(done - counted)
+            self.tally.advance(done - counted)
             counted = done
 
         if digest_of(path, algorithm, count) != expected:
@@ -161,11 +161,6 @@ class _Check:
             while block := file.read(min(_BLOCK, left)):
                 digest.update(block)
                 left -= len(block)
-                self._advance(len(block))
+                self.tally.advance(len(block))
         if digest.hexdigest() != piece.sha256:
             self._tell(path, f"altered between byte {begin:,} and byte {begin + piece.bytes:,}")
-
-    def _advance(self, amount: int) -> None:
-        if self.tally.stop.is_set():
-            raise RunInterrupted("the check was stopped")
-        self.tally.advance(amount)

@@ -142,7 +142,7 @@ def test_shards_are_checked_side_by_side(folder: Path, monkeypatch: pytest.Monke
     all_are_reading = threading.Barrier(3, timeout=60)
     read = module._read
 
-    def wait_and_read(path: Path, tally: module._Tally) -> module._Content:
+    def wait_and_read(path: Path, tally: module.Tally) -> module._Content:
         all_are_reading.wait()
         return read(path, tally)
 
