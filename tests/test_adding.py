@@ -1,4 +1,4 @@
-"""What `docs/adding.md` says is enough: its optimizer and its function are added to a copy of the source, and used."""
+"""What `docs/adding.md` says is enough: what it adds is added to a copy of the source and used; its importer is run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipelines.data.images.image_sets import open_images
+from pipelines.data.images.importing import import_images
+from pipelines.data.images.index import SPLITS
+from pipelines.data.images.verify import verify_images
 from tests.conftest import SMALL
 from tests.long import long
 from tests.test_docs import blocks
@@ -26,7 +32,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
     for room in ("asgo_cli", "optim", "models", "pipelines"):
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
-    (file,) = blocks(PAGE, "python")
+    file, _importer = blocks(PAGE, "python")
     (copy / "optim" / "lion.py").write_text(file)
     entry, _commands, function = blocks(PAGE, "")
     insert(copy / "optim" / "specs.py", 'implied={**_FUSED_SGD, "nesterov": True},\n    ),\n', entry)
@@ -100,3 +106,21 @@ def test_an_added_optimizer_leaves_the_suite_green(extended: Path) -> None:
 def test_an_added_optimizer_is_timed(extended: Path) -> None:
     words = ["bench", "optimizers", "--optimizer", "lion", "--repeats", "1", "--json"]
     assert '"lion"' in asgo(extended, *words).stdout
+
+
+@pytest.mark.parametrize("extract", [True, False])
+def test_an_added_importer_makes_a_folder_that_is_read_and_verified(tmp_path: Path, extract: bool) -> None:
+    for split in SPLITS:
+        with zipfile.ZipFile(tmp_path / f"{split}.zip", "w") as archive:
+            for name in ("dog/2.jpg", "cat/1.jpg", "dog/1.jpg"):
+                archive.writestr(name, f"{split} {name}")
+    importer: dict[str, Any] = {}
+    exec(blocks(PAGE, "python")[1], importer)
+    out = tmp_path / "out"
+    import_images(importer["CatsAndDogs"](tmp_path), out, extract=extract, report=lambda *_: None)
+    data = open_images(out)
+    assert [each.name for each in data.classes] == ["domestic cat", "domestic dog"]
+    assert data.train.labels.tolist() == [0, 1, 1]
+    assert [data.train.name(at) for at in range(3)] == ["cat/1.jpg", "dog/1.jpg", "dog/2.jpg"]
+    assert [data.train.read(at) for at in range(3)] == [b"train cat/1.jpg", b"train dog/1.jpg", b"train dog/2.jpg"]
+    assert verify_images(out, lambda *_: None) == []

@@ -1,13 +1,30 @@
-"""What every process that a preparation starts does first."""
+"""Processes that a preparation or a loader starts."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import parent_process, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+
+def start_child(
+    work: Callable[..., None], *arguments: object, duplex: bool = True, hold_back: Sequence[signal.Signals] = ()
+) -> tuple[BaseProcess, Connection[Any, Any]]:
+    """Start a process that runs `work(connection, *arguments)`; returns it and the other end of its connection."""
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe(duplex)
+    process = context.Process(target=work, args=(other_end, *arguments), daemon=True)
+    with signals_held_back(*hold_back):
+        process.start()
+    other_end.close()
+    return process, connection
 
 
 @contextlib.contextmanager

@@ -9,8 +9,13 @@ from pathlib import Path
 
 from pipelines.data.corpus.encode import Backend
 from pipelines.data.corpus.feed import Feed
-from pipelines.data.corpus.folder import finished_manifest, require_replaceable, unfinished_journal
-from pipelines.data.corpus.journal import Journal, save_journal
+from pipelines.data.corpus.folder import (
+    Journal,
+    finished_manifest,
+    require_replaceable,
+    save_journal,
+    unfinished_journal,
+)
 from pipelines.data.corpus.pipeline import Pipeline, Status
 from pipelines.data.corpus.sources import HUB, Corpus, CorpusSource, Position, build_source
 from pipelines.data.corpus.split import SplitWriter

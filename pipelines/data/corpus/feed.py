@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import re
 import time
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from pipelines.data.addresses import without_secrets
-from pipelines.data.child import signals_held_back
+from pipelines.data.child import start_child
 from pipelines.data.corpus.reader import (
     Contact,
     End,
@@ -106,13 +105,7 @@ class Feed:
         return message
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other_end = context.Pipe(duplex=False)[0:2]
-        reader = context.Process(target=read_source, args=(other_end, self.source, self._next), daemon=True)
-        with signals_held_back():
-            reader.start()
-        self._reader = reader
-        other_end.close()
+        self._reader, self._connection = start_child(read_source, self.source, self._next, duplex=False)
         self._retries.expect_message()
 
     def _handle(self, message: Message | None) -> None:

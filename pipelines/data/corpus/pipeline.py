@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pipelines.data.corpus.encode import EncodedBatch
 from pipelines.data.corpus.feed import Feed
-from pipelines.data.corpus.journal import Journal, LastBatch, save_journal
+from pipelines.data.corpus.folder import Journal, LastBatch, save_journal
 from pipelines.data.corpus.reader import TextBatch
 from pipelines.data.corpus.split import SplitWriter
 from pipelines.data.corpus.tokenizer_pool import TokenizerPool

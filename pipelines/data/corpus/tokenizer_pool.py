@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -11,7 +10,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-from pipelines.data.child import begin_child, signals_held_back
+from pipelines.data.child import begin_child, start_child
 from pipelines.data.corpus.encode import Backend, BatchEncoder, EncodedBatch, best_backend
 from pipelines.data.corpus.reader import TextBatch
 
@@ -56,12 +55,7 @@ class _Tokenizer:
     """One process and the pipe to it."""
 
     def __init__(self, backend: Backend) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, other_end = context.Pipe()
-        self._process = context.Process(target=_work, args=(other_end, backend), daemon=True)
-        with signals_held_back():
-            self._process.start()
-        other_end.close()
+        self._process, self._connection = start_child(_work, backend)
 
     def encode(self, batch: TextBatch) -> EncodedBatch:
         reply: EncodedBatch | Exception

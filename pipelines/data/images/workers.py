@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
 import queue
 import signal
@@ -23,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.child import begin_child, signals_held_back
+from pipelines.data.child import begin_child, start_child
 from pipelines.data.images.decode import BadImageError, EncodedImage
 from pipelines.data.images.image_sets import ImageSet
 from pipelines.data.images.transforms import Transform, render
@@ -170,13 +169,8 @@ class _Worker:
     """A process and the ways to it: messages, and pixels, which go from the socket right into the batch."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._messages, its_messages = context.Pipe()
         self._pixels, its_pixels = socket.socketpair()
-        self._process = context.Process(target=_work, args=(its_messages, its_pixels), daemon=True)
-        with signals_held_back(signal.SIGTERM):
-            self._process.start()
-        its_messages.close()
+        self._process, self._messages = start_child(_work, its_pixels, hold_back=[signal.SIGTERM])
         its_pixels.close()
 
     def tell(self, message: memoryview) -> None:
