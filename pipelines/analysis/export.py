@@ -14,11 +14,11 @@ from pipelines.storage import csv_cell
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import RunFolder
 
-COLUMNS = (
+_LEADING = (
     "run", "optimizer", "step", "epoch", "tokens", "samples", "split", "loss", "accuracy", "lr", "grad_norm",
-    "step_ms", "optimizer_ms", "throughput", "elapsed_s", "top5_accuracy",
+    "step_ms", "optimizer_ms", "throughput", "elapsed_s",
 )  # fmt: skip
-"""The columns, in order; units are those of `pipelines.training.metrics.Row`."""
+"""The columns whose order is promised; all others of `Row` follow them."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ def records(path: Path) -> Records:
 
 
 def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
-    """Write records with a header; floats are written so that reading them back gives the same float."""
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    """Write records with a header, in the units of `Row`; floats read back as the same floats."""
+    columns = list(dict.fromkeys((*_LEADING, *Row.__annotations__)))
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: csv_cell(value) for key, value in row.items()} for row in rows)
 

@@ -1,11 +1,14 @@
-"""The recorded figures of a run: in memory, as JSON lines, and as the columns of a checkpoint."""
+"""The metrics of a run: in memory, as JSON lines, and as the columns of a checkpoint.
+
+`Row` is the one declaration of the columns: files, checkpoints, the CSV and the trackers derive theirs from it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast, get_type_hints
 
 import numpy as np
 
@@ -14,19 +17,8 @@ from pipelines.storage import naming, parse_json
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-INTEGERS = ("step", "tokens", "samples")
-FIGURES = (
-    "epoch",
-    "loss",
-    "accuracy",
-    "lr",
-    "grad_norm",
-    "step_ms",
-    "optimizer_ms",
-    "throughput",
-    "elapsed_s",
-    "top5_accuracy",
-)
+_MISSING = {int: np.iinfo(np.int64).min, float: np.nan}
+"""What stands in a column, by its type, for a row without a value."""
 
 
 class Counts(TypedDict):
@@ -58,30 +50,34 @@ class Row(Counts, total=False):
     top5_accuracy: float
 
 
+def metric_types() -> dict[str, type]:
+    """The columns but `split`, `int` or `float` each, in the order of `Row`."""
+    return {key: kind for key, kind in get_type_hints(Row).items() if key != "split"}
+
+
 def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
-    """Rows as arrays of equal length: int64 for counts, float64 for figures with NaN where there is none."""
+    """Rows as arrays of equal length: `split` as codes, int64 with its least for no value, float64 with NaN for it."""
     columns: dict[str, np.ndarray[Any, Any]] = {
         "split": np.array([SPLITS.index(row["split"]) for row in rows], np.uint8)
     }
-    for key in INTEGERS:
-        columns[key] = np.array([row[key] for row in rows], np.int64)  # type: ignore[literal-required]
-    for key in FIGURES:
-        columns[key] = np.array([row.get(key, np.nan) for row in rows], np.float64)
+    for key, kind in metric_types().items():
+        columns[key] = np.array([row.get(key, _MISSING[kind]) for row in rows], np.dtype(kind))
     return columns
 
 
 def columns_to_rows(columns: dict[str, np.ndarray[Any, Any]]) -> list[Row]:
-    """The inverse of `rows_to_columns`."""
+    """The inverse of `rows_to_columns`. Other versions of asgo may lack columns, or have more."""
     rows = [cast(Row, {"split": SPLITS[code]}) for code in columns["split"]]
-    for key in filter(columns.__contains__, (*INTEGERS, *FIGURES)):  # an older version knew fewer figures
-        for row, value in zip(rows, columns[key].tolist(), strict=True):
-            if value == value:  # not NaN
-                row[key] = value  # type: ignore[literal-required]
+    for key, kind in metric_types().items():
+        if key in columns:
+            for row, value in zip(rows, columns[key].tolist(), strict=True):
+                if value == value and value != _MISSING[kind]:  # NaN is not equal to itself
+                    row[key] = value  # type: ignore[literal-required]
     return rows
 
 
 def to_line(row: Row) -> str:
-    """A row as one line of JSON, with columns in the order of the CSV; floats read back as the same floats."""
+    """A row as one line of JSON, in the order of `Row`; floats read back as the same floats."""
     return json.dumps({key: row[key] for key in Row.__annotations__ if key in row}) + "\n"  # type: ignore[literal-required]
 
 
@@ -97,11 +93,12 @@ def read_lines(path: Path) -> list[Row]:
     """
     with naming(path):
         *lines, _torn = path.read_bytes().split(b"\n")
+    needed = {"split", *(key for key, kind in get_type_hints(Counts).items() if kind is int)}
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
-            if not (isinstance(row, dict) and {"split", *INTEGERS} <= row.keys() <= Row.__annotations__.keys()):
+            if not (isinstance(row, dict) and needed <= row.keys() <= Row.__annotations__.keys()):
                 raise ValueError(line)
             rows.append(cast(Row, row))
         except ValueError:

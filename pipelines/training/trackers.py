@@ -101,8 +101,8 @@ def _forgiving(name: str) -> Iterator[None]:
         warnings.warn(f"{name} gets no more of this run, which goes on: {reason}", stacklevel=2)
 
 
-def _figures(row: Row) -> dict[str, float]:
-    """The figures of a record under the names that trackers group by: train/loss, val/loss, ..."""
+def _metrics(row: Row) -> dict[str, float]:
+    """The metrics of a record under the names that trackers group by: train/loss, val/loss, ..."""
     return {f"{row['split']}/{key}": value for key, value in row.items() if key not in ("split", "step")}  # type: ignore[misc]
 
 
@@ -132,7 +132,7 @@ class _TensorBoard:
     def _add(self, row: Row, wall_time: float) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in _figures(row).items()]
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in _metrics(row).items()]
         self._writer.add_summary(Summary(value=values), row["step"], wall_time)
 
     def close(self, failed: bool) -> None:
@@ -177,7 +177,7 @@ class _Wandb:
         if self._known:
             self._known -= 1
         else:
-            self._run.log({"step": row["step"], **_figures(row)})
+            self._run.log({"step": row["step"], **_metrics(row)})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))

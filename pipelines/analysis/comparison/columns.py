@@ -11,21 +11,14 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from pipelines.errors import AsgoError
-from pipelines.training.metrics import SPLITS, read_lines, rows_to_columns
+from pipelines.training.metrics import SPLITS, metric_types, read_lines, rows_to_columns
 
 Columns = dict[str, np.ndarray[Any, Any]]
 
-_TYPES = {
-    "split": pa.string(),
-    "step": pa.int64(),
-    "tokens": pa.int64(),
-    "elapsed_s": pa.float64(),
-    "loss": pa.float64(),
-    "accuracy": pa.float64(),
-    "step_ms": pa.float64(),
-    "optimizer_ms": pa.float64(),
-}
-"""What a comparison reads; the other figures are passed over."""
+_NAMES = ("step", "tokens", "elapsed_s", "loss", "accuracy", "step_ms", "optimizer_ms")
+"""What a comparison reads, besides `split`; the other metrics are passed over."""
+_ARROW_TYPES = {int: pa.int64(), float: pa.float64()}
+_TYPES = {"split": pa.string(), **{name: _ARROW_TYPES[metric_types()[name]] for name in _NAMES}}
 _NEEDED = ("split", "step", "tokens", "elapsed_s", "loss")
 _PARSING = pyarrow.json.ParseOptions(explicit_schema=pa.schema(_TYPES), unexpected_field_behavior="ignore")
 _READING = pyarrow.json.ReadOptions(use_threads=False)  # runs are read side by side instead

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from pipelines.analysis.export import records, write_csv
+from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
+from pipelines.training.gpt_task import GPTTask
 from pipelines.training.metrics import Row, columns_to_rows, read_lines, rows_to_columns, to_line, to_lines
+from pipelines.training.reporter import Reporter
+from pipelines.training.train import train
 
 
 def rows() -> list[Row]:
@@ -43,3 +52,41 @@ def test_another_bad_line_is_named(tmp_path: Path, bad: str) -> None:
     path.write_text(to_line(rows()[0]) + bad + "\n" + to_line(rows()[1]), encoding="utf-8")
     with pytest.raises(AsgoError, match=r"metrics\.jsonl:2: not a line of metrics"):
         read_lines(path)
+
+
+def test_a_column_that_is_added_to_row_survives_a_resume_and_reaches_the_csv_and_the_trackers(
+    small_config: Callable[..., RunConfig], tmp_path: Path, reporter: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a line in `Row` does: nothing else is told of the columns.
+    monkeypatch.setitem(Row.__annotations__, "perplexity", float)
+    monkeypatch.setitem(Row.__annotations__, "skipped_steps", int)
+    measured = {"perplexity": 1 / 3, "skipped_steps": 2**60 + 1}
+    monkeypatch.setattr(GPTTask, "training_figures", lambda self: measured)
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    config = small_config(runtime__track=["tensorboard"])
+    train(config, run, reporter)
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    (run / "metrics.jsonl").write_bytes(b"")  # what follows is from the checkpoint at step 4
+    rows = train(config, run, reporter, resume=True)
+
+    trained = [row for row in rows if row["split"] == "train"]
+    assert [row["step"] for row in trained] == [1, 2, 3, 4, 5, 6]
+    assert all(measured.items() <= row.items() for row in trained)
+    assert not any(measured.keys() & row.keys() for row in rows if row["split"] == "val")
+    assert read_lines(run / "metrics.jsonl") == rows
+
+    for source in (run, run / "checkpoints/step-00000006"):
+        text = io.StringIO()
+        write_csv(records(source).rows, text)
+        header, *lines = csv.reader(io.StringIO(text.getvalue()))
+        assert header[-3:] == ["top5_accuracy", "perplexity", "skipped_steps"]
+        assert [line[-2:] for line in lines if line[6] == "train"] == [[repr(1 / 3), str(2**60 + 1)]] * 6
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    for name, value in measured.items():
+        shown = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert shown == [(step, pytest.approx(value)) for step in range(1, 7)]
