@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import assert_never
 
 from pipelines.config import ScheduleSettings
 
@@ -16,10 +17,16 @@ def lr_factor(schedule: ScheduleSettings, step: int, total_steps: int) -> float:
     warmup = warmup_steps(schedule, total_steps)
     if step < warmup:
         return schedule.initial_lr_fraction + (1 - schedule.initial_lr_fraction) * step / warmup
-    if schedule.kind == "constant":
-        return 1.0
-    progress = (step - warmup) / (total_steps - warmup)
-    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule.kind == "cosine" else 1 - progress
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    match schedule.kind:
+        case "constant":
+            return 1.0
+        case "cosine":
+            remaining = (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            remaining = 1 - progress
+        case _:
+            assert_never(schedule.kind)
     return schedule.final_lr_fraction + (1 - schedule.final_lr_fraction) * remaining
 
 
