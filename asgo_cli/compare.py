@@ -40,8 +40,8 @@ def compare(
     Runs that differ in the seed alone are taken together. Nothing is needed but the run folders.
     """
     from pipelines.analysis.comparison.compare import compare_runs
-    from pipelines.analysis.comparison.headline import headline
     from pipelines.analysis.comparison.report import check_report_folder, summary, write_report
+    from pipelines.analysis.comparison.verdicts import headline
 
     check_report_folder(out)
     comparison = compare_runs(runs, target, confidence)

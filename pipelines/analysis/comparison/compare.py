@@ -7,14 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.analysis.comparison.cautions import cautions_of
-from pipelines.analysis.comparison.entries import Labels, contenders_of, entries_of, families_of
+from pipelines.analysis.comparison.entries import (
+    Labels,
+    contenders_of,
+    entries_of,
+    families_of,
+    sensitivities_of,
+    setting_effects_of,
+    target_of,
+    with_reach,
+)
 from pipelines.analysis.comparison.find_runs import find_runs
 from pipelines.analysis.comparison.read_runs import read_runs
 from pipelines.analysis.comparison.results import Comparison, Run
-from pipelines.analysis.comparison.sensitivity import sensitivities_of
-from pipelines.analysis.comparison.setting_effects import setting_effects_of
-from pipelines.analysis.comparison.statistics import rule, verdicts
-from pipelines.analysis.comparison.targets import target_of, with_reach
+from pipelines.analysis.comparison.verdicts import rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
 

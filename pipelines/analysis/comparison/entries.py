@@ -1,24 +1,37 @@
-"""Runs brought together: those that differ in their seeds, and those that differ in the learning rate too."""
+"""Runs brought together: those that differ in their seeds alone, in the learning rate too, or in another setting."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from statistics import median
 
 import numpy as np
 
-from pipelines.analysis.comparison.results import Band, Curve, Entry, Run
+from pipelines.analysis.comparison.results import (
+    Band,
+    Curve,
+    Entry,
+    Reach,
+    Run,
+    Sensitivity,
+    SensitivityPoint,
+    SettingEffect,
+    Target,
+)
 from pipelines.analysis.comparison.settings import LR, Settings, differing_keys, identity, in_words, settings_of
-from pipelines.analysis.comparison.statistics import interval
+from pipelines.analysis.comparison.verdicts import interval
 
 _OF_THE_OPTIMIZER = ("optimizer.", "schedule.")
 """Settings in which optimizers differ by their nature: they tell apart entries of one optimizer only."""
 
 _WIDTH = "model.d_model"
 """Says most about a model."""
+
+_REFERENCES = ("adamw", "adam")
+"""Whose final loss is the target, where none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -177,3 +190,81 @@ def _band(curves: Sequence[Curve]) -> Band | None:
         lowest=losses.min(axis=0),
         highest=losses.max(axis=0),
     )
+
+
+def target_of(contenders: Sequence[Entry], asked: float | None) -> Target | None:
+    """The loss asked for, else the final one of the reference: adamw, adam, or whoever ends highest."""
+    if asked is not None:
+        return Target(asked, "asked for")
+    ended = [entry for entry in contenders if entry.final is not None]
+    if len(contenders) < 2 or not ended:
+        return None
+    named = (entry for name in _REFERENCES for entry in ended if entry.optimizer == name)
+    reference = next(named, ended[-1])
+    assert reference.final is not None
+    return Target(reference.final.mean, f"{reference.label}'s final loss")
+
+
+def with_reach(entry: Entry, target: Target | None) -> Entry:
+    """The entry with its runs timed to the target."""
+    if target is None:
+        return entry
+    places = [_first_at_most(run, target.loss) for run in entry.runs]
+    found = list(zip(entry.runs, places, strict=True))
+    return replace(
+        entry,
+        reach=Reach(
+            steps=tuple(None if at is None else int(run.val.steps[at]) for run, at in found),
+            tokens=tuple(None if at is None else int(run.val.tokens[at]) for run, at in found),
+            seconds=tuple(None if at is None else float(run.val.seconds[at]) for run, at in found),
+        ),
+    )
+
+
+def _first_at_most(run: Run, loss: float) -> int | None:
+    """The place of the first validation with such a loss."""
+    places = np.flatnonzero(run.val.losses <= loss)
+    return int(places[0]) if len(places) else None
+
+
+def sensitivities_of(families: Sequence[Family], labels: Labels) -> list[Sensitivity]:
+    """Of the families with two learning rates of which there is anything to say."""
+    found = []
+    for family in families:
+        runs = [run for run in family.runs if run.state != "empty"]
+        points = [_point(lr, [run for run in runs if run.config.optimizer.lr == lr]) for lr in family.lrs]
+        points = [point for point in points if point.losses or point.diverged or point.unfinished]
+        if len(points) > 1:
+            found.append(Sensitivity(labels.family(family), family.optimizer, tuple(points)))
+    return found
+
+
+def _point(lr: float, runs: Sequence[Run]) -> SensitivityPoint:
+    stopped = [run.best_loss for run in runs if run.state == "unfinished"]
+    return SensitivityPoint(
+        lr=lr,
+        losses=tuple(run.final_loss for run in runs if run.final_loss is not None),
+        diverged=sum(run.state == "diverged" for run in runs),
+        unfinished=tuple(loss for loss in stopped if loss is not None),
+    )
+
+
+def setting_effects_of(contenders: Sequence[Entry], labels: Labels) -> list[SettingEffect]:
+    """One for each number, and each group of contenders that differ in it alone; in the order of the configuration."""
+    tables = [without_lr(entry.runs[0]) for entry in contenders]
+    effects = []
+    for key in differing_keys(tables):
+        groups: dict[str, list[tuple[float, Entry]]] = defaultdict(list)
+        for entry, table in zip(contenders, tables, strict=True):
+            value = table.get(key)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                others = {name: setting for name, setting in table.items() if name != key}
+                groups[identity(others)].append((value, entry))
+        effects += [_effect(key, group, labels) for group in groups.values() if len(group) > 1]
+    return effects
+
+
+def _effect(key: str, group: Sequence[tuple[float, Entry]], labels: Labels) -> SettingEffect:
+    values, entries = zip(*sorted(group, key=lambda pair: pair[0]), strict=True)
+    label = labels.without(entries[0].optimizer, without_lr(entries[0].runs[0]), key)
+    return SettingEffect(key, label, values, entries)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 import statistics
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity
-from pipelines.analysis.comparison.setting_figure import draw_setting_effects
+from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity, SettingEffect
 from pipelines.analysis.comparison.tables import digits
 from pipelines.analysis.figure_style import (
     MOST_STYLES,
     NEUTRAL_COLOUR,
     TARGET,
+    as_they_are,
     figure_style,
     legend_below,
     line_style,
@@ -29,6 +32,8 @@ from pipelines.analysis.figure_style import (
     plain_axes,
     save_figure,
 )
+from pipelines.analysis.layer_figures import write_layer_figures
+from pipelines.training.statistics_file import STATISTICS
 
 Abscissa = Literal["steps", "tokens", "seconds"]
 
@@ -37,6 +42,23 @@ MOST_SHOWN = MOST_STYLES
 
 _ROW_LETTERS = 44
 _BEGINNING = 0.2  # of the run: losses fall so far there that nothing else would be seen beside them
+
+_PANELS_IN_A_ROW = 3
+_LABEL_WIDTH = 28
+"""Letters in a line of a legend: what is below a panel is no wider than the panel."""
+
+LAYERS_FOLDER = "layers"
+"""Inside the folder of figures."""
+
+MOST_WITH_LAYERS = 6
+"""Contenders; each has up to four figures."""
+
+_LAYER_WORDS = {
+    "layer-updates": "How far an update moves the weights, as a share of their norm",
+    "layer-norms": "Norms of the gradients and of the updates",
+    "layer-scales": "How the scales of the steps are distributed",
+    "layer-preconditioners": "Condition numbers of the preconditioners",
+}
 
 
 def shown(comparison: Comparison) -> tuple[Entry, ...]:
@@ -253,6 +275,53 @@ def _mark(marker: str, label: str, **more: Any) -> Line2D:
     return Line2D([], [], color=NEUTRAL_COLOUR, marker=marker, markersize=4, linestyle="", label=label, **more)
 
 
+def draw_setting_effects(comparison: Comparison) -> Figure | None:
+    """A panel for each setting, a line for each group of contenders that differ in it alone; None without any."""
+    settings = list(dict.fromkeys(effect.setting for effect in comparison.setting_effects))
+    if not settings:
+        return None
+    columns = min(_PANELS_IN_A_ROW, len(settings))
+    rows = math.ceil(len(settings) / columns)
+    figure = Figure(figsize=(max(2.5 * columns, 3.6), 2.8 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, setting in zip(panels.flat, settings, strict=False):
+        _draw_panel(axes, [effect for effect in comparison.setting_effects if effect.setting == setting])
+    for axes in panels.flat[len(settings) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("final validation loss")
+    return figure
+
+
+def _draw_panel(axes: Axes, effects: Sequence[SettingEffect]) -> None:
+    values = sorted({value for effect in effects for value in effect.values})
+    handles = []
+    for index, effect in enumerate(effects):
+        style = line_style(index)
+        _draw_effect(axes, [values.index(value) for value in effect.values], effect.entries, style)
+        label = textwrap.fill(effect.label, _LABEL_WIDTH)
+        handles.append(Line2D([], [], label=label, linewidth=1.1, **style))
+    axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+    axes.set(xlabel=effects[0].setting, xlim=(-0.4, len(values) - 0.6))
+    plain_axes(axes)
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "borderaxespad": 0}
+    as_they_are(axes.legend(handles=handles, fontsize=6.5, handlelength=2.6, **place))
+
+
+def _draw_effect(axes: Axes, places: Sequence[int], entries: Sequence[Entry], style: dict[str, Any]) -> None:
+    colour = style["color"]
+    means = [(place, entry.final.mean) for place, entry in zip(places, entries, strict=True) if entry.final]
+    if means:
+        axes.plot(*zip(*means, strict=True), **style, linewidth=1.1)
+    for place, entry in zip(places, entries, strict=True):
+        losses = [run.final_loss for run in entry.runs if run.final_loss is not None]
+        axes.plot([place] * len(losses), losses, "o", markersize=3, markerfacecolor="none", color=colour)
+        if entry.final and entry.final.low is not None and entry.final.high is not None:
+            axes.plot([place, place], [entry.final.low, entry.final.high], color=colour, linewidth=0.8)
+        if entry.diverged:
+            axes.plot(place, 0.985, "x", markersize=4, color=colour, transform=axes.get_xaxis_transform())
+
+
 _DRAWERS: dict[str, Callable[[Comparison], Figure | None]] = {
     "loss-steps": partial(_draw_losses, abscissa="steps"),
     "loss-tokens": partial(_draw_losses, abscissa="tokens"),
@@ -264,3 +333,36 @@ _DRAWERS: dict[str, Callable[[Comparison], Figure | None]] = {
 }
 FIGURES = tuple(_DRAWERS)
 """The names of all figures that there may be."""
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """The figures of one run."""
+
+    run: str
+    images: tuple[tuple[str, bytes], ...]
+    """What each shows, and its PNG file."""
+
+
+def write_layers(contenders: Sequence[Entry], figures: Path) -> list[LayerFigures]:
+    """Draw those that have statistics, as PNG and PDF, into `figures/layers/NAME-OF-THE-RUN`.
+
+    Raises `AsgoError` for a file of statistics that cannot be read.
+    """
+    runs = [next((run for run in entry.runs if _has_statistics(run.path)), None) for entry in contenders]
+    drawn = []
+    for run in [run for run in runs if run is not None][:MOST_WITH_LAYERS]:
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name)
+        paths = write_layer_figures(run.path, figures / LAYERS_FOLDER / name)
+        images = [(_LAYER_WORDS[path.stem], path.read_bytes()) for path in paths if path.suffix == ".png"]
+        drawn.append(LayerFigures(run.name, tuple(images)))
+    return drawn
+
+
+def _has_statistics(run: Path) -> bool:
+    """Whether there is a record behind the first line, which says what was measured."""
+    try:
+        with (run / STATISTICS).open("rb") as file:
+            return sum(line.endswith(b"\n") for line, _ in zip(file, range(2), strict=False)) == 2
+    except OSError:
+        return False

@@ -1,4 +1,4 @@
-"""What run folders tell, read side by side."""
+"""What run folders tell, read side by side and fast: a hundred runs of 50,000 steps take seconds."""
 
 from __future__ import annotations
 
@@ -10,17 +10,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
 
-from pipelines.analysis.comparison.columns import Columns, last_of_each_step, read_columns, require_sound
 from pipelines.analysis.comparison.find_runs import is_trial
 from pipelines.analysis.comparison.results import Array, Curve, Run, State
-from pipelines.analysis.comparison.state_size import optimizer_state_bytes
 from pipelines.analysis.comparison.thinning import Indices, keep_evenly, keep_spikes, moving_mean
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
 from pipelines.storage import parse_json, printable
-from pipelines.training.metrics import SPLITS, Split, rows_to_columns
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.metrics import SPLITS, Split, metric_types, read_lines, rows_to_columns
+from pipelines.training.run_folder import RunFolder, checkpoint_folders
+
+Columns = dict[str, np.ndarray[Any, Any]]
+
+_NAMES = ("step", "tokens", "elapsed_s", "loss", "accuracy", "step_ms", "optimizer_ms")
+"""What a comparison reads, besides `split`; the other metrics are passed over."""
+_ARROW_TYPES = {int: pa.int64(), float: pa.float64()}
+_TYPES = {"split": pa.string(), **{name: _ARROW_TYPES[metric_types()[name]] for name in _NAMES}}
+_NEEDED = ("split", "step", "tokens", "elapsed_s", "loss")
+_PARSING = pyarrow.json.ParseOptions(explicit_schema=pa.schema(_TYPES), unexpected_field_behavior="ignore")
+_READING = pyarrow.json.ReadOptions(use_threads=False)  # runs are read side by side instead
 
 _AT_ONCE = 4  # runs in memory as they are on disk
 _FAILURES_SHOWN = 4
@@ -156,3 +167,71 @@ def _is_no_better_than_untrained(val: Curve, steps: int) -> bool:
     return (
         len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and not val.losses[-1] < val.losses[0]
     )
+
+
+def read_columns(path: Path) -> Columns:
+    """The columns of a metrics file as `rows_to_columns` makes them; a torn last line is dropped.
+
+    Raises `AsgoError` for a line that is not a row.
+    """
+    content = path.read_bytes()
+    whole = pa.py_buffer(content).slice(0, content.rfind(b"\n") + 1)
+    if not whole.size:
+        return rows_to_columns([])
+    try:
+        table = pyarrow.json.read_json(pa.BufferReader(whole), _READING, _PARSING)
+    except pa.ArrowInvalid:
+        return _read_slowly(path)
+    codes = pc.index_in(table["split"], value_set=pa.array(SPLITS))
+    if codes.null_count or any(table[name].null_count for name in _NEEDED):
+        return _read_slowly(path)
+    return {name: table[name].to_numpy() for name in _TYPES} | {"split": codes.to_numpy()}
+
+
+def _read_slowly(path: Path) -> Columns:
+    """A line at a time, which can say what is wrong with which."""
+    try:
+        return rows_to_columns(read_lines(path))
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise AsgoError(f"{path}: not the metrics of a run") from None
+
+
+def require_sound(path: Path, columns: Columns) -> None:
+    """Raise `AsgoError` with the line that has a count, or seconds, below 0 or not finite."""
+    for name in ("step", "tokens", "elapsed_s"):
+        bad = ~(np.isfinite(columns[name]) & (columns[name] >= 0))
+        if bad.any():
+            line = int(bad.argmax())
+            raise AsgoError(f"{path}:{line + 1}: not the metrics of a run: {name} is {columns[name][line]:g}")
+
+
+def last_of_each_step(columns: Columns) -> Columns:
+    """Ascending in the steps, each with the last of its rows of a split: a later one was made in place of others."""
+    if not len(columns["step"]):
+        return columns
+    places = np.stack([columns["split"], columns["step"]])
+    _, from_behind = np.unique(places[:, ::-1], axis=1, return_index=True)
+    kept = np.sort(places.shape[1] - 1 - from_behind)
+    kept = kept[np.argsort(columns["step"][kept], kind="stable")]
+    return {name: column[kept] for name, column in columns.items()}
+
+
+def optimizer_state_bytes(checkpoints: Path) -> int | None:
+    """Bytes of the optimizer's tensors in the newest checkpoint; None where there is none, or it is damaged.
+
+    A safetensors file is the header's length (8 bytes, little-endian), the header in JSON, and the tensors.
+    """
+    try:
+        folders = checkpoint_folders(checkpoints)
+        if not folders:
+            return None
+        path = folders[-1] / "optimizer.safetensors"
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = parse_json(file.read(min(length, size)))
+        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+        return None
+    tensors = size - 8 - length
+    return tensors if max(ends, default=0) == tensors else None

@@ -1,22 +1,51 @@
-"""The report of a comparison as a folder: the page, the figures and the tables."""
+"""The report of a comparison as a folder: the page, which needs no network, the figures and the tables."""
 
 from __future__ import annotations
 
+import base64
+import html
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipelines.analysis.comparison.figures import FIGURES, shown, write_figures
-from pipelines.analysis.comparison.headline import headline
-from pipelines.analysis.comparison.layers import FOLDER, write_layers
-from pipelines.analysis.comparison.page import GENERATOR, render_page
-from pipelines.analysis.comparison.results import Comparison, Run
-from pipelines.analysis.comparison.tables import TABLES, make_tables
+import numpy as np
+
+from pipelines.analysis.comparison.figures import (
+    FIGURES,
+    LAYERS_FOLDER,
+    MOST_SHOWN,
+    Abscissa,
+    LayerFigures,
+    axis_title,
+    shown,
+    write_figures,
+    write_layers,
+)
+from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
+from pipelines.analysis.comparison.tables import TABLES, Table, entry_table, make_tables, run_table
+from pipelines.analysis.comparison.verdicts import by_pair, headline
+from pipelines.analysis.figure_style import plotly_line
+from pipelines.analysis.page_template import render
 from pipelines.errors import UsageError
 from pipelines.storage import staged_folder
+
+GENERATOR = '<meta name="generator" content="asgo compare">'
+"""Stands in every page, so that one can be told from other files."""
+
+MOST_RUNS = 30
+"""Single runs in the curves; each has up to about 2,000 points."""
+
+MOST_NUMBERS = 14
+"""Contenders whose differences fit the page as numbers; of more, the signs alone are shown."""
+
+_DASH_WIDTH = 1.5
+"""Pixels, of the line that dashes are made for; the page's lines are 0.8 to 2.5 wide."""
+_ABSCISSAS: tuple[Abscissa, ...] = ("steps", "tokens", "seconds")
 
 PAGE = "index.html"
 _OURS = {
@@ -26,9 +55,7 @@ _OURS = {
     *(f"figures/{name}{suffix}" for name in FIGURES for suffix in (".png", ".pdf")),
     *(f"tables/{name}{suffix}" for name in TABLES for suffix in (".md", ".csv")),
 }
-
-
-_LAYERS = re.compile(rf"figures/{FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
+_LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
 
 
 def check_report_folder(out: Path) -> None:
@@ -107,3 +134,147 @@ def _listed(runs: Sequence[Run], key: str) -> str:
 def _torch(run: Run) -> str:
     versions = run.environment.get("versions")
     return str(versions.get("torch") or "not recorded") if isinstance(versions, dict) else "not recorded"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A row's contender against a column's: what is seen, and what is told when pointed at."""
+
+    text: str
+    outcome: Outcome | None
+    details: str
+
+
+def render_page(
+    comparison: Comparison,
+    images: Mapping[str, bytes],
+    layers: Sequence[LayerFigures],
+    origin: Sequence[tuple[str, str]],
+) -> str:
+    """The whole page; `images` are PNG files by the names of `figures.FIGURES`, `origin` says how it was made."""
+    contenders = shown(comparison)
+    runs = [run for entry in comparison.entries for run in entry.runs]
+    return render(
+        Path(__file__).parent / "template",
+        generator=GENERATOR,
+        comparison=comparison,
+        headline=headline(comparison),
+        run_count=len(runs),
+        final=entry_table(comparison, contenders),
+        others=_other_entries(comparison),
+        contenders=contenders,
+        matrix=_matrix(comparison),
+        curves=_curves(comparison),
+        left_out=_left_out(comparison),
+        runs=run_table(comparison),
+        images={name: _base64(images[name]) for name in FIGURES if name in images},
+        layers=[(each.run, [(words, _base64(image)) for words, image in each.images]) for each in layers],
+        origin=origin,
+    )
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def _other_entries(comparison: Comparison) -> Table | None:
+    contenders = {entry.label for entry in shown(comparison)}
+    others = [entry for entry in comparison.entries if entry.label not in contenders]
+    return entry_table(comparison, others) if others else None
+
+
+def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
+    """The contenders that have a final loss against each other; nothing for one alone."""
+    labels = [entry.label for entry in shown(comparison) if entry.final is not None]
+    verdicts = by_pair(comparison)
+    rows = []
+    for first in labels:
+        cells = []
+        for second in labels:
+            verdict = verdicts.get((first, second))
+            if verdict is None or verdict.difference is None:
+                cells.append(Cell("", None, ""))
+                continue
+            difference = verdict.difference
+            span = f", {difference.low:+.4f} to {difference.high:+.4f}" if difference.low is not None else ""
+            p = f", p = {verdict.p:.2g}" if verdict.p is not None else ""
+            details = f"{first} minus {second}: {difference.mean:+.4f}{span}{p}: {verdict.outcome}"
+            text = f"{difference.mean:+.4f}".replace("-", "−")
+            cells.append(Cell(text if len(labels) <= MOST_NUMBERS else text[0], verdict.outcome, details))
+        rows.append((first, cells))
+    return rows if len(rows) > 1 else []
+
+
+def _left_out(comparison: Comparison) -> list[str]:
+    """What the curves do not show, a sentence each."""
+    sentences = []
+    contenders = shown(comparison)
+    if len(contenders) < len(comparison.contenders):
+        sentences.append(
+            f"The curves, as the figures and the differences, are of the first {MOST_SHOWN} of "
+            f"{len(comparison.contenders)} contenders."
+        )
+    runs = sum(len(entry.runs) for entry in contenders)
+    if runs > MOST_RUNS:
+        sentences.append(f"{MOST_RUNS} of the contenders' {runs} single runs are here, diverged ones first.")
+    return sentences
+
+
+def _curves(comparison: Comparison) -> dict[str, Any]:
+    """What the page's script draws; see `template/page.js`."""
+    contenders = shown(comparison)
+    singles = _single_runs(contenders)
+    return {
+        "titles": {name: axis_title(name, comparison.unit) for name in _ABSCISSAS},
+        "target": None if comparison.target is None else comparison.target.loss,
+        "contenders": [
+            {
+                # Plotly reads labels as a kind of HTML.
+                "label": html.escape(entry.label),
+                "line": plotly_line(index, _DASH_WIDTH),
+                "train": _band(entry.train),
+                "val": _band(entry.val),
+                "runs": [_run(run) for run in entry.runs if run.name in singles],
+            }
+            for index, entry in enumerate(contenders)
+        ],
+    }
+
+
+def _single_runs(contenders: Sequence[Entry]) -> set[str]:
+    runs = [run for entry in contenders for run in entry.runs]
+    return {run.name for run in sorted(runs, key=lambda run: run.state != "diverged")[:MOST_RUNS]}
+
+
+def _band(band: Band | None) -> dict[str, Any] | None:
+    if band is None or not len(band.steps):
+        return None
+    return {
+        **_abscissas(band),
+        "mean": _numbers(band.mean),
+        "lowest": _numbers(band.lowest),
+        "highest": _numbers(band.highest),
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    return {
+        "name": html.escape(run.name),
+        "diverged": run.state == "diverged",
+        "train": {**_abscissas(run.train), "losses": _numbers(run.train.losses)},
+    }
+
+
+def _abscissas(curve: Band | Curve) -> dict[str, list[float | None]]:
+    return {name: _numbers(getattr(curve, name)) for name in _ABSCISSAS}
+
+
+def _numbers(values: Array) -> list[float | None]:
+    """With seven digits, more than can be seen; steps and tokens are whole and stay exact."""
+    return [_number(value) for value in np.asarray(values, np.float64).tolist()]
+
+
+def _number(value: float) -> float | int | None:
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else float(f"{value:.7g}")

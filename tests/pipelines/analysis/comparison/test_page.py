@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pipelines.analysis.comparison import page as page_module
+from pipelines.analysis.comparison import report as report_module
 from pipelines.analysis.comparison.compare import compare_runs
-from pipelines.analysis.comparison.page import render_page
-from pipelines.analysis.comparison.report import write_report
+from pipelines.analysis.comparison.report import render_page, write_report
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
 HOSTILE = "</script><img src=x onerror=document.title='owned'>{{ 7 * 7 }}%{y}"
@@ -166,7 +165,7 @@ def test_one_run_and_nothing_finished_have_pages_too(tmp_path: Path) -> None:
 
 
 def test_a_page_of_many_runs_says_what_it_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page_module, "MOST_RUNS", 4)
+    monkeypatch.setattr(report_module, "MOST_RUNS", 4)
     for index in range(26):
         decay = 0.01 * index
         write_run(tmp_path / str(index), falling_to(3 + decay), [5.0] * 160, optimizer__weight_decay=decay)

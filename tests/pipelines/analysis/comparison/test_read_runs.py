@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from pipelines.analysis.comparison.columns import read_columns
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.find_runs import find_runs
-from pipelines.analysis.comparison.read_runs import read_run, read_runs
+from pipelines.analysis.comparison.read_runs import read_columns, read_run, read_runs
 from pipelines.analysis.comparison.report import write_report
 from pipelines.analysis.comparison.results import Run
 from pipelines.config import RunConfig

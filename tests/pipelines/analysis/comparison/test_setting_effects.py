@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.figures import draw_setting_effects
 from pipelines.analysis.comparison.results import Comparison
-from pipelines.analysis.comparison.setting_figure import draw_setting_effects
 from pipelines.analysis.comparison.tables import make_tables
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 

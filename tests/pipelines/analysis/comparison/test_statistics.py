@@ -11,7 +11,7 @@ from scipy import stats
 
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.results import Interval, Verdict
-from pipelines.analysis.comparison.statistics import holm, interval, welch
+from pipelines.analysis.comparison.verdicts import holm, interval, welch
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
 
