@@ -14,7 +14,8 @@ from asgo_cli.progress import TurnsProgress
 from pipelines.shell import command
 
 if TYPE_CHECKING:
-    from pipelines.benchmarks.report import Measurement, Report
+    from pipelines.benchmarks.optimizers import Report
+    from pipelines.benchmarks.turns import Measurement
 
 app = typer.Typer(
     help="Measure speed, side by side with other libraries.",

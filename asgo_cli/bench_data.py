@@ -127,7 +127,7 @@ def _show_corpus(report: CorpusReport) -> None:
                 each.name,
                 console.figure(each.median, 1e-6),
                 f"{100 * each.spread:.0f}",
-                console.figure(report.speedup(each)),
+                console.figure(each.speedup(report.contestants[0])),
             ]
             for each in report.contestants
         ],

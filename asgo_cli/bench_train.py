@@ -14,7 +14,7 @@ from asgo_cli.progress import TurnsProgress
 from pipelines.shell import command
 
 if TYPE_CHECKING:
-    from pipelines.benchmarks.training_report import TrainingMeasurement, TrainingReport
+    from pipelines.benchmarks.training import TrainingMeasurement, TrainingReport
 
 # As in pipelines.benchmarks.training_workload, which cannot be imported here: it would import torch.
 MODEL_NAMES = ("gpt2", "asro-gpt", "nanogpt", "tiny")

@@ -6,12 +6,12 @@ import hashlib
 import multiprocessing
 import os
 import shutil
-import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow
 from pyarrow import parquet
 
 from pipelines.benchmarks.batches import measure_batches
+from pipelines.benchmarks.turns import Contestant, Progress, in_turns
 from pipelines.data.corpus.corpus_to_shards import CorpusOptions, prepare_corpus
 from pipelines.data.corpus.encode import Backend, best_backend
 from pipelines.data.corpus.pipeline import Status
@@ -41,26 +42,11 @@ _POOL_CHUNK = 16
 
 
 @dataclass
-class Contestant:
-    """One way to tokenize, the tokens a second of each round, and the digest of its tokens."""
+class Tokenizing(Contestant):
+    """One way to tokenize: the tokens a second of each round, how many they are, and their digest."""
 
-    name: str
-    tokens_per_s: list[float] = field(default_factory=list)
     tokens: int = 0
     digest: str = ""
-
-    @property
-    def median(self) -> float:
-        """Tokens a second."""
-        return statistics.median(self.tokens_per_s)
-
-    @property
-    def spread(self) -> float:
-        """Half of what lies between the quartiles, as a share of the median."""
-        if len(self.tokens_per_s) < 2:
-            return 0.0
-        first, _, third = statistics.quantiles(self.tokens_per_s, n=4, method="inclusive")
-        return (third - first) / 2 / self.median
 
 
 @dataclass(frozen=True)
@@ -70,7 +56,7 @@ class CorpusReport:
     workers: int
     documents: int
     bytes: int
-    contestants: tuple[Contestant, ...]
+    contestants: tuple[Tokenizing, ...]
     batches_per_s: float
     h100_tokens_per_s: int = H100_TOKENS_PER_S
 
@@ -78,11 +64,6 @@ class CorpusReport:
     def same_tokens(self) -> bool:
         """Whether all contestants gave the same tokens."""
         return len({contestant.digest for contestant in self.contestants}) == 1
-
-    def speedup(self, contestant: Contestant) -> float:
-        """How many times as fast as the pool: the median over the rounds."""
-        pairs = zip(contestant.tokens_per_s, self.contestants[0].tokens_per_s, strict=True)
-        return statistics.median(own / pool for own, pool in pairs)
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -95,8 +76,8 @@ class CorpusReport:
                 {
                     "name": contestant.name,
                     "tokens": contestant.tokens,
-                    "tokens_per_s": contestant.tokens_per_s,
-                    "speedup": self.speedup(contestant),
+                    "tokens_per_s": contestant.rates,
+                    "speedup": contestant.speedup(self.contestants[0]),
                 }
                 for contestant in self.contestants
             ],
@@ -105,24 +86,25 @@ class CorpusReport:
         }
 
 
-def bench_corpus(
-    inputs: Sequence[Path], workers: int | None, repeats: int, progress: Callable[[str, int, int], None]
-) -> CorpusReport:
+def bench_corpus(inputs: Sequence[Path], workers: int | None, repeats: int, progress: Progress) -> CorpusReport:
     """Time the whole way from a Parquet file to tokens on the disk, in turns, `repeats` rounds.
 
     `inputs` are files or folders of text; without them, the sources of Python's standard library. Rates count from
     the first tokens that are written: starting up is left out for all. `progress` is told (what, turns done, turns).
     """
     workers = workers or os.cpu_count() or 1
-    contestants = [Contestant(POOL), *(Contestant(f"asgo, {backend}") for backend in _backends())]
-    turns = [contestant for _ in range(repeats) for contestant in contestants]
+    contestants = [Tokenizing(POOL), *(Tokenizing(f"asgo, {backend}") for backend in _backends())]
     with tempfile.TemporaryDirectory(prefix="asgo-bench-") as folder:
         source = Path(folder, "text", "documents.parquet")
         documents, size = _write_documents(inputs, source)
-        for done, contestant in enumerate(turns):
-            progress(contestant.name, done, len(turns) + 1)
-            _take_turn(contestant, source, Path(folder, "out"), workers, shard_tokens=max(1, size // 16))
-        progress("batches", len(turns), len(turns) + 1)
+        ways = {
+            each.name: partial(_take_turn, each, source, Path(folder, "out"), workers, max(1, size // 16))
+            for each in contestants
+        }
+        for contestant, rates in zip(contestants, in_turns(ways, repeats, progress, 1).values(), strict=True):
+            contestant.rates = rates
+        turns = repeats * len(ways)
+        progress("batches", turns, turns + 1)
         batches_per_s = measure_batches(None, CONTEXT_LENGTH, BATCH_SIZE, _BATCHES_S)
     return CorpusReport(workers, documents, size, tuple(contestants), batches_per_s)
 
@@ -151,8 +133,8 @@ def _library() -> Iterator[str]:
             yield text[start : start + _DOCUMENT_CHARACTERS]
 
 
-def _take_turn(contestant: Contestant, source: Path, out: Path, workers: int, shard_tokens: int) -> None:
-    """Tokenize `source` once; what is written to `out` is hashed and removed."""
+def _take_turn(contestant: Tokenizing, source: Path, out: Path, workers: int, shard_tokens: int) -> float:
+    """Tokenize `source` once; returns the rate. What is written to `out` is hashed and removed."""
     if contestant.name == POOL:
         rate = _run_pool(source, out, workers)
     else:
@@ -164,8 +146,8 @@ def _take_turn(contestant: Contestant, source: Path, out: Path, workers: int, sh
         digest.update(content.data)
         tokens += len(content)
     shutil.rmtree(out)
-    contestant.tokens_per_s.append(rate)
     contestant.tokens, contestant.digest = tokens, digest.hexdigest()
+    return rate
 
 
 def _run_asgo(source: Path, out: Path, workers: int, shard_tokens: int, backend: Backend) -> float:

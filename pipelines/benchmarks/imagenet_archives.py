@@ -7,18 +7,19 @@ import hashlib
 import io
 import os
 import shutil
-import statistics
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 import numpy as np
 
+from pipelines.benchmarks.turns import Progress, in_turns, median_ratio
 from pipelines.data.imagenet.archive_index import build_train_index, build_validation_index
 from pipelines.data.imagenet.archives import ARCHIVES, MD5SUMS, expected_archives
 from pipelines.data.imagenet.devkit import Labels
@@ -53,7 +54,7 @@ class ArchivesReport:
     @property
     def speedup(self) -> float:
         """How many times as fast as torchvision: the median over the rounds."""
-        return statistics.median(peer / own for own, peer in zip(self.asgo_s, self.torchvision_s, strict=True))
+        return median_ratio(self.torchvision_s, self.asgo_s)
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -68,9 +69,7 @@ class ArchivesReport:
         }
 
 
-def bench_archives(
-    classes: int, images: int, workers: int | None, repeats: int, progress: Callable[[str, int, int], None]
-) -> ArchivesReport:
+def bench_archives(classes: int, images: int, workers: int | None, repeats: int, progress: Progress) -> ArchivesReport:
     """Time both on made archives of `classes` classes with `images` training images each, in turns, `repeats` rounds.
 
     The images are random bytes of the usual lengths, which compress as little as photographs. `progress` is told
@@ -82,19 +81,20 @@ def bench_archives(
         progress("making archives", 0, 4 * repeats)
         labels = _write_archives(folder / "archives", classes, images, _MEAN_BYTES)
         tiny = _write_archives(folder / "tiny", _INDEX_CLASSES, _INDEX_IMAGES, 200)
-        seconds: dict[str, list[float]] = {"asgo": [], "torchvision": [], "index": [], "tarfile": []}
-        turns: dict[str, Callable[[], float]] = {
-            "asgo": lambda: _run_asgo(folder / "archives", folder / "out", workers),
-            "torchvision": lambda: _run_torchvision(folder / "archives", labels, folder / "out"),
-            "index": lambda: _index(folder / "tiny", tiny),
-            "tarfile": lambda: _list_with_tarfile(folder / "tiny"),
+
+        def cleaned(run: Callable[[], float]) -> float:
+            seconds = run()
+            shutil.rmtree(folder / "out", ignore_errors=True)
+            flush_to_disk(folder)
+            return seconds
+
+        ways = {
+            "asgo": partial(_run_asgo, folder / "archives", folder / "out", workers),
+            "torchvision": partial(_run_torchvision, folder / "archives", labels, folder / "out"),
+            "index": partial(_index, folder / "tiny", tiny),
+            "tarfile": partial(_list_with_tarfile, folder / "tiny"),
         }
-        for turn in range(repeats):
-            for place, (what, run) in enumerate(turns.items()):
-                progress(what, turn * len(turns) + place, repeats * len(turns))
-                seconds[what].append(run())
-                shutil.rmtree(folder / "out", ignore_errors=True)
-                flush_to_disk(folder)
+        seconds = in_turns({name: partial(cleaned, run) for name, run in ways.items()}, repeats, progress)
         size = sum((folder / "archives" / ARCHIVES[key].file).stat().st_size for key in ("train", "val"))
     return ArchivesReport(
         workers,
@@ -168,39 +168,38 @@ def _write_archives(folder: Path, classes: int, images: int, mean_bytes: int) ->
 
     wnids = [f"n{10_000_000 + label:08d}" for label in range(classes)]
     labels = Labels(tuple(ImageClass(wnid, wnid) for wnid in wnids), tuple(wnids) * max(1, images // 20))
-    _write_tar(
-        folder / ARCHIVES["train"].file,
-        ((f"{wnid}.tar", _tar((f"{wnid}_{each}.JPEG", image()) for each in range(images))) for wnid in wnids),
+    classes_of_images = (
+        (f"{wnid}.tar", tar_of((f"{wnid}_{each}.JPEG", image()) for each in range(images))) for wnid in wnids
     )
+    with (folder / ARCHIVES["train"].file).open("wb") as file:
+        write_tar(file, classes_of_images)
     validation = range(1, len(labels.validation) + 1)
-    _write_tar(folder / ARCHIVES["val"].file, ((f"ILSVRC2012_val_{each:08d}.JPEG", image()) for each in validation))
+    with (folder / ARCHIVES["val"].file).open("wb") as file:
+        write_tar(file, ((f"ILSVRC2012_val_{each:08d}.JPEG", image()) for each in validation))
     numbers = [f"{label % classes + 1}\n" for label in range(len(labels.validation))]
     table = [f"{wnid} {number} {wnid}\n" for number, wnid in enumerate(wnids, start=1)]
     kit = {"ILSVRC2012_validation_ground_truth.txt": numbers, "map_clsloc.txt": table}
-    kit_tar = _tar((name, "".join(lines).encode()) for name, lines in kit.items())
+    kit_tar = tar_of((name, "".join(lines).encode()) for name, lines in kit.items())
     (folder / ARCHIVES["devkit"].file).write_bytes(gzip.compress(kit_tar))
     sums = (f"{_md5(folder / archive.file)}  {archive.file}\n" for archive in ARCHIVES.values())
     (folder / MD5SUMS).write_text("".join(sums))
     return labels
 
 
-def _tar(files: Iterable[tuple[str, bytes]]) -> bytes:
+def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
+    """An archive of files by name, in memory."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        _add(tar, files)
+    write_tar(buffer, files)
     return buffer.getvalue()
 
 
-def _write_tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        _add(tar, files)
-
-
-def _add(tar: tarfile.TarFile, files: Iterable[tuple[str, bytes]]) -> None:
-    for name, content in files:
-        entry = tarfile.TarInfo(name)
-        entry.size = len(content)
-        tar.addfile(entry, io.BytesIO(content))
+def write_tar(file: IO[bytes], files: Iterable[tuple[str, bytes]]) -> None:
+    """Write an archive of files by name."""
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in files:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
 
 
 def _md5(path: Path) -> str:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import io
 import statistics
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from pipelines.benchmarks.imagenet_archives import tar_of, write_tar
+from pipelines.benchmarks.turns import Contestant, Progress, in_turns
 from pipelines.data.imagenet.archive_index import build_train_index
 from pipelines.data.imagenet.devkit import Labels
 from pipelines.data.imagenet.tar import open_tar
@@ -39,22 +41,9 @@ _QUALITY = 95
 _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 
-@dataclass
-class Contestant:
-    """One way to load images, and the images a second of each round."""
-
-    name: str
-    images_per_s: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """Images a second."""
-        return statistics.median(self.images_per_s)
-
-
 @dataclass(frozen=True)
 class LoaderReport:
-    """What was measured; the first contestant is torchvision.
+    """What was measured, in images a second; the first contestant is torchvision.
 
     `largest_difference` and `mean_difference`, of 255, are between the pixels of the first batch as the network sees
     them and torchvision's; `image_bytes` is the mean size of a file.
@@ -69,8 +58,8 @@ class LoaderReport:
 
     def speedup(self, name: str, over: str = TORCHVISION) -> float:
         """How many times as fast as another: the median over the rounds."""
-        rates = {each.name: each.images_per_s for each in self.contestants}
-        return statistics.median(own / other for own, other in zip(rates[name], rates[over], strict=True))
+        by_name = {each.name: each for each in self.contestants}
+        return by_name[name].speedup(by_name[over])
 
     def as_json(self) -> dict[str, Any]:
         """Plain figures."""
@@ -84,7 +73,7 @@ class LoaderReport:
             "loading": [
                 {
                     "name": each.name,
-                    "images_per_s": each.images_per_s,
+                    "images_per_s": each.rates,
                     "images_per_s_a_core": each.median / max(1, self.workers),
                     "speedup": self.speedup(each.name),
                 }
@@ -93,9 +82,7 @@ class LoaderReport:
         }
 
 
-def bench_loader(
-    inputs: Sequence[Path], workers: int | None, repeats: int, progress: Callable[[str, int, int], None]
-) -> LoaderReport:
+def bench_loader(inputs: Sequence[Path], workers: int | None, repeats: int, progress: Progress) -> LoaderReport:
     """Time how photographs of 500 x 375 become normalized float32 batches by the paper's transform, in turns.
 
     `inputs` are photographs or folders of them; without them, parts of the one that matplotlib ships. They are written
@@ -108,17 +95,18 @@ def bench_loader(
     if importlib.util.find_spec("torchvision") is None:
         raise UsageError("torchvision, which is the measure here, is missing: pip install torchvision")
     workers = default_workers() if workers is None else workers
-    contestants = [Contestant(name) for name in (TORCHVISION, FILES, ARCHIVES, EXACT)]
-    turns = [contestant for _ in range(repeats) for contestant in contestants]
     with tempfile.TemporaryDirectory(prefix="asgo-bench-") as folder:
         photographs = list(_photographs(inputs))
         sets = _write_images(Path(folder), photographs)
-        for done, contestant in enumerate(turns):
-            progress(contestant.name, done, len(turns))
-            contestant.images_per_s.append(_rate(_batches(contestant.name, Path(folder), sets, workers)))
+
+        def rate(name: str) -> float:
+            return _rate(_batches(name, Path(folder), sets, workers))
+
+        ways = {name: partial(rate, name) for name in (TORCHVISION, FILES, ARCHIVES, EXACT)}
+        contestants = tuple(Contestant(*each) for each in in_turns(ways, repeats, progress).items())
         differences = _differences(Path(folder), sets[FILES])
     mean_bytes = statistics.mean(map(len, photographs))
-    return LoaderReport(workers, len(photographs), mean_bytes, tuple(contestants), *differences)
+    return LoaderReport(workers, len(photographs), mean_bytes, contestants, *differences)
 
 
 def _photographs(inputs: Sequence[Path]) -> Iterator[bytes]:
@@ -157,27 +145,18 @@ def _write_images(folder: Path, photographs: Sequence[bytes]) -> dict[str, Image
     """Write every photograph once a class, as files and into an archive."""
     archive = folder / "train.tar"
     wnids = [f"n{10_000_000 + label:08d}" for label in range(BATCH_SIZE * BATCHES // len(photographs))]
-    with tarfile.open(archive, "w") as tar:
-        for wnid in wnids:
-            (folder / "train" / wnid).mkdir(parents=True)
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as of_class:
-                for number, photograph in enumerate(photographs):
-                    name = f"{wnid}_{number:03d}.JPEG"
-                    (folder / "train" / wnid / name).write_bytes(photograph)
-                    _add(of_class, name, photograph)
-            _add(tar, f"{wnid}.tar", inner.getvalue())
+    files = {wnid: [(f"{wnid}_{number:03d}.JPEG", each) for number, each in enumerate(photographs)] for wnid in wnids}
+    for wnid in wnids:
+        (folder / "train" / wnid).mkdir(parents=True)
+        for name, photograph in files[wnid]:
+            (folder / "train" / wnid / name).write_bytes(photograph)
+    with archive.open("wb") as file:
+        write_tar(file, ((f"{wnid}.tar", tar_of(files[wnid])) for wnid in wnids))
     labels = Labels(tuple(ImageClass(wnid, wnid) for wnid in wnids), ())
     with open_tar(archive) as opened:
         index = build_train_index(opened, labels, lambda phase, done, total: None)
-    files = FolderImages(folder / "train", index, wnids)
-    return {FILES: files, EXACT: files, ARCHIVES: PackedImages(archive, index, wnids)}
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    tar.addfile(entry, io.BytesIO(content))
+    unpacked = FolderImages(folder / "train", index, wnids)
+    return {FILES: unpacked, EXACT: unpacked, ARCHIVES: PackedImages(archive, index, wnids)}
 
 
 def _batches(name: str, folder: Path, sets: dict[str, ImageSet], workers: int) -> Iterable[Tensor]:

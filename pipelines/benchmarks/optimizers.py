@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,13 +19,21 @@ from torch import nn
 from pipelines.benchmarks import peers
 from pipelines.benchmarks.float64_error import CONDITION, STEPS, float64_error
 from pipelines.benchmarks.gradients import GradientSource
-from pipelines.benchmarks.peers import Choice
-from pipelines.benchmarks.report import Measurement, Report
+from pipelines.benchmarks.peers import BASELINE, Choice
 from pipelines.benchmarks.shapes import build_model, shape_counts
-from pipelines.benchmarks.state_size import state_bytes
+from pipelines.benchmarks.turns import (
+    BenchReporter,
+    Measurement,
+    Stepper,
+    begin_peak,
+    peak_since,
+    require_one,
+    state_bytes,
+    take_first_steps,
+    take_rounds,
+)
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import RuntimeSettings
-from pipelines.errors import AsgoError
 from pipelines.training.device import describe_device, pick_device, synchronize
 
 _SEED = 0
@@ -43,14 +53,82 @@ class BenchSettings:
     runtime: RuntimeSettings = field(default_factory=RuntimeSettings)
 
 
-class BenchReporter(Protocol):
-    """Whoever shows how a benchmark goes."""
+@dataclass(frozen=True)
+class Report:
+    """A whole benchmark: where it was made, on what, and a measurement an optimizer."""
 
-    def note(self, message: str) -> None:
-        """Something has happened that is worth a line."""
+    model: str
+    parameters: int
+    shapes: Sequence[tuple[tuple[int, ...], int]]
+    device: str
+    device_type: str
+    threads: int
+    torch_version: str
+    versions: dict[str, str]
+    repeats: int
+    budget_s: float
+    left_out: Sequence[str]
+    error_condition: float
+    error_steps: int
+    measurements: Sequence[Measurement]
 
-    def advance(self, what: str, done: int, total: int) -> None:
-        """`what` begins; `done` of `total` turns have been taken before."""
+    @property
+    def baseline(self) -> Measurement:
+        """Fused AdamW of torch, which is always measured."""
+        return next(each for each in self.measurements if each.name == BASELINE)
+
+    @property
+    def torch_muon(self) -> Measurement | None:
+        """Muon of torch, if it was measured."""
+        muons = (each for each in self.measurements if (each.library, each.optimizer) == ("torch", "Muon"))
+        return next((each for each in muons if not each.failed), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, in plain types; a figure that is not finite is None."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "shapes": [{"shape": list(shape), "count": count} for shape, count in self.shapes],
+            "device": self.device,
+            "device_type": self.device_type,
+            "threads": self.threads,
+            "torch": self.torch_version,
+            "libraries": self.versions,
+            "repeats": self.repeats,
+            "budget_s": self.budget_s,
+            "baseline": BASELINE,
+            "error_condition": self.error_condition,
+            "error_steps": self.error_steps,
+            "left_out": list(self.left_out),
+            "optimizers": [self._row(each) for each in self.measurements],
+        }
+
+    def _row(self, each: Measurement) -> dict[str, Any]:
+        samples = each.step_samples_s
+        return {
+            "name": each.name,
+            "library": each.library,
+            "optimizer": each.optimizer,
+            "failed": each.failed,
+            "median_ms": _milliseconds(each.median_s),
+            "spread": each.spread,
+            "min_ms": _milliseconds(min(samples, default=None)),
+            "max_ms": _milliseconds(max(samples, default=None)),
+            "mean_ms": _milliseconds(statistics.fmean(samples) if samples else None),
+            "samples_ms": [_milliseconds(seconds) for seconds in samples],
+            "repeats": len(each.samples),
+            "first_step_ms": _milliseconds(each.first_step_s),
+            "ratio_to_baseline": each.ratio_to(self.baseline),
+            "ratio_to_torch_muon": each.ratio_to(self.torch_muon) if self.torch_muon else None,
+            "state_bytes": each.state_bytes,
+            "state_bytes_per_parameter": None if each.state_bytes is None else each.state_bytes / self.parameters,
+            "step_peak_bytes": each.peak_bytes,
+            "error": each.error if each.error is not None and math.isfinite(each.error) else None,
+        }
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
 
 
 def bench_optimizers(settings: BenchSettings, reporter: BenchReporter) -> Report:
@@ -98,110 +176,52 @@ def measure(
     gradients = GradientSource(list(model.parameters()), _SEED)
     gradients.renew()
     contestants = [_Contestant(choice, model, gradients, budget_s, reporter) for choice in choices]
-    for index, contestant in enumerate(contestants):
-        reporter.advance(f"{contestant.result.name}: first step", index, len(contestants))
-        contestant.begin()
-    if all(contestant.result.failed for contestant in contestants):
-        raise AsgoError(f"no optimizer could take a step: {contestants[0].result.failed}")
-    for turn in range(repeats):
-        gradients.renew()
-        for contestant in contestants:
-            if contestant.is_going:
-                reporter.advance(f"round {turn + 1}: {contestant.result.name}", turn, repeats)
-                contestant.take_turn(turn)
-    return [contestant.finish() for contestant in contestants]
+    take_first_steps(contestants, reporter)
+    require_one(contestants, "no optimizer")
+    take_rounds(contestants, repeats, reporter, prepare=gradients.renew)
+    for contestant in contestants:
+        contestant.finish()
+    return [contestant.result for contestant in contestants]
 
 
-class _Contestant:
-    """An optimizer with its own copy of the model, and what has been measured of it."""
+class _Contestant(Stepper):
+    """An optimizer with its own copy of the model."""
 
     def __init__(
         self, choice: Choice, model: nn.Module, gradients: GradientSource, budget_s: float, reporter: BenchReporter
     ) -> None:
-        self.result = Measurement(choice.name, choice.library, choice.optimizer)
-        self.is_going = True
-        self._choice = choice
-        self._template = model
-        self._gradients = gradients
-        self._left_s = budget_s
-        self._reporter = reporter
+        super().__init__(Measurement(choice.name, choice.library, choice.optimizer), budget_s, reporter)
+        self._choice, self._template, self._gradients = choice, model, gradients
         self._params: list[nn.Parameter] = []
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._last_s = 0.0
         self._peaks: list[int] = []
 
-    def begin(self) -> None:
-        """Build the optimizer and take the first step."""
-        with self._failing_alone():
-            _check_memory(self._template)
-            model = copy.deepcopy(self._template)
-            self._params = list(model.parameters())
-            self._optimizers = self._choice.build(model)
-            seconds, has_compiled = self._step()
-            self.result.first_step_s = seconds
-            self._reporter.note(f"{self.result.name}: first step {seconds:.3g} s{' with compiling' * has_compiled}")
-            if not has_compiled:
-                self._spend(seconds)
+    def first_step(self) -> float:
+        _check_memory(self._template)
+        model = copy.deepcopy(self._template)
+        self._params = list(model.parameters())
+        self._optimizers = self._choice.build(model)
+        return self.step()
 
-    def take_turn(self, turn: int) -> None:
-        """Take a step; one in which torch.compile builds something counts as part of the first."""
-        with self._failing_alone():
-            seconds, has_compiled = self._step()
-            if has_compiled:
-                assert self.result.first_step_s is not None
-                self.result.first_step_s += seconds
-            else:
-                self.result.samples[turn] = seconds
-                self._spend(seconds)
-
-    def finish(self) -> Measurement:
-        """What was measured, with the size of the state."""
-        if not self.result.failed:
-            self.result.state_bytes = state_bytes(self._optimizers)
-            # The first step allocates the state, too.
-            self.result.peak_bytes = max(self._peaks[1:] or self._peaks, default=None)
-            if not self.result.samples:
-                self.result.only_sample_s = self._last_s
-        self._release()
-        return self.result
-
-    def _step(self) -> tuple[float, bool]:
-        """Seconds of a step, and whether torch.compile was at work in it."""
+    def step(self) -> float:
         device = self._params[0].device
         self._gradients.lend(self._params)
-        graphs = _compiled_graphs()
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
+        before = begin_peak(device)
         synchronize(device)
         began = time.perf_counter()
         for optimizer in self._optimizers:
             optimizer.step()
         synchronize(device)
-        self._last_s = time.perf_counter() - began
-        if device.type == "cuda":
-            self._peaks.append(torch.cuda.max_memory_allocated(device) - before)
-        return self._last_s, _compiled_graphs() > graphs
+        seconds = time.perf_counter() - began
+        self._peaks += peak_since(device, before)
+        return seconds
 
-    def _spend(self, seconds: float) -> None:
-        self._left_s -= seconds
-        if self._left_s <= 0 and self.is_going:
-            self.is_going = False
-            self._reporter.note(f"{self.result.name}: its time is spent, after {len(self.result.samples)} rounds")
+    def weigh(self) -> None:
+        self.result.state_bytes = state_bytes(self._optimizers)
+        # The first step allocates the state, too.
+        self.result.peak_bytes = max(self._peaks[1:] or self._peaks, default=None)
 
-    @contextlib.contextmanager
-    def _failing_alone(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever a peer does, the others are measured
-            lines = str(error).strip().splitlines()
-            self.result.failed = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-            self.is_going = False
-            self._reporter.note(f"{self.result.name}: failed: {self.result.failed}")
-        if self.result.failed:
-            self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
         self._params, self._optimizers = [], []
 
 
@@ -241,12 +261,6 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     sizes = {name: int(size.split()[0]) for name, _, size in (line.partition(":") for line in lines)}
     return 1024 * sizes["MemAvailable"]
-
-
-def _compiled_graphs() -> int:
-    """How many graphs torch.compile has captured in this process."""
-    utils = sys.modules.get("torch._dynamo.utils")  # not imported means that nothing was compiled
-    return utils.counters["stats"]["unique_graphs"] if utils is not None else 0
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from asgo_cli import app, bench_train, console
 from pipelines.benchmarks import training, training_workload
-from pipelines.benchmarks.training_report import PLAIN
+from pipelines.benchmarks.training import PLAIN
 
 Run = Callable[..., tuple[int, str, str]]
 

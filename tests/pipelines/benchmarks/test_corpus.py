@@ -23,11 +23,11 @@ def test_all_ways_give_the_same_tokens_and_each_its_own_rate(tmp_path: Path):
     assert report.same_tokens
     assert (report.documents, report.workers) == (2000, 1)
     assert report.bytes == (tmp_path / "text.jsonl").stat().st_size - 2000 * len('{"text": ""}\n')
-    assert len({each.tokens_per_s[0] for each in report.contestants}) == 3
-    assert report.speedup(pool) == 1
+    assert len({each.rates[0] for each in report.contestants}) == 3
+    assert pool.speedup(pool) == 1
     assert pool.tokens > 2000 * 400
     assert turns == [(each.name, turn, 4) for turn, each in enumerate(report.contestants)] + [("batches", 3, 4)]
-    assert report.as_json()["tokenizing"][1]["speedup"] == pytest.approx(ours[0].tokens_per_s[0] / pool.tokens_per_s[0])
+    assert report.as_json()["tokenizing"][1]["speedup"] == pytest.approx(ours[0].rates[0] / pool.rates[0])
 
 
 def test_too_little_text_is_refused(tmp_path: Path):

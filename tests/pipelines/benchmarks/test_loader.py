@@ -31,15 +31,13 @@ def test_all_ways_are_timed_in_turns_and_show_the_same(monkeypatch: pytest.Monke
     names = [TORCHVISION, FILES, ARCHIVES, EXACT]
     assert turns == [(name, turn, 8) for turn, name in enumerate(names * 2)]
     assert [each.name for each in report.contestants] == names
-    assert all(len(each.images_per_s) == 2 and min(each.images_per_s) > 0 for each in report.contestants)
+    assert all(len(each.rates) == 2 and min(each.rates) > 0 for each in report.contestants)
     assert report.largest_difference == pytest.approx(1, abs=0.01)
     assert 0 < report.mean_difference < 0.01
     assert report.photographs == 6
     assert report.image_bytes > 10_000
     assert report.speedup(TORCHVISION) == 1
-    first, second = (
-        own / their for own, their in zip(*(report.contestants[at].images_per_s for at in (1, 0)), strict=True)
-    )
+    first, second = (own / their for own, their in zip(*(report.contestants[at].rates for at in (1, 0)), strict=True))
     assert report.as_json()["loading"][1]["speedup"] == pytest.approx((first + second) / 2)
     assert report.as_json()["archives_over_files"] == report.speedup(ARCHIVES, FILES)
 

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from pipelines.benchmarks import optimizers as module
+from pipelines.benchmarks import turns
 from pipelines.benchmarks.optimizers import measure
 from pipelines.benchmarks.peers import Choice, parse_choice
-from pipelines.benchmarks.report import Measurement
 from pipelines.benchmarks.shapes import Matrices
+from pipelines.benchmarks.turns import Measurement
 from pipelines.errors import AsgoError
 
 
@@ -38,7 +39,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     """The clock of the benchmark, and its reporter."""
     stage = Stage()
     monkeypatch.setattr(module.time, "perf_counter", lambda: stage.now)
-    monkeypatch.setattr(module, "_compiled_graphs", lambda: stage.graphs)
+    monkeypatch.setattr(turns, "compiled_graphs", lambda: stage.graphs)
     return stage
 
 
@@ -199,9 +200,9 @@ def test_real_optimizers_are_timed_and_weighed() -> None:
 
 
 def test_what_torch_compile_captures_is_counted() -> None:
-    before = module._compiled_graphs()
+    before = turns.compiled_graphs()
     torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(3))
-    assert module._compiled_graphs() == before + 1
+    assert turns.compiled_graphs() == before + 1
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import torch
 
 from pipelines.benchmarks.peers import parse_choice
 from pipelines.benchmarks.shapes import Matrices
-from pipelines.benchmarks.state_size import state_bytes
+from pipelines.benchmarks.turns import state_bytes
 
 SHAPES = {"wide": (32, 48), "tall": (48, 32), "same": (32, 48)}
 PARAMETERS = 3 * 32 * 48

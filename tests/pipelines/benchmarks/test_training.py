@@ -13,12 +13,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pipelines.benchmarks import training, training_turns
+from pipelines.benchmarks import training, turns
 from pipelines.benchmarks.plain_gpt import PlainTrainer
 from pipelines.benchmarks.trainers import LoopTrainer, Trainer
-from pipelines.benchmarks.training import bench_training
-from pipelines.benchmarks.training_report import PLAIN, TrainingMeasurement
-from pipelines.benchmarks.training_turns import Candidate, measure
+from pipelines.benchmarks.training import PLAIN, Candidate, TrainingMeasurement, bench_training, measure
 from pipelines.benchmarks.training_workload import (
     CPU_SIZE,
     GPU_SIZE,
@@ -56,7 +54,7 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage()
-    monkeypatch.setattr(training_turns, "compiled_graphs", lambda: stage.graphs)
+    monkeypatch.setattr(turns, "compiled_graphs", lambda: stage.graphs)
     return stage
 
 

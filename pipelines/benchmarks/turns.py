@@ -1,0 +1,280 @@
+"""The harness of the benchmarks: all take turns, so that what slows the machine slows all of them alike."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipelines.errors import AsgoError
+
+Progress = Callable[[str, int, int], None]
+"""Told (what, turns done, turns) as each turn begins."""
+
+
+def spread_of(samples: Collection[float]) -> float | None:
+    """Half of what lies between the quartiles, as a share of the median; None for fewer than two samples."""
+    if len(samples) < 2:
+        return None
+    first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
+    return (third - first) / 2 / statistics.median(samples)
+
+
+def median_ratio(own: Sequence[float], other: Sequence[float]) -> float:
+    """The median over the rounds of the ratio of two that were in all of them."""
+    return statistics.median(mine / theirs for mine, theirs in zip(own, other, strict=True))
+
+
+@dataclass
+class Contestant:
+    """One way to do the work, and its rate in each round."""
+
+    name: str
+    rates: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The median rate."""
+        return statistics.median(self.rates)
+
+    @property
+    def spread(self) -> float:
+        """Half of what lies between the quartiles, as a share of the median."""
+        return spread_of(self.rates) or 0.0
+
+    def speedup(self, over: Contestant) -> float:
+        """How many times as fast as another: the median over the rounds."""
+        return median_ratio(self.rates, over.rates)
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], float]], repeats: int, progress: Progress, turns_after: int = 0
+) -> dict[str, list[float]]:
+    """Call each way once a round; returns what each call measured. `turns_after` follow, for `progress` to count."""
+    measured: dict[str, list[float]] = {name: [] for name in ways}
+    turns = [name for _ in range(repeats) for name in ways]
+    for done, name in enumerate(turns):
+        progress(name, done, len(turns) + turns_after)
+        measured[name].append(ways[name]())
+    return measured
+
+
+class BenchReporter(Protocol):
+    """Whoever shows how a benchmark goes."""
+
+    def note(self, message: str) -> None:
+        """Something has happened that is worth a line."""
+
+    def advance(self, what: str, done: int, total: int) -> None:
+        """`what` begins; `done` of `total` turns have been taken before."""
+
+
+@dataclass
+class Measurement:
+    """What was measured of the steps of one contestant; empty where it failed before.
+
+    `samples` are the seconds of a step by round. `first_step_s` is the first step and all later ones in which
+    torch.compile was at work; `only_sample_s` is the last step where no round gave a sample. `peak_bytes`, on CUDA, is
+    what a step needs beyond what was there before it.
+    """
+
+    name: str
+    library: str
+    optimizer: str
+    samples: dict[int, float] = field(default_factory=dict)
+    first_step_s: float | None = None
+    only_sample_s: float | None = None
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
+    error: float | None = None
+    failed: str | None = None
+
+    @property
+    def step_samples_s(self) -> list[float]:
+        """The samples in order; where no round gave one, the last step."""
+        return list(self.samples.values()) or ([] if self.only_sample_s is None else [self.only_sample_s])
+
+    @property
+    def median_s(self) -> float | None:
+        """The median time of a step."""
+        return statistics.median(self.step_samples_s) if not self.failed else None
+
+    @property
+    def spread(self) -> float | None:
+        """See `spread_of`; None where it failed."""
+        return None if self.failed else spread_of(self.samples.values())
+
+    def ratio_to(self, other: Measurement) -> float | None:
+        """How many times longer a step takes than one of `other`: the median over the rounds that both were in.
+
+        Where they share no round, the ratio of their medians.
+        """
+        if self.median_s is None or other.median_s is None:
+            return None
+        shared = [seconds / other.samples[turn] for turn, seconds in self.samples.items() if turn in other.samples]
+        return statistics.median(shared) if shared else self.median_s / other.median_s
+
+
+class Stepper(ABC):
+    """A contestant that takes one step a round, until `budget_s` seconds are spent or it fails.
+
+    A step in which torch.compile is at work is no sample, but a part of the first, and is not paid from the budget.
+    """
+
+    def __init__(self, result: Measurement, budget_s: float, reporter: BenchReporter) -> None:
+        self.result = result
+        self.is_going = True
+        self.reporter = reporter
+        self.last_s = 0.0
+        """Seconds of the last step."""
+        self._left_s = budget_s
+
+    @abstractmethod
+    def first_step(self) -> float:
+        """Build all that is needed, and take the first step; returns its seconds."""
+
+    @abstractmethod
+    def step(self) -> float:
+        """Take a step; returns its seconds."""
+
+    @abstractmethod
+    def weigh(self) -> None:
+        """Complete the result with the memory that it takes."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give back all memory."""
+
+    def begin(self) -> None:
+        """Take the first step."""
+        with self._failing_alone():
+            has_compiled = self._compiles(self.first_step)
+            self.result.first_step_s = self.last_s
+            self.reporter.note(f"{self.result.name}: first step {self.last_s:.3g} s{' with compiling' * has_compiled}")
+            if not has_compiled:
+                self._spend()
+
+    def take_turn(self, turn: int) -> None:
+        """Take the step of a round."""
+        with self._failing_alone():
+            if self._compiles(self.step):
+                assert self.result.first_step_s is not None
+                self.result.first_step_s += self.last_s
+            else:
+                self.result.samples[turn] = self.last_s
+                self._spend()
+
+    def finish(self) -> None:
+        """Complete the result."""
+        if not self.result.failed:
+            self.weigh()
+            if not self.result.samples:
+                self.result.only_sample_s = self.last_s
+        self.release()
+
+    def _compiles(self, step: Callable[[], float]) -> bool:
+        graphs = compiled_graphs()
+        self.last_s = step()
+        return compiled_graphs() > graphs
+
+    def _spend(self) -> None:
+        self._left_s -= self.last_s
+        if self._left_s <= 0 and self.is_going:
+            self.is_going = False
+            self.reporter.note(f"{self.result.name}: its time is spent, after {len(self.result.samples)} rounds")
+
+    @contextlib.contextmanager
+    def _failing_alone(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever becomes of one, the others are measured
+            lines = str(error).strip().splitlines()
+            self.result.failed = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+            self.is_going = False
+            self.reporter.note(f"{self.result.name}: failed: {self.result.failed}")
+        if self.result.failed:
+            self.release()
+
+
+def take_first_steps(steppers: Sequence[Stepper], reporter: BenchReporter) -> None:
+    """Let each build what it needs, and take its first step."""
+    for index, stepper in enumerate(steppers):
+        reporter.advance(f"{stepper.result.name}: first step", index, len(steppers))
+        stepper.begin()
+
+
+def take_rounds(
+    steppers: Sequence[Stepper], repeats: int, reporter: BenchReporter, prepare: Callable[[], None] = lambda: None
+) -> None:
+    """Let each that is still going take a step a round; `prepare` is called before every round."""
+    for turn in range(repeats):
+        prepare()
+        for stepper in steppers:
+            if stepper.is_going:
+                reporter.advance(f"round {turn + 1}: {stepper.result.name}", turn, repeats)
+                stepper.take_turn(turn)
+
+
+def require_one(steppers: Sequence[Stepper], none: str) -> None:
+    """Raise `AsgoError` if all have failed; `none` is the subject of its sentence."""
+    if all(stepper.result.failed for stepper in steppers):
+        raise AsgoError(f"{none} could take a step: {steppers[0].result.failed}")
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has captured in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # not imported means that nothing was compiled
+    return utils.counters["stats"]["unique_graphs"] if utils is not None else 0
+
+
+def begin_peak(device: torch.device) -> int | None:
+    """Begin to watch the memory of a GPU; returns the bytes there are, None for other devices."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def peak_since(device: torch.device, before: int | None) -> list[int]:
+    """The most bytes beyond those that `begin_peak` returned, in a list; nothing for other devices."""
+    return [] if before is None else [torch.cuda.max_memory_allocated(device) - before]
+
+
+def state_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
+    """Bytes of all storages that the states of the optimizers hold.
+
+    Tensors that share a storage count once, and weights and gradients that a state refers to not at all. Counts of
+    steps that are tensors are counted.
+    """
+    params = [param for each in optimizers for group in each.param_groups for param in group["params"]]
+    grads = [param.grad for param in params if param.grad is not None]
+    not_state = {_key(tensor) for tensor in (*params, *grads)}
+    sizes = {
+        _key(tensor): tensor.untyped_storage().nbytes()
+        for each in optimizers
+        for state in each.state.values()
+        for tensor in _tensors(state)
+    }
+    return sum(size for key, size in sizes.items() if key not in not_state)
+
+
+def _key(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a state, whatever it nests them in."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
