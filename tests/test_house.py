@@ -6,9 +6,13 @@ import ast
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 ROOMS = ("asgo_cli", "pipelines", "models", "optim")
@@ -99,6 +103,25 @@ def test_no_two_modules_of_the_command_line_import_each_other() -> None:
     for name, imported in imports.items():
         for other in imported:
             assert f"asgo_cli.{name}" not in imports[other.split(".")[1]], f"{name} and {other}"
+
+
+def test_the_packages_that_are_imported_are_those_that_are_declared_and_pinned() -> None:
+    """Not those that come along with another package, and none that nothing imports; extras count, but `dev`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    dev = extras.pop("dev")
+    declared = [Requirement(line) for lines in (project["dependencies"], *extras.values()) for line in lines]
+    names = {name for path in SOURCES for name in imported_packages(path)}
+    foreign = names - {*sys.stdlib_module_names, *ROOMS, "_typeshed"}
+    installed = packages_distributions()
+    imported = {canonicalize_name(installed.get(name, [name])[0]) for name in foreign}
+    assert {canonicalize_name(each.name) for each in declared} == imported
+    assert {line for lines in extras.values() for line in lines} <= {*dev}, "tests need what the extras bring"
+
+    pins = [line.split("#")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    pinned = {canonicalize_name(name): version.strip() for name, _, version in (pin.partition("==") for pin in pins)}
+    for each in declared:
+        assert pinned[canonicalize_name(each.name)] in each.specifier, each
 
 
 @pytest.mark.parametrize("room", ["optim", "models"])
