@@ -113,15 +113,13 @@ class _TensorBoard:
     """
 
     def __init__(self, run: Path, config: RunConfig, rows: Sequence[Row], reporter: Reporter) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from torch.utils.tensorboard import FileWriter
+        from torch.utils.tensorboard import SummaryWriter
 
         folder = run / "tensorboard"
         # A TensorBoard that looks on is at the newest file: it goes on to the next, and there forgets all from step 0.
         for earlier in sorted(folder.glob("events.out.tfevents.*"))[:-1]:
             earlier.unlink()
-        self._writer = FileWriter(str(folder), flush_secs=_TENSORBOARD_FLUSH_S)
-        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step=0)
+        self._writer = SummaryWriter(folder, purge_step=0, flush_secs=_TENSORBOARD_FLUSH_S)
         now = time.time()
         for row in rows:
             self._add(row, now - rows[-1]["elapsed_s"] + row["elapsed_s"])
@@ -130,10 +128,8 @@ class _TensorBoard:
         self._add(row, time.time())
 
     def _add(self, row: Row, wall_time: float) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in _metrics(row).items()]
-        self._writer.add_summary(Summary(value=values), row["step"], wall_time)
+        for name, value in _metrics(row).items():
+            self._writer.add_scalar(name, value, row["step"], wall_time)
 
     def close(self, failed: bool) -> None:
         self._writer.close()
