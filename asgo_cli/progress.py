@@ -24,36 +24,28 @@ if TYPE_CHECKING:
     from pipelines.training.metrics import Row
 
 
-def figures(row: Row, unit: str) -> str:
-    """The figures of a training row in a few words; `unit` is what its throughput counts."""
+def metrics_in_words(row: Row, unit: str) -> str:
+    """The metrics of a training row in a few words; `unit` is what its throughput counts."""
     accuracy = f"  top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
     return f"loss {row['loss']:.4f}{accuracy}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
 
 
-def run_bars() -> LiveProgress:
-    """A bar for each run: its name, its steps and its "figures", which are the first to be cut where it is narrow."""
-    return LiveProgress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None, table_column=Column(ratio=1)),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", table_column=Column(ratio=6, no_wrap=True)),
-        TimeRemainingColumn(compact=True),
-        expand=True,
-    )
+class RunBars:
+    """A bar for each run: its name, its steps and its "metrics", which are the first to be cut where it is narrow.
 
+    A context manager.
+    """
 
-class TrainingProgress:
-    """Draws the events of a training run on stderr; a context manager."""
-
-    def __init__(self, name: str, unit: str = "tok") -> None:
-        self._name = name
-        self._unit = unit
-        self._total = 0
-        self._figures = ""
-        self._validation = "-"
+    def __init__(self) -> None:
         self._lines = console.MinuteLines()
-        self._progress = run_bars()
-        self._bar = self._progress.add_task(name, figures="", total=None)
+        self._progress = LiveProgress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[metrics]}", table_column=Column(ratio=6, no_wrap=True)),
+            TimeRemainingColumn(compact=True),
+            expand=True,
+        )
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -64,6 +56,23 @@ class TrainingProgress:
     ) -> None:
         self._progress.stop()
 
+    def note(self, message: str) -> None:
+        """Write a line above the bars."""
+        console.say(message)
+
+
+class TrainingProgress(RunBars):
+    """Draws the events of a training run on stderr."""
+
+    def __init__(self, name: str, unit: str = "tok") -> None:
+        super().__init__()
+        self._name = name
+        self._unit = unit
+        self._total = 0
+        self._metrics = ""
+        self._validation = "-"
+        self._bar = self._progress.add_task(name, metrics="", total=None)
+
     def begin(self, first_step: int, last_step: int) -> None:
         """Set the bar to where the run begins."""
         self._total = last_step
@@ -71,7 +80,7 @@ class TrainingProgress:
 
     def trained(self, row: Row) -> None:
         """Move the bar."""
-        self._figures = f"{figures(row, self._unit)}  "
+        self._metrics = f"{metrics_in_words(row, self._unit)}  "
         self._show(row["step"])
 
     def validated(self, row: Row) -> None:
@@ -81,13 +90,9 @@ class TrainingProgress:
         self._show(row["step"], is_last=row["step"] == self._total)
 
     def _show(self, step: int, *, is_last: bool = False) -> None:
-        text = f"{self._figures}val {self._validation}"
-        self._progress.update(self._bar, completed=step, figures=text)
+        text = f"{self._metrics}val {self._validation}"
+        self._progress.update(self._bar, completed=step, metrics=text)
         self._lines.say(f"{self._name}  step {step}/{self._total}  {text}", is_last=is_last)
-
-    def note(self, message: str) -> None:
-        """Write a line above the bar."""
-        console.say(message)
 
     def hung(self, message: str) -> None:
         """The last words of a process that has to end because the run stands still."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from rich.progress import TaskID
 
 from asgo_cli import console
-from asgo_cli.progress import figures, run_bars
+from asgo_cli.progress import RunBars, metrics_in_words
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
@@ -16,36 +15,22 @@ if TYPE_CHECKING:
     from pipelines.training.metrics import Row
 
 
-class SweepProgress:
-    """Draws what happens to `count` runs on stderr; a context manager."""
+class SweepProgress(RunBars):
+    """Draws what happens to `count` runs on stderr."""
 
     def __init__(self, count: int) -> None:
+        super().__init__()
         self._count = count
         self._started = 0
-        self._lines = console.MinuteLines()
         self._bars: dict[int, TaskID] = {}
         self._positions: dict[int, str] = {}
-        self._progress = run_bars()
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def note(self, message: str) -> None:
-        """Say why nothing happens yet, or any more."""
-        console.say(message)
 
     def started(self, run: RunStatus, slot: int) -> None:
         """Give the run a bar."""
         self._started += 1
         steps = run.run.config.training.steps
         if console.is_live():
-            self._bars[slot] = self._progress.add_task(run.run.name, total=steps, completed=run.step, figures="")
+            self._bars[slot] = self._progress.add_task(run.run.name, total=steps, completed=run.step, metrics="")
         else:
             origin = f" from step {run.step:,}" if run.step else ""
             console.say(f"{run.run.name}: started{origin}, run {self._started} of {self._count}, slot {slot}")
@@ -54,7 +39,7 @@ class SweepProgress:
         """Move the run's bar."""
         if slot in self._bars:
             unit = task_of(run.run.config).short_unit
-            self._progress.update(self._bars[slot], completed=row["step"], figures=figures(row, unit))
+            self._progress.update(self._bars[slot], completed=row["step"], metrics=metrics_in_words(row, unit))
         steps = run.run.config.training.steps
         self._positions[slot] = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"
         self._lines.say("; ".join(self._positions.values()))

@@ -17,7 +17,7 @@ def show_trajectories(request: Request) -> None:
     """Run, draw and tabulate the trajectories asked for."""
     from pipelines.analysis.optimizer_settings import default_settings, parse_settings
     from pipelines.analysis.trajectories import choose_functions, run_trajectories
-    from pipelines.analysis.trajectory_files import check_trajectories_path, write_trajectories
+    from pipelines.analysis.trajectory_page import check_trajectories_path, write_trajectories
 
     functions = choose_functions(request.names, request.expression)
     names = [function.name for function in functions]

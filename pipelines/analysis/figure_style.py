@@ -228,10 +228,10 @@ def _thin(axis: Axis) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def check_figure_path(path: Path) -> None:
-    """Raise `UsageError` unless the file's name ends in a format that can be written."""
+def check_figure_path(path: Path, more: str = "") -> None:
+    """Raise `UsageError` unless the file's name ends in a format that can be written; `more` ends its message."""
     if path.suffix.lower() not in _METADATA:
-        raise UsageError(f"{path}: the name of a figure must end in {', '.join(_METADATA)}")
+        raise UsageError(f"{path}: the name of a figure must end in {', '.join(_METADATA)}{more}")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from pipelines.analysis.figure_style import figure_style, legend_below, line_style, save_figure
+from pipelines.analysis.figure_style import figure_style, legend_below, line_style, plain_axes, save_figure
 from pipelines.errors import UsageError
 from pipelines.training.statistics_file import STATISTICS, Layer, Statistics, read_statistics
 
@@ -56,13 +56,11 @@ def draw_layers(run: Path) -> list[tuple[str, Figure]]:
 def write_layer_figures(run: Path, out: Path) -> list[Path]:
     """Draw a run's layer statistics into the folder `out`, each figure as PNG and as PDF; returns the files."""
     figures = draw_layers(run)
-    paths = []
+    paths = [(figure, out / f"{name}{suffix}") for name, figure in figures for suffix in (".png", ".pdf")]
     with figure_style():
-        for name, figure in figures:
-            for path in (out / f"{name}.png", out / f"{name}.pdf"):
-                save_figure(figure, path)
-                paths.append(path)
-    return paths
+        for figure, path in paths:
+            save_figure(figure, path)
+    return [path for _, path in paths]
 
 
 def kinds_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
@@ -170,16 +168,13 @@ def _factors(statistics: Statistics) -> list[str]:
 
 
 def _condition(layer: Layer, factor: str) -> float | None:
-    if factor not in layer.get("preconditioners", {}):
-        return None
-    condition = layer["preconditioners"][factor]["condition"]
-    return _SINGULAR if condition is None else condition
+    found = layer.get("preconditioners", {}).get(factor)
+    return None if found is None else _SINGULAR if found["condition"] is None else found["condition"]
 
 
 def _rank(layer: Layer, factor: str) -> float | None:
-    if factor not in layer.get("preconditioners", {}):
-        return None
-    return layer["preconditioners"][factor]["rank"] / layer["preconditioners"][factor]["side"]
+    found = layer.get("preconditioners", {}).get(factor)
+    return None if found is None else found["rank"] / found["side"]
 
 
 def _draw_kinds(axes: Axes, statistics: Statistics, value: Value) -> list[Line2D]:
@@ -198,9 +193,7 @@ def _draw_kinds(axes: Axes, statistics: Statistics, value: Value) -> list[Line2D
         handles.append(Line2D([], [], label=kind, linewidth=1.5, **style))
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=6)
-    axes.grid(color="#e4e4e4", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
     return handles
 
 

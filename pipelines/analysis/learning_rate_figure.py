@@ -16,7 +16,6 @@ from matplotlib.lines import Line2D
 
 from pipelines.analysis.figure_style import check_figure_path, figure_style, legend_below, save_figure
 from pipelines.analysis.learning_rates import RateGrid
-from pipelines.errors import UsageError
 
 _COLOURS = "viridis_r"  # dark is slow: the quick ones light up
 _CONVERGED: dict[str, Any] = {"marker": "s", "markersize": 9, "linestyle": "none"}
@@ -33,10 +32,7 @@ _BEST: dict[str, Any] = {
 
 def check_rates_path(path: Path) -> None:
     """Raise `UsageError` unless `draw_rates` can write a file of this name."""
-    try:
-        check_figure_path(path)
-    except UsageError as error:
-        raise UsageError(f"{error}, with --lr-grid") from None
+    check_figure_path(path, ", with --lr-grid")
 
 
 def draw_rates(grids: Sequence[RateGrid], path: Path) -> None:

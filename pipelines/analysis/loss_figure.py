@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipelines.analysis.comparison.thinning import moving_mean
-from pipelines.analysis.figure_style import figure_style, legend_below, line_style, save_figure
+from pipelines.analysis.figure_style import figure_style, legend_below, line_style, plain_axes, save_figure
 
 Array = npt.NDArray[np.float64]
 
@@ -55,9 +55,7 @@ def _draw_curves(axes: Axes, curves: Sequence[LossCurve]) -> None:
         axes.plot(curve.val_steps, curve.val_losses, **style, linewidth=1.5, marker="o", markersize=3)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=6)
-    axes.grid(color="#e4e4e4", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain_axes(axes)
 
 
 def smoothed(curve: LossCurve) -> tuple[Array, Array]:

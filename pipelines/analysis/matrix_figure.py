@@ -32,10 +32,7 @@ def check_losses_path(path: Path) -> None:
     if path.suffix.lower() == ".gif":
         raise UsageError(f"{path}: losses do not move; give --out FILE.png, .pdf, .svg or .html")
     if path.suffix.lower() != ".html":
-        try:
-            check_figure_path(path)
-        except UsageError as error:
-            raise UsageError(f"{error}, .html") from None
+        check_figure_path(path, ", .html")
 
 
 def write_losses(panels: Sequence[Sequence[LossRun]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers' trajectories on test functions as an interactive page."""
+"""Optimizers' trajectories on test functions as an interactive page, or in a file of the kind that its name says."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import numpy.typing as npt
 import torch
 
 from models.functions import Point, TestFunction
-from pipelines.analysis.figure_style import OPTIMUM_COLOUR, START_COLOUR
+from pipelines.analysis.figure_style import OPTIMUM_COLOUR, START_COLOUR, check_figure_path
 from pipelines.analysis.trajectories import Trajectory
-from pipelines.analysis.trajectory_animation import frame_steps
+from pipelines.analysis.trajectory_animation import animate_trajectories, frame_steps
 from pipelines.analysis.trajectory_figure import (
     CONTOUR_COLOURS,
     LEVELS,
     Window,
     approached_goal,
+    draw_trajectories,
     enclose,
     goals,
     line_width,
@@ -31,6 +32,18 @@ Array = npt.NDArray[np.float64]
 
 _FINENESS = 1 / 700  # of the plane's side: about a pixel
 _VALUE_AXES = {"xaxis": "x2", "yaxis": "y2", "showlegend": False}
+
+
+def check_trajectories_path(path: Path) -> None:
+    """Raise `UsageError` unless `write_trajectories` can write a file of this name."""
+    if path.suffix.lower() not in (".gif", ".html"):
+        check_figure_path(path, ", .gif, .html")
+
+
+def write_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
+    """Write the panels as a figure, as an animation (.gif) or as an interactive page (.html)."""
+    writers = {".gif": animate_trajectories, ".html": write_trajectory_page}
+    writers.get(path.suffix.lower(), draw_trajectories)(panels, path)
 
 
 def write_trajectory_page(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:

@@ -45,6 +45,17 @@ class Table:
         return text.getvalue()
 
 
+def _table(
+    name: str, heads: Iterable[str], texts: Iterable[tuple[str, ...]], records: Iterable[dict[str, Any]]
+) -> Table:
+    """A table without figures that are not finite, which JSON has no word for."""
+    finite = (
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
+        for record in records
+    )
+    return Table(name, tuple(heads), tuple(texts), tuple(finite))
+
+
 def make_tables(comparison: Comparison) -> tuple[Table, ...]:
     """Entries, verdicts, runs, sensitivity, settings and curves; those that have rows."""
     made = (
@@ -81,34 +92,32 @@ def entry_table(comparison: Comparison, entries: Sequence[Entry]) -> Table:
     ]
     shown = [(head, [show(entry) for entry in entries]) for head, show in columns]
     shown = [(head, texts) for head, texts in shown if any(texts)]
-    rows = tuple(zip(*(texts for _, texts in shown), strict=True))
-    return Table("entries", tuple(head for head, _ in shown), rows, tuple(map(_entry_record, entries)))
+    rows = zip(*(texts for _, texts in shown), strict=True)
+    return _table("entries", (head for head, _ in shown), rows, map(_entry_record, entries))
 
 
 def _entry_record(entry: Entry) -> Record:
     reach = entry.reach
-    return _finite(
-        {
-            "entry": entry.label,
-            "optimizer": entry.optimizer,
-            "family": entry.family,
-            "lr": entry.lr,
-            "runs": len(entry.runs),
-            **_interval_record("final_loss", entry.final),
-            "finished": entry.final.count if entry.final else 0,
-            "best_loss": _best(entry),
-            **_interval_record("final_train_loss", entry.final_train),
-            "accuracy": _accuracy(entry),
-            "steps_to_target": median_with_misses(reach.steps) if reach else None,
-            "tokens_to_target": median_with_misses(reach.tokens) if reach else None,
-            "seconds_to_target": median_with_misses(reach.seconds) if reach else None,
-            "missed_target": reach.misses if reach else None,
-            "step_ms": entry.step_ms,
-            "optimizer_ms": entry.optimizer_ms,
-            "state_bytes": entry.state_bytes,
-            "diverged": entry.diverged,
-        }
-    )
+    return {
+        "entry": entry.label,
+        "optimizer": entry.optimizer,
+        "family": entry.family,
+        "lr": entry.lr,
+        "runs": len(entry.runs),
+        **_interval_record("final_loss", entry.final),
+        "finished": entry.final.count if entry.final else 0,
+        "best_loss": _best(entry),
+        **_interval_record("final_train_loss", entry.final_train),
+        "accuracy": _accuracy(entry),
+        "steps_to_target": median_with_misses(reach.steps) if reach else None,
+        "tokens_to_target": median_with_misses(reach.tokens) if reach else None,
+        "seconds_to_target": median_with_misses(reach.seconds) if reach else None,
+        "missed_target": reach.misses if reach else None,
+        "step_ms": entry.step_ms,
+        "optimizer_ms": entry.optimizer_ms,
+        "state_bytes": entry.state_bytes,
+        "diverged": entry.diverged,
+    }
 
 
 def _verdict_table(comparison: Comparison) -> Table:
@@ -118,20 +127,18 @@ def _verdict_table(comparison: Comparison) -> Table:
         p = "" if verdict.p is None else f"{verdict.p:.2g}"
         texts.append((verdict.first, verdict.second, verdict.outcome, with_margin(difference, sign="+"), p))
         records.append(
-            _finite(
-                {
-                    "first": verdict.first,
-                    "second": verdict.second,
-                    "outcome": verdict.outcome,
-                    "difference": None if difference is None else difference.mean,
-                    "low": None if difference is None else difference.low,
-                    "high": None if difference is None else difference.high,
-                    "p": verdict.p,
-                }
-            )
+            {
+                "first": verdict.first,
+                "second": verdict.second,
+                "outcome": verdict.outcome,
+                "difference": None if difference is None else difference.mean,
+                "low": None if difference is None else difference.low,
+                "high": None if difference is None else difference.high,
+                "p": verdict.p,
+            }
         )
     heads = ("first", "second", "the first is", "first minus second", "p, corrected")
-    return Table("verdicts", heads, tuple(texts), tuple(records))
+    return _table("verdicts", heads, texts, records)
 
 
 def run_table(comparison: Comparison) -> Table:
@@ -151,35 +158,33 @@ def run_table(comparison: Comparison) -> Table:
         )
         for entry, _, run in runs
     )
-    return Table("runs", heads, texts, tuple(_run_record(*run) for run in runs))
+    return _table("runs", heads, texts, (_run_record(*run) for run in runs))
 
 
 def _run_record(entry: Entry, index: int, run: Run) -> Record:
     reach = entry.reach
-    return _finite(
-        {
-            "run": run.name,
-            "entry": entry.label,
-            "optimizer": entry.optimizer,
-            "lr": entry.lr,
-            "seed": run.config.seed,
-            "state": run.state,
-            "reason": run.reason,
-            "step": run.last_step,
-            "steps": run.config.training.steps,
-            "final_loss": run.final_loss,
-            "best_loss": run.best_loss,
-            "final_train_loss": run.final_train_loss,
-            "accuracy": _last_accuracy(run),
-            "steps_to_target": reach.steps[index] if reach else None,
-            "tokens_to_target": reach.tokens[index] if reach else None,
-            "seconds_to_target": reach.seconds[index] if reach else None,
-            "step_ms": run.step_ms,
-            "optimizer_ms": run.optimizer_ms,
-            "state_bytes": run.state_bytes,
-            "device": run.environment.get("device"),
-        }
-    )
+    return {
+        "run": run.name,
+        "entry": entry.label,
+        "optimizer": entry.optimizer,
+        "lr": entry.lr,
+        "seed": run.config.seed,
+        "state": run.state,
+        "reason": run.reason,
+        "step": run.last_step,
+        "steps": run.config.training.steps,
+        "final_loss": run.final_loss,
+        "best_loss": run.best_loss,
+        "final_train_loss": run.final_train_loss,
+        "accuracy": _last_accuracy(run),
+        "steps_to_target": reach.steps[index] if reach else None,
+        "tokens_to_target": reach.tokens[index] if reach else None,
+        "seconds_to_target": reach.seconds[index] if reach else None,
+        "step_ms": run.step_ms,
+        "optimizer_ms": run.optimizer_ms,
+        "state_bytes": run.state_bytes,
+        "device": run.environment.get("device"),
+    }
 
 
 def _sensitivity_table(comparison: Comparison) -> Table:
@@ -191,23 +196,21 @@ def _sensitivity_table(comparison: Comparison) -> Table:
             counts = (len(point.losses), len(point.unfinished), point.diverged)
             texts.append((family.family, f"{point.lr:g}", loss(mean), loss(stopped), *map(str, counts)))
             records.append(
-                _finite(
-                    {
-                        "family": family.family,
-                        "optimizer": family.optimizer,
-                        "lr": point.lr,
-                        "final_loss": mean,
-                        "lowest": min(point.losses, default=None),
-                        "highest": max(point.losses, default=None),
-                        "best_loss_unfinished": stopped,
-                        "finished": counts[0],
-                        "unfinished": counts[1],
-                        "diverged": counts[2],
-                    }
-                )
+                {
+                    "family": family.family,
+                    "optimizer": family.optimizer,
+                    "lr": point.lr,
+                    "final_loss": mean,
+                    "lowest": min(point.losses, default=None),
+                    "highest": max(point.losses, default=None),
+                    "best_loss_unfinished": stopped,
+                    "finished": counts[0],
+                    "unfinished": counts[1],
+                    "diverged": counts[2],
+                }
             )
     heads = ("", "lr", "final loss", "best loss if unfinished", "finished", "unfinished", "diverged")
-    return Table("sensitivity", heads, tuple(texts), tuple(records))
+    return _table("sensitivity", heads, texts, records)
 
 
 def _setting_table(comparison: Comparison) -> Table:
@@ -218,21 +221,19 @@ def _setting_table(comparison: Comparison) -> Table:
                 (effect.setting, effect.label, f"{value:g}", f"{entry.lr:g}", _seeds(entry), with_margin(entry.final))
             )
             records.append(
-                _finite(
-                    {
-                        "setting": effect.setting,
-                        "family": effect.label,
-                        "value": value,
-                        "lr": entry.lr,
-                        "runs": len(entry.runs),
-                        **_interval_record("final_loss", entry.final),
-                        "finished": entry.final.count if entry.final else 0,
-                        "diverged": entry.diverged,
-                    }
-                )
+                {
+                    "setting": effect.setting,
+                    "family": effect.label,
+                    "value": value,
+                    "lr": entry.lr,
+                    "runs": len(entry.runs),
+                    **_interval_record("final_loss", entry.final),
+                    "finished": entry.final.count if entry.final else 0,
+                    "diverged": entry.diverged,
+                }
             )
     heads = ("setting", "of", "value", "lr", "seeds", "final loss")
-    return Table("settings", heads, tuple(texts), tuple(records))
+    return _table("settings", heads, texts, records)
 
 
 def _curve_table(comparison: Comparison) -> Table:
@@ -243,7 +244,7 @@ def _curve_table(comparison: Comparison) -> Table:
         for run in entry.runs
         for point in _validations(run, comparison.unit)
     ]
-    return Table("curves", (), (), tuple(records))
+    return _table("curves", (), (), records)
 
 
 def _validations(run: Run, unit: str) -> list[Record]:
@@ -251,15 +252,13 @@ def _validations(run: Run, unit: str) -> list[Record]:
     val, train = run.val, run.smoothed
     places = np.searchsorted(train.steps, val.steps, side="right") - 1
     return [
-        _finite(
-            {
-                "step": int(val.steps[index]),
-                unit: int(val.tokens[index]),
-                "seconds": float(val.seconds[index]),
-                "val_loss": float(val.losses[index]),
-                "train_loss": float(train.losses[place]) if place >= 0 else None,
-            }
-        )
+        {
+            "step": int(val.steps[index]),
+            unit: int(val.tokens[index]),
+            "seconds": float(val.seconds[index]),
+            "val_loss": float(val.losses[index]),
+            "train_loss": float(train.losses[place]) if place >= 0 else None,
+        }
         for index, place in enumerate(places)
     ]
 
@@ -339,13 +338,6 @@ def _interval_record(name: str, interval: Interval | None) -> Record:
     values = (None,) * 4 if interval is None else (interval.mean, interval.low, interval.high, interval.std)
     keys = (name, f"{name}_low", f"{name}_high", f"{name}_std")
     return dict(zip(keys, values, strict=True))
-
-
-def _finite(record: dict[str, Any]) -> Record:
-    """Without figures that are not finite, which JSON has no word for."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
 
 
 def _escaped(text: str) -> str:

@@ -31,7 +31,7 @@ from pipelines.analysis.optimizer_settings import default_settings, parse_settin
 from pipelines.analysis.trajectories import Trajectory, run_trajectories
 from pipelines.analysis.trajectory_animation import animate_trajectories, frame_steps
 from pipelines.analysis.trajectory_figure import Window, compose, draw_trajectories, leaves_at, place_inset, relief_in
-from pipelines.analysis.trajectory_files import write_trajectories
+from pipelines.analysis.trajectory_page import write_trajectories
 from pipelines.analysis.viz_page import write_page
 from pipelines.errors import UsageError
 
