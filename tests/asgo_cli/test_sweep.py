@@ -16,7 +16,7 @@ import pytest
 import tomli_w
 
 from asgo_cli import app as command_line
-from asgo_cli import sweep
+from asgo_cli import sweep_runs
 from pipelines.errors import UsageError
 from pipelines.resolve import assignment_layer
 from pipelines.sweeps import queue
@@ -178,7 +178,7 @@ def test_a_configuration_that_cannot_be_written_fails_its_run_alone(token_folder
     runs, reporter = standings_of(token_folder, tmp_path), QuietReporter()
     (tmp_path / "out/sweep/b-s42.toml").mkdir(parents=True)
     failures = queue.carry_out(
-        queue.FixedRuns([runs[1], runs[0]]), tmp_path / "out", [Slot(1)], sweep._program(), reporter
+        queue.FixedRuns([runs[1], runs[0]]), tmp_path / "out", [Slot(1)], sweep_runs._program(), reporter
     )
     ((name, reason),) = [(failure.name, failure.reason) for failure in failures]
     assert name == "b-s42"
@@ -201,7 +201,7 @@ def test_a_source_that_fails_ends_the_sweep_when_the_runs_at_work_have_ended(
     reporter = QuietReporter()
     source = FullDisk(standings_of(token_folder, tmp_path))
     with pytest.raises(OSError, match=r"No space left on device: 'study\.log'"):
-        queue.carry_out(source, tmp_path / "out", [Slot(1), Slot(1)], sweep._program(), reporter)
+        queue.carry_out(source, tmp_path / "out", [Slot(1), Slot(1)], sweep_runs._program(), reporter)
     assert reporter.told == [
         "study.log: No space left on device: no further run begins; those at work go on",
         "a-s42: done",  # not killed

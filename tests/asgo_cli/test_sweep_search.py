@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from asgo_cli.sweep import _program
+from asgo_cli.sweep_runs import _program
 from pipelines.resolve import assignment_layer
 from pipelines.sweeps.contenders import plan_search
 from pipelines.sweeps.definition import SweepRun, read_sweep
