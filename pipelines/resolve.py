@@ -86,6 +86,8 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
 
     `UsageError` if the run has another optimizer than the one asked for: nothing of its settings would fit.
     """
+    if (run / "state.json").is_file():
+        raise UsageError(f"{run}: a checkpoint; --resume takes the run that holds it: --out {run.parent.parent}")
     path = run / "config.json"
     if not path.is_file():
         return None

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from pipelines.errors import UsageError
+
 
 def parse_json(text: str | bytes) -> Any:
     """As `json.loads`, for files of strangers: lists in lists without end are a `ValueError` too."""
@@ -52,6 +54,12 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_file(path: Path) -> None:
+    """Raise `UsageError` for a file where a folder is expected; the message names the folder that holds it."""
+    if path.is_file():
+        raise UsageError(f"{path}: this is a file; give the folder that it is in: {path.parent}")
 
 
 def make_folder(path: Path) -> None:

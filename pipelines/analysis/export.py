@@ -10,7 +10,7 @@ from typing import IO
 
 from pipelines.analysis.comparison.find_runs import runs_below
 from pipelines.errors import AsgoError, UsageError
-from pipelines.storage import csv_cell
+from pipelines.storage import csv_cell, refuse_file
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import RunFolder
 
@@ -52,6 +52,7 @@ def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
 
 
 def _records(path: Path, left_out: list[str]) -> Iterator[dict[str, object]]:
+    refuse_file(path)
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give a checkpoint, a run, or a folder of runs")
     if (path / "state.json").is_file():

@@ -15,7 +15,7 @@ from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.gpt2.config import from_gpt2_config, problems_of
 from pipelines.resolve import Layer, resolve
-from pipelines.storage import parse_json, sha256_of
+from pipelines.storage import parse_json, refuse_file, sha256_of
 
 _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
@@ -47,6 +47,7 @@ def open_initial_model(folder: Path) -> InitialModel:
 
     Raises `UsageError` for anything but a GPT-2 in safetensors, and `AsgoError` for damaged weights.
     """
+    refuse_file(folder)
     if not folder.is_dir():
         raise UsageError(
             f"{folder}: no such folder; --init-from takes one on this disk, "

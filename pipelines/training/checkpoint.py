@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError
-from pipelines.storage import naming, parse_json, sha256_of, staged_folder, undo_exchange
+from pipelines.storage import naming, parse_json, refuse_file, sha256_of, staged_folder, undo_exchange
 from pipelines.tensors import Tensors
 from pipelines.training.distributed import seed_of_rank
 from pipelines.training.launched import launched
@@ -254,12 +254,17 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint, or a run's newest good one, and a line for each newer one that is damaged."""
+    """A checkpoint, or a run's newest good one, and a line for each newer one that is damaged.
+
+    Raises `UsageError` for a file, and `AsgoError` if there is no good checkpoint.
+    """
+    refuse_file(path)
     run = RunFolder(path)
     if not run.exists():
         return open_checkpoint(path), []
     checkpoint, skipped = newest_checkpoint(run.checkpoints)
     if checkpoint is None:
+        run.config()  # raises where the configuration is not of a run, as in a folder of Hugging Face
         raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
     return checkpoint, skipped
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pipelines.errors import UsageError
+from pipelines.storage import refuse_file
 from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
 
 
@@ -37,6 +38,7 @@ def is_trial(path: Path) -> bool:
 
 
 def _runs_of(path: Path) -> list[Path]:
+    refuse_file(path)
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give runs, or folders of runs")
     runs = [path] if _is_run(path) else runs_below(path)
