@@ -1,6 +1,6 @@
-"""The optimizers of the ASGO and Asro papers, and their peers, for any PyTorch training loop.
+"""The optimizers of the ASGO and Asro papers, and related ones, for any PyTorch training loop.
 
-Classes and functions are imported at their first use: `optim.specs` alone needs no torch.
+Classes and functions are imported on first use, so `optim.specs` can be imported without torch.
 """
 
 from importlib import import_module
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 _MODULES = {"ShardedOptimizer": "sharded", "build_optimizer": "registry", "optimizer_class": "registry"}
-"""Where the names are that are not a class in a file of the same name."""
+"""Modules of the names that are not defined in a module of the same name in lower case."""
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `__all__`, or a submodule: `import optim` is enough for `optim.native`."""
+    """Import a name of `__all__` or a submodule on first access, so `import optim; optim.native` works."""
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in __all__:

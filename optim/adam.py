@@ -1,4 +1,4 @@
-"""Adam's moments: the rule of the parameters that a matrix optimizer leaves, and the base of Asro and AccAsro."""
+"""Adam: the rule for parameters that are not matrices, and the moments of Asro and AccAsro."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .rows import as_vectors, is_dense
 
 
 def zero_moments(param: Tensor) -> State:
-    """Both moments, zeros in the layout of the parameter."""
+    """Return both moments, zeros with the strides of the parameter."""
     return {key: torch.zeros_like(param, dtype=state_dtype(param)) for key in ("exp_avg", "exp_avg_sq")}
 
 
 def adam_scalars(group: Group, step: Scalar) -> dict[str, Scalar]:
-    """The numbers of Adam's step `t`: `keep` of the weight, bias corrections within `step_size` and `eps`.
+    """Return the scalars of Adam's step `t`. `keep` multiplies the weight; `step_size` and `eps` correct the bias:
 
     `m̂ / (√v̂ + eps) = √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps √(1 − β₂ᵗ))`
     """
@@ -42,10 +42,10 @@ def move_moments(
     weight2: float | Tensor,
     beta2: float | Tensor,
 ) -> None:
-    """Both moments of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1), in place; `beta2` is `1 − weight2`.
+    """Update both moments of Adam (Kingma and Ba, arXiv 1412.6980, Algorithm 1) in place; `beta2` is `1 − weight2`.
 
-    The square of a finite gradient can be infinite. From there `lerp` gives NaN, since it subtracts; this sum stays
-    infinite, and the step of that element is zero.
+    The square of a finite gradient can overflow to infinity. `lerp` would then return NaN, because it subtracts; this
+    sum stays infinite, and the step of that element is zero.
     """
     exp_avg.lerp_(grad, weight1)
     exp_avg_sq.mul_(beta2)
@@ -65,9 +65,9 @@ def scaled_adam_step(
     step_size: Scalar,
     eps: Scalar,
 ) -> None:
-    """Adam's step times a scale an element, in place, with decoupled weight decay; numbers as in `adam_scalars`.
+    """Apply Adam's step times a scale for each element, in place, with decoupled weight decay; see `adam_scalars`.
 
-    The scale comes last: times a huge first moment it could be infinite, and infinity by infinity is NaN.
+    The scale is applied after the division: scale times first moment can overflow, and infinity / infinity is NaN.
     """
     direction = exp_avg / exp_avg_sq.sqrt().add_(eps)
     weight.mul_(keep)
@@ -78,7 +78,7 @@ def scaled_adam_step(
 
 
 def update_with_adam(params: list[Tensor], states: list[State], group: Group) -> None:
-    """One step of Adam with decoupled weight decay, by PyTorch's fused kernel; parameters of one device and dtype."""
+    """Perform one step of AdamW with PyTorch's fused kernel; all parameters have one device and dtype."""
     steps = [state["step"] for state in states]
     torch._foreach_add_(steps, 1.0)
     weights = [_dense(param) for param in params]
@@ -103,13 +103,14 @@ def update_with_adam(params: list[Tensor], states: list[State], group: Group) ->
         amsgrad=False,
         maximize=False,
     )
-    increment_version([*vectors, *exp_avgs, *exp_avg_sqs])  # which PyTorch's kernel does not do
+    # The fused kernel does not, and autograd could not detect the in-place change.
+    increment_version([*vectors, *exp_avgs, *exp_avg_sqs])
     for param, weight in zip(params, weights, strict=True):
         if weight is not param:
             param.copy_(weight)
 
 
 def _dense(param: Tensor) -> Tensor:
-    """The parameter in the precision of its state and without gaps in memory, which a fused kernel would not see."""
+    """Return the parameter in the dtype of its state, and dense: the fused kernel ignores strides."""
     weight = param.to(state_dtype(param))
     return weight if is_dense(weight) else weight.clone()

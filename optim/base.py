@@ -1,4 +1,4 @@
-"""What all optimizers here share: checks, the step, and a state that loads in the precision it was saved in."""
+"""Base class of the optimizers of this package: argument checks, `step`, and state dicts that keep their dtypes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from .dtensors import is_dtensor, put_back, stand_in
+from .dtensors import from_plain, is_dtensor, to_plain
 from .specs import RANGES, Range
 
 if TYPE_CHECKING:
@@ -26,17 +26,17 @@ Scalar = float | Tensor
 """A number, or a tensor of one element on the device where it is used."""
 
 _MATRIX_KEYS = ("rule", "row_blocks", "batch_dims")
-"""Keys of parameter groups that mean something to a matrix optimizer alone."""
+"""Parameter group keys that only matrix optimizers accept."""
 
 
 class BaseOptimizer(torch.optim.Optimizer):
-    """Template: a subclass implements `update_group`, and inherits everything that a training loop touches.
+    """Base class: a subclass implements `update_group` and `initial_state`.
 
-    State is kept in float32 for parameters of lower precision, else in the parameter's own precision.
+    State is kept in float32 for parameters of lower precision, else in the dtype of the parameter.
     """
 
     native_kernels = False
-    """Whether large float32 parameters on a CPU take the kernels in C."""
+    """Whether the C kernels update large float32 parameters on a CPU."""
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         check_keywords(defaults)
@@ -44,20 +44,20 @@ class BaseOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Give groups that were saved before a keyword existed its default."""
+        """Restore a pickled optimizer. Groups pickled before a keyword existed get its default."""
         super().__setstate__(state)
         self._layouts = {}
         for group in self.param_groups:
             self._complete(group)
 
     def _complete(self, group: Group) -> None:
-        """Give a group that came otherwise than through `add_param_group` the defaults of the keys that it lacks."""
+        """Set the missing keys of a group to their defaults, for groups not added through `add_param_group`."""
         for key, value in self.defaults.items():
-            if key != "differentiable":  # which the base adds to the defaults, never to the groups, when it loads
+            if key != "differentiable":  # the base class adds it to `defaults` on loading, but not to the groups
                 group.setdefault(key, value)
 
     def update_group(self, group: Group, params: list[Tensor]) -> None:
-        """Update `params`, those of `group` that have a gradient and any element, in place."""
+        """Update in place `params`: the parameters of `group` that have a gradient and at least one element."""
         raise AssertionError("a subclass implements this")
 
     @overload
@@ -69,10 +69,10 @@ class BaseOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step with the gradients at hand; returns the loss of `closure` where one is given.
+        """Perform one optimization step; returns the loss of `closure` if one is given.
 
-        `torch.compile` leaves it as it is, kernels and all. Raises `ValueError` for a sparse gradient, and
-        `RuntimeError` inside a CUDA graph without `capturable=True`.
+        `torch.compile` does not trace this method. Raises `ValueError` for a sparse gradient, and `RuntimeError`
+        inside a CUDA graph without `capturable=True`.
         """
         self._refuse_wrong_capture()
         loss = None
@@ -81,7 +81,7 @@ class BaseOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self._refuse_sparse_gradients()
         for group in self.param_groups:
-            self._complete(group)  # it may have been appended by hand
+            self._complete(group)  # users may append to `param_groups` directly
             params = [param for param in group["params"] if param.grad is not None and param.numel() > 0]
             plain = [param for param in params if not is_dtensor(param)]
             if plain:
@@ -90,32 +90,32 @@ class BaseOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update_dtensors(self, group: Group, params: list[DTensor]) -> None:
-        """Update what this rank holds; or all of one parameter after the other, where the rule needs it whole."""
+        """Update the local shards, all together; or gather and update one whole parameter at a time (`needs_whole`)."""
         is_whole = self.needs_whole(group)
         names = dict(zip(group["params"], group.get("param_names", []), strict=False))
         for together in [[param] for param in params] if is_whole else [params] * bool(params):
-            stand_ins = {}
+            plain_params = {}
             for param in together:
-                tensor, state = stand_in(param, self.state[param], is_whole)
-                stand_ins[param], self.state[tensor] = tensor, state
-            plain = {**group, "params": [*stand_ins.values()]}
+                tensor, state = to_plain(param, self.state[param], is_whole)
+                plain_params[param], self.state[tensor] = tensor, state
+            plain_group = {**group, "params": [*plain_params.values()]}
             if names:
-                plain["param_names"] = [names.get(param, "without name") for param in together]
+                plain_group["param_names"] = [names.get(param, "without name") for param in together]
             try:
-                self.update_group(plain, plain["params"])
+                self.update_group(plain_group, plain_group["params"])
             finally:
-                for param, tensor in stand_ins.items():
-                    self.state[param] = put_back(param, tensor, self.state.pop(tensor), is_whole)
+                for param, tensor in plain_params.items():
+                    self.state[param] = from_plain(param, tensor, self.state.pop(tensor), is_whole)
 
     def needs_whole(self, group: Group) -> bool:
-        """Whether the rule of a group needs its parameters whole; else each rank updates the part it holds."""
+        """Whether the update needs whole parameters. If not, each rank updates its local shard."""
         return False
 
     def _refuse_wrong_capture(self) -> None:
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if capturing and not all(group["capturable"] for group in self.param_groups):
             name = type(self).__name__
-            raise RuntimeError(f"{name} counts its steps on the host, which a CUDA graph misses; use capturable=True")
+            raise RuntimeError(f"{name} counts steps on the host, which CUDA graphs do not record; use capturable=True")
 
     def _refuse_sparse_gradients(self) -> None:
         for group in self.param_groups:
@@ -126,9 +126,9 @@ class BaseOptimizer(torch.optim.Optimizer):
                     )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with any keyword of the constructor overridden for them; other keys are kept for others.
+        """Add a parameter group. It may override any keyword of the constructor; unknown keys are kept.
 
-        Raises `ValueError` for a misspelled keyword, a value out of range, or a parameter this optimizer cannot take.
+        Raises `ValueError` for a misspelled keyword, a value out of range, or an unsupported parameter.
         """
         for key in param_group:
             if key in _MATRIX_KEYS and key not in self.group_keywords():
@@ -148,32 +148,32 @@ class BaseOptimizer(torch.optim.Optimizer):
             raise
 
     def group_keywords(self) -> list[str]:
-        """The keys of a parameter group that this optimizer reads."""
+        """Return the parameter group keys that this optimizer reads."""
         return [*self.defaults]
 
     def initial_state(self, group: Group, param: Tensor) -> State:
-        """The state of a parameter before its first step, on its device."""
+        """Return the state of a parameter before its first step, on its device."""
         raise AssertionError("a subclass implements this")
 
     def prepare_states(self, group: Group, params: list[Tensor]) -> None:
-        """Give parameters their state before their first step.
+        """Create the missing states, and check the others.
 
-        Raises `ValueError` for a state that does not fit its parameter, loaded or changed from outside.
+        Raises `ValueError` for a state whose shape or dtype does not fit its parameter.
         """
         rule = (group.get("rule"), str(group.get("row_blocks")), group.get("batch_dims"))
         for param in params:
             state = self.state[param]
             if not state:
                 index = next(index for index, each in enumerate(group["params"]) if each is param)
-                self.check_param(group, index, param)  # it may have been appended to the group by hand
+                self.check_param(group, index, param)  # users may append to `group["params"]` directly
                 state.update(self.initial_state(group, param))
                 continue
             for key, (shape, dtype) in self._layout(group, param, rule).items():
-                if key not in state or state[key].shape != shape or not _may_stand_for(state[key].dtype, dtype, key):
+                if key not in state or state[key].shape != shape or not _is_compatible(state[key].dtype, dtype, key):
                     raise self._wrong_state(group, param, key, f"{tuple(shape)}, {dtype}")
 
     def _layout(self, group: Group, param: Tensor, rule: tuple[object, ...]) -> _Layout:
-        """Shape and dtype of each state tensor of a parameter."""
+        """Return shape and dtype of each state tensor of a parameter, from a cache."""
         kind = (param.shape, param.dtype, rule)
         if kind not in self._layouts:
             like = torch.empty(param.shape, dtype=param.dtype, device="meta")
@@ -189,18 +189,18 @@ class BaseOptimizer(torch.optim.Optimizer):
         return ValueError(text.replace("torch.", ""))
 
     def check_param(self, group: Group, index: int, param: Tensor) -> None:
-        """Raise `ValueError` if this optimizer cannot take the parameter."""
+        """Raise `ValueError` if this optimizer does not support the parameter."""
         if not param.is_floating_point():
             raise ValueError(f"{type(self).__name__} takes real parameters; {describe(group, index)} is {param.dtype}")
 
     def step_device(self, group: Group, param: Tensor) -> torch.device:
-        """Where a parameter's count of steps lives: on the host, unless the step is to be captured in a CUDA graph."""
+        """Return the device of a parameter's step count: the CPU unless `capturable`, for CUDA graphs."""
         return param.device if group["capturable"] else torch.device("cpu")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state; unlike the base class, keep each tensor's own dtype (int8 signs, float32 moments)."""
+        """Load a state dict. Unlike the base class, keep the dtype of each tensor (int8 signs, float32 moments)."""
         saved: dict[str, Any] = {}
-        # Last before and first after the base class does its work, so that hooks of others have their say.
+        # Pre-hook last, post-hook first: users' pre-hooks may change the state, and their post-hooks see the result.
         before = self.register_load_state_dict_pre_hook(lambda _, final: saved.update(final))
         after = self.register_load_state_dict_post_hook(lambda _: self._restore_tensors(saved), prepend=True)
         try:
@@ -218,60 +218,60 @@ class BaseOptimizer(torch.optim.Optimizer):
 
 
 def _restored(value: Tensor | float, param: Tensor, device: torch.device) -> Tensor:
-    """A copy of what was saved, in its own dtype; laid out in memory as the parameter, where it has its shape."""
+    """Copy a saved value in its own dtype. A tensor of the parameter's shape gets the parameter's strides."""
     tensor = torch.as_tensor(value)
     if tensor.shape != param.shape:
         return tensor.to(device=device, copy=True)
     return torch.empty_like(param, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
-def _may_stand_for(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
-    """Whether PyTorch operations take a state in this dtype for the expected: any holds a sign, or counts steps."""
+def _is_compatible(found: torch.dtype, expected: torch.dtype, key: str) -> bool:
+    """Whether a state may have this dtype instead of the expected one: step counts and signs fit in any dtype."""
     return found is expected or key == "step" or not expected.is_floating_point
 
 
 def describe(group: Group, index: int) -> str:
-    """A parameter as a user knows it: its name where names were given, else its position and shape."""
+    """Return name and shape of a parameter for messages; without a name, its index and shape."""
     shape = tuple(group["params"][index].shape)
     names = group.get("param_names", [])
-    is_named = index < len(names)  # not one that was appended to the group by hand
+    is_named = index < len(names)  # a parameter appended to `group["params"]` directly has no name
     return f"parameter {names[index]!r} of shape {shape}" if is_named else f"parameter {index} of shape {shape}"
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
-    """The precision in which a parameter's state is kept and its update computed."""
+    """Return the dtype of a parameter's state and of the arithmetic of its update: float32 or wider."""
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def new_step(device: torch.device) -> Tensor:
-    """A parameter's count of steps, zero; in float32 whatever the default dtype: bfloat16 ends at 256."""
+    """Return a step count of zero. Always float32: bfloat16 cannot count beyond 256."""
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def gradient(param: Tensor, maximize: bool) -> Tensor:
-    """What to descend along: the gradient of a parameter, in the precision of its state, negated to maximize."""
+    """Return the gradient of a parameter in the dtype of its state, negated if `maximize`."""
     assert param.grad is not None
     grad = param.grad.to(state_dtype(param))
     return -grad if maximize else grad
 
 
 def on_host(value: Scalar) -> Scalar:
-    """A tensor of one element as a number, unless it is on a device, for which reading it would make the host wait."""
+    """Convert a CPU tensor of one element to a number. Others are returned: reading them would wait for the GPU."""
     return value.item() if isinstance(value, Tensor) and can_be_read(value) else value
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor has its own numbers: it is of no subclass, which may hold them elsewhere, or have none."""
+    """Whether a tensor is not of a subclass, whose data may be stored elsewhere or not exist (fake tensors)."""
     return type(tensor) in (Tensor, nn.Parameter)
 
 
 def can_be_read(tensor: Tensor) -> bool:
-    """Whether the host may look at the numbers of a tensor: they are in its memory."""
+    """Whether the host can read the elements of a tensor without a copy from a device."""
     return is_plain(tensor) and tensor.device.type == "cpu"
 
 
 def check_keywords(values: Mapping[str, Any]) -> None:
-    """Raise `ValueError`, naming keyword and value, for the first value that its keyword cannot take."""
+    """Raise `ValueError` for the first invalid value, with its keyword."""
     for name, value in values.items():
         if name == "row_blocks" and not _is_blocks(value):
             wanted = "a number of equal blocks of rows, or the rows of each block"
@@ -279,7 +279,7 @@ def check_keywords(values: Mapping[str, Any]) -> None:
             wanted = RANGES[name].words
         else:
             continue
-        if isinstance(value, Tensor) and value.numel() != 1:  # its numbers may fill many lines
+        if isinstance(value, Tensor) and value.numel() != 1:  # its repr may fill many lines
             shape = tuple(value.shape)
             raise ValueError(f"invalid {name}: it must be {wanted}; a Tensor {name} must be 1-element, not {shape}")
         raise ValueError(f"invalid {name}: {value!r}; it must be {wanted}")
@@ -323,11 +323,11 @@ def _is_blocks(value: Any) -> bool:
 
 
 def misspelled(key: str, keywords: Iterable[str]) -> str | None:
-    """The keyword that a parameter group's key misspells; None for a keyword, and for a key that others read.
+    """Return the keyword that a parameter group's key misspells, or None.
 
-    Training loops and schedulers keep keys of their own in groups (`name`, `lr_scale`, `max_lr`): only what is nearly
-    a keyword is taken for a mistake. A keyword with other words, such as `weight_decay_mult`, is none, and a keyword of
-    two or three letters is too short to be nearly another word.
+    Training loops and schedulers keep keys of their own in groups (`name`, `lr_scale`, `max_lr`), so only a key very
+    similar to a keyword is a mistake. A key that contains a keyword, such as `weight_decay_mult`, is not one, and
+    keywords of two or three letters are too short to compare.
     """
     if any(f"_{keyword}_" in f"_{key}_" for keyword in keywords):
         return None

@@ -1,4 +1,6 @@
-"""The matrices inside parameters: experts, blocks of rows, and stacks of those that have one shape."""
+"""The matrices inside parameters: `Block` is one matrix (an expert, some rows, or a whole parameter), `Stack` is blocks
+of one shape that are processed as a batch. For the pieces that ranks own, see pieces.py.
+"""
 
 from __future__ import annotations
 
@@ -15,38 +17,38 @@ from .base import Group, Scalar
 
 @dataclass(frozen=True)
 class Block:
-    """Some rows of a parameter that are a matrix of their own; all of them where the parameter is not split."""
+    """Rows of a parameter that form one matrix; all rows if the parameter is not split."""
 
     param: Tensor
     rows: tuple[int | slice, ...]
-    """An index of the parameter: the position in its batch dimensions, then a slice of rows."""
+    """Index into the parameter: the position in its batch dimensions, then a slice of rows."""
     suffix: str
-    """Ends this block's keys in the parameter's state; empty where the parameter is not split."""
+    """Suffix of this block's keys in the parameter's state; empty if the parameter is not split."""
 
     def key(self, name: str) -> str:
-        """The key in the parameter's state of what is this block's own."""
+        """Return the key of this block's state `name` in the parameter's state."""
         return f"{name}{self.suffix}"
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Its matrix in a tensor of the parameter's shape: later dimensions flattened, the shorter side first."""
+        """Return this block of a tensor of the parameter's shape as a matrix (p, q), `p ≤ q`; see `is_transposed`."""
         matrix = tensor[self.rows].flatten(1)
         return matrix.mT if self.is_transposed else matrix
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns as they lie in the parameter."""
+        """Rows and columns, before the transposition of `of`."""
         rows, *others = self.param[self.rows].shape
         return rows, torch.Size(others).numel()
 
     @property
     def is_transposed(self) -> bool:
-        """Whether `of` transposes: so tall matrices stack with wide ones, and a square one counts as tall."""
+        """Whether `of` transposes, so that tall and wide matrices stack. A square matrix is transposed too."""
         rows, columns = self.shape
         return rows >= columns
 
 
 def blocks_of(param: Tensor, group: Group) -> list[Block]:
-    """The blocks of a parameter of shape (*batch, rows, ...), with as many batch dimensions as `group` says."""
+    """Return the blocks of a parameter of shape (*batch, rows, ...), by `batch_dims` and `row_blocks` of its group."""
     batch, rows = param.shape[: group["batch_dims"]], param.shape[group["batch_dims"]]
     sizes = block_sizes(rows, group["row_blocks"])
     ends = list(itertools.accumulate(sizes))
@@ -59,7 +61,7 @@ def blocks_of(param: Tensor, group: Group) -> list[Block]:
 
 
 def block_sizes(rows: int, row_blocks: int | Sequence[int] | None) -> list[int]:
-    """The rows of each block, where `row_blocks` counts equal blocks or is the answer; `None`: all rows are one."""
+    """Return the rows of each block. `row_blocks`: number of equal blocks, rows of each, or None for one block."""
     if row_blocks is None:
         return [rows]
     if isinstance(row_blocks, Sequence):
@@ -69,21 +71,21 @@ def block_sizes(rows: int, row_blocks: int | Sequence[int] | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks of one shape, precision and device, in the order of the stacks' first dimension."""
+    """Blocks of one shape (up to transposition), dtype and device; entry `i` of a batch belongs to block `i`."""
 
     blocks: list[Block]
 
     def of(self, tensors: dict[Tensor, Tensor]) -> Tensor:
-        """The blocks' matrices in tensors a parameter, shape (k, p, q) with `p ≤ q`."""
+        """Stack the blocks' matrices, shape (k, p, q) with `p ≤ q`; `tensors` has a tensor for each parameter."""
         return torch.stack([block.of(tensors[block.param]) for block in self.blocks])
 
     def store(self, matrices: Tensor, tensors: dict[Tensor, Tensor]) -> None:
-        """Write a stack (k, p, q) back to where `of` read it."""
+        """Write matrices (k, p, q) to the tensors that `of` reads."""
         views = [tensors[block.param][block.rows] for block in self.blocks]
         torch._foreach_copy_(views, self._as_rows(matrices, views))
 
     def subtract(self, updates: Tensor, lr: Scalar, weight_decay: float) -> None:
-        """`W ← (1 − lr · weight_decay) W − lr · U`, `updates` (k, p, q); a lower precision is rounded once."""
+        """`W ← (1 − lr · weight_decay) W − lr · U`, `updates` (k, p, q); low-precision weights are rounded once."""
         views = [block.param[block.rows] for block in self.blocks]
         weights = [view.to(updates.dtype) for view in views]
         if weight_decay != 0:
@@ -93,7 +95,7 @@ class Stack:
             torch._foreach_copy_(views, weights)
 
     def _as_rows(self, matrices: Tensor, views: list[Tensor]) -> list[Tensor]:
-        """A stack's matrices as the rows of parameters that they are."""
+        """Reshape the matrices to the shape of their rows in the parameters."""
         return [
             (matrix.mT if block.is_transposed else matrix).reshape(view.shape)
             for block, matrix, view in zip(self.blocks, matrices, views, strict=True)
@@ -101,7 +103,7 @@ class Stack:
 
 
 def stacks_of(blocks: Sequence[Block]) -> list[Stack]:
-    """Blocks in stacks of equal shape, up to transposition, precision and device, in order of appearance."""
+    """Group blocks by shape (up to transposition), dtype and device, in order of appearance."""
     stacks: dict[object, list[Block]] = defaultdict(list)
     for block in blocks:
         stacks[tuple(sorted(block.shape)), block.param.dtype, block.param.device].append(block)

@@ -1,4 +1,4 @@
-"""DTensors, as FSDP2 and tensor parallelism make parameters: plain tensors take their places for a step."""
+"""Conversion of `DTensor` parameters (FSDP2, tensor parallelism) to plain tensors for a step, and back."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def is_dtensor(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether each rank holds a part of the tensor; without loading the module, which takes a second, if nobody did."""
+    """Whether a tensor is a `DTensor`. Does not import the DTensor module, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def stand_in(param: DTensor, state: State, is_whole: bool) -> tuple[nn.Parameter, State]:
-    """A plain parameter with gradient and its state: all of them, the same on all ranks, or what this rank holds.
+def to_plain(param: DTensor, state: State, is_whole: bool) -> tuple[nn.Parameter, State]:
+    """Return a plain parameter with its gradient, and its state: whole if `is_whole`, else the local shard.
 
-    What this rank holds shares its memory. All ranks must ask for all of a parameter at once.
+    The local shard shares its memory with `param`. With `is_whole` this is a collective: every rank must call it.
     """
 
     def plain(tensor: Tensor) -> Tensor:
@@ -37,8 +37,8 @@ def stand_in(param: DTensor, state: State, is_whole: bool) -> tuple[nn.Parameter
     return tensor, {key: plain(value) for key, value in state.items()}
 
 
-def put_back(param: DTensor, tensor: Tensor, state: State, is_whole: bool) -> State:
-    """Give a parameter the weights of its stand-in; returns the state, with tensors of its shape sharded alike."""
+def from_plain(param: DTensor, tensor: Tensor, state: State, is_whole: bool) -> State:
+    """Copy the weights of the plain parameter to `param`; returns the state, sharded like `param`."""
     from torch.distributed.tensor import DTensor, Replicate
 
     def sharded(value: Tensor) -> DTensor:

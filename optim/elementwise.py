@@ -1,10 +1,12 @@
-"""The template of the optimizers that treat every element on its own, and the ways to run their updates fast.
+"""Base class of the elementwise optimizers, and the fast implementations of their updates.
 
-An update is written once as a function on tensors, and once more in native.c. It runs
+An update is written as a function on tensors, and again in native.c. It runs
 
-- on a CPU as a native kernel, where the parameters are many, in float32, and a C compiler is there;
-- on a GPU compiled by `torch.compile`, all parameters in one graph, where they are many;
-- else operation by operation, on a CPU in pieces that stay in its cache.
+- on a CPU as a C kernel, for many float32 parameters, if there is a C compiler;
+- on a GPU compiled by `torch.compile`, all parameters in one graph, if there are many;
+- else as PyTorch operations, on a CPU in chunks that fit in its cache.
+
+A `Row` is the tuple of tensors of one parameter (see rows.py).
 """
 
 from __future__ import annotations
@@ -19,47 +21,47 @@ from torch import Tensor
 
 from . import native
 from .base import BaseOptimizer, Group, Scalar, State, gradient, is_plain, new_step, on_host
-from .rows import Row, Update, as_vectors, in_pieces, update_rows
+from .rows import Row, Update, as_vectors, in_chunks, update_rows
 
 COMPILE_FROM = 2**22
-"""Elements in all from which compiling for a GPU, which takes tens of seconds, is worth its time."""
+"""Total number of elements from which compilation for a GPU, which takes tens of seconds, pays off."""
 
 _Graph = Callable[[Sequence[Row], dict[str, Tensor]], None]
 _graphs: dict[Update, _Graph | None] = {}
 
 
 class ElementwiseOptimizer(BaseOptimizer):
-    """Template: a subclass names its update, as a function and as a kernel, and implements the two methods."""
+    """Base class: a subclass sets the attributes below, and implements `new_state` and `scalars`."""
 
     update: Update
     kernel: str
-    """The same in native.c."""
+    """Name of the same update in native.c."""
     state_keys: tuple[str, ...]
-    """The state besides the count of steps, in the order in which `update` takes it."""
+    """State keys except `step`, in the order of `update`'s arguments."""
 
     native_kernels = True
 
     def new_state(self, param: Tensor) -> State:
-        """The state of a parameter before its first step, besides the count of steps."""
+        """Return the state of a parameter before its first step, without the step count."""
         raise AssertionError("a subclass implements this")
 
     def scalars(self, group: Group, step: Scalar) -> dict[str, Scalar]:
-        """The numbers that `update` takes at a step (1-based), as tensors where the step is one."""
+        """Return the scalar arguments of `update` at a step (1-based): tensors if the step is a tensor."""
         raise AssertionError("a subclass implements this")
 
     def update_group(self, group: Group, params: list[Tensor]) -> None:
-        """Update all parameters of equal device, precision and step together."""
+        """Update all parameters of equal device, dtype and step together."""
         self.prepare_states(group, params)
         torch._foreach_add_([self.state[param]["step"] for param in params], 1.0)
         for step, bucket in self._alike(params):
             self._run([self._row(param, group) for param in bucket], self.scalars(group, step))
 
     def initial_state(self, group: Group, param: Tensor) -> State:
-        """The count of steps, and the optimizer's own state."""
+        """Return the step count and the state of `new_state`."""
         return {"step": new_step(self.step_device(group, param)), **self.new_state(param)}
 
     def _alike(self, params: list[Tensor]) -> Iterator[tuple[Scalar, list[Tensor]]]:
-        """Parameters that can be updated together, with their step; steps on a device cannot be compared."""
+        """Yield parameters that can be updated together, with their step. Comparing steps on a GPU would synchronize."""
         buckets: dict[object, list[Tensor]] = defaultdict(list)
         for param in params:
             step = on_host(self.state[param]["step"])
@@ -68,7 +70,7 @@ class ElementwiseOptimizer(BaseOptimizer):
             yield on_host(self.state[bucket[0]]["step"]), bucket
 
     def _row(self, param: Tensor, group: Group) -> Row:
-        # By name: a loaded state may hold its tensors in another order.
+        # By key: a loaded state may have its keys in another order.
         state = [self.state[param][key] for key in self.state_keys]
         return (param, gradient(param, group["maximize"]), *state)
 
@@ -81,11 +83,11 @@ class ElementwiseOptimizer(BaseOptimizer):
             rows = [as_vectors(row) if all(map(is_plain, row)) else row for row in rows]
             if native.is_available() and native.sees_memory():
                 rows = self._run_native(rows, scalars)
-            rows = [piece for row in rows for piece in in_pieces(row)]
+            rows = [chunk for row in rows for chunk in in_chunks(row)]
         update_rows(update, rows, scalars)
 
     def _run_native(self, rows: list[Row], scalars: dict[str, Scalar]) -> list[Row]:
-        """Update the rows that a kernel can take; the others are returned."""
+        """Update the rows that the kernel supports; returns the others."""
         fitting = [row for row in rows if native.fits(self.kernel, row)]
         if fitting:
             native.update(self.kernel, fitting, scalars)
@@ -93,7 +95,7 @@ class ElementwiseOptimizer(BaseOptimizer):
 
 
 def run_compiled(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]) -> bool:
-    """Update all rows as one compiled graph; `False`, the first time with a warning, where the compiler fails."""
+    """Update all rows as one compiled graph. Returns False if compilation fails, with a warning the first time."""
     from torch._dynamo.exc import TorchDynamoException  # loading it takes seconds
 
     if update not in _graphs:
@@ -101,14 +103,14 @@ def run_compiled(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]
     graph = _graphs[update]
     if graph is None:
         return False
-    # As tensors, so that a new learning rate or step is no new constant, which would be compiled anew.
+    # As tensors: the graph would be recompiled for every new constant, such as a new learning rate or step.
     tensors = {name: torch.as_tensor(value, dtype=rows[0][1].dtype) for name, value in scalars.items()}
     try:
         graph(rows, tensors)
-    except (TorchDynamoException, OSError) as error:  # the second where there is no folder for the compiler's cache
+    except (TorchDynamoException, OSError) as error:  # OSError: no writable folder for the compiler's cache
         _graphs[update] = None
-        reason = " ".join(str(error).split())[:200]  # its first line alone may say nothing but "inductor raised:"
-        warnings.warn(f"the optimizer's update is not compiled, and slower: {reason}", stacklevel=2)
+        reason = " ".join(str(error).split())[:200]  # the first line may be only "inductor raised:"
+        warnings.warn(f"the optimizer's update is not compiled, so it is slower: {reason}", stacklevel=2)
         return False
     return True
 

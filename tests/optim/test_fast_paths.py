@@ -95,9 +95,9 @@ def test_native_results_do_not_depend_on_the_number_of_threads(name):
 
 
 @needs_compiler
-def test_pieces_that_fit_in_the_cache_change_nothing(no_compiler, monkeypatch):
+def test_chunks_that_fit_in_the_cache_change_nothing(no_compiler, monkeypatch):
     whole = trained(BY_NAME["AccAsro"])
-    monkeypatch.setattr(rows, "PIECE", 100)
+    monkeypatch.setattr(rows, "CHUNK", 100)
     torch.testing.assert_close(trained(BY_NAME["AccAsro"]), whole, rtol=0, atol=0)
 
 
