@@ -1,4 +1,4 @@
-"""AccAsro: Asro that also accelerates, as long as a weight's gradient keeps its sign."""
+"""AccAsro: Asro with a scale that also grows, while a weight's gradient keeps its sign."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .adam import adam_scalars, move_moments, scaled_adam_step, zero_moments
-from .asro import since
+from .asro import from_step
 from .base import Group, Scalar, State, state_dtype
 from .elementwise import ElementwiseOptimizer
 from .rows import add_scaled_
@@ -34,9 +34,9 @@ def accasro_update(
     increment: Scalar,
     **step: Scalar,
 ) -> None:
-    """Move a weight and its state by one step, in place; all tensors of one shape. `step`: see `scaled_adam_step`.
+    """Update a weight and its state in place; all tensors have one shape. `step`: see `scaled_adam_step`.
 
-    Where a sign flipped is held in numbers, not in masks: `lerp` by 0 or 1 is exact, and several times faster on a CPU.
+    Flips are stored as 0.0 and 1.0, not as masks: `lerp` by 0 or 1 is exact, and several times faster on a CPU.
     """
     moment_flipped = exp_avg.sign()
     move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2, beta2)
@@ -53,40 +53,40 @@ def accasro_update(
 
 
 class AccAsro(ElementwiseOptimizer):
-    """Adam with a scale a weight, which grows while the gradient keeps its sign and falls back when it flips.
+    """Adam with one scale per weight, which grows while the gradient keeps its sign and is restored when it flips.
 
-    From step `scale_start_step` on, after Adam's moments have moved, in this order::
+    From step `scale_start_step` on, after the update of Adam's moments, in this order::
 
         s ← s_b                                             where the gradient's sign flipped
         s ← s − decrement, then s_b ← s                     where the first moment's sign flipped
         s ← s + increment · max(0, 1.01 − t / total_steps)  where the gradient's sign did not flip
         s ← clamp(s, min_scale, max_scale)
 
-    and at every step `W ← (1 − lr · weight_decay) W − lr · s · m̂ / (√v̂ + eps)`. A sign flips when it and the last
-    one are opposite and neither is zero.
+    and at every step `W ← (1 − lr · weight_decay) W − lr · s · m̂ / (√v̂ + eps)`. A sign flips if it and the last
+    sign are opposite and neither is zero.
 
-    Source: the Asro authors' `AccAsroFinalScale`; in their terms `lr = start_lr`, `max_scale = max_lr / start_lr`,
-    `min_scale = min_lr / start_lr`, `scale_start_step = warmup_steps`. State: 17 bytes a parameter.
+    Source: the Asro authors' `AccAsroFinalScale`; in their names, `lr = start_lr`, `max_scale = max_lr / start_lr`,
+    `min_scale = min_lr / start_lr`, `scale_start_step = warmup_steps`. State: 17 bytes per element.
 
     Args:
-        params: parameters of any shape, named or not, or groups of them.
-        lr: learning rate at scale 1, where every weight starts.
-        increment: what a kept sign adds to the scale, at the beginning of training.
-        decrement: what a sign change of the first moment takes from the scale.
-        max_scale: the largest scale.
-        min_scale: the smallest scale.
-        total_steps: steps of the whole training, over which the increment falls to a hundredth; beyond them, to zero.
-            `load_state_dict` keeps this number, since a training that is resumed may be longer than it was.
-        scale_start_step: the first step (1-based) at which scales change.
+        params: parameters of any shape, named or not, or parameter groups.
+        lr: learning rate at scale 1, the initial scale of every weight.
+        increment: added to the scale while the gradient keeps its sign, at the beginning of training.
+        decrement: subtracted from the scale at a sign change of the first moment.
+        max_scale: upper bound of the scale.
+        min_scale: lower bound of the scale.
+        total_steps: steps of the whole training. The increment falls to a hundredth over these steps, then to zero.
+            `load_state_dict` does not change it, because a resumed training may be longer.
+        scale_start_step: first step (1-based) at which scales change.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay, a share of `lr`.
-        maximize: climb the gradient instead of descending.
-        capturable: count steps on the parameter's device, for a step inside a CUDA graph; needs `lr` as a tensor there
-            if it changes.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count steps on the parameter's device, for use in a CUDA graph; a changing `lr` must then be a
+            tensor on that device.
 
     Raises:
-        ValueError: a keyword out of range, a complex parameter, a sparse gradient.
+        ValueError: invalid keyword value, complex parameter, or sparse gradient.
     """
 
     update = staticmethod(accasro_update)
@@ -129,33 +129,33 @@ class AccAsro(ElementwiseOptimizer):
         )
 
     def new_state(self, param: Tensor) -> State:
-        """Adam's moments, both scales, ones, and the sign of the last gradient, zeros."""
+        """Return Adam's moments, both scales (ones), and the sign of the last gradient (zeros)."""
         scales = {key: torch.ones_like(param, dtype=state_dtype(param)) for key in ("scale", "saved_scale")}
-        # Only the sign of the last gradient is ever used: one byte holds it.
+        # Only the sign of the last gradient is used, so int8 is enough.
         return {**zero_moments(param), **scales, "last_sign": torch.zeros_like(param, dtype=torch.int8)}
 
     def scalars(self, group: Group, step: Scalar) -> dict[str, Scalar]:
-        """Adam's, and those of the scales, which leave them at 1 before `scale_start_step`."""
+        """Return Adam's scalars and those of the scales. Before `scale_start_step` they keep the scales at 1."""
         start = group["scale_start_step"]
         left = 1.01 - step / group["total_steps"]
         increment = group["increment"] * (left.clamp_min(0.0) if isinstance(left, Tensor) else max(0.0, left))
         return {
             **adam_scalars(group, step),
-            "decrement": since(start, step, group["decrement"], 0.0),
-            "min_scale": since(start, step, group["min_scale"], 1.0),
-            "max_scale": since(start, step, group["max_scale"], 1.0),
-            "increment": since(start, step, increment, 0.0),
+            "decrement": from_step(start, step, group["decrement"], 0.0),
+            "min_scale": from_step(start, step, group["min_scale"], 1.0),
+            "max_scale": from_step(start, step, group["max_scale"], 1.0),
+            "increment": from_step(start, step, increment, 0.0),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, with each group's own `total_steps`; warns where the state has another."""
+        """Load a state dict, but keep `total_steps` of each group. Warns if the state dict has another value."""
         own = [group["total_steps"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         loaded = [group["total_steps"] for group in self.param_groups]
         for group, total_steps in zip(self.param_groups, own, strict=True):
             group["total_steps"] = total_steps
         if loaded != own:
-            pairs = sorted({f"{mine}, not {its}" for mine, its in zip(own, loaded, strict=True) if mine != its})
+            pairs = sorted({f"{kept}, not {other}" for kept, other in zip(own, loaded, strict=True) if kept != other})
             warnings.warn(
                 f"AccAsro keeps its own total_steps ({'; '.join(pairs)} as in the loaded state)", stacklevel=2
             )

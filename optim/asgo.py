@@ -1,4 +1,4 @@
-"""ASGO: gradients preconditioned on the smaller side of the matrix."""
+"""ASGO: precondition gradients on the smaller side of the matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .specs import RootMethod
 
 
 def asgo_update(momenta: Tensor, roots: Tensor) -> Tensor:
-    """`V^{-1/2} M` with a root mean square of 0.2; `momenta` (k, p, q) with `p ≤ q`, `roots` (k, p, p)."""
+    """Return `V^{-1/2} M` scaled to an RMS of 0.2; `momenta` (k, p, q) with `p ≤ q`, `roots` (k, p, p)."""
     return with_norm(roots @ scaled_to_one(momenta), UPDATE_RMS * math.sqrt(momenta[0].numel()))
 
 
@@ -31,25 +31,25 @@ class ASGO(PreconditionedOptimizer):
         U ← U · 0.2 √(m n) / ‖U‖_F
         W ← (1 − lr · weight_decay) W − lr · U
 
-    Source: An, Liu, Pan, Ren, Ma, Goldfarb and Zhang, arXiv 2503.20762, Algorithm 2. State: the momentum, and a square
-    matrix of the smaller side.
+    Source: An, Liu, Pan, Ren, Ma, Goldfarb and Zhang, arXiv 2503.20762, Algorithm 2. State: the momentum, and `V`, a
+    square matrix of the smaller side.
 
     Args:
-        params: parameters of two or more dimensions (later ones are flattened into columns), named or not, or groups
-            of them; a group with `rule="adam"` takes any shape.
-        lr: learning rate; AdamW's carry over, since an update's root mean square is 0.2.
+        params: parameters with at least two dimensions (flattened to two), named or not, or parameter groups; groups
+            with `rule="adam"` accept any shape.
+        lr: learning rate; values for AdamW work, because the RMS of an update is 0.2.
         momentum: decay rate of the averaged gradient.
         beta2: decay rate of the preconditioner.
-        eps: keeps the scale of the iterative roots above zero.
-        weight_decay: decoupled weight decay, a share of `lr`.
-        root_method: how the inverse square root is computed; see `optim.matrix_functions.inverse_sqrt`.
+        eps: keeps the scaling of the iterative roots above zero.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        root_method: algorithm for the inverse square root; see `optim.matrix_functions.inverse_sqrt`.
         root_steps: iterations of `polar_express` and `newton_schulz`.
-        precond_frequency: steps from one inverse root to the next.
-        maximize: climb the gradient instead of descending.
-        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
+        precond_frequency: number of steps between two computations of the inverse root.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count steps on the parameter's device, for use in a CUDA graph.
 
     Raises:
-        ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
+        ValueError: invalid keyword value, complex parameter, parameter that is not a matrix, or sparse gradient.
     """
 
     factors = ("preconditioner",)
@@ -86,11 +86,11 @@ class ASGO(PreconditionedOptimizer):
         )
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
-        """`V^{-1/2}`, by the method that the group names."""
+        """Return `V^{-1/2}`, by the `root_method` of the group."""
         return inverse_sqrt(factors, group["root_method"], group["root_steps"], ridges)
 
     def updates(
         self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group
     ) -> Tensor:
-        """Algorithm 2 on a stack of matrices of equal shape, transposed where they are tall."""
+        """Return `U` of Algorithm 2 for a stack of matrices, transposed so that `p ≤ q`."""
         return asgo_update(momenta, roots["preconditioner"])

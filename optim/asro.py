@@ -1,4 +1,4 @@
-"""Asro: Adam whose step shrinks, element by element, where the first moment changes its sign."""
+"""Asro: Adam with a step size per weight that decreases when the first moment changes its sign."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def asro_update(
     max_scale: Scalar,
     **step: Scalar,
 ) -> None:
-    """Move a weight and its state by one step, in place; all tensors of one shape. `step`: see `scaled_adam_step`."""
+    """Update a weight and its state in place; all tensors have one shape. `step`: see `scaled_adam_step`."""
     flipped = exp_avg.sign()
     move_moments(grad, exp_avg, exp_avg_sq, weight1, weight2, beta2)
     flipped.mul_(exp_avg).lt_(0)  # 1 where the sign flipped, else 0
@@ -35,15 +35,15 @@ def asro_update(
     scaled_adam_step(weight, exp_avg, exp_avg_sq, scale, **step)
 
 
-def since(start: int, step: Scalar, value: float | Tensor, before: float) -> Scalar:
-    """`value` from step `start` on, and `before` until then; decided on the device where the step is there."""
+def from_step(start: int, step: Scalar, value: float | Tensor, before: float) -> Scalar:
+    """Return `value` from step `start` on, else `before`; a tensor if `step` is one, without synchronization."""
     if isinstance(step, Tensor):
         return torch.where(step >= start, value, before)
     return value if step >= start else before
 
 
 class Asro(ElementwiseOptimizer):
-    """Adam with a scale a weight, which starts at 1 and falls at every sign change of the first moment.
+    """Adam with one scale per weight, which starts at 1 and decreases at every sign change of the first moment.
 
     At step `t`, with gradient `G`::
 
@@ -53,23 +53,23 @@ class Asro(ElementwiseOptimizer):
             s ← clamp(s, min_scale, 1)
         W ← (1 − lr · weight_decay) W − lr · s · m̂ / (√v̂ + eps)
 
-    Source: "Asro: Sign-Based Optimization for Stochastic Learning", Algorithm 1. State: 12 bytes a parameter.
+    Source: "Asro: Sign-Based Optimization for Stochastic Learning", Algorithm 1. State: 12 bytes per element.
 
     Args:
-        params: parameters of any shape, named or not, or groups of them.
-        lr: learning rate at scale 1, the largest that any weight sees.
-        decrement: what a sign change takes from the scale.
-        min_scale: the smallest scale.
-        scale_start_step: the first step (1-based) at which scales change.
+        params: parameters of any shape, named or not, or parameter groups.
+        lr: learning rate at scale 1, the largest of any weight.
+        decrement: subtracted from the scale at a sign change.
+        min_scale: lower bound of the scale.
+        scale_start_step: first step (1-based) at which scales change.
         betas: decay rates of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled weight decay, a share of `lr`.
-        maximize: climb the gradient instead of descending.
-        capturable: count steps on the parameter's device, for a step inside a CUDA graph; needs `lr` as a tensor there
-            if it changes.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count steps on the parameter's device, for use in a CUDA graph; a changing `lr` must then be a
+            tensor on that device.
 
     Raises:
-        ValueError: a keyword out of range, a complex parameter, a sparse gradient.
+        ValueError: invalid keyword value, complex parameter, or sparse gradient.
     """
 
     update = staticmethod(asro_update)
@@ -106,15 +106,15 @@ class Asro(ElementwiseOptimizer):
         )
 
     def new_state(self, param: Tensor) -> State:
-        """Adam's moments, and the scale, ones."""
+        """Return Adam's moments, and the scale (ones)."""
         return {**zero_moments(param), "scale": torch.ones_like(param, dtype=state_dtype(param))}
 
     def scalars(self, group: Group, step: Scalar) -> dict[str, Scalar]:
-        """Adam's, and those of the scale, which leave it at 1 before `scale_start_step`."""
+        """Return Adam's scalars and those of the scale. Before `scale_start_step` they keep the scale at 1."""
         start = group["scale_start_step"]
         return {
             **adam_scalars(group, step),
-            "decrement": since(start, step, group["decrement"], 0.0),
-            "min_scale": since(start, step, group["min_scale"], 1.0),
-            "max_scale": since(start, step, 1.0, 1.0),
+            "decrement": from_step(start, step, group["decrement"], 0.0),
+            "min_scale": from_step(start, step, group["min_scale"], 1.0),
+            "max_scale": from_step(start, step, 1.0, 1.0),
         }

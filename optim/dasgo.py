@@ -1,4 +1,4 @@
-"""DASGO: the diagonal form of ASGO, one number a column."""
+"""DASGO: the diagonal form of ASGO, with one number per column."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def dasgo_factors(
     beta2: float,
     eps: float,
 ) -> list[Tensor]:
-    """Move `√v` of each matrix; the factors by which the columns of its momentum become the update, shape (n,).
+    """Update `√v` of each matrix in place; returns the factors, shape (n,), that turn momentum columns into the update.
 
-    The squares are summed over the rows, in double precision where the device has it, and so are the factors, which
-    tiny momenta can take beyond the range of a float32; `sizes` counts the elements.
+    The squares are sums over the rows, in float64 if the device supports it. The factors have the same dtype: with tiny
+    momenta they exceed the range of float32. `sizes` are the numbers of elements.
     """
     lengths = [squares.numel() for squares in grad_squares]
     squares = torch.cat(list(grad_squares))
-    # Not `lerp`, which makes NaN of an infinite state.
+    # Not `lerp`: it turns an infinite state into NaN.
     v = (
         torch.cat([rms.flatten() for rms in column_rms])
         .to(squares.dtype)
@@ -39,7 +39,7 @@ def dasgo_factors(
         .mul_(beta2)
         .add_(squares, alpha=1 - beta2)
     )
-    # A column's norm can be above the largest float32, though no entry is.
+    # The norm of a column can exceed the range of float32 even if no entry does.
     torch._foreach_copy_(list(column_rms), list(torch.split(_within(column_rms[0].dtype, v.sqrt()), lengths)))
     inverse = torch.where(v + eps > 0, (v + eps).rsqrt(), 0.0)
     norms = torch.stack(torch._foreach_norm(torch.split(torch.cat(list(momentum_squares)).sqrt_() * inverse, lengths)))
@@ -50,25 +50,25 @@ def dasgo_factors(
 
 
 def _within(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """The values in a precision whose range some of them may leave; those become its largest number."""
+    """Convert to a dtype, and clamp to its range."""
     limit = torch.finfo(dtype).max
     return values.clamp(-limit, limit).to(dtype)
 
 
 def column_squares(matrix: Tensor) -> Tensor:
-    """Sums of squares over the first dimension, flattened; in double precision, whose range they cannot leave."""
-    if matrix.device.type == "mps":  # has no double precision
+    """Sum the squares over the first dimension, and flatten; in float64, where squares of float32 cannot overflow."""
+    if matrix.device.type == "mps":  # does not support float64
         return matrix.square().sum(0).flatten()
     if can_be_read(matrix):
         squares = matrix.square().sum(0)
-        if 1e-20 < squares.max() < 1e30:  # several times faster, and as good away from the ends of float32
+        if 1e-20 < squares.max() < 1e30:  # several times faster, and as accurate in this range
             return squares.double().flatten()
     norms: Tensor = torch.linalg.vector_norm(matrix, dim=0, dtype=torch.float64)
     return norms.square().flatten()
 
 
 class DASGO(MatrixOptimizer):
-    """Diagonal ASGO: a matrix's columns are scaled by the averaged squares of their gradients.
+    """Diagonal ASGO: scales the columns of a matrix by the averaged squares of their gradients.
 
     At each step, for a gradient `G` of shape (m, n)::
 
@@ -77,21 +77,21 @@ class DASGO(MatrixOptimizer):
         U ← M / √(v + eps);  U ← U · 0.2 √(m n) / ‖U‖_F
         W ← (1 − lr · weight_decay) W − lr · U
 
-    Source: arXiv 2503.20762, Algorithm 4. State: the momentum, and a number a column.
+    Source: arXiv 2503.20762, Algorithm 4. State: the momentum, and one number per column.
 
     Args:
-        params: parameters of two or more dimensions (later ones are flattened into columns), named or not, or groups
-            of them; a group with `rule="adam"` takes any shape.
-        lr: learning rate; AdamW's carry over, since an update's root mean square is 0.2.
+        params: parameters with at least two dimensions (flattened to two), named or not, or parameter groups; groups
+            with `rule="adam"` accept any shape.
+        lr: learning rate; values for AdamW work, because the RMS of an update is 0.2.
         momentum: decay rate of the averaged gradient.
         beta2: decay rate of the column squares.
         eps: added to the column squares under the root.
-        weight_decay: decoupled weight decay, a share of `lr`.
-        maximize: climb the gradient instead of descending.
-        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count steps on the parameter's device, for use in a CUDA graph.
 
     Raises:
-        ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
+        ValueError: invalid keyword value, complex parameter, parameter that is not a matrix, or sparse gradient.
     """
 
     def __init__(
@@ -122,11 +122,11 @@ class DASGO(MatrixOptimizer):
     native_kernels = True
 
     def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
-        """Roots of the averaged column squares (n,), zeros: squares of tiny and huge gradients leave float32."""
+        """Return zeros (n,) for `√v`; `v` itself would leave the range of float32 for tiny and huge gradients."""
         return {"column_rms": like.new_zeros(shape[1])}
 
     def update_matrices(self, params: list[Tensor], group: Group) -> None:
-        """Algorithm 4 on each block, where it lies in memory."""
+        """Apply Algorithm 4 to each block in place."""
         for alike in of_one_kind(params):
             blocks = [block for param in alike for block in blocks_of(param, group)]
             grads = {param: gradient(param, group["maximize"]) for param in alike}
@@ -140,7 +140,7 @@ class DASGO(MatrixOptimizer):
 def _update(
     weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], column_rms: list[Tensor], group: Group
 ) -> None:
-    """One step on matrices of one dtype and device; the first three lists hold tensors of the parameters' shape."""
+    """Update matrices of one dtype and device. The first three lists hold tensors of the shapes of the blocks."""
     lr, sizes = on_host(group["lr"]), [weight.numel() for weight in weights]
     keep = 1 - lr * group["weight_decay"]
     is_native = _is_native(weights, grads, momenta, column_rms)
@@ -152,7 +152,7 @@ def _update(
         sums = [(column_squares(grad), column_squares(momentum)) for grad, momentum in zip(grads, momenta, strict=True)]
     grad_squares, momentum_squares = zip(*sums, strict=True)
     factors = dasgo_factors(grad_squares, momentum_squares, column_rms, sizes, beta2=group["beta2"], eps=group["eps"])
-    # With an infinite factor, an entry of zero would become NaN.
+    # Clamp: an infinite factor times a zero entry would be NaN.
     steps = [_within(rms.dtype, factor.mul_(-lr)) for factor, rms in zip(factors, column_rms, strict=True)]
     if is_native:
         native.dasgo_step(weights, momenta, steps, keep)
@@ -171,7 +171,7 @@ def _is_native(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor]
 
 
 def _step(weights: list[Tensor], momenta: list[Tensor], steps: list[Tensor], keep: Scalar) -> None:
-    """`W ← keep · W + M diag(steps)`, rounded once where a weight has a lower precision than its momentum."""
+    """`W ← keep · W + M diag(steps)`, rounded once if a weight has a lower precision than its momentum."""
     wide = [weight.to(momentum.dtype) for weight, momentum in zip(weights, momenta, strict=True)]
     torch._foreach_mul_(wide, keep)
     for weight, momentum, step in zip(wide, momenta, steps, strict=True):

@@ -61,7 +61,7 @@ class ElementwiseOptimizer(BaseOptimizer):
         return {"step": new_step(self.step_device(group, param)), **self.new_state(param)}
 
     def _alike(self, params: list[Tensor]) -> Iterator[tuple[Scalar, list[Tensor]]]:
-        """Yield parameters that can be updated together, with their step. Comparing steps on a GPU would synchronize."""
+        """Yield parameters to update together, with their step. Comparing steps on a GPU would synchronize."""
         buckets: dict[object, list[Tensor]] = defaultdict(list)
         for param in params:
             step = on_host(self.state[param]["step"])

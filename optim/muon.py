@@ -1,4 +1,4 @@
-"""Muon: the momentum, orthogonalized."""
+"""Muon: orthogonalized momentum."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .matrix_optimizer import UPDATE_RMS, MatrixOptimizer
 
 
 def muon_update(momenta: Tensor, steps: int) -> Tensor:
-    """Orthogonalized momenta, shape (k, m, n), with a root mean square near 0.2."""
+    """Orthogonalize momenta, shape (k, m, n), and scale them to an RMS near 0.2."""
     return UPDATE_RMS * math.sqrt(max(momenta.shape[-2:])) * orthogonalize(momenta, steps)
 
 
 class Muon(MatrixOptimizer):
-    """Momentum orthogonalized by Newton–Schulz, scaled to the root mean square of AdamW's updates.
+    """Momentum orthogonalized by Newton–Schulz, scaled to the RMS of AdamW's updates.
 
     At each step, for a gradient `G` of shape (m, n)::
 
@@ -27,21 +27,21 @@ class Muon(MatrixOptimizer):
         W ← (1 − lr · weight_decay) W − lr · U
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaling of Liu et al., arXiv
-    2502.16982. The same as `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. State: the momentum.
+    2502.16982. Equivalent to `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`. State: the momentum.
 
     Args:
-        params: parameters of two or more dimensions (later ones are flattened into columns), named or not, or groups
-            of them; a group with `rule="adam"` takes any shape.
-        lr: learning rate; AdamW's carry over.
+        params: parameters with at least two dimensions (flattened to two), named or not, or parameter groups; groups
+            with `rule="adam"` accept any shape.
+        lr: learning rate; values for AdamW work.
         momentum: decay rate of the averaged gradient.
-        nesterov: whether the update looks one step of momentum ahead.
-        ns_steps: Newton–Schulz steps.
-        weight_decay: decoupled weight decay, a share of `lr`.
-        maximize: climb the gradient instead of descending.
-        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
+        nesterov: use Nesterov momentum.
+        ns_steps: number of Newton–Schulz steps.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count steps on the parameter's device, for use in a CUDA graph.
 
     Raises:
-        ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
+        ValueError: invalid keyword value, complex parameter, parameter that is not a matrix, or sparse gradient.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Muon(MatrixOptimizer):
         )
 
     def update_matrices(self, params: list[Tensor], group: Group) -> None:
-        """Orthogonalize the momenta, those of equal shape together."""
+        """Orthogonalize the momenta, batched by shape, and update the weights."""
         grads, momenta = self.moved_momenta(params, group)
         for stack in self.stacks(params, group):
             inputs = stack.of(momenta)

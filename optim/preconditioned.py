@@ -1,7 +1,10 @@
-"""The template of the optimizers that precondition a matrix by inverse roots of its gradients' Gram matrices.
+"""Base class of the optimizers that precondition a matrix with inverse roots of averaged Gram matrices (ASGO, Shampoo).
 
-A float32 cannot hold the squares of gradients above 1e19 or below 1e-19. Each factor is therefore kept divided by the
-square of a scale of its own, a power of two near the largest gradient, so that dividing by it costs no digit.
+A factor is an averaged Gram matrix `G Gᵀ` or `Gᵀ G`, kept in the state. A root is the inverse root of a factor: the
+preconditioner that multiplies the momentum. For checkpoints, the state key of ASGO's factor stays `preconditioner`.
+
+The squares of gradients above 1e19 or below 1e-19 leave the range of float32. So each factor is stored divided by the
+square of a scale of its own: a power of two near the largest gradient, because division by it is exact.
 """
 
 from __future__ import annotations
@@ -20,14 +23,14 @@ from .matrix_functions import full_float32_products, largest
 from .matrix_optimizer import MatrixOptimizer
 
 _RATIO_LIMIT = 2.0**63
-"""Bounds the ratio of two scales, whose square must be finite; a larger one only ever meets a factor of zeros."""
+"""Limit of the ratio of two scales, whose square must be finite. A larger ratio only occurs for a factor of zeros."""
 
 _RIDGE_LIMIT = 1e30
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """One averaged Gram matrix: the state that holds it, its name there, the suffix of its block, the parameter."""
+    """One averaged Gram matrix: its state, its name there, the suffix of its block, the parameter's name."""
 
     state: State
     name: str
@@ -36,59 +39,59 @@ class Factor:
 
     @property
     def key(self) -> str:
-        """Where the state has the factor, divided by the square of its scale."""
+        """State key of the factor, divided by the square of its scale."""
         return f"{self.name}{self.suffix}"
 
     @property
     def scale_key(self) -> str:
-        """Where the state has the scale."""
+        """State key of the scale."""
         return f"{self.name}_scale{self.suffix}"
 
     @property
     def root_key(self) -> str:
-        """Where the state keeps the inverse root between the steps that refresh it."""
+        """State key of the inverse root, which is kept if `precond_frequency` is above 1."""
         return f"{self.name}_root{self.suffix}"
 
 
 class PreconditionedOptimizer(MatrixOptimizer):
-    """Template: a subclass names its factors, and implements `inverse_root` and `updates`."""
+    """Base class: a subclass sets `factors`, and implements `inverse_root` and `updates`."""
 
     factors: tuple[str, ...]
-    """State keys of the factor of the shorter side and, if there is one, of the longer."""
+    """State keys of the factor of the shorter side and, if any, of the longer side."""
     side_limit: float = math.inf
-    """A longer side has no factor, and is not preconditioned."""
+    """Sides above this limit have no factor, and are not preconditioned."""
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
-        """Inverse roots of a stack of factors (k, p, p), with `eps` in their scales (k, 1, 1); each up to a factor."""
+        """Return inverse roots of factors (k, p, p), up to a positive multiple; `ridges` (k, 1, 1): scaled `eps`."""
         raise AssertionError("a subclass implements this")
 
     def updates(
         self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group
     ) -> Tensor:
-        """The updates `U` of a stack, in the shape of `momenta` (k, p, q), from a stack of roots for each factor."""
+        """Return the updates `U` of a stack, shape (k, p, q) as `momenta`; `roots`: stacked roots by factor."""
         raise AssertionError("a subclass implements this")
 
     def param_state(self, param: Tensor, group: Group) -> State:
-        """The count of steps."""
+        """Return the step count."""
         return {"step": new_step(self.step_device(group, param))}
 
     def block_state(self, shape: tuple[int, int], like: Tensor) -> State:
-        """Factors, zeros."""
+        """Return factors of zeros."""
         state: State = {}
         for key, side in self.sides(shape):
             state.update(zero_factor(key, side, like))
         return state
 
     def sides(self, shape: tuple[int, int]) -> list[tuple[str, int]]:
-        """The factors of a matrix, each with its size."""
+        """Return the factors of a matrix, each with its size."""
         sides = zip(self.factors, sorted(shape), strict=False)
         return [(key, side) for key, side in sides if side <= self.side_limit]
 
     def update_matrices(self, params: list[Tensor], group: Group) -> None:
-        """Move all factors, refresh the roots that are due, all of one size at once, and step.
+        """Update all factors, recompute the roots that are due, batched by size, and update the weights.
 
-        In true float32: TF32 would put 5e-4 of a gradient's large directions into its small ones, which a root of
-        condition 1e2 makes 5e-2 of the update.
+        TF32 is disabled: its error, 5e-4 of the large gradient directions, leaks into the small ones, and a root with
+        condition number 1e2 amplifies it to 5e-2 of the update.
         """
         with full_float32_products():
             self._update_matrices(params, group)
@@ -107,7 +110,7 @@ class PreconditionedOptimizer(MatrixOptimizer):
     def _moved_factors(
         self, stacks: list[Stack], grads: dict[Tensor, Tensor], group: Group
     ) -> list[dict[str, list[Factor]]]:
-        """For each stack and each of its sides, the factors of the stack's blocks, moved by this step's gradients."""
+        """Update the factors with this step's gradients; returns the blocks' factors by name, for each stack."""
         names = {param: describe(group, index) for index, param in enumerate(group["params"])}
 
         def factor(block: Block, key: str) -> Factor:
@@ -138,22 +141,22 @@ class PreconditionedOptimizer(MatrixOptimizer):
         return {factor: factor.state[factor.root_key] for factor in factors}
 
     def _is_due(self, factor: Factor, frequency: int) -> bool:
-        """At steps 1, 1 + frequency, 1 + 2 frequency, ..., and where there is no root yet."""
+        """Whether to compute the root: at steps 1, 1 + frequency, 1 + 2 frequency, ..., or if it is missing."""
         return (int(factor.state["step"]) - 1) % frequency == 0 or factor.root_key not in factor.state
 
 
 def zero_factor(key: str, side: int, like: Tensor) -> State:
-    """The state of a factor before its first step, on the device of `like` and in its precision."""
+    """Return the state of a factor before its first step, with the device and dtype of `like`."""
     return {key: like.new_zeros(side, side), f"{key}_scale": like.new_zeros(())}
 
 
 def move_factors(factors: Sequence[Factor], matrices: Tensor, weight: float) -> None:
-    """Move each factor `A` to `lerp(A, X Xᵀ, weight)`, with `matrices` the stack of all `X`, shape (k, p, q)."""
+    """Update each factor `A` to `lerp(A, X Xᵀ, weight)` in place; `matrices` are the stacked `X`, shape (k, p, q)."""
     old = [factor.state[factor.key] for factor in factors]
     old_scales = [factor.state[factor.scale_key] for factor in factors]
     stack, scales = torch.stack(old), torch.stack(old_scales)[:, None, None]
     size = scales * stack.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None].sqrt()
-    # A factor's norm can be above the largest float32, though no gradient is.
+    # The norm of a factor can exceed the range of float32 even if no gradient does.
     limit = torch.finfo(size.dtype).max
     new_scales = _power_of_two(torch.maximum(size, largest(matrices)).clamp_max(limit))
     ratio = (scales / new_scales).clamp_max(_RATIO_LIMIT)
@@ -166,9 +169,9 @@ def move_factors(factors: Sequence[Factor], matrices: Tensor, weight: float) -> 
 def inverse_roots(
     factors: Sequence[Factor], compute: Callable[[Tensor, Tensor, list[str]], Tensor], eps: float
 ) -> dict[Factor, Tensor]:
-    """The inverse root of each factor, all of one size at once, without the factor's scale: no update depends on it.
+    """Return the inverse root of each factor, batched by size. The factor's scale is left out: updates are normalized.
 
-    `compute` gets a stack of factors (k, p, p), `eps` in their scales (k, 1, 1), and the parameters' names.
+    `compute` takes factors (k, p, p), the scaled `eps` (k, 1, 1), and the names of the parameters.
     """
     roots: dict[Factor, Tensor] = {}
     for alike in _of_one_size(factors):
@@ -188,7 +191,7 @@ def _of_one_size(factors: Sequence[Factor]) -> list[list[Factor]]:
 
 
 def _power_of_two(values: Tensor) -> Tensor:
-    """The largest power of two up to each value, at least the smallest normal number: its exponent's bits alone."""
+    """Round down to a power of two, by masking all bits but the exponent; at least the smallest normal number."""
     values = values.clamp_min(torch.finfo(values.dtype).tiny)
     if values.dtype is torch.float64:
         return values.view(torch.int64).bitwise_and(0x7FF0000000000000).view(torch.float64)

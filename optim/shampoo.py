@@ -1,4 +1,4 @@
-"""Shampoo: gradients preconditioned on both sides of the matrix, with the length of Adam's step."""
+"""Shampoo: precondition gradients on both sides of the matrix, with the norm of Adam's step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from .matrix_optimizer import with_norm
 from .preconditioned import PreconditionedOptimizer
 
 SIDE_LIMIT = 10_000
-"""The longest side that is preconditioned: its factor has 0.4 GB, and takes minutes to decompose."""
+"""The longest side that is preconditioned. A factor of this side takes 0.4 GB, and minutes to decompose."""
 
 
 def shampoo_update(momenta: Tensor, rms: Tensor, left: Tensor | None, right: Tensor | None, eps: float) -> Tensor:
-    """`L^{-1/4} M R^{-1/4}` with the norm of `M / √(v + eps)`, `rms = √v`; (k, p, q) twice, (k, p, p), (k, q, q).
+    """Return `L^{-1/4} M R^{-1/4}`, shape (k, p, q), scaled to the norm of `M / √(v + eps)`.
 
-    `None` is a side that is not preconditioned.
+    `momenta` and `rms = √v` have shape (k, p, q). `left` (k, p, p) and `right` (k, q, q) are the inverse roots; None
+    means that the side is not preconditioned.
     """
     grafted_norm = frobenius_norm(momenta / torch.hypot(rms, rms.new_tensor(eps**0.5)))
     updates = scaled_to_one(momenta)
@@ -31,7 +32,7 @@ def shampoo_update(momenta: Tensor, rms: Tensor, left: Tensor | None, right: Ten
 
 
 class Shampoo(PreconditionedOptimizer):
-    """Two preconditioners a matrix, averaged exponentially, and Adam's step length grafted on.
+    """Two preconditioners per matrix, exponentially averaged, with Adam's step norm (grafting).
 
     At each step, for a gradient `G` of shape (m, n)::
 
@@ -42,22 +43,22 @@ class Shampoo(PreconditionedOptimizer):
         W ← (1 − lr · weight_decay) W − lr · U
 
     Source: Gupta, Koren and Singer, arXiv 1802.09568, in the averaged form of the ASGO paper's experiments. State: the
-    momentum, the squares, and a square matrix a side. A side above `SIDE_LIMIT` is not preconditioned.
+    momentum, `√v`, and one square matrix per side. A side above `SIDE_LIMIT` is not preconditioned.
 
     Args:
-        params: parameters of two or more dimensions (later ones are flattened into columns), named or not, or groups
-            of them; a group with `rule="adam"` takes any shape.
+        params: parameters with at least two dimensions (flattened to two), named or not, or parameter groups; groups
+            with `rule="adam"` accept any shape.
         lr: learning rate.
         momentum: decay rate of the averaged gradient.
         beta2: decay rate of the squares and of both factors.
         eps: added to the squares and to the factors' diagonals.
-        weight_decay: decoupled weight decay, a share of `lr`.
-        precond_frequency: steps from one pair of inverse roots to the next.
-        maximize: climb the gradient instead of descending.
-        capturable: count steps on the parameter's device, for a step inside a CUDA graph.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        precond_frequency: number of steps between two computations of the inverse roots.
+        maximize: maximize the objective instead of minimizing it.
+        capturable: count steps on the parameter's device, for use in a CUDA graph.
 
     Raises:
-        ValueError: a keyword out of range, a parameter that is complex or no matrix, a sparse gradient.
+        ValueError: invalid keyword value, complex parameter, parameter that is not a matrix, or sparse gradient.
     """
 
     factors = ("short_factor", "long_factor")
@@ -91,7 +92,7 @@ class Shampoo(PreconditionedOptimizer):
         )
 
     def check_param(self, group: Group, index: int, param: Tensor) -> None:
-        """Warn of a side that is too long to be preconditioned."""
+        """Check the parameter, and warn if a side is too long to be preconditioned."""
         super().check_param(group, index, param)
         if group["rule"] == "adam":
             return
@@ -99,23 +100,23 @@ class Shampoo(PreconditionedOptimizer):
         side = max(math.prod(others), *block_sizes(rows, group["row_blocks"]))
         if side > self.side_limit:
             warnings.warn(
-                f"Shampoo leaves a side of {side} of {describe(group, index)} without preconditioner, since its limit "
-                f"is {self.side_limit}; a parameter group with rule='adam' gives the parameter Adam",
+                f"Shampoo does not precondition the side of {side} of {describe(group, index)}: the limit is "
+                f"{self.side_limit}; to use Adam instead, put the parameter in a group with rule='adam'",
                 stacklevel=2,
             )
 
     def param_state(self, param: Tensor, group: Group) -> State:
-        """The count of steps, and the root mean squares of the gradient, whose squares a float32 could not hold."""
+        """Return the step count and `√v`: `v` itself could leave the range of float32."""
         return {**super().param_state(param, group), "exp_avg_rms": torch.zeros_like(param, dtype=state_dtype(param))}
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
-        """`(A + eps I)^{-1/4}` of a factor `A`."""
+        """Return `(A + eps I)^{-1/4}` of each factor `A`."""
         return inverse_fourth_root(factors, ridges)
 
     def updates(
         self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group
     ) -> Tensor:
-        """Both sides of a stack of matrices of equal shape, transposed where they are tall."""
+        """Return `U` for a stack of matrices, transposed so that `p ≤ q`."""
         state = {param: self.state[param]["exp_avg_rms"] for param in grads}
         beta2 = group["beta2"]
         rms = torch.hypot(stack.of(state) * beta2**0.5, stack.of(grads) * (1 - beta2) ** 0.5)

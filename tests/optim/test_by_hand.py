@@ -66,5 +66,5 @@ def test_a_vector_that_is_appended_by_hand_is_refused_by_its_position(case: Desc
     bias = parameter(start((3,)))
     optimizer.param_groups[0]["params"].append(bias)
     bias.grad = torch.ones_like(bias)
-    with pytest.raises(ValueError, match=r"parameter 1 of shape \(3,\) is none"):
+    with pytest.raises(ValueError, match=r"parameter 1 of shape \(3,\) is not a matrix"):
         optimizer.step()

@@ -64,11 +64,11 @@ def test_experts_are_saved_and_resumed(case: Description) -> None:
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"batch_dims": 2}, r"'experts' of shape \(3, 4, 6\) is none with batch_dims=2"),
+        ({"batch_dims": 2}, r"'experts' of shape \(3, 4, 6\) is not a matrix with batch_dims=2"),
         ({"batch_dims": -1}, "batch_dims: -1"),
         ({"batch_dims": True}, "batch_dims: True"),
         ({"batch_dims": 1, "row_blocks": 3}, r"row_blocks: 3 does not divide the 4 rows of parameter 'experts'"),
-        ({"batch_dims": 1, "rule": "adam"}, "'batch_dims' goes with rule='matrix'"),
+        ({"batch_dims": 1, "rule": "adam"}, "'batch_dims' requires rule='matrix'"),
     ],
     ids=str,
 )

@@ -369,7 +369,7 @@ def test_shampoo_warns_of_no_shorter_side(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.filterwarnings("ignore:Shampoo leaves a side")
+@pytest.mark.filterwarnings("ignore:Shampoo does not precondition the side")
 @pytest.mark.parametrize(("limit", "kept"), [(9, 2), (8, 1), (3, 0)])
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4)])
 def test_shampoo_preconditions_the_sides_up_to_the_limit(shape, limit, kept, monkeypatch):
