@@ -1,4 +1,4 @@
-"""Any optimizer of the registry, its state and its work shared out among the ranks of a process group."""
+"""`ShardedOptimizer`: shards the state and the work of an optimizer over the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .pieces import (
     even_rows,
     matrix_cost,
     owners,
-    part_of_state,
+    piece_state,
     receive_state,
     send_state,
     split,
@@ -35,36 +35,35 @@ from .transport import InPlace, Replicated, RowSharded, is_sharded_by_rows, loca
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """Gives every rank the state and the work of its share of the parameters; all ranks get all new weights.
+    """Wraps an optimizer: each rank keeps the state of its pieces and steps them, then all ranks get the new weights.
 
-    A matrix rule needs a parameter whole: each has one owner, so that all owners have about the same work. What is
-    updated element by element is split by rows, evenly. The weights are those of the unsharded optimizer up to
-    rounding.
+    The matrix rule needs whole parameters: each has one owner, chosen to balance the work. Parameters with elementwise
+    updates are split evenly by rows. The weights equal those of the unsharded optimizer up to rounding.
 
-    Parameters are either whole on every rank, with equal gradients, as `DistributedDataParallel` leaves them, or
-    sharded by rows by FSDP2 (`torch.distributed.fsdp.fully_shard`), where each rank steps its own rows of what is
-    updated element by element. All ranks must have gradients for the same parameters.
+    Parameters are either replicated with equal gradients, as under `DistributedDataParallel`, or sharded by rows by
+    FSDP2 (`torch.distributed.fsdp.fully_shard`), where each rank steps its own rows of elementwise updates. All ranks
+    must have gradients for the same parameters.
 
-    The parameter groups are the wrapped optimizer's own: learning rates and other keywords set there count. Each rank
-    has the state of its share alone: `gather_state` and `load_state` take the place of the state dict.
+    The parameter groups are those of the wrapped optimizer: learning rates and other keywords set there take effect.
+    No rank has the whole state: use `gather_state` and `load_state` instead of the state dict.
 
     Args:
-        optimizer: one that `build_optimizer` made, with named parameters, before its first step; drop it afterwards.
-        group: the process group of all ranks that train the model; all processes by default.
+        optimizer: a new optimizer from `build_optimizer`, with named parameters; do not use it afterwards.
+        group: process group of all ranks that train the model; the default group if None.
 
     Raises:
-        ValueError: an optimizer that is not of the registry, or that has taken a step; parameters without names, or
-            sharded in another way than FSDP2's by rows over the whole group.
+        ValueError: the optimizer is not in the registry or has taken a step, a parameter has no name, or a parameter
+            is sharded differently from FSDP2's sharding by rows over the whole group.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None = None) -> None:
         _refuse_unfit(optimizer)
         _refuse_other_sharding(optimizer.param_groups, dist.get_world_size(group))
-        self._parts: list[Part] = []
+        self._piece_groups: list[PieceGroup] = []
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._process_group = group
         self.native_kernels = bool(getattr(optimizer, "native_kernels", False))
-        self._parts = share_out(optimizer, group)
+        self._piece_groups = assign_pieces(optimizer, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -74,7 +73,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step with the gradients at hand, on all ranks; returns the loss of `closure` where one is given.
+        """Perform one optimization step; returns the loss of `closure` if one is given. All ranks must call it.
 
         Raises `ValueError` for a sparse gradient.
         """
@@ -83,23 +82,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         _refuse_sparse_gradients(self.param_groups)
-        for part in self._parts:
-            part.transport.begin()
-        for part in self._parts:
-            part.step()
-        for part in self._parts:
-            part.transport.finish()
+        for piece_group in self._piece_groups:
+            piece_group.transport.begin()
+        for piece_group in self._piece_groups:
+            piece_group.step()
+        for piece_group in self._piece_groups:
+            piece_group.transport.finish()
         return loss
 
     @torch.no_grad()
     def gather_state(self, destination: int = 0) -> WholeState | None:
-        """The whole state on rank `destination` of the process group, `None` on the others; all ranks must call it.
+        """Return the whole state on rank `destination` of the process group, None on others; all ranks must call it.
 
-        By the name of the parameter and then by key, as the unsharded optimizer has it in `optimizer.state[param]`, in
-        host memory of its own; a parameter without state is left out.
+        The state is a dict by parameter name, then by key as in `optimizer.state[param]`, with new CPU tensors.
+        Parameters without state are omitted.
         """
-        own = {piece: state for part in self._parts for piece, state in part.states().items()}
-        pieces = [piece for part in self._parts for piece in part.transport.pieces]
+        own = {piece: state for piece_group in self._piece_groups for piece, state in piece_group.states().items()}
+        pieces = [piece for piece_group in self._piece_groups for piece in piece_group.transport.pieces]
         wire = Wire(self._process_group, local(pieces[0].param).device)
         rank = dist.get_rank(self._process_group)
         if rank == destination:
@@ -108,35 +107,35 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return None
 
     def load_state(self, whole: Mapping[str, Mapping[str, Tensor | float]]) -> None:
-        """Take this rank's share of a whole state, as `gather_state` or an unsharded optimizer has it.
+        """Load this rank's pieces of a whole state, in the format of `gather_state`.
 
-        Each rank copies its share alone, so the tensors may be mapped from a file. A parameter that is left out has
-        no state afterwards. Raises `ValueError` for a name that no parameter has, or state of another shape.
+        Each rank copies only its own pieces, so the tensors may be mapped from a file. A parameter that is missing has
+        no state afterwards. Raises `ValueError` for an unknown parameter name or a wrong shape.
         """
-        names = [piece.name for part in self._parts for piece in part.transport.pieces]
+        names = [piece.name for piece_group in self._piece_groups for piece in piece_group.transport.pieces]
         for name in whole:
             if name not in names:
                 raise unknown_name("parameter in the state", name, names)
-        for part in self._parts:
-            part.load(whole)
+        for piece_group in self._piece_groups:
+            piece_group.load(whole)
 
     def state_dict(self) -> NoReturn:
-        """Raises `RuntimeError`: no rank has the whole state; see `gather_state`."""
+        """Raise `RuntimeError`: no rank has the whole state; see `gather_state`."""
         raise RuntimeError("no rank has the whole state of a ShardedOptimizer: use gather_state(), on all ranks")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> NoReturn:
-        """Raises `RuntimeError`; see `load_state`."""
-        raise RuntimeError("a ShardedOptimizer loads its share of a whole state: use load_state(), on all ranks")
+        """Raise `RuntimeError`; see `load_state`."""
+        raise RuntimeError("a ShardedOptimizer loads its pieces of a whole state: use load_state(), on all ranks")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raises `RuntimeError` once the parameters are shared out; add groups to the optimizer before wrapping it."""
-        if self._parts:
-            raise RuntimeError("the parameters of a ShardedOptimizer are shared out: add groups before wrapping")
+        """Raise `RuntimeError` after construction; add groups to the optimizer before wrapping it."""
+        if self._piece_groups:  # the base constructor also calls this method, before there are any
+            raise RuntimeError("the parameters of a ShardedOptimizer already have owners: add groups before wrapping")
         super().add_param_group(param_group)
 
 
 def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
-    """`ValueError` unless the optimizer is one whose work can be shared out, with names and without a past."""
+    """Raise `ValueError` unless the optimizer can be sharded, has parameter names, and has not taken a step."""
     name = type(optimizer).__name__
     if type(optimizer) not in [optimizer_class(known)[0] for known in OPTIMIZER_NAMES]:
         raise ValueError(f"{name} cannot be sharded; these can: {', '.join(OPTIMIZER_NAMES)}")
@@ -144,9 +143,9 @@ def _refuse_unfit(optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(
             f"{name} has parameters without names: give it (name, parameter) pairs, or use build_optimizer"
         )
-    # Adagrad has a state from the beginning, with a step of 0.
+    # Adagrad creates its state in the constructor, with a step of 0.
     if any(state.get("step", 1) > 0 for state in optimizer.state.values()):
-        raise ValueError(f"{name} has taken a step: wrap it before, and use load_state() to give it a state")
+        raise ValueError(f"{name} has taken a step: wrap a new optimizer, and load the state with load_state()")
 
 
 def _refuse_other_sharding(groups: list[Group], size: int) -> None:
@@ -154,7 +153,7 @@ def _refuse_other_sharding(groups: list[Group], size: int) -> None:
         for index, param in enumerate(group["params"]):
             if is_dtensor(param) and not is_sharded_by_rows(param, size):
                 raise ValueError(
-                    f"{describe(group, index)} is not sharded by rows over {size} ranks, but as {param.placements} "
+                    f"{describe(group, index)} must be sharded by rows over {size} ranks; it is {param.placements} "
                     f"on {param.device_mesh}"
                 )
 
@@ -167,15 +166,16 @@ def _refuse_sparse_gradients(groups: list[Group]) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Parameters of one group that take one way; the optimizer of this rank's pieces of them, if it has any."""
+class PieceGroup:
+    """Pieces of one parameter group, transport and dtype, and the inner optimizer of this rank's pieces."""
 
     group: Group
     transport: InPlace
     optimizer: torch.optim.Optimizer | None
+    """None if this rank owns no piece of it."""
 
     def step(self) -> None:
-        """Step this rank's pieces, and begin to send their new weights."""
+        """Step this rank's pieces, and start sending their new weights."""
         self.transport.bind()
         if self.optimizer is not None:
             self.optimizer.param_groups[0].update(_settings(self.group))
@@ -183,21 +183,24 @@ class Part:
         self.transport.send()
 
     def states(self) -> dict[Piece, State]:
-        """The state of each of this rank's pieces, in the order of the part's pieces."""
+        """Return the state of each of this rank's pieces, in the order of `transport.pieces`."""
         if self.optimizer is None:
             return {}
         return {piece: self.optimizer.state.get(tensor, {}) for piece, tensor in self.transport.own.items()}
 
     def load(self, whole: Mapping[str, Mapping[str, Tensor | float]]) -> None:
-        """Give this rank's pieces their parts of a whole state."""
+        """Load this rank's pieces of a whole state."""
         if self.optimizer is not None:
-            parts = (part_of_state(whole, piece) for piece in self.transport.own)
-            state = {index: part for index, part in enumerate(parts) if part}
+            states = (piece_state(whole, piece) for piece in self.transport.own)
+            state = {index: entries for index, entries in enumerate(states) if entries}
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
-def share_out(optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup | None) -> list[Part]:
-    """All parameters in parts; first what needs no roots, so that its weights travel while roots are computed."""
+def assign_pieces(optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup | None) -> list[PieceGroup]:
+    """Split all parameters into pieces with owners.
+
+    Groups without inverse roots come first: their weights are sent while the roots are computed.
+    """
     size = dist.get_world_size(process_group)
     owner = _owners(optimizer, size)
 
@@ -207,19 +210,19 @@ def share_out(optimizer: torch.optim.Optimizer, process_group: dist.ProcessGroup
         rows = chunked_rows if is_dtensor(param) else even_rows
         return split(name, param, rows(param.shape[0], size))
 
-    parts: list[Part] = []
+    piece_groups: list[PieceGroup] = []
     for group in sorted(optimizer.param_groups, key=_is_matrix_group):
-        ways: dict[tuple[type[InPlace], torch.dtype], list[Piece]] = defaultdict(list)
+        alike: dict[tuple[type[InPlace], torch.dtype], list[Piece]] = defaultdict(list)
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            ways[_transport(group, param), param.dtype] += pieces(name, param)
-        for (transport_class, _), of_one_way in ways.items():
-            transport = transport_class(of_one_way, process_group)
-            parts.append(Part(group, transport, _inner_optimizer(optimizer, group, transport)))
-    return parts
+            alike[_transport(group, param), param.dtype] += pieces(name, param)
+        for (transport_class, _), own in alike.items():
+            transport = transport_class(own, process_group)
+            piece_groups.append(PieceGroup(group, transport, _inner_optimizer(optimizer, group, transport)))
+    return piece_groups
 
 
 def _owners(optimizer: torch.optim.Optimizer, size: int) -> dict[Tensor, int]:
-    """The owner of each parameter that is not split: matrices, and what is small."""
+    """Return the owner of each parameter that is not split: matrices, and small parameters."""
     sides = len(optimizer.factors) if isinstance(optimizer, PreconditionedOptimizer) else 1
     matrices: dict[Tensor, int] = {}
     small: dict[Tensor, int] = {}
@@ -249,7 +252,7 @@ def _settings(group: Group) -> Group:
 def _inner_optimizer(
     optimizer: torch.optim.Optimizer, group: Group, transport: InPlace
 ) -> torch.optim.Optimizer | None:
-    """One like `optimizer` for this rank's pieces of a part of one of its groups."""
+    """Return an optimizer with the settings of `optimizer` and `group` for this rank's pieces; None without pieces."""
     if not transport.own:
         return None
     accepted = inspect.signature(type(optimizer)).parameters

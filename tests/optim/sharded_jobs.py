@@ -118,7 +118,7 @@ def share_of_state_and_products(layout: Layout) -> tuple[float, float]:
 
 
 def local_states(sharded: ShardedOptimizer) -> list[Tensors]:
-    return [state for part in sharded._parts for state in part.states().values()]
+    return [state for group in sharded._piece_groups for state in group.states().values()]
 
 
 def _bytes(states: Iterable[dict[str, Tensor]]) -> int:
