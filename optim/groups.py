@@ -1,4 +1,4 @@
-"""Which parameter of a model takes which rule."""
+"""Parameter groups of a model: which parameters use the matrix rule, Adam, or no weight decay."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _NO_MATRICES = (*_EMBEDDINGS, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _WEIGHT = re.compile(r"(.+_)?weight(_.+)?")
 
 NO_DECAY = ("embeddings", "head")
-"""What weight decay can leave out, besides parameters of fewer than two dimensions."""
+"""Values of `no_decay`: parameters without weight decay, besides those with fewer than two dimensions."""
 
 NamedParams = list[tuple[str, Tensor]]
 RowBlocks = Mapping[str, int | Sequence[int]]
 Selection = nn.Module | Tensor | str | Iterable[nn.Module | Tensor | str]
-"""Modules, with all their parameters; parameters; or names of either, with the wildcards of `fnmatch`."""
+"""Modules (all their parameters), parameters, or names of either with `fnmatch` wildcards."""
 
 
 def matrix_groups(
@@ -34,24 +34,24 @@ def matrix_groups(
     head: Selection | None = None,
     adam: Selection = (),
 ) -> list[dict[str, Any]]:
-    """Hidden weight matrices in groups for the matrix rule; everything else in a group for Adam.
+    """Return parameter groups: hidden weight matrices with the matrix rule, all other parameters with Adam.
 
     Hidden matrices are
 
-    - the two-dimensional parameters and convolution kernels named `weight`, `..._weight` or `weight_...`, as all of
-      PyTorch's layers name theirs, also behind a parametrization;
-    - the experts of three-dimensional parameters (E, m, n) that are so named, or are in a module whose name or class
-      says "expert": each is a matrix of its own.
+    - two-dimensional parameters and convolution kernels named `weight`, `..._weight` or `weight_...`, as in PyTorch's
+      layers, also with a parametrization;
+    - the experts of three-dimensional parameters (E, m, n) with such a name, or in a module with "expert" in its name
+      or class name: each expert is a separate matrix.
 
-    Embeddings (also tied to the head, also positional), normalizations, biases, gains and the output heads take Adam,
-    and what `adam` names. `head` names the heads; by default they are those of `optim.heads.output_heads`.
+    Embeddings (token and positional, tied or not), normalizations, biases, gains, output heads, and the parameters in
+    `adam` use Adam. `head` selects the output heads; the default is `optim.heads.output_heads`.
 
-    The matrices that `row_blocks` names and the experts come after the others, a group for each way of splitting, in
-    the order of the model. Warns where Adam is left with more elements that may be matrices than the matrix rule has.
+    Parameters in `row_blocks` and experts come after the other matrices, in one group for each way of splitting, in
+    the order of the model. Warns if Adam gets more elements of possible matrices than the matrix rule. Parameters that
+    require no gradient are left out, also those in `row_blocks`.
 
     Raises:
-        ValueError: a name, module or parameter that is not the model's, or blocks for one that takes Adam. A parameter
-            in `row_blocks` that needs no gradient is left out, as without blocks.
+        ValueError: a name, module or parameter is not in the model, or `row_blocks` names a parameter that uses Adam.
     """
     excluded = {
         id(param) for module in model.modules() if isinstance(module, _NO_MATRICES) for _, param in _own(module)
@@ -68,9 +68,9 @@ def matrix_groups(
 
 
 def decay_groups(model: nn.Module, no_decay: Sequence[str] = (), head: Selection | None = None) -> list[dict[str, Any]]:
-    """All parameters, with weight decay switched off for those of fewer than two dimensions, and for `no_decay`.
+    """Return parameter groups without weight decay for parameters with fewer than two dimensions, and for `no_decay`.
 
-    That may name `embeddings` (of tokens and positions, also where tied to the head) and `head` (see `matrix_groups`).
+    `no_decay` may contain `embeddings` (token and positional, tied or not) and `head` (see `matrix_groups`).
     """
     left_out: set[int] = set()
     if "embeddings" in no_decay:
@@ -86,16 +86,16 @@ def decay_groups(model: nn.Module, no_decay: Sequence[str] = (), head: Selection
 
 
 def check_no_decay(no_decay: Sequence[str]) -> None:
-    """Raise `ValueError` for a word that is not in `NO_DECAY`."""
+    """Raise `ValueError` for a value that is not in `NO_DECAY`."""
     for kind in no_decay:
         if kind not in NO_DECAY:
             raise unknown_name("word in no_decay", kind, NO_DECAY)
 
 
 def _own(module: nn.Module) -> NamedParams:
-    """A module's own parameters, those behind a parametrization by the name of the tensor that it makes.
+    """Return the direct parameters of a module. Those of a parametrization get the name of the parametrized tensor.
 
-    Without columns there: a weight normalization keeps the lengths of rows in `parametrizations.weight.original0`.
+    Its columns are left out: weight normalization keeps row norms in `parametrizations.weight.original0`.
     """
     named: NamedParams = [*module.named_parameters(recurse=False)]
     if parametrize.is_parametrized(module):
@@ -106,7 +106,7 @@ def _own(module: nn.Module) -> NamedParams:
 
 
 def _batch_dims(model: nn.Module) -> dict[int, int]:
-    """The parameters, by id, that are matrices if no rule says otherwise, with the dimensions that count experts."""
+    """Return the possible matrices, by parameter id, with their number of batch dimensions (1 for experts)."""
     dims: dict[int, int] = {}
     for path, module in model.named_modules():
         has_experts = "expert" in f"{path}.{type(module).__name__}".lower()
@@ -118,10 +118,10 @@ def _batch_dims(model: nn.Module) -> dict[int, int]:
 
 
 def _experts_or_matrix(module: nn.Module, name: str, param: Tensor, has_experts: bool) -> int | None:
-    """1 for experts (E, m, n), 0 for a matrix or a kernel, None for what is neither."""
+    """Return the batch dimensions: 1 for experts (E, m, n), 0 for a matrix or convolution kernel, None for neither."""
     is_weight = _WEIGHT.fullmatch(name) is not None
     if is_weight and (param.ndim == 2 or (param.ndim > 2 and hasattr(module, "kernel_size"))):
-        # A column is the length of each row: `weight_g` of PyTorch's older weight normalization.
+        # A column contains row norms: `weight_g` of PyTorch's older weight normalization.
         return None if name.startswith("weight_") and _is_column(param) else 0
     if param.ndim == 3 and min(param.shape[1:]) > 1 and (is_weight or (has_experts and "bias" not in name)):
         return 1
@@ -133,7 +133,7 @@ def _is_column(param: Tensor) -> bool:
 
 
 def _selected(model: nn.Module, keyword: str, wanted: Selection) -> set[int]:
-    """The ids of the parameters that a keyword names."""
+    """Return the ids of the selected parameters. Raises `ValueError`, with the keyword, if one is not in the model."""
     names = {name: param for module in unwrapped(model) for name, param in module.named_parameters()}
     own = {id(param) for param in names.values()}
     chosen: set[int] = set()
@@ -145,7 +145,7 @@ def _selected(model: nn.Module, keyword: str, wanted: Selection) -> set[int]:
         elif isinstance(each, str):
             found = {id(names[name]) for name in names if fnmatchcase(name, each) or fnmatchcase(name, f"{each}.*")}
         else:
-            raise ValueError(f"{keyword}: {each!r} is no module, parameter or name")
+            raise ValueError(f"{keyword}: {each!r} is not a module, parameter or name")
         if isinstance(each, str) and not found:
             raise unknown_name(f"module or parameter in {keyword}", each, names)
         if not found <= own:
@@ -155,7 +155,7 @@ def _selected(model: nn.Module, keyword: str, wanted: Selection) -> set[int]:
 
 
 def _by_own_names(model: nn.Module, row_blocks: RowBlocks) -> RowBlocks:
-    """The blocks by the names of `model`, where they are given by those of a model that it wraps."""
+    """Translate names of a wrapped model (DDP, PEFT, ...) in `row_blocks` to the names of `model`."""
     names = {id(param): name for name, param in model.named_parameters()}
     inner = {name: names[id(param)] for each in unwrapped(model)[1:] for name, param in each.named_parameters()}
     return {name if name in names.values() else inner.get(name, name): blocks for name, blocks in row_blocks.items()}
@@ -167,12 +167,12 @@ def _check_names(model: nn.Module, row_blocks: RowBlocks, matrices: list[str]) -
         if name not in params:
             raise unknown_name("parameter in row_blocks", name, matrices)
         if params[name].requires_grad and name not in matrices:
-            raise ValueError(f"row_blocks: parameter {name!r} takes Adam, not the matrix rule, so it is not split")
+            raise ValueError(f"row_blocks: parameter {name!r} uses Adam, not the matrix rule, so it cannot be split")
 
 
 def _warn_of_few(model: nn.Module, matrices: NamedParams, others: NamedParams) -> None:
-    """Warn where most of what may be matrices takes Adam; `others` is without embeddings, norms and heads."""
-    # FSDP1 flattens parameters: a weight of one dimension, whole or in part.
+    """Warn if Adam gets most elements of possible matrices. `others` excludes embeddings, norms and heads."""
+    # FSDP1 flattens parameters: a weight is one-dimensional.
     flat = [(name, param) for name, param in others if param.ndim == 1 and _is_flat(model, name)]
     doubtful = flat + [(n, p) for n, p in others if p.ndim >= 2 and p.shape[0] > 1 and not n.endswith("bias")]
     taken, left = (sum(param.numel() for _, param in params) for params in (matrices, doubtful))
@@ -180,13 +180,13 @@ def _warn_of_few(model: nn.Module, matrices: NamedParams, others: NamedParams) -
         return
     name, param = max(doubtful, key=lambda named: named[1].numel())
     advice = (
-        "flat shards of FSDP1 are no matrices: use fully_shard and ShardedOptimizer"
+        "flat shards of FSDP1 are not matrices: use fully_shard and ShardedOptimizer"
         if flat
-        else "give those that are matrices a parameter group of their own, or name what is meant to take Adam in adam="
+        else "put matrices in a parameter group of their own, and list parameters intended for Adam in adam="
     )
     warnings.warn(
         f"the matrix rule has {taken:,} of the model's {sum(p.numel() for p in model.parameters()):,} elements; Adam "
-        f"takes {left:,} that may be matrices, such as {name!r} of shape {tuple(param.shape)}; {advice}",
+        f"has {left:,} that may be matrices, such as {name!r} of shape {tuple(param.shape)}; {advice}",
         stacklevel=3,
     )
 
@@ -200,13 +200,13 @@ def _is_flat(model: nn.Module, name: str) -> bool:
 
 
 def _split_groups(matrices: NamedParams, batch_dims: dict[int, int], row_blocks: RowBlocks) -> list[dict[str, Any]]:
-    """A group for all whole matrices, and one for all experts or matrices of equal blocks."""
+    """Return a group of the whole matrices, and one group for each combination of `batch_dims` and `row_blocks`."""
     groups: dict[object, dict[str, Any]] = {(0, repr(None)): {"params": []}}
     for name, param in matrices:
         dims, blocks = batch_dims[id(param)], row_blocks.get(name)
         if isinstance(blocks, Sequence) and not isinstance(blocks, str):
             blocks = tuple(blocks)
-        # By their text, since True equals 1, and the group has to refuse the one and take the other.
+        # By repr: True == 1, but True is invalid in a group and must not share a key with 1.
         group = groups.setdefault((dims, repr(blocks)), {"params": []})
         group["params"].append((name, param))
         if blocks is not None:

@@ -1,4 +1,4 @@
-"""Which layers make a model's outputs: its heads, which no matrix rule suits."""
+"""Detection of a model's output heads, to which the matrix rule does not apply."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from torch.nn.utils import parametrize
 _HEAD_NAME = re.compile(
     r"head|class|cls|pred|score|logit|out|box|policy|actor|critic|value|fc|mean|mu$|sigma|std|var|label|projection"
 )
-"""In the names of layers that make outputs."""
+"""Parts of typical names of output layers."""
 
 _CONCATENATED = 4
-"""Up to so many outputs of one size are taken for the input of a layer that they may be joined to."""
+"""A layer's input may be the concatenation of up to this many outputs of one size."""
 
 _CHUNKED = 16
-"""Into up to so many inputs of one size a layer's output is taken to be cut: queries, keys and values, gates."""
+"""A layer's output may be split into up to this many inputs of one size: queries, keys and values, or gates."""
 
 _SMALLEST_PART = 4
-"""Fewer features are taken neither for a part of a layer's inputs nor of its outputs: they are actions, or colours."""
+"""Fewer features are not a part of another layer's inputs or outputs: they are actions or colours."""
 
 
 def unwrapped(model: nn.Module) -> list[nn.Module]:
-    """The model and what it wraps, outermost first: DDP, `torch.compile`, PEFT and the like have one child."""
+    """Return the model and the models that it wraps, outermost first. A wrapper (DDP, PEFT, ...) has one child."""
     chain = [model]
     while not _is_layer(chain[-1]) and len(children := _children(chain[-1])) == 1:
         chain += children
@@ -35,12 +35,12 @@ def unwrapped(model: nn.Module) -> list[nn.Module]:
 
 
 def output_heads(model: nn.Module) -> list[nn.Module]:
-    """The layers that make the model's outputs; none where it ends in hidden features.
+    """Return the layers that compute the model's outputs; none if the outputs are hidden features.
 
-    They are what `get_output_embeddings()` of Hugging Face and `get_classifier()` of timm name, and the layers at the
-    ends of the model and of its branches whose number of outputs no other layer takes in, as far as sizes and the order
-    of the modules tell; of lone layers beside the last one, those whose names say so. Where there is none, it is the
-    model's last module if that is a layer, or a `nn.Sequential` that ends in one. Wrappers change nothing.
+    These are the results of `get_output_embeddings()` (Hugging Face) and `get_classifier()` (timm), and the layers at
+    the ends of the model and of its branches whose outputs no other layer takes as input, judged by sizes and the order
+    of the modules. A single layer next to the last one must also have a typical name. If there is none, the head is the
+    model's last module if that is a layer, or a `nn.Sequential` that ends in one. Wrappers make no difference.
     """
     chain = unwrapped(model)
     named = [head for module in chain for head in _named_heads(module)]
@@ -53,18 +53,18 @@ def _named_heads(module: nn.Module) -> Iterator[nn.Module]:
     for method in ("get_output_embeddings", "get_classifier"):
         try:
             heads = getattr(module, method)()
-        except (AttributeError, NotImplementedError):  # also of a model that has the method and no head to give
+        except (AttributeError, NotImplementedError):  # a model without head may raise either in the method
             continue
         yield from (each for each in (heads if isinstance(heads, Iterable) else [heads]) if isinstance(each, nn.Module))
 
 
 def _children(module: nn.Module) -> list[nn.Module]:
-    """Those that have parameters."""
+    """Return the children that have parameters."""
     return [child for child in module.children() if next(child.parameters(), None) is not None]
 
 
 def _last_step(module: nn.Module) -> list[nn.Module]:
-    """The last layer, if nothing but the model itself and sequences contain it."""
+    """Return the last layer, if only the model itself and `nn.Sequential` modules contain it."""
     children = _children(module)
     last = module if _is_layer(module) or not children else children[-1]
     while isinstance(last, nn.Sequential) and _children(last):
@@ -73,13 +73,13 @@ def _last_step(module: nn.Module) -> list[nn.Module]:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Whether it is a linear map or a convolution, also one that is parametrized, or has an adapter of PEFT."""
+    """Whether a module is a linear map or a convolution, also with a parametrization or a PEFT adapter."""
     has_weight = next(module.parameters(recurse=False), None) is not None
     return (has_weight or parametrize.is_parametrized(module) or hasattr(module, "base_layer")) and bool(_sizes(module))
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
-    """The features, or channels, that go in and come out."""
+    """Return the numbers of input and output features or channels; None for a module without both."""
     for names in (("in_features", "out_features"), ("in_channels", "out_channels"), ("in1_features", "out_features")):
         sizes = tuple(getattr(module, name, None) for name in names)
         if all(isinstance(size, int) for size in sizes):
@@ -89,25 +89,25 @@ def _sizes(module: nn.Module) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class _Step:
-    """A module that takes in features, and gives out others where it is a layer; else a norm or a recurrent one."""
+    """A layer, or a module without `outputs`: a normalization or recurrent module."""
 
     module: nn.Module
     inputs: int
     outputs: int | None
     place: str
-    """The path of what contains it, not counting sequences."""
+    """Path of the module that contains it, without `nn.Sequential` modules."""
 
     @property
     def is_convolution(self) -> bool:
         return hasattr(self.module, "in_channels")
 
     def may_feed(self, later: _Step) -> bool:
-        """Whether `later` may take in this layer's outputs: all, some copies, in parts, or laid out otherwise."""
+        """Whether the outputs may be the inputs of `later`: whole, concatenated, split, flattened or unflattened."""
         assert self.outputs is not None
         if self.outputs == later.inputs or later.outputs is None:
             return self.outputs == later.inputs
         if self.inputs == later.inputs and f"{later.place}.".startswith(f"{self.place}." if self.place else ""):
-            return False  # beside it, as the predictions of classes and of boxes are
+            return False  # parallel to it, like the predictions of classes and of boxes
         part, whole = sorted((self.outputs, later.inputs))
         if whole % part:
             return False
@@ -119,7 +119,7 @@ class _Step:
 
 
 class _Layout:
-    """The layers and norms of a model in the order in which it has them, which is nearly that in which they run."""
+    """The layers and norms of a model in definition order, which usually is about the order of execution."""
 
     def __init__(self, model: nn.Module) -> None:
         self._steps = list(_steps(model))
@@ -130,24 +130,24 @@ class _Layout:
         self._data = self._data_sizes()
 
     def _data_sizes(self) -> set[tuple[bool, int]]:
-        """Kind and inputs of the layers that take in the data: the first one, or the only one that no layer feeds."""
+        """Return kind and input size of the layers that read the data: the first one, or the only source."""
         sizes = [(step.is_convolution, step.inputs) for step in self._steps]
         sources = {size for size, step in zip(sizes, self._steps, strict=True) if self._is_source(step)}
-        if not sizes or sizes[0] in sources or self._takes_in_the_outputs(self._steps[0]):
+        if not sizes or sizes[0] in sources or self._reconstructs(self._steps[0]):
             return set(sizes[:1])
         return sources if len(sources) == 1 else set()
 
-    def _takes_in_the_outputs(self, first: _Step) -> bool:
-        """Whether the model's outputs are like its inputs, as those of autoencoders: no layer before them feeds one."""
+    def _reconstructs(self, first: _Step) -> bool:
+        """Whether the model's outputs have the size of its inputs, which no layer before them has: an autoencoder."""
         takes = [index for index, step in enumerate(self._steps) if step.inputs == first.inputs]
         gives = [index for index, step in enumerate(self._steps) if step.outputs == first.inputs]
         is_fed = any(step.inputs == first.outputs for step in self._steps[1:])
         return is_fed and gives[0] >= takes[-1]
 
     def ends(self, module: nn.Module, is_whole: bool = False) -> list[nn.Module]:
-        """The layers in a module that make outputs of the model: none, unless its last child has one.
+        """Return the layers in a module that compute outputs of the model: none unless its last child has one.
 
-        The model itself, `is_whole`, may have a branch in every child.
+        If the module is the model itself (`is_whole`), every child may be a branch.
         """
         if _is_layer(module):
             return [] if self._is_hidden(module) else [module]
@@ -160,9 +160,10 @@ class _Layout:
         ] + ends
 
     def _ends_branch(self, layer: nn.Module, branch: nn.Module) -> bool:
-        """Whether a layer that is not the last is a head: it comes after others of its branch, or its name says so.
+        """Whether a layer that is not the last is a head: another layer of its branch feeds it, or its name is typical.
 
-        Sizes alone do not tell a lone layer beside the head from a hidden one, such as fused queries, keys and values.
+        Sizes alone cannot distinguish a single layer next to the head from a hidden one, such as fused queries, keys
+        and values.
         """
         inputs = self._steps[self._position[id(layer)]].inputs
         others = (step for step in _steps(branch) if step.module is not layer)
@@ -170,9 +171,9 @@ class _Layout:
         return is_fed or _HEAD_NAME.search(self._names[id(layer)]) is not None
 
     def _is_hidden(self, layer: nn.Module) -> bool:
-        """Whether other layers may take in the outputs: later ones, or one that takes in as much from another layer.
+        """Whether other layers may use the outputs: later ones, or any with this input size that another layer feeds.
 
-        An earlier one that takes it from no layer is the model's first, and the outputs are like the inputs.
+        An earlier layer that no layer feeds is the model's first: then the outputs have the size of the inputs.
         """
         index = self._position[id(layer)]
         step = self._steps[index]
@@ -184,11 +185,11 @@ class _Layout:
 
     def _feeds(self, step: _Step, later: _Step) -> bool:
         if step.outputs != later.inputs and (later.is_convolution, later.inputs) in self._data:
-            return False  # the data, which begin another branch, or a model whose head was made first
+            return False  # `later` reads the data: it begins another branch, or the head was defined first
         return step.may_feed(later) or self._is_joined(step, later)
 
     def _is_joined(self, step: _Step, later: _Step) -> bool:
-        """Whether `later` may take in the outputs beside those of another layer, an embedding, or fewer data."""
+        """Whether `later` may read the outputs concatenated with another layer's, an embedding, or smaller data."""
         if not (self._is_source(later) and step.is_convolution == later.is_convolution):
             return False
         assert step.outputs is not None
@@ -199,7 +200,7 @@ class _Layout:
         return is_data or rest in self._tables or self._outputs[rest] > (rest == step.outputs)
 
     def _is_source(self, step: _Step) -> bool:
-        """Whether what it takes in is of a size that no other layer gives out."""
+        """Whether no other layer has the outputs that it needs as inputs, by size."""
         is_norm = step.outputs is None and not isinstance(step.module, nn.RNNBase)
         return not is_norm and self._outputs[step.inputs] == (step.inputs == step.outputs)
 

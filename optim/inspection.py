@@ -1,4 +1,4 @@
-"""What an optimizer's state tells about each parameter: the spread of its scales, its preconditioners' eigenvalues."""
+"""Statistics of an optimizer's state for each parameter: distribution of scales, eigenvalues of factors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .matrix_functions import decompose
 from .preconditioned import Factor, PreconditionedOptimizer
 
 SCALE_BINS = 21
-"""An odd number: where the clamps lie evenly about 1, at which all scales start, it is in the middle of a bin."""
+"""Odd, so that 1, the initial scale, is in the middle of a bin if `min_scale = 1 / max_scale`."""
 
 
 @dataclass(frozen=True)
 class ScaleDistribution:
-    """The scales of one parameter's elements: their mean, the shares at the clamps, and how many fall into each bin."""
+    """Scales of the elements of one parameter: mean, fractions at `min_scale` and `max_scale`, and counts per bin."""
 
     mean: float
     at_min: float
@@ -32,27 +32,27 @@ class ScaleDistribution:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of one factor of a parameter's preconditioner, without `eps`; over its blocks where it has any.
+    """Eigenvalues of one factor (averaged Gram matrix) of a parameter, without `eps`, over all its blocks.
 
-    An eigenvalue up to float32's resolution of the largest (1.2e-7 of it) is rounding error: it does not count to the
-    rank, and a matrix that has one is singular, with a condition number of infinity.
+    Eigenvalues up to float32's resolution (1.2e-7 times the largest) are rounding errors: the rank does not count them,
+    and a matrix that has one is singular, with an infinite condition number.
     """
 
     side: int
     largest: float
     smallest: float
     rank: int
-    """The least over the blocks."""
+    """Minimum over the blocks."""
     condition: float
-    """Largest over smallest eigenvalue; the median over the blocks, of an even number the lower middle."""
+    """Largest over smallest eigenvalue: median over the blocks (the lower one of an even number)."""
     largest_condition: float
 
 
 def scale_edges(optimizer: torch.optim.Optimizer) -> list[float] | None:
-    """Limits of the bins, evenly spaced in logarithms from the smallest scale to the largest; None without scales.
+    """Return the bin edges, evenly spaced in logarithm from `min_scale` to `max_scale`; None without scales.
 
-    Where the smallest scale is 0, or is the largest too, they begin at a ten-thousandth of the largest. The first bin
-    and the last take in what lies outside.
+    If `min_scale` is 0 or equals `max_scale`, the first edge is `1e-4 · max_scale`. The first and the last bin include
+    all scales outside.
     """
     if not isinstance(optimizer, Asro | AccAsro):
         return None
@@ -63,9 +63,9 @@ def scale_edges(optimizer: torch.optim.Optimizer) -> list[float] | None:
 
 @torch.no_grad()
 def scale_distributions(optimizer: torch.optim.Optimizer) -> dict[Tensor, ScaleDistribution]:
-    """Of each parameter that has taken a step with `Asro` or `AccAsro`; empty for other optimizers.
+    """Return the distribution for each parameter that `Asro` or `AccAsro` has updated; empty for other optimizers.
 
-    The bins are those of `scale_edges`. Takes twice the memory of the largest parameter meanwhile.
+    The bins are those of `scale_edges`. Needs temporary memory of twice the largest parameter.
     """
     edges = scale_edges(optimizer)
     groups = {param: group for group in optimizer.param_groups for param in _stepped(optimizer, group)}
@@ -82,9 +82,9 @@ def scale_distributions(optimizer: torch.optim.Optimizer) -> dict[Tensor, ScaleD
 
 @torch.no_grad()
 def preconditioner_spectra(optimizer: torch.optim.Optimizer) -> dict[Tensor, dict[str, Spectrum]]:
-    """Of each matrix that has taken a step with `ASGO` or `Shampoo`, by the names of its factors; else empty.
+    """Return the spectra, by factor name, of each matrix that `ASGO` or `Shampoo` has updated; empty for others.
 
-    Computed in float64, on the parameters' device, except on Apple's GPUs, which have none: there on the CPU.
+    Computed in float64 on the parameters' device; on the CPU for MPS, which does not support float64.
     """
     if not isinstance(optimizer, PreconditionedOptimizer):
         return {}
@@ -99,33 +99,33 @@ def preconditioner_spectra(optimizer: torch.optim.Optimizer) -> dict[Tensor, dic
 
 
 def _stepped(optimizer: torch.optim.Optimizer, group: Group) -> list[Tensor]:
-    """The parameters of a group that have taken a step."""
+    """Return the parameters of a group that have a state."""
     return [param for param in group["params"] if optimizer.state.get(param)]
 
 
 def _clamps(group: Group) -> tuple[float, float]:
-    """The smallest scale and the largest; Asro has no name for its largest, 1."""
+    """Return `min_scale` and `max_scale`; Asro has no `max_scale` keyword, it is 1."""
     return group["min_scale"], group.get("max_scale", 1.0)
 
 
 def _counts(scale: Tensor, group: Group, edges: list[float]) -> Tensor:
-    """How many elements are at the lower clamp, at the upper one, and in each bin; int64, shape (2 + bins,)."""
+    """Count the elements at `min_scale`, at `max_scale`, and in each bin; int64, shape (2 + bins,)."""
     low, high = _clamps(group)
     width = math.log(edges[-1] / edges[0]) / SCALE_BINS
-    # Ten times as fast as a search among the edges, and off by no more than a rounding of the logarithm.
+    # Ten times as fast as `torch.bucketize`; an error of the logarithm can move only a scale at an edge.
     bins = scale.flatten().log().sub_(math.log(edges[0])).div_(width).clamp_(0, SCALE_BINS - 1).to(torch.int64)
     ends = torch.stack([(scale <= low).sum(), (scale >= high).sum()])
     return torch.cat([ends, torch.bincount(bins, minlength=SCALE_BINS)])
 
 
 def _eigenvalues(optimizer: PreconditionedOptimizer, stack: Stack, key: str) -> list[Tensor]:
-    """Eigenvalues of a factor of each block, ascending, in float64 on the host; NaN where the factor is not finite."""
+    """Return eigenvalues of each block's factor, ascending, float64 on the CPU; NaN for a factor that is not finite."""
     factors = [Factor(optimizer.state[block.param], key, block.suffix, "") for block in stack.blocks]
     matrices = torch.stack([factor.state[factor.key] for factor in factors])
     scales = torch.stack([factor.state[factor.scale_key] for factor in factors])
     device = torch.device("cpu") if matrices.device.type == "mps" else matrices.device
     matrices, scales = matrices.to(device, torch.float64), scales.to(device, torch.float64)[:, None]
-    finite = matrices.isfinite().all(-1).all(-1)  # LAPACK refuses what is not
+    finite = matrices.isfinite().all(-1).all(-1)  # LAPACK raises for other matrices
     matrices = torch.where(finite[:, None, None], matrices, 0.0)
     try:
         eigenvalues = torch.linalg.eigvalsh(matrices)

@@ -1,4 +1,4 @@
-"""Optimizers by name, and one optimizer for a whole model."""
+"""Optimizer classes by name, and `build_optimizer` for a whole model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .specs import SPECS, spec_of, unknown_name
 
 
 def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """The class behind a name and the keywords that belong to the name; `ValueError` for an unknown one."""
+    """Return class and implied keywords of a name. Raises `ValueError` for an unknown name."""
     spec = spec_of(name)
     return getattr(import_module(spec.module, __package__), spec.class_name), dict(spec.implied)
 
@@ -33,38 +33,37 @@ def build_optimizer(
     no_decay: Sequence[str] = (),
     **settings: Any,
 ) -> torch.optim.Optimizer:
-    """One optimizer for all trainable parameters of a model, each under the rule that fits it.
+    """Build one optimizer for all trainable parameters of a model.
 
-    Matrix optimizers (`asgo`, `dasgo`, `muon`, `shampoo`) take the hidden weight matrices and leave the rest to Adam
-    (see `optim.groups.matrix_groups`). All others take every parameter, with weight decay on those of two or more
-    dimensions. A model that is wrapped in DDP, `torch.compile`, PEFT and the like is treated as the bare one.
+    Matrix optimizers (`asgo`, `dasgo`, `muon`, `shampoo`) apply the matrix rule to hidden weight matrices, and Adam to
+    all other parameters (see `optim.groups.matrix_groups`). The other optimizers apply weight decay to parameters with
+    at least two dimensions. Wrappers (DDP, `torch.compile`, PEFT and similar) make no difference.
 
     Args:
-        model: any module; parameters that need no gradient are left out.
+        model: any module; parameters that require no gradient are left out.
         name: one of `OPTIMIZER_NAMES`.
-        total_steps: steps of the whole training; read by `accasro` alone.
-        row_blocks: for matrix optimizers, by parameter name, weights whose blocks of rows are matrices of their own:
-            the number of equal blocks, or the rows of each block. A head's query and key can so be preconditioned on
-            their own, as arXiv 2503.20762 does in practice, also where they share a weight with the values:
-            `row_blocks={"transformer.h.0.attn.c_attn.weight": (64,) * 24 + (768,)}` takes the queries and keys of
-            nanoGPT's 12 heads one by one and the values whole. Rows are outputs, as in `nn.Linear`; Hugging Face's
-            GPT-2 stores that weight transposed, so its heads are columns and cannot be split like this.
-        by_heads: split what `model.attention_row_blocks()` names, as `models.gpt.GPT` has it; `row_blocks` comes on
-            top.
-        head: the layers that make the model's outputs, which take Adam under a matrix optimizer: modules, parameters,
-            or their names, with wildcards (`"*.classifier"`). Found automatically where it is not given; `()` for none.
-        adam: for matrix optimizers, what else takes Adam, named alike.
-        no_decay: `embeddings`, `head` or both: they take no weight decay. Matrix optimizers leave these to Adam
-            without decay in any case, so a comparison with them is on equal terms only where its rivals do too.
+        total_steps: steps of the whole training; only `accasro` uses it.
+        row_blocks: for matrix optimizers, parameters by name whose blocks of rows are separate matrices: the number of
+            equal blocks, or the rows of each block. This preconditions the query and key of each attention head
+            separately, as arXiv 2503.20762 does in practice, also if one weight holds queries, keys and values:
+            `row_blocks={"transformer.h.0.attn.c_attn.weight": (64,) * 24 + (768,)}` splits the queries and keys of
+            nanoGPT's 12 heads, and keeps the values whole. Rows are outputs, as in `nn.Linear`. Hugging Face's GPT-2
+            stores this weight transposed: its heads are columns, and cannot be split.
+        by_heads: use the blocks of `model.attention_row_blocks()`, as in `models.gpt.GPT`; entries of `row_blocks` take
+            precedence.
+        head: output heads, which use Adam with a matrix optimizer: modules, parameters, or their names, with wildcards
+            (`"*.classifier"`). Default: detected; `()` for none.
+        adam: for matrix optimizers, further modules or parameters that use Adam, selected like `head`.
+        no_decay: `embeddings`, `head` or both: no weight decay for these. Matrix optimizers never decay them, so a fair
+            comparison needs it for the other optimizers.
         settings: keywords of the optimizer's constructor.
 
     Raises:
-        ValueError: an unknown name, a keyword that the optimizer does not have or that is out of range, an unknown
-            word in `no_decay`, blocks for a parameter or an optimizer that has none, or a head or an exception that is
-            not the model's.
+        ValueError: unknown name, unknown or invalid keyword, unknown value in `no_decay`, `row_blocks` for a parameter
+            or an optimizer without matrices, or a `head` or `adam` that is not part of the model.
 
-    Warns (`UserWarning`) where a matrix optimizer leaves most of a model's matrices to Adam, such as flat shards of
-    FSDP1, or parameters whose names tell nothing.
+    Warns (`UserWarning`) if a matrix optimizer applies Adam to most elements of possible matrices, such as flat shards
+    of FSDP1, or parameters whose names do not identify weights.
     """
     check_no_decay(no_decay)
     cls, fixed = optimizer_class(name)
@@ -86,7 +85,7 @@ def build_optimizer(
 def _accepted(
     cls: type[torch.optim.Optimizer], name: str, total_steps: int, keywords: dict[str, Any]
 ) -> dict[str, Any]:
-    """The keywords of the constructor; `ValueError` for one that it does not have."""
+    """Return the constructor keywords. Raises `ValueError` for an unknown keyword."""
     accepted = inspect.signature(cls).parameters
     for key in keywords:
         if key not in accepted:
@@ -98,7 +97,7 @@ def _attention_row_blocks(model: nn.Module) -> RowBlocks:
     for module in unwrapped(model):
         if hasattr(module, "attention_row_blocks"):
             return cast(RowBlocks, cast(Any, module).attention_row_blocks())
-    raise ValueError(f"by_heads: {type(model).__name__} has no attention_row_blocks(); name its blocks in row_blocks")
+    raise ValueError(f"by_heads: {type(model).__name__} has no attention_row_blocks(); use row_blocks instead")
 
 
 def _no_matrices(name: str, keyword: str) -> ValueError:

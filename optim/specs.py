@@ -1,6 +1,6 @@
-"""The optimizers by name: class, keywords with defaults and ranges, title. Needs no torch.
+"""Table of the optimizers: class, keywords with defaults and ranges, title. Does not import torch.
 
-Checks, settings of runs, help texts and figures are made from this table.
+Argument checks, run settings, help texts and figures are derived from this table.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any, Final, Literal, get_args
 RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
 
 REQUIRED: Final = ...
-"""The default of a keyword that has none."""
+"""Marks a keyword without default."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values of a keyword: numbers, a flag (`type` is bool), or one of a few words (`choices`)."""
+    """Valid values of a keyword: numbers, a flag (`type` is bool), or one of `choices`."""
 
     words: str
-    """What a value must be, for messages."""
+    """Description of a valid value, for messages."""
     type: type[float] | type[int] | type[bool] | type[str]
     ge: float | None = None
     gt: float | None = None
     lt: float | None = None
     most: float | None = None
-    """The largest value in a settings file, where a number must not size a loop without a bound; code may exceed it."""
+    """Upper limit in settings files, so that they cannot cause an unbounded loop. Constructors do not check it."""
     is_pair: bool = False
     choices: tuple[str, ...] = ()
 
@@ -40,7 +40,7 @@ PAIR_OF_DECAYS = Range("two numbers in [0, 1)", float, ge=0, lt=1, is_pair=True)
 COUNT = Range("a whole number >= 0", int, ge=0, most=10**12)
 POSITIVE_COUNT = Range("a whole number >= 1", int, gt=0, most=10**12)
 REPEATS = Range("a whole number >= 1", int, gt=0, most=1000)
-"""Of what is done in every step."""
+"""For iterations within a step."""
 FLAG = Range("True or False", bool)
 ROOT_METHODS = Range(f"one of {', '.join(get_args(RootMethod))}", str, choices=get_args(RootMethod))
 
@@ -66,27 +66,27 @@ RANGES: Mapping[str, Range] = {
     "scale_start_step": COUNT,
     "root_method": ROOT_METHODS,
 }
-"""By keyword, for the constructors and parameter groups of the optimizers in this package, and for settings."""
+"""Ranges by keyword, for constructors and parameter groups of the optimizers in this package, and for settings."""
 
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """An optimizer under the name that users give it."""
+    """An optimizer and the name by which users select it."""
 
     name: str
     title: str
-    """In figures."""
+    """Name in figures."""
     module: str
-    """Relative to this package, or absolute."""
+    """Module name, relative to this package or absolute."""
     class_name: str
     defaults: Mapping[str, Any]
-    """The settings: keywords of the constructor in its order, with its defaults; `REQUIRED` where it has none."""
+    """Keywords of the constructor in its order, with their defaults or `REQUIRED`; they are the settings."""
     ranges: Mapping[str, Range] = field(default_factory=dict)
-    """Of keywords that `RANGES` does not have, or that settings limit further."""
+    """Ranges of keywords that are not in `RANGES`, or that settings limit further."""
     implied: Mapping[str, Any] = field(default_factory=dict)
-    """Keywords that come with the name."""
+    """Constructor keywords that the name implies."""
     takes_matrices: bool = False
-    """Whether it derives from `MatrixOptimizer`."""
+    """Whether the class derives from `MatrixOptimizer`."""
 
     def __post_init__(self) -> None:
         for keyword in self.defaults:
@@ -98,7 +98,7 @@ class OptimizerSpec:
         return self.module.startswith(".")
 
     def range_of(self, keyword: str) -> Range:
-        """The values that a setting can have."""
+        """Return the valid values of a setting."""
         return self.ranges.get(keyword) or RANGES[keyword]
 
 
@@ -165,20 +165,20 @@ _SPECS = (
 )  # fmt: skip
 
 SPECS: Mapping[str, OptimizerSpec] = {spec.name: spec for spec in _SPECS}
-"""By name, in the order in which users see them."""
+"""The optimizers by name, in the order in which they are listed."""
 
 OPTIMIZER_NAMES: tuple[str, ...] = tuple(SPECS)
 
 
 def spec_of(name: str) -> OptimizerSpec:
-    """The optimizer of a name; `ValueError` for an unknown one, with the nearest."""
+    """Return the optimizer of a name. Raises `ValueError`, with the closest match, for an unknown name."""
     if name not in SPECS:
         raise unknown_name("optimizer", name, OPTIMIZER_NAMES)
     return SPECS[name]
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """The error for a name that does not exist, with the nearest one that does."""
+    """Return the error for an unknown name, with the closest match or a list of known names."""
     known = list(known)
     nearest = difflib.get_close_matches(name.lower(), known, n=1)
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""

@@ -381,9 +381,9 @@ def test_blocks_of_frozen_parameters_are_left_out():
     ("row_blocks", "message"),
     [
         ({"blocks.0.qurey.weight": 2}, r"row_blocks: 'blocks\.0\.qurey\.weight'.*'blocks\.0\.query\.weight'"),
-        ({"tokens.weight": 2}, r"row_blocks.*'tokens\.weight' takes Adam"),
-        ({"head.weight": 2}, r"row_blocks.*'head\.weight' takes Adam"),
-        ({"blocks.0.query.bias": 2}, r"row_blocks.*'blocks\.0\.query\.bias' takes Adam"),
+        ({"tokens.weight": 2}, r"row_blocks.*'tokens\.weight' uses Adam"),
+        ({"head.weight": 2}, r"row_blocks.*'head\.weight' uses Adam"),
+        ({"blocks.0.query.bias": 2}, r"row_blocks.*'blocks\.0\.query\.bias' uses Adam"),
         ({"blocks.0.query.weight": 3}, r"(?=.*row_blocks)(?=.*blocks\.0\.query\.weight)"),
         ({"blocks.0.query.weight": "2"}, "row_blocks.*'2'"),
         ({"blocks.0.query.weight": [4, 5]}, r"(?=.*row_blocks)(?=.*blocks\.0\.query\.weight)"),

@@ -316,7 +316,7 @@ def test_what_takes_adam_may_be_named(kind: str) -> None:
         ("clasifier", r"in {}: 'clasifier'; did you mean 'classifier"),
         (nn.Linear(3, 3), r"{}: a Linear that is not part of the model"),
         ([nn.Parameter(torch.ones(2, 2))], r"{}: a Parameter that is not part of the model"),
-        ([3], r"{}: 3 is no module, parameter or name"),
+        ([3], r"{}: 3 is not a module, parameter or name"),
     ],
     ids=str,
 )
