@@ -1,7 +1,7 @@
 """Inverse roots and orthogonalization of stacks of matrices, shape (..., m, m) and (..., m, n).
 
-Every inverse root here gives directions whose eigenvalue is numerically zero no weight, or a bounded one: the gradients
-that made the matrix have no component there.
+All inverse roots give eigenvectors with a numerically zero eigenvalue a weight of zero, or a bounded one: the gradients
+in the matrix have no component there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .specs import RootMethod
 _NEWTON_TOLERANCE = 1e-6
 _NEWTON_STEPS = 50
 
-# Polar Express, Amsel et al., arXiv 2505.16932: optimal quintics, the last one forever.
+# Polar Express, Amsel et al., arXiv 2505.16932: optimal quintic polynomials; the last one repeats.
 _POLAR_EXPRESS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -34,12 +34,12 @@ _MUON = (3.4445, -4.7750, 2.0315)
 
 
 def inverse_sqrt(matrix: Tensor, method: RootMethod, steps: int, eps: float | Tensor) -> Tensor:
-    """`V^{-1/2}` of symmetric positive semi-definite matrices, shape (..., m, m), float32 or float64.
+    """Return `V^{-1/2}` of symmetric positive semi-definite matrices, shape (..., m, m), float32 or float64.
 
-    `auto` takes `eigh` on a CPU, where a 768 × 768 matrix takes 104 ms, and ten steps of `polar_express` 310 ms (two
-    cores, AVX2). Elsewhere it takes `polar_express`: matrix products alone, a whole stack at once. `steps` counts the
-    iterations of `polar_express` and `newton_schulz`; `eps`, a number or (..., 1, 1), keeps their scale above zero.
-    Where `matrix` is not finite neither is the result.
+    `auto` selects `eigh` on a CPU: 104 ms for a 768 × 768 matrix, against 310 ms for ten steps of `polar_express` (two
+    cores, AVX2). On other devices it selects `polar_express`, which consists of batched matrix products. `steps` is the
+    number of iterations of `polar_express` and `newton_schulz`. `eps`, a number or (..., 1, 1), keeps their scaling
+    above zero. If a matrix is not finite, its result is not finite.
     """
     if method == "auto":
         method = "eigh" if matrix.device.type == "cpu" else "polar_express"
@@ -52,19 +52,20 @@ def inverse_sqrt(matrix: Tensor, method: RootMethod, steps: int, eps: float | Te
 
 
 def inverse_fourth_root(matrix: Tensor, eps: float | Tensor) -> Tensor:
-    """`(A + eps I)^{-1/4}` of symmetric positive semi-definite matrices, shape (..., m, m), float32 or float64."""
+    """Return `(A + eps I)^{-1/4}` of symmetric positive semi-definite matrices (..., m, m), float32 or float64."""
     if matrix.device.type == "cpu":
         return inverse_root_eigh(matrix, 4, ridge=eps)
     return inverse_root_newton(matrix, 4, eps)
 
 
 def inverse_root_eigh(matrix: Tensor, order: int, ridge: float | Tensor | None = None) -> Tensor:
-    """`A^{-1/order}` by eigendecomposition, or `(A + ridge I)^{-1/order}` where a ridge (..., 1, 1) is given.
+    """Return `A^{-1/order}` by eigendecomposition, or `(A + ridge I)^{-1/order}` if a ridge (..., 1, 1) is given.
 
-    Eigenvalues within the rounding error of `A` or of the decomposition are noise: without a ridge they count as zero
-    and give zero, with one they count as that error. NaN where `A` is not finite, or no method can decompose it.
+    Eigenvalues below the rounding error of `A` or of the decomposition are noise. Without a ridge, they contribute zero
+    to the root; with a ridge, they are raised to that error. Matrices that are not finite, or that no method can
+    decompose, give NaN.
     """
-    # LAPACK refuses what is not finite: decompose the identity there, and hand the trouble on.
+    # LAPACK raises for matrices that are not finite: decompose the identity instead, and return NaN below.
     finite = torch.isfinite(matrix).all(-1).all(-1)[..., None, None]
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     eigenvalues, eigenvectors = decompose(torch.where(finite, matrix, identity))
@@ -77,22 +78,23 @@ def inverse_root_eigh(matrix: Tensor, order: int, ridge: float | Tensor | None =
     else:
         damped = torch.maximum(eigenvalues, noise) + ridge
         powers = damped.clamp_min(torch.finfo(matrix.dtype).tiny).pow(-1 / order)
-    # On a CPU all this is in double precision, and rounded once. In float32 the last bits of a root depend on its place
-    # in the stack, and a rank of a sharded optimizer has other stacks.
+    # On a CPU this is float64, rounded once. In float32, the last bits of a root would depend on its position in the
+    # stack, and the stacks of a sharded optimizer differ from those of the unsharded one.
     root = ((eigenvectors * powers) @ eigenvectors.mT).to(matrix.dtype)
     return torch.where(finite, root, torch.nan)
 
 
 def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (..., m), the largest last, and eigenvectors of finite matrices; NaN where no method succeeds.
+    """Return eigenvalues (..., m), in ascending order, and eigenvectors of finite matrices; NaN if all methods fail.
 
-    On a CPU they are in double precision, whatever that of the matrices. In float32, `eigh` loses the eigenvalues below
-    1e-6 of the largest (ASGO's update of a 768 × 768 matrix, its condition number being 1e4 and 1e6, was off by 4e-4
-    and 3e-1, and by 1e-5 and 7e-4 in double precision), and on some CPUs it does not converge for matrices of low rank.
-    Double precision takes twice the time (one core: 0.10 and 0.21 s at 768, 2.1 and 4.3 s at 2048, 7.0 and 13.6 s at
-    3072). The iterations in float32 take more: at 768, 2.1 s (`newton`) and 1.2 s (ten steps of `polar_express`).
+    On a CPU the result is float64 for any input dtype. In float32, `eigh` loses the eigenvalues below 1e-6 of the
+    largest, and on some CPUs it does not converge for low-rank matrices. For 768 × 768 matrices with condition numbers
+    1e4 and 1e6, the error of ASGO's update was 4e-4 and 3e-1 in float32, 1e-5 and 7e-4 in float64. Float64 takes twice
+    the time (one core: 0.10 and 0.21 s at 768, 2.1 and 4.3 s at 2048, 7.0 and 13.6 s at 3072). The iterations in
+    float32 take longer: at 768, 2.1 s (`newton`) and 1.2 s (ten steps of `polar_express`).
 
-    Elsewhere they are decomposed together, and one by one on the host where that fails: it does for a single bad one.
+    On other devices, a stack is decomposed in one call. If the call fails, as it does for a single bad matrix, each
+    matrix is decomposed on the CPU.
     """
     if matrices.device.type != "cpu":
         with contextlib.suppress(RuntimeError):
@@ -105,11 +107,11 @@ def decompose(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _decomposed_on_host(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """`decompose` for one matrix (m, m), in double precision on the host."""
+    """Decompose one matrix (m, m) in float64 on the CPU."""
     double = matrix.to("cpu", torch.float64)
     eigenvalues, eigenvectors = torch.full_like(double[0], torch.nan), torch.full_like(double, torch.nan)
     for method in (torch.linalg.eigh, _eigh_by_svd):
-        with contextlib.suppress(RuntimeError):  # what it raises where it does not converge, or is out of memory
+        with contextlib.suppress(RuntimeError):  # raised if it does not converge or is out of memory
             eigenvalues, eigenvectors = method(double)
             break
     result = matrix if matrix.device.type != "cpu" else double
@@ -117,19 +119,20 @@ def _decomposed_on_host(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigh_by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Another way to the eigenvalues, the largest last, and the eigenvectors of a positive semi-definite matrix (m, m).
+    """Return eigenvalues, in ascending order, and eigenvectors of a positive semi-definite matrix (m, m) by SVD.
 
-    A singular value has no sign, which rounding can turn: the eigenvalues are the Rayleigh quotients of its vectors.
+    Rounding can make an eigenvalue negative, which a singular value cannot show. So the eigenvalues are Rayleigh
+    quotients of the singular vectors.
     """
     vectors = torch.linalg.svd(matrix).U.flip(-1)
     return (vectors * (matrix @ vectors)).sum(-2), vectors
 
 
 def inverse_root_newton(matrix: Tensor, order: int, eps: float | Tensor) -> Tensor:
-    """`(A + eps I)^{-1/order}` by the coupled inverse Newton iteration (Guo and Higham, 2006, iteration 6.1).
+    """Return `(A + eps I)^{-1/order}` by the coupled inverse Newton iteration (Guo and Higham, 2006, iteration 6.1).
 
-    Stops at a relative residual of 1e-6, or after 50 steps. The iteration runs with a ridge above the rounding error of
-    `A`, below which eigenvalues can come out negative and it would diverge; see `_without_ridge`.
+    Stops at a relative residual of 1e-6, or after 50 steps. A ridge above the rounding error of `A` is added first,
+    because rounding can make eigenvalues negative, and the iteration would diverge; see `_without_ridge`.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     ridge = (_rounding(matrix) * frobenius_norm(matrix)).clamp_min(eps)
@@ -138,23 +141,23 @@ def inverse_root_newton(matrix: Tensor, order: int, eps: float | Tensor) -> Tens
     root, residual_matrix = start ** (1 / order) * identity, start * damped
     with full_float32_products():
         for _ in range(_NEWTON_STEPS):
-            # Converged matrices stay as they are; asking whether all have converged would make a GPU wait.
-            going = largest(residual_matrix - identity) > _NEWTON_TOLERANCE
-            if matrix.device.type == "cpu" and not going.any():
+            # Converged matrices are not changed. On a GPU, a check for early exit would synchronize.
+            active = largest(residual_matrix - identity) > _NEWTON_TOLERANCE
+            if matrix.device.type == "cpu" and not active.any():
                 break
             factor = ((order + 1) * identity - residual_matrix) / order
-            root = torch.where(going, root @ factor, root)
+            root = torch.where(active, root @ factor, root)
             residual_matrix = torch.where(
-                going, torch.linalg.matrix_power(factor, order) @ residual_matrix, residual_matrix
+                active, torch.linalg.matrix_power(factor, order) @ residual_matrix, residual_matrix
             )
         return _without_ridge(_symmetrized(root), order, ridge - eps)
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrix to each of (..., m, n), by Muon's quintic Newton–Schulz steps.
+    """Return approximately the nearest semi-orthogonal matrix to each of (..., m, n), by Muon's Newton–Schulz steps.
 
-    Singular values end between about 0.7 and 1.2, as in Jordan et al., 2024. Computed in bfloat16, whose error is below
-    that of the five steps, where the device multiplies it faster; else in the matrix's own precision.
+    The singular values are between about 0.7 and 1.2, as in Jordan et al., 2024. Computed in bfloat16 on devices with
+    fast bfloat16 products (its error is below that of five steps); else in the dtype of the matrix.
     """
     a, b, c = _MUON
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
@@ -171,7 +174,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
 
 
 def _has_fast_bfloat16(matrix: Tensor) -> bool:
-    """On GPUs, and on CPUs with AMX; without it, a CPU took 70 times as long as for float32 (measured, AVX2)."""
+    """Whether bfloat16 products are fast: on GPUs, and CPUs with AMX. On a CPU with AVX2 they took 70 times as long."""
     if matrix.dtype is torch.float64:
         return False
     return matrix.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
@@ -179,10 +182,11 @@ def _has_fast_bfloat16(matrix: Tensor) -> bool:
 
 @contextlib.contextmanager
 def full_float32_products() -> Iterator[None]:
-    """Matrix products in true float32: the coupled iterations diverge in TF32 from condition 1e4 on.
+    """Context manager that disables TF32 and bfloat16 for float32 matrix products.
 
-    The settings are those of the process, and are left alone where they ask for nothing less. Only the interface per
-    backend is used: the older one raises where a user mixes both.
+    In TF32, the coupled iterations diverge from condition number 1e4 on. The settings are global, and are changed only
+    if they reduce the precision. Uses only the `fp32_precision` settings of the backends: `allow_tf32` raises an error
+    if a user has set both kinds.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     reduced = [
@@ -194,14 +198,14 @@ def full_float32_products() -> Iterator[None]:
         yield
     finally:
         for backend, precision in reduced:
-            # What was read may be a setting of all operations: one that is inherited must not become the backend's own.
+            # `precision` may be inherited from a global setting: restore that first, and set it only if it differs.
             backend.fp32_precision = "none"
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision
 
 
 def _polar_express(steps: int) -> list[tuple[float, float, float]]:
-    """Coefficients of each step; all but the last published ones are damped, against overshooting by rounding."""
+    """Return the coefficients of each step. All but the last are damped, to avoid overshooting by rounding."""
     damped = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in _POLAR_EXPRESS]
     return [*damped, *[_POLAR_EXPRESS_LAST] * max(0, steps - len(damped))][:steps]
 
@@ -209,13 +213,14 @@ def _polar_express(steps: int) -> list[tuple[float, float, float]]:
 def _coupled_inverse_sqrt(
     matrix: Tensor, coefficients: list[tuple[float, float, float]], eps: float | Tensor
 ) -> Tensor:
-    """`Z` of the coupled iteration `T = Z Y; Y ← Y p(T); Z ← p(T) Z`, which tends to `V^{-1/2}` from `Z = I`.
+    """Return `Z` of the coupled iteration `T = Z Y; Y ← Y p(T); Z ← p(T) Z` from `Z = I`; it converges to `V^{-1/2}`.
 
-    In exact arithmetic all iterates commute; in floating point, `Z p(T)` would let rounding errors grow without bound.
+    The order of the products matters: in exact arithmetic the iterates commute, but with `Z p(T)` rounding errors grow
+    without bound.
     """
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     scale = 1.01 * frobenius_norm(matrix + eps * identity)
-    # Rounding can leave a zero eigenvalue below zero, and the iteration would send that to minus infinity.
+    # Rounding can make a zero eigenvalue negative, and the iteration would diverge to minus infinity.
     ridge = _rounding(matrix)
     y, z = matrix / scale + ridge * identity, identity.expand_as(matrix)
     with full_float32_products():
@@ -231,11 +236,11 @@ def _coupled_inverse_sqrt(
 
 
 def _without_ridge(root: Tensor, order: int, ridge: float | Tensor) -> Tensor:
-    """`A^{-1/k}` from `X = (A + ridge I)^{-1/k}`, as `X (I − W)^{-1/k}` with `W = ridge · X^k`, to the third order.
+    """Return `A^{-1/k}` from `X = (A + ridge I)^{-1/k}`: `X (I − W)^{-1/k}` with `W = ridge · X^k`, to third order.
 
-    The ridge that an iteration needs in float32 is 3 % of the smallest eigenvalue of a 768 × 768 matrix of condition
-    1e4. Taking it out again costs four products and leaves 7e-4 of that error in ASGO's update, instead of 5e-2. Where
-    an eigenvalue is zero, the root stays bounded: it grows by half.
+    The ridge that an iteration needs in float32 is 3 % of the smallest eigenvalue of a 768 × 768 matrix with condition
+    number 1e4. This correction costs four products, and reduces the error of ASGO's update from 5e-2 to 7e-4. For a
+    zero eigenvalue the root stays bounded: it increases by half.
     """
     identity = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
     first = 1 / order
@@ -248,7 +253,7 @@ def _without_ridge(root: Tensor, order: int, ridge: float | Tensor) -> Tensor:
 
 
 def _rounding(matrix: Tensor) -> float:
-    """A bound for the rounding errors in a stack of symmetric products, as a share of their Frobenius norms."""
+    """Return a bound for the rounding errors of symmetric products, relative to their Frobenius norms."""
     return 2 * torch.finfo(matrix.dtype).eps * math.sqrt(matrix.shape[-1])
 
 
@@ -257,17 +262,17 @@ def _symmetrized(matrix: Tensor) -> Tensor:
 
 
 def frobenius_norm(matrix: Tensor) -> Tensor:
-    """Shape (..., 1, 1), above zero, and finite where the squares of a finite matrix are not."""
+    """Return Frobenius norms, shape (..., 1, 1), above zero, without overflow in the squares."""
     unit = largest(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
     norm: Tensor = unit * torch.linalg.matrix_norm(matrix / unit, keepdim=True).clamp_min(1.0)
     return norm
 
 
 def scaled_to_one(matrix: Tensor) -> Tensor:
-    """The matrices (..., m, n) divided by their largest entries, so that no product with them overflows."""
+    """Divide matrices (..., m, n) by their largest magnitudes, so that products do not overflow."""
     return matrix / largest(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
 def largest(matrix: Tensor) -> Tensor:
-    """The largest magnitude of an entry, shape (..., 1, 1)."""
+    """Return the largest magnitude of the entries, shape (..., 1, 1)."""
     return matrix.abs().amax((-2, -1), keepdim=True)

@@ -1,11 +1,11 @@
-/* Asro and AccAsro in one pass over memory, DASGO in two; see native.py, which compiles this file, and asro.py,
-   accasro.py and dasgo.py, which hold the same formulas in PyTorch. Every operation is rounded as written, so that results do not depend on how the
-   work is divided among threads. Without OpenMP one thread does it all. */
+/* Asro and AccAsro in one pass over memory, DASGO in two. native.py compiles this file; asro.py, accasro.py and
+   dasgo.py have the same formulas in PyTorch. Every operation is rounded as written, so results do not depend on the
+   division of the work among threads. Without OpenMP, one thread does all the work. */
 #include <math.h>
 #include <stdint.h>
 
 #define API __attribute__((visibility("default")))
-/* A loop that is inlined loses the promise that its pointers do not overlap, and with it its vector instructions. */
+/* Inlined loops lose `restrict`, and the compiler would no longer vectorize them. */
 #define NOINLINE __attribute__((noinline))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
@@ -17,12 +17,12 @@ typedef struct {
 typedef float *restrict Floats;
 typedef const float *restrict Inputs;
 
-/* Whether two values are of opposite signs, none of them zero. */
+/* Whether two values have opposite signs, and neither is zero. */
 static inline int flipped(float a, float b) { return ((a < 0) & (b > 0)) | ((a > 0) & (b < 0)); }
 
 static inline float lerp(float a, float b, float weight) { return a + weight * (b - a); }
 
-/* a where the condition holds, else b; by bits, since gcc would make a branch of a condition on what is stored. */
+/* condition ? a : b, with bit masks: gcc would compile the ternary to a branch. */
 static inline float pick(int condition, float a, float b) {
     union { float value; uint32_t bits; } x = {a}, y = {b};
     uint32_t mask = -(uint32_t)condition;
@@ -72,8 +72,8 @@ NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floa
     }
 }
 
-/* Calls `body` with shares `begin`..`end` of 0..total, one a thread. */
-#define IN_SHARES(total, threads, body)                                   \
+/* Runs `body` in each thread, with its range `begin`..`end` of 0..total. */
+#define IN_THREADS(total, threads, body)                                  \
     _Pragma("omp parallel for num_threads(threads) schedule(static, 1)")  \
     for (int64_t thread = 0; thread < (threads); thread++) {              \
         int64_t begin = (total) * thread / (threads);                     \
@@ -81,9 +81,9 @@ NOINLINE static void accasro_range(int64_t n, Floats p, Inputs g, Floats m, Floa
         body;                                                             \
     }
 
-/* Calls `body` with the part `first`..`stop` of each tensor k that lies in begin..end, all elements counted through;
-   tensor k has lengths[k]. `tensors` holds the pointers of the first tensor's row (parameter, gradient, state...),
-   then those of the second's, and so on. */
+/* Runs `body` for each parameter k with elements in begin..end, an index range over the elements of all parameters;
+   first..stop is the range within the parameter, which has lengths[k] elements. `tensors` holds the pointers of the
+   first parameter's row (parameter, gradient, state...), then those of the second, and so on. */
 #define IN_ROWS(columns, body)                                                        \
     int64_t offset = 0;                                                               \
     for (int64_t k = 0; k < rows && offset < end; offset += lengths[k++]) {           \
@@ -102,16 +102,16 @@ static int64_t sum(int64_t count, const int64_t *values, int64_t stride) {
 
 API void asro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t threads, const Scalars *c) {
     int64_t total = sum(rows, lengths, 1);
-    IN_SHARES(total, threads, IN_ROWS(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), *c)))
+    IN_THREADS(total, threads, IN_ROWS(5, asro_range(stop - first, F(0), F(1), F(2), F(3), F(4), *c)))
 }
 
 API void accasro(int64_t rows, const int64_t *lengths, void *const *tensors, int64_t threads, const Scalars *c) {
     int64_t total = sum(rows, lengths, 1);
-    IN_SHARES(total, threads, IN_ROWS(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5),
-                                                       (int8_t *)row[6] + first, *c)))
+    IN_THREADS(total, threads, IN_ROWS(7, accasro_range(stop - first, F(0), F(1), F(2), F(3), F(4), F(5),
+                                                        (int8_t *)row[6] + first, *c)))
 }
 
-/* A matrix's rows first..stop - 1: the momentum moves towards the gradient, and the squares of both add up a column. */
+/* For rows first..stop - 1 of a matrix: update the momentum, and add the squares of both to the sums of the columns. */
 NOINLINE static void moments_of_rows(int64_t first, int64_t stop, int64_t columns, const float *grad, float *momentum,
                                      float weight, double *restrict grad_squares, double *restrict momentum_squares) {
     for (int64_t i = first; i < stop; i++) {
@@ -127,7 +127,7 @@ NOINLINE static void moments_of_rows(int64_t first, int64_t stop, int64_t column
     }
 }
 
-/* A matrix's rows first..stop - 1: W = keep W + M diag(factors). */
+/* For rows first..stop - 1 of a matrix: W = keep W + M diag(factors). */
 NOINLINE static void step_rows(int64_t first, int64_t stop, int64_t columns, float *weight, const float *momentum,
                                Inputs factors, float keep) {
     for (int64_t i = first; i < stop; i++) {
@@ -138,8 +138,8 @@ NOINLINE static void step_rows(int64_t first, int64_t stop, int64_t columns, flo
     }
 }
 
-/* Calls `body` with the rows `first`..`stop` of each matrix k that lie in begin..end, the rows of all counted through;
-   matrix k is shapes[2k] x shapes[2k + 1], and `column` counts the columns of those before it. */
+/* Runs `body` for each matrix k with rows in begin..end, an index range over the rows of all matrices; first..stop are
+   the rows within the matrix, of shape shapes[2k] x shapes[2k + 1]. `column` is the number of columns before it. */
 #define IN_MATRICES(body)                                                                \
     int64_t offset = 0, column = 0;                                                      \
     for (int64_t k = 0; k < matrices && offset < end; k++) {                             \
@@ -150,21 +150,21 @@ NOINLINE static void step_rows(int64_t first, int64_t stop, int64_t columns, flo
         column += columns;                                                               \
     }
 
-/* DASGO's first pass. tensors[2k...]: gradient, momentum. `sums`, zeros, has two numbers a column of all matrices for
-   each thread, in double precision, whose range no square of a float leaves: all gradients' squares, all momenta's. */
+/* DASGO's first pass. tensors[2k...]: gradient, momentum. `sums`, initially zero, has for each thread the sums of
+   squares of all gradient columns, then of all momentum columns; in double, where squares of floats cannot overflow. */
 API void dasgo_moments(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t threads, float weight,
                        double *sums) {
     int64_t total = sum(matrices, shapes, 2), all_columns = sum(matrices, shapes + 1, 2);
-    IN_SHARES(total, threads, {
+    IN_THREADS(total, threads, {
         double *own = sums + 2 * all_columns * thread;
         IN_MATRICES(moments_of_rows(first, stop, columns, tensors[2 * k], tensors[2 * k + 1], weight, own + column,
                                     own + all_columns + column))
     })
 }
 
-/* DASGO's second pass. tensors[3k...]: weight, momentum, factors, one a column. */
+/* DASGO's second pass. tensors[3k...]: weight, momentum, factors (one per column). */
 API void dasgo_step(int64_t matrices, const int64_t *shapes, void *const *tensors, int64_t threads, float keep) {
     int64_t total = sum(matrices, shapes, 2);
-    IN_SHARES(total, threads, IN_MATRICES(step_rows(first, stop, columns, tensors[3 * k], tensors[3 * k + 1],
-                                                    tensors[3 * k + 2], keep)))
+    IN_THREADS(total, threads, IN_MATRICES(step_rows(first, stop, columns, tensors[3 * k], tensors[3 * k + 1],
+                                                     tensors[3 * k + 2], keep)))
 }

@@ -1,8 +1,9 @@
-"""The sign optimizers and DASGO on a CPU in a pass or two over memory: native.c, compiled at first use.
+"""C kernels of Asro, AccAsro and DASGO for CPUs, with one or two passes over memory; native.c, compiled on first use.
 
-On a layer of GPT-2, two cores, AccAsro takes 1.5 times as long as fused AdamW in this way, 6 to 6.5 times as PyTorch
-operations in cache-sized pieces, and 2.2 times as compiled by TorchInductor, which unpacks the byte of sign element by
-element.
+Time of AccAsro on a layer of GPT-2, two cores, relative to fused AdamW: 1.5 with these kernels, 6 to 6.5 with PyTorch
+operations in cache-sized chunks, 2.2 compiled by TorchInductor, which does not vectorize the int8 signs.
+
+A `row` here is the tuple of tensors of one parameter (see rows.py).
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from torch.autograd.graph import increment_version
 from .base import is_plain
 
 WORTH_FROM = 2**15
-"""Elements in all from which compiling, once, for 0.3 s, is worth its time."""
+"""Total number of elements from which compilation, 0.3 s once, pays off."""
 
-# No contraction into fused multiply-adds: with it, an element's result would depend on where the vector loop ends.
+# No fused multiply-add: results would differ between the vectorized loop and its remainder.
 _FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC")
-_CHOICES = (  # the first that compiles; Apple's compiler has no OpenMP, and one thread is fast enough for its memory
+_CHOICES = (  # tried in order. Apple's compiler has no OpenMP; one thread saturates the memory there
     ("-fopenmp", "-march=native"),
     ("-fopenmp-simd", "-march=native"),
     ("-fopenmp-simd", "-mcpu=native"),
@@ -49,7 +50,7 @@ _SCALARS = (
     "max_scale",
     "increment",
 )
-_DTYPES = {  # of a row; the last of `accasro` is a sign
+_DTYPES = {  # of a row; the last tensor of `accasro` is `last_sign`
     "asro": (torch.float32,) * 5,
     "accasro": (*(torch.float32,) * 6, torch.int8),
     "dasgo": (torch.float32,) * 3,
@@ -57,25 +58,25 @@ _DTYPES = {  # of a row; the last of `accasro` is a sign
 
 _wanted = True
 _threads_started_by: int | None = None
-"""The process that first ran a kernel."""
+"""Process id of the first kernel call."""
 
 
 def use(wanted: bool) -> None:
-    """Let the optimizers of this process use the kernels (the default), or not: then they run as PyTorch operations.
+    """Enable (default) or disable the kernels in this process; without them, PyTorch operations run.
 
-    The results differ by rounding. Processes that train replicas of one model should all use the same.
+    The results differ by rounding, so all processes that train replicas of one model should use the same.
     """
     global _wanted
     _wanted = wanted
 
 
 def is_available() -> bool:
-    """Whether the optimizers can use the kernels here: they are wanted, and compile and load."""
+    """Whether the kernels are enabled, compile and load."""
     return _wanted and _loaded()[0] is not None
 
 
 def description() -> str:
-    """What the kernels are compiled with; or that, and why, PyTorch operations take their place."""
+    """Return the compiler command of the kernels, or why PyTorch operations run instead."""
     if not _wanted:
         return "PyTorch operations (the kernels are switched off)"
     return _loaded()[1]
@@ -83,9 +84,9 @@ def description() -> str:
 
 @functools.cache
 def _loaded() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled kernels, if they compile and load, and their description.
+    """Compile and load the kernels; returns them, or None, and a description.
 
-    Compiling takes about 0.3 s, once a process. Nothing is kept on disk, so nothing can be stale or of another machine.
+    Takes about 0.3 s, once per process. There is no cache on disk that could be stale or from another machine.
     """
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler or shutil.which(compiler[0]) is None:
@@ -104,11 +105,11 @@ def _first_that_loads(compiler: list[str], folder: Path) -> tuple[ctypes.CDLL | 
             return _compile(command, folder), f"C kernels ({' '.join(command)})"
         except subprocess.TimeoutExpired:
             reason = f"{compiler[0]} takes longer than {_TIMEOUT_S} s"
-            break  # it would hang the next time too
+            break  # it would time out again
         except subprocess.CalledProcessError:
             reason = f"{compiler[0]} fails"
-        except OSError as error:  # where the folder is mounted `noexec`
-            reason = f"what {compiler[0]} compiled does not load: {error}"
+        except OSError as error:  # for example, the folder is mounted `noexec`
+            reason = f"the library from {compiler[0]} does not load: {error}"
     return None, f"PyTorch operations ({reason})"
 
 
@@ -128,7 +129,7 @@ def _compile(compiler: list[str], folder: Path) -> ctypes.CDLL:
 
 
 def fits(kernel: str, row: Sequence[Tensor]) -> bool:
-    """Whether a kernel can take a row: tensors of one shape that are in memory as they look, in its dtypes."""
+    """Whether a kernel supports a row: tensors of one shape, of the kernel's dtypes, with plain memory (`is_bare`)."""
     return all(
         tensor.dtype is dtype and tensor.shape == row[0].shape and is_bare(tensor)
         for tensor, dtype in zip(row, _DTYPES[kernel], strict=True)
@@ -136,9 +137,9 @@ def fits(kernel: str, row: Sequence[Tensor]) -> bool:
 
 
 def is_bare(tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor lie one after the other in the memory of this process, and can be written.
+    """Whether the elements are contiguous in CPU memory, and a kernel may read and write them by address.
 
-    Not those of a subclass, of another device, of a lazy negation, of a storage that was freed or shrunk.
+    False for subclasses, other devices, lazy negations, and storages that were freed or shrunk.
     """
     return bool(
         is_plain(tensor)
@@ -146,25 +147,25 @@ def is_bare(tensor: Tensor) -> bool:
         and tensor.layout is torch.strided
         and tensor.is_contiguous()
         and not tensor.is_neg()
-        and not tensor.is_inference()  # has no version to increment
+        and not tensor.is_inference()  # has no version counter to increment
         and (tensor.storage_offset() + tensor.numel()) * tensor.element_size() <= tensor.untyped_storage().nbytes()
     )
 
 
 def sees_memory() -> bool:
-    """Whether new tensors have memory; not so in a mode that makes fake ones of all that it is given."""
+    """Whether new tensors have memory: False in a `FakeTensorMode`."""
     return is_bare(torch.empty(0, device="cpu"))
 
 
 def update(kernel: str, rows: Sequence[Sequence[Tensor]], scalars: dict[str, Any]) -> None:
-    """Run `asro` or `accasro` on rows (parameter, gradient, state...) that fit."""
+    """Run the kernel `asro` or `accasro` on rows (parameter, gradient, state...) for which `fits` is true."""
     constants = (ctypes.c_float * len(_SCALARS))(*[scalars.get(name, 0.0) for name in _SCALARS])
     _call(kernel, _int64s([row[0].numel() for row in rows]), rows, _threads(), constants)
     increment_version([tensor for param, _, *state in rows for tensor in (param, *state)])
 
 
 def dasgo_moments(grads: Sequence[Tensor], momenta: Sequence[Tensor], weight: float) -> list[tuple[Tensor, Tensor]]:
-    """Move bare float32 momenta (m, n); the columns' sums of squares of gradient and momentum, float64 (n,)."""
+    """Update float32 momenta (m, n); returns column sums of squares of gradients and momenta, float64 (n,)."""
     columns, threads = [grad.shape[1] for grad in grads], _threads()
     sums = torch.zeros(threads, 2, sum(columns), dtype=torch.float64, device="cpu")
     rows = list(zip(grads, momenta, strict=True))
@@ -175,14 +176,14 @@ def dasgo_moments(grads: Sequence[Tensor], momenta: Sequence[Tensor], weight: fl
 
 
 def dasgo_step(weights: Sequence[Tensor], momenta: Sequence[Tensor], factors: Sequence[Tensor], keep: float) -> None:
-    """`W ← keep · W + M diag(factors)` on bare float32 matrices (m, n) and vectors (n,)."""
+    """Compute `W ← keep · W + M diag(factors)` for float32 matrices (m, n) and vectors (n,)."""
     rows = list(zip(weights, momenta, factors, strict=True))
     _call("dasgo_step", _shapes(weights), rows, _threads(), ctypes.c_float(keep))
     increment_version(weights)
 
 
 def _threads() -> int:
-    """As many as PyTorch uses. One in a process forked after a kernel ran: OpenMP would wait for threads it lost."""
+    """Return PyTorch's number of threads; 1 in a process forked after a kernel call, where OpenMP would deadlock."""
     global _threads_started_by
     _threads_started_by = _threads_started_by or os.getpid()
     return torch.get_num_threads() if _threads_started_by == os.getpid() else 1

@@ -419,7 +419,7 @@ class Raw(nn.Module):
 def test_a_model_whose_matrices_are_left_to_adam_is_warned_of_with_the_elements() -> None:
     model = Parts(raw=Raw(16, 16), body=nn.Linear(8, 16), head=nn.Linear(16, 4))
     with pytest.warns(
-        UserWarning, match=r"matrix rule has 128 of the model's 724 elements; Adam takes 512 .*'raw\.first'"
+        UserWarning, match=r"matrix rule has 128 of the model's 724 elements; Adam has 512 .*'raw\.first'"
     ):
         build_optimizer(model, "muon", 10)
     with warnings.catch_warnings():
