@@ -1,1 +1,1 @@
-"""The models and functions that the optimizers are compared on."""
+"""Models, test functions and matrix problems for training and for comparing optimizers."""

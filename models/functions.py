@@ -1,4 +1,4 @@
-"""Two-dimensional test functions on which optimizers' trajectories are compared."""
+"""Two-dimensional test functions for comparing the trajectories of optimizers."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Formula = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TestFunction:
-    """A function of two variables, and the run on it that is usually shown.
+    """A function of two variables, with the defaults for a run on it.
 
-    `evaluate` takes two tensors of one floating dtype, of shapes that broadcast, and returns the values in that dtype;
-    autograd gives the derivative of `abs` at 0 as 0. `optimum` is a global minimum, `further_optima` are the others
-    where there are several, `start` is where a trajectory begins and `steps` is its length.
+    `evaluate` takes two tensors of one floating dtype with broadcastable shapes, and returns the values in that dtype.
+    Autograd gives the derivative of `abs` at 0 as 0. `start` is the first point of a trajectory, `steps` its length.
 
-    An optimum of `None` is unknown. `view` is the rectangle to show, by its lower left and upper right corner: a
-    function that falls for ever has its global minimum only there. `noise` is the standard deviation of what an
-    optimizer finds added to both parts of the gradient at every step; the values are exact.
+    `optimum` is a global minimum, or None if unknown; `further_optima` are the other global minima. `view` is the
+    rectangle to show (lower left and upper right corner); a function without lower bound has its optimum only within
+    it. `noise` is the standard deviation of the noise added to both gradient components at every step; the values are
+    exact.
     """
 
-    __test__: ClassVar[bool] = False  # pytest takes any class named Test... for a test
+    __test__: ClassVar[bool] = False  # pytest would collect a class named Test...
 
     name: str
     title: str
@@ -43,11 +43,11 @@ class TestFunction:
 
     @property
     def optima(self) -> tuple[Point, ...]:
-        """All global minima that are known."""
+        """All known global minima."""
         return () if self.optimum is None else (self.optimum, *self.further_optima)
 
     def with_noise(self, noise: float) -> TestFunction:
-        """The same function with noise in its gradient, and `noisy_` before its name."""
+        """Return the function with noise in its gradient; its name gets the prefix `noisy_`."""
         return replace(self, name=f"noisy_{self.name}", title=f"{self.title}, noisy", noise=noise)
 
 
@@ -88,7 +88,7 @@ def _matyas(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ackley(x: Tensor, y: Tensor) -> Tensor:
-    # Of all ways to write √(x² + y²), this one has a gradient at 0.
+    # `vector_norm` has a finite gradient at 0; `sqrt(x² + y²)` would give NaN.
     shape = (x + y).shape
     distance = torch.linalg.vector_norm(torch.stack([x.expand(shape), y.expand(shape)]), dim=0) / math.sqrt(2)
     waves = ((2 * math.pi * x).cos() + (2 * math.pi * y).cos()) / 2
@@ -131,7 +131,7 @@ def _narrow_valley(x: Tensor, y: Tensor) -> Tensor:
     return (x + y) ** 2 + 1000 * (x - y) ** 2
 
 
-# The six of the Asro paper, with its starts and steps.
+# The six functions of the Asro paper, with its starts and steps.
 PAPER_FUNCTIONS = (
     TestFunction("abs_sum", "Absolute sum", "|x| + |y|", _abs_sum, (3.0, 7.0), (0.0, 0.0), 150),
     TestFunction(
@@ -153,7 +153,7 @@ PAPER_FUNCTIONS = (
     TestFunction("rosenbrock", "Rosenbrock", "(1 − x)² + 100 (y − x²)²", _rosenbrock, (0.0, -6.0), (1.0, 1.0), 5_000),
 )
 
-# The field's usual ones: Jamil and Yang, arXiv 1308.4008, where nothing else is said; starts and steps are ours.
+# Common functions, from Jamil and Yang, arXiv 1308.4008, unless noted; starts and steps are ours.
 USUAL_FUNCTIONS = (
     TestFunction(
         "himmelblau",
@@ -240,7 +240,7 @@ USUAL_FUNCTIONS = (
         1_000,
         ((0.0, -1.0),),
     ),
-    # Ours: a quadratic whose largest curvature is 1000 times its smallest, along neither axis.
+    # Ours: a quadratic with condition number 1000, whose principal axes are the diagonals.
     TestFunction(
         "narrow_valley",
         "Narrow valley",
@@ -252,7 +252,7 @@ USUAL_FUNCTIONS = (
     ),
 )
 
-# Ours: noise of about the size of the gradient on the way.
+# Ours: noise of about the size of the gradient along the trajectory.
 _NOISE = {"abs_sum": 1.0, "inseparable_l2": 1.0, "rosenbrock": 10.0}
 NOISY_FUNCTIONS = tuple(
     function.with_noise(_NOISE[function.name]) for function in PAPER_FUNCTIONS if function.name in _NOISE

@@ -53,7 +53,7 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each added to its normalized input."""
+    """Attention and a feed-forward network, each on the normalized input and with a residual connection."""
 
     def __init__(self, d_model: int, n_heads: int, d_ff: int, bias: bool, dropout: float, gelu: Gelu) -> None:
         super().__init__()
@@ -70,25 +70,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder that predicts the next token, with learned positions.
+    """A decoder that predicts the next token, with learned position embeddings.
 
     Args:
-        vocab_size: symbols, padding included.
-        context_length: the longest sequence, in tokens.
-        n_layers: blocks.
-        n_heads: attention heads; must divide `d_model`.
+        vocab_size: number of symbols, including padding.
+        context_length: maximal sequence length in tokens.
+        n_layers: number of blocks.
+        n_heads: number of attention heads; must divide `d_model`.
         d_model: width of the residual stream.
-        d_ff: width inside the feed-forward networks.
+        d_ff: hidden width of the feed-forward networks.
         bias: whether linear layers and normalizations have biases.
-        tied_head: whether the output head is the token embedding.
-        dropout: rate on embeddings, attention weights and residual branches while training.
-        gelu: `exact`, or the approximation `tanh`, which the published GPT-2 was trained with.
+        tied_head: whether the output head shares its weight with the token embedding.
+        dropout: dropout rate of embeddings, attention weights and residual branches.
+        gelu: `exact`, or the approximation `tanh` of the published GPT-2.
 
     Raises:
         ValueError: `n_heads` does not divide `d_model`.
 
-    Initialization is GPT-2's: normal with deviation 0.02, divided by √(2 · n_layers) where a layer writes to the
-    residual stream; biases zero.
+    Initialization as in GPT-2: normal with standard deviation 0.02, divided by √(2 · n_layers) for layers that write to
+    the residual stream; biases are zero.
     """
 
     def __init__(
@@ -128,13 +128,13 @@ class GPT(nn.Module):
         return self.head(self.norm(x))  # type: ignore[no-any-return]
 
     def get_output_embeddings(self) -> nn.Linear:
-        """The output head, under the name that Hugging Face models give it."""
+        """Return the output head; the method has the name used by Hugging Face models."""
         return self.head
 
     def attention_row_blocks(self) -> dict[str, int]:
-        """Heads of the query and key weights, by parameter name: each head's rows are one block of `d_head` rows.
+        """Return the number of heads of query and key weights, by parameter name; a head is a block of `d_head` rows.
 
-        Optimizers that treat weights as matrices may take each block as a matrix of its own (arXiv 2503.20762).
+        Matrix optimizers can treat each block as a separate matrix (arXiv 2503.20762).
         """
         return {
             f"{name}.{part}.weight": module.n_heads
@@ -155,7 +155,7 @@ class GPT(nn.Module):
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, computed in float32; (batch, time, vocab_size), (batch, time) → ()."""
+    """Return the mean cross-entropy in nats, computed in float32; (batch, time, vocab_size), (batch, time) → ()."""
     return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
@@ -171,11 +171,11 @@ def sample(
     top_k: int | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Continue a prompt with a decoder by sampling; (time,) → (time + new_tokens,), on the prompt's device.
+    """Continue a prompt by sampling from a decoder; (time,) → (time + new_tokens,), on the prompt's device.
 
-    Only the first `vocab_size` symbols are drawn, since a vocabulary may be padded. Temperature 0 takes the likeliest.
-    The model sees the last `context_length` tokens. `generator` lives on the CPU, so a seed gives the same text on any
-    device up to rounding.
+    Samples only from the first `vocab_size` symbols, because a vocabulary may be padded. Temperature 0 selects the most
+    likely token. The model gets the last `context_length` tokens. `generator` is on the CPU, so a seed gives the same
+    text on any device, up to rounding.
     """
     tokens = prompt
     for _ in range(new_tokens):
@@ -189,7 +189,7 @@ def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torc
         return logits.argmax(keepdim=True)
     if top_k is not None and top_k < len(logits):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
-    # The largest becomes 0, so that no temperature makes an infinity or NaN of it.
+    # The maximum becomes 0, so that no temperature can turn it into infinity or NaN.
     limits = torch.finfo(logits.dtype)
     scaled = (logits - logits.max()) / min(max(temperature, limits.tiny), limits.max)
     return torch.multinomial(scaled.softmax(-1), 1, generator=generator)

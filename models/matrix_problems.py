@@ -1,4 +1,4 @@
-"""Test problems whose parameters are matrices, where matrix optimizers can show what they do."""
+"""Test problems with matrix parameters, for comparing matrix optimizers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Instance(NamedTuple):
-    """A problem with its numbers: where its matrices begin, in float64, and the loss at any.
+    """A problem drawn from a seed: the initial matrices, in float64, and the loss function.
 
-    `loss` takes as many tensors as `start` has, each `(..., m, n)`, and returns the losses `(...)`. Their minimum is 0.
+    `loss` takes one tensor `(..., m, n)` for each matrix of `start`, and returns the losses `(...)`. The minimum is 0.
     """
 
     start: tuple[Tensor, ...]
@@ -22,7 +22,7 @@ class Instance(NamedTuple):
 
 @dataclass(frozen=True)
 class MatrixProblem:
-    """A problem of matrices, and the length of the run on it that is usually shown; `make` draws it from a seed."""
+    """A matrix problem and its default number of steps; `make` draws an instance from a seed."""
 
     name: str
     title: str
@@ -31,14 +31,16 @@ class MatrixProblem:
     make: Callable[[int], Instance]
 
 
-# Of A and of B each; the Hessian's is their product, 1000.
+# Condition number of A and of B; that of the Hessian is their product, 1000.
 _CONDITION = 1000**0.5
 
 
 def _kronecker_quadratic(seed: int) -> Instance:
-    """`½ tr((W − W*)ᵀ A (W − W*) B)`: over the columns of W, one below the other, the Hessian is the Kronecker product
-    of B and A. W is 24 × 40 and starts at 0, the entries of W* are standard normal, the eigenvalues of A and of B lie
-    evenly on a log scale from their condition number's inverse to 1.
+    """Draw `½ tr((W − W*)ᵀ A (W − W*) B)`.
+
+    For the stacked columns of W, the Hessian is the Kronecker product of B and A. W is 24 × 40 and starts at 0, the
+    entries of W* are standard normal, and the eigenvalues of A and of B are evenly spaced in logarithm from the inverse
+    of their condition number to 1.
     """
     generator = torch.Generator().manual_seed(seed)
     left, right = (_positive_definite(size, generator) for size in (24, 40))
@@ -54,8 +56,10 @@ def _kronecker_quadratic(seed: int) -> Instance:
 
 
 def _matrix_factorization(seed: int) -> Instance:
-    """`½ ‖U Vᵀ − M‖²`: M is 48 × 32 of rank 6, its singular values lie evenly on a log scale from 4 to 40; U, 48 × 6,
-    and V, 32 × 6, start with normal entries of deviation 0.1.
+    """Draw `½ ‖U Vᵀ − M‖²`.
+
+    M is 48 × 32 of rank 6, with singular values evenly spaced in logarithm from 4 to 40. U, 48 × 6, and V, 32 × 6,
+    start with normal entries of standard deviation 0.1.
     """
     generator = torch.Generator().manual_seed(seed)
     left, right = (torch.linalg.qr(_normal((size, 6), generator))[0] for size in (48, 32))

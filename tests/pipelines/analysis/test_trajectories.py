@@ -173,7 +173,7 @@ def test_an_expression_is_a_function_without_a_known_optimum() -> None:
 
 
 def test_a_bad_expression_and_a_start_without_a_value_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"^--expression: character 2, '\^', has no meaning here"):
+    with pytest.raises(UsageError, match=r"^--expression: character 2, '\^', is not allowed"):
         choose_functions([], "x^2")
     (own,) = choose_functions([], "log(x)")
     with pytest.raises(UsageError, match=r"expression is not finite at \(-1.0, 0.0\): choose another --start"):
