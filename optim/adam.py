@@ -21,7 +21,7 @@ def adam_scalars(group: Group, step: Scalar) -> dict[str, Scalar]:
     `m̂ / (√v̂ + eps) = √(1 − β₂ᵗ) / (1 − β₁ᵗ) · m / (√v + eps √(1 − β₂ᵗ))`
     """
     if isinstance(step, Tensor):
-        step = step.double()
+        step = step.double()  # in float32, `1 - beta2**step` would lose digits
     lr, (beta1, beta2) = on_host(group["lr"]), group["betas"]
     root = (1 - beta2**step) ** 0.5
     return {

@@ -85,7 +85,7 @@ class Stack:
         torch._foreach_copy_(views, self._as_rows(matrices, views))
 
     def subtract(self, updates: Tensor, lr: Scalar, weight_decay: float) -> None:
-        """`W ← (1 − lr · weight_decay) W − lr · U`, `updates` (k, p, q); low-precision weights are rounded once."""
+        """`W ← (1 − lr · weight_decay) W − lr · U`, overwriting `updates` (k, p, q); low-precision weights are rounded once."""
         views = [block.param[block.rows] for block in self.blocks]
         weights = [view.to(updates.dtype) for view in views]
         if weight_decay != 0:

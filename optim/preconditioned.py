@@ -176,6 +176,7 @@ def inverse_roots(
     roots: dict[Factor, Tensor] = {}
     for alike in _of_one_size(factors):
         scales = torch.stack([factor.state[factor.scale_key] for factor in alike])[:, None, None]
+        # Two divisions, because the square of a scale can underflow.
         ridges = (eps / scales / scales).clamp_max(_RIDGE_LIMIT)
         stack = torch.stack([factor.state[factor.key] for factor in alike])
         roots.update(zip(alike, compute(stack, ridges, [factor.param_name for factor in alike]), strict=True))

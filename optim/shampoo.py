@@ -119,6 +119,7 @@ class Shampoo(PreconditionedOptimizer):
         """Return `U` for a stack of matrices, transposed so that `p ≤ q`."""
         state = {param: self.state[param]["exp_avg_rms"] for param in grads}
         beta2 = group["beta2"]
+        # `hypot`, because the squares of tiny and huge gradients leave the range of float32.
         rms = torch.hypot(stack.of(state) * beta2**0.5, stack.of(grads) * (1 - beta2) ** 0.5)
         stack.store(rms, state)
         left, right = (roots.get(key) for key in self.factors)
