@@ -85,7 +85,10 @@ class Stack:
         torch._foreach_copy_(views, self._as_rows(matrices, views))
 
     def subtract(self, updates: Tensor, lr: Scalar, weight_decay: float) -> None:
-        """`W ← (1 − lr · weight_decay) W − lr · U`, overwriting `updates` (k, p, q); low-precision weights are rounded once."""
+        """`W ← (1 − lr · weight_decay) W − lr · U` with `updates` (k, p, q), which it overwrites.
+
+        Weights of lower precision are rounded once.
+        """
         views = [block.param[block.rows] for block in self.blocks]
         weights = [view.to(updates.dtype) for view in views]
         if weight_decay != 0:
