@@ -85,7 +85,7 @@ class Stack:
         torch._foreach_copy_(views, self._as_rows(matrices, views))
 
     def subtract(self, updates: Tensor, lr: Scalar, weight_decay: float) -> None:
-        """`W ← (1 − lr · weight_decay) W − lr · U` with `updates` (k, p, q), which it overwrites.
+        """Apply `W ← (1 − lr · weight_decay) W − lr · U`; `updates` (k, p, q) is overwritten.
 
         Weights of lower precision are rounded once.
         """
