@@ -1,1 +1,1 @@
-"""Everything between the command line and the tensors: configuration, data, training, analysis."""
+"""Configuration, data, training and analysis: what the command line calls."""

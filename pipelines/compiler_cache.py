@@ -1,4 +1,4 @@
-"""Where torch.compile keeps what it has compiled."""
+"""The cache folder of torch.compile."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from pipelines.errors import UsageError
 
 
 def use_private_compiler_cache() -> None:
-    """Have compiled code kept in the user's own cache folder, by this process and its children; before compiling.
+    """Keep compiled code in a private folder, for this process and its children. Call it before compiling.
 
-    Torch keeps it in the temporary folder, under a name that anybody can guess, and executes and unpickles what it
-    finds there. Where others can write, that may be another account's: the temporary folder becomes one of the user's
-    own. No variable of torch's moves all of it.
+    Torch keeps compiled code in the temporary folder, under a predictable name, and executes and unpickles what it
+    finds there. Where other accounts can write, they could run code as the user. No variable of torch moves all of it,
+    so this function replaces the temporary folder itself.
 
     Raises:
-        UsageError: a cache that the environment names belongs to another account, or everybody can write there.
+        UsageError: a cache folder in the environment belongs to another account, or is world-writable.
     """
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         folder = Path(os.environ.get(name, ""))
         if name in os.environ and folder.exists() and not _is_private(folder):
             raise UsageError(
-                f"{name}={folder}: belongs to another account, or everybody can write there, and what is there would "
-                f"be run as you; name a folder of your own, or unset {name}"
+                f"{name}={folder}: belongs to another account, or is writable by all, and torch executes its content; "
+                f"name a folder of your own, or unset {name}"
             )
     if not _is_private(Path(tempfile.gettempdir())):
         tempfile.tempdir = os.environ["TMPDIR"] = str(_own_folder())
 
 
 def _own_folder() -> Path:
-    """A folder that lasts, or else one for this process alone, as without a home or on a read-only one."""
-    with contextlib.suppress(OSError, RuntimeError):  # of a user without a home
+    """Return a permanent private folder; a temporary one if there is no home folder or it is read-only."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home folder
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asgo" / "compiled"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _is_private(folder) and os.access(folder, os.W_OK | os.X_OK):

@@ -1,4 +1,4 @@
-"""Every setting of a run, validated. Free of torch, so that a command can refuse a bad one at once."""
+"""Validated settings of a run. Does not import torch, so a command rejects a wrong setting without delay."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
-"""Of one side of a model. A number in a file is not to size an allocation or a loop without a bound."""
+"""A dimension of a model. Bounded: a number in a file must not size an allocation or a loop without a limit."""
 Count = Annotated[int, Field(gt=0, le=10**12)]
-"""Of steps."""
+"""A number of steps."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
-"""As torch takes them."""
+"""The seeds that torch accepts."""
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Settings(BaseModel):
-    """A table of settings: unknown keys are refused, values never change."""
+    """A table of settings: rejects unknown keys and is immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class NamedOptimizerSettings(Settings):
-    """What can be set of every optimizer."""
+    """Settings that every optimizer has."""
 
     name: str
     no_decay: tuple[Literal["embeddings", "head"], ...] = ()
-    """What takes no weight decay; matrix optimizers never decay these."""
+    """Parameters without weight decay. Matrix optimizers never decay these."""
     lr: NonNegativeFloat
 
     @model_validator(mode="after")
@@ -59,11 +59,11 @@ class NamedOptimizerSettings(Settings):
 
 
 def _settings_of(spec: OptimizerSpec) -> type[NamedOptimizerSettings]:
-    """Settings of an optimizer: the keywords of its constructor, and for matrices how they are made."""
+    """Return the settings class of an optimizer: its constructor's keywords, and `by_heads` for matrix optimizers."""
     fields: dict[str, Any] = {"name": (Literal[spec.name], ...)}
     fields |= {key: (_annotation(spec.range_of(key)), default) for key, default in spec.defaults.items()}
     if spec.takes_matrices:
-        # Whether the query and key of each attention head are matrices of their own.
+        # Whether the query and key weights of each attention head are separate matrices.
         fields["by_heads"] = (bool, False)
     return create_model(f"{spec.class_name}Settings", __base__=NamedOptimizerSettings, **fields)
 
@@ -76,7 +76,7 @@ def _annotation(values: Range) -> Any:
 
 
 OPTIMIZER_SETTINGS = {name: _settings_of(spec) for name, spec in SPECS.items()}
-"""By the names of the optimizers."""
+"""Settings classes by optimizer name."""
 
 if TYPE_CHECKING:
     OptimizerSettings = NamedOptimizerSettings
@@ -85,27 +85,27 @@ else:
 
 
 class ModelSettings(Settings, ABC):
-    """What a model is made of."""
+    """Settings of a model."""
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """The model's name for people."""
+        """Display name of the model."""
 
 
 class DecoderSettings(ModelSettings):
-    """What every decoder has; the vocabulary comes with the data. One class for each `kind`."""
+    """Settings that every decoder has; one subclass for each `kind`. The data determines the vocabulary."""
 
     kind: str
     context_length: Size
 
     @abstractmethod
     def parameters(self, vocab_size: int) -> int:
-        """Elements of the weight matrices for a vocabulary; gains and biases are left out."""
+        """Return the number of elements in the weight matrices, without gains and biases."""
 
     @abstractmethod
     def build(self, vocab_size: int) -> nn.Module:
-        """A freshly initialized decoder: (batch, time) tokens → (batch, time, vocabulary and padding) logits."""
+        """Return a newly initialized decoder: (batch, time) tokens → (batch, time, padded vocabulary) logits."""
 
     @field_validator("kind", mode="before")
     @classmethod
@@ -116,7 +116,7 @@ class DecoderSettings(ModelSettings):
 
 
 class GPTSettings(DecoderSettings):
-    """Shape of `models.gpt.GPT`."""
+    """Dimensions and options of `models.gpt.GPT`."""
 
     kind: Literal["gpt"] = "gpt"
     n_layers: Annotated[int, Field(gt=0, le=10_000)]
@@ -157,30 +157,30 @@ class GPTSettings(DecoderSettings):
 
 
 DECODERS: dict[str, type[DecoderSettings]] = {"gpt": GPTSettings}
-"""The classes above, by `kind`. Configurations without `kind` have the first."""
+"""Settings classes by `kind`. A configuration without `kind` is a "gpt"."""
 
 
 class DataSettings(Settings):
-    """Where the token shards are."""
+    """Location of the token shards."""
 
     folder: LocalPath
 
 
 class ImageDataSettings(DataSettings):
-    """Where the images are, and what the model sees of them."""
+    """Location of the images, and how they are transformed."""
 
     transform: Literal["paper", "standard"] = "paper"
     """`paper`: resize and centre-crop; `standard`: random crops and flips for training."""
     resolution: Annotated[int, Field(gt=0, le=2**14)] = 208
-    """Height and width of what the model sees."""
+    """Height and width of the model's input, in pixels."""
     reduced_decoding: bool = True
-    """Whether a large JPEG may be decoded at a smaller size, within a stated bound."""
+    """Whether a large JPEG may be decoded at a smaller size. The error is bounded; see docs/imagenet.md."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """What to do about one that cannot be decoded: stop with its name, or count it and go on."""
+    """What to do if an image cannot be decoded: stop with an error that names it, or count and skip it."""
 
 
 class ClassifierSettings(ModelSettings):
-    """A classifier of torchvision, without pretrained weights."""
+    """A torchvision classifier, without pretrained weights."""
 
     name: str = "efficientnet_b1"
     channels_last: bool = False
@@ -191,17 +191,17 @@ class ClassifierSettings(ModelSettings):
 
 
 class ScheduleSettings(Settings):
-    """The learning rate over time, as a share of the optimizer's `lr`."""
+    """Learning rate schedule, relative to the optimizer's `lr`."""
 
     kind: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
     """Steps of linear warm-up."""
     warmup_fraction: Decay = 0.0
-    """The same as a share of all steps."""
+    """The same as a fraction of all steps."""
     initial_lr_fraction: Fraction = 0.0
-    """Where warm-up begins, as a share of `lr`: the rate of the first step."""
+    """Learning rate of the first warm-up step, as a fraction of `lr`."""
     final_lr_fraction: Fraction = 0.0
-    """Where `cosine` and `linear` end, as a share of `lr`."""
+    """Learning rate at the end of `cosine` and `linear`, as a fraction of `lr`."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -211,17 +211,17 @@ class ScheduleSettings(Settings):
 
 
 class TrainingSettings(Settings):
-    """What a step is, and how many there are."""
+    """Number of steps, batch size and numerics."""
 
     steps: Count
     batch_size: Size
-    """Sequences (or images) a step, over all processes and accumulation."""
+    """Global batch size: sequences (or images) per step, over all processes and accumulation."""
     micro_batch_size: Size | None = None
-    """Sequences a forward pass in one process; the whole batch if absent."""
+    """Sequences (or images) per forward pass of one process; the process's whole batch if absent."""
     max_grad_norm: Positive | None = None
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     ema_decay: Decay | None = None
-    """Validates, and saves beside the weights, their exponential moving average, which keeps this much of itself."""
+    """Decay of a moving average of the weights, which is validated, and saved with them; no average if absent."""
 
     @model_validator(mode="after")
     def _micro_batches_fill_the_batch(self) -> Self:
@@ -231,70 +231,70 @@ class TrainingSettings(Settings):
 
 
 class ImageTrainingSettings(TrainingSettings):
-    """What a step of image classification is."""
+    """Training settings of image classification."""
 
     label_smoothing: Decay = 0.0
 
 
 class EvaluationSettings(Settings):
-    """When to validate, and on how much."""
+    """How often to validate, and on how much data."""
 
     every: Count
-    """Steps from one validation to the next; the first is before the first step, the last after the last."""
+    """Steps between validations. There is also one before the first step and one after the last."""
     batches: Count | None = None
-    """Micro-batches of validation data, always the same ones; all of it if absent."""
+    """Micro-batches per validation, always the same ones; all validation data if absent."""
 
 
 class MetricsSettings(Settings):
-    """What is recorded while training."""
+    """How often to record metrics."""
 
     every: Count = 1
-    """Steps from one recorded training loss to the next."""
+    """Steps between recorded training losses."""
 
 
 class StatisticsSettings(Settings):
-    """Whether to record what a step does to each layer; see `pipelines.training.layer_statistics`."""
+    """How often to record layer statistics; see `pipelines.training.layer_statistics`."""
 
     every: Count | None = None
-    """Steps from one record of every layer to the next; never if absent."""
+    """Steps between records; never if absent."""
 
 
 class CheckpointSettings(Settings):
-    """When to save, and how much to keep."""
+    """How often to save a checkpoint, and how many to keep."""
 
     every: Count
-    """Steps from one checkpoint to the next; the last step is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     keep: Count = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
 
 
 TrackerName = Literal["tensorboard", "wandb"]
 
 
 class RuntimeSettings(Settings):
-    """How the run is carried out; these may change when it is resumed."""
+    """Devices, parallelism and trackers. These settings may change when a run is resumed."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     compile: bool = False
     shard_optimizer: bool = False
-    """Whether each process keeps the optimizer's state, and does its work, for a share of the weights only."""
+    """Whether to shard the optimizer: each process keeps the state and computes the updates of some of the weights."""
     shard_model: bool = False
-    """Whether each process keeps a share of every weight only, and so of the optimizer's state too."""
+    """Whether to shard the model (FSDP2): each process keeps a part of every weight, gradient and optimizer state."""
     timeout_s: Positive = 600.0
-    """Seconds without a step after which the processes of a run give up on the one that is behind."""
+    """Seconds without progress after which the watchdog ends a distributed run."""
     track: tuple[TrackerName, ...] = ()
-    """What is given the records as well; see `pipelines.training.trackers`."""
+    """Trackers that also receive the metrics; see `pipelines.training.trackers`."""
 
 
 class ImageRuntimeSettings(RuntimeSettings):
-    """How a run on images is carried out."""
+    """Runtime settings of a run on images."""
 
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None
-    """Processes that read and decode; one a processor if absent."""
+    """Processes that read and decode images; one per processor if absent."""
 
 
 class RunConfig(Settings):
-    """Everything that determines a training run; `GPTRunConfig` and `ImageNetRunConfig` say of what."""
+    """Complete configuration of a training run; `GPTRunConfig` and `ImageNetRunConfig` are the tasks'."""
 
     task: str
     preset: str
@@ -311,33 +311,33 @@ class RunConfig(Settings):
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="after")
-    def _shares_have_no_loss_scale(self) -> Self:
+    def _sharded_model_has_no_loss_scale(self) -> Self:
         if self.runtime.shard_model and self.training.precision == "fp16":
-            raise ValueError("training.precision=fp16 cannot go with runtime.shard_model; use bf16")
+            raise ValueError("training.precision=fp16 does not work with runtime.shard_model; use bf16")
         return self
 
     @model_validator(mode="after")
-    def _shares_have_no_statistics(self) -> Self:
-        shared = [key for key in ("shard_optimizer", "shard_model") if getattr(self.runtime, key)]
-        if self.statistics.every is not None and shared:
+    def _sharding_has_no_statistics(self) -> Self:
+        sharded = [key for key in ("shard_optimizer", "shard_model") if getattr(self.runtime, key)]
+        if self.statistics.every is not None and sharded:
             raise ValueError(
-                f"statistics.every cannot go with runtime.{shared[0]}, where no process has it all; drop one"
+                f"statistics.every does not work with runtime.{sharded[0]}: no process has all tensors; drop one"
             )
         return self
 
     @classmethod
     def trains(cls, task: object) -> bool:
-        """Whether a configuration of this class trains the task of that name."""
+        """Whether this class is the configuration of the task with that name."""
         return task in get_args(cls.model_fields["task"].annotation)
 
     @property
     def validation_samples(self) -> int | None:
-        """How many sequences (or images) a validation takes, with any number of processes; None for all."""
+        """Sequences (or images) per validation, for any number of processes; None for all."""
         batches = self.evaluation.batches
         return None if batches is None else batches * (self.training.micro_batch_size or self.training.batch_size)
 
     def optimizer_keywords(self) -> dict[str, Any]:
-        """The optimizer's settings as keywords of `optim.build_optimizer`."""
+        """Return the optimizer's settings as keywords of `optim.build_optimizer`."""
         return self.optimizer.model_dump(exclude={"name"})
 
 
@@ -347,13 +347,13 @@ class GPTRunConfig(RunConfig):
     task: Literal["gpt"]
     model: GPTSettings
     init_from: LocalPath | None = None
-    """A local Hugging Face GPT-2 folder, whose weights are the first ones; fresh ones if absent."""
+    """A local Hugging Face GPT-2 folder with the initial weights; random ones if absent."""
     initial_weights_sha256: str | None = None
-    """Of those weights."""
+    """SHA-256 of those weights."""
 
 
 class ImageNetRunConfig(RunConfig):
-    """Classification of the images of ImageNet, or of a folder in its shape."""
+    """Classification of ImageNet, or of image folders in its layout."""
 
     task: Literal["imagenet"]
     data: ImageDataSettings
@@ -372,7 +372,7 @@ RUN_CONFIGS = (GPTRunConfig, ImageNetRunConfig)
 
 
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
-    """The class of the configuration that `values` are, by their "task"; GPT's for a task that there is not."""
+    """Return the configuration class for the "task" in `values`; `GPTRunConfig` if the task is unknown."""
     run_config: type[RunConfig] = next((kind for kind in RUN_CONFIGS if kind.trains(values.get("task"))), GPTRunConfig)
     model = values.get("model")
     decoder = DECODERS.get(model.get("kind", "gpt")) if isinstance(model, Mapping) else None
@@ -381,22 +381,22 @@ def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     return run_config
 
 
-@functools.cache  # one class for each kind: configurations of two classes are never equal
+@functools.cache  # pydantic: configurations of two classes are never equal, so there must be one class for each kind
 def _with_decoder(settings: type[DecoderSettings]) -> type[RunConfig]:
     return create_model(GPTRunConfig.__name__, __base__=GPTRunConfig, model=(settings, ...))
 
 
 def load_run_config(values: Any) -> RunConfig:
-    """A configuration from plain values, such as JSON. Raises pydantic's `ValidationError`."""
+    """Return the configuration for plain values, such as parsed JSON. Raises pydantic's `ValidationError`."""
     return run_config_of(values if isinstance(values, Mapping) else {}).model_validate(values)
 
 
 MAY_CHANGE_ON_RESUME = ("data.folder", "data.bad_images", "init_from", "statistics.", "checkpoint.", "runtime.")
-"""Dotted keys, or prefixes of keys, in which a resumed run may differ from the one it continues."""
+"""Dotted keys, or prefixes of keys, that may change when a run is resumed."""
 
 
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table of dotted keys."""
+    """Flatten nested tables into one table with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, dict):
@@ -407,7 +407,7 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(saved: RunConfig, asked: RunConfig) -> list[str]:
-    """One line for each setting that keeps `asked` from continuing a run of `saved`."""
+    """Return one line for each setting that prevents resuming a run of `saved` with `asked`."""
     old, new = flatten(saved.model_dump(mode="json")), flatten(asked.model_dump(mode="json"))
     keys = [key for key in {**old, **new} if not key.startswith(MAY_CHANGE_ON_RESUME)]
     return [f"{key} is {old.get(key)} in the run, {new.get(key)} now" for key in keys if old.get(key) != new.get(key)]

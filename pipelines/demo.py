@@ -1,4 +1,4 @@
-"""The whole way in three minutes, on text that every machine has: the sources of Python's standard library."""
+"""`asgo demo`: data, three training runs, export and figures in three minutes, on Python's standard library."""
 
 from __future__ import annotations
 
@@ -32,31 +32,31 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 @dataclass(frozen=True)
 class DemoRun:
-    """What became of one optimizer."""
+    """Result of training with one optimizer."""
 
     optimizer: str
     folder: Path
     rows: list[Row]
 
     def losses(self, split: Split) -> list[float]:
-        """The recorded losses, in nats a byte."""
+        """Return the recorded losses, in nats per byte."""
         return [row["loss"] for row in self.rows if row["split"] == split]
 
-    def median(self, figure: Literal["throughput", "optimizer_ms"]) -> float:
-        """The median of a figure over the training rows."""
-        return statistics.median(row[figure] for row in self.rows if row["split"] == "train")
+    def median(self, metric: Literal["throughput", "optimizer_ms"]) -> float:
+        """Return the median of a metric over the training rows."""
+        return statistics.median(row[metric] for row in self.rows if row["split"] == "train")
 
     def curve(self) -> LossCurve:
-        """The losses for a figure."""
+        """Return the losses for `draw_losses`."""
         train_steps, val_steps = ([row["step"] for row in self.rows if row["split"] == split] for split in SPLITS)
         return LossCurve(self.optimizer, train_steps, self.losses("train"), val_steps, self.losses("val"))
 
 
 def run_demo(out: Path, report: Callable[[str], AbstractContextManager[Reporter]]) -> list[DemoRun]:
-    """Prepare data, train with three optimizers from one seed, export and draw, all in the folder `out`.
+    """Prepare data, train with three optimizers from one seed, export metrics and draw figures, in the folder `out`.
 
-    Finished parts are kept, so that a second call completes what a first one began. `report` makes the reporter of a
-    run by its name.
+    Keeps finished parts: a second call completes an interrupted one. `report` returns the reporter for the name of a
+    run.
     """
     data = out / "data"
     if not data.exists():
@@ -74,20 +74,20 @@ def run_demo(out: Path, report: Callable[[str], AbstractContextManager[Reporter]
 
 
 def demo_config(optimizer: str, data: Path) -> RunConfig:
-    """The preset `tiny` with an optimizer, on the demo's data."""
+    """Return the configuration: the preset `tiny` with an optimizer, on the demo's data."""
     choice = Layer("demo", {"optimizer.name": optimizer, "data.folder": str(data)})
     return resolve([preset_layer("gpt", "tiny"), choice])
 
 
 def library_sources() -> list[Path]:
-    """The UTF-8 Python files of the running interpreter's standard library, without its tests."""
+    """Return the UTF-8 Python files of the running interpreter's standard library, without its tests."""
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(
         path for path in library.rglob("*.py") if not _NOT_LIBRARY.intersection(path.relative_to(library).parts)
     )
     readable = [path for path in files if _is_text(path)]
     if not readable:
-        raise AsgoError(f"{library}: this Python came without the sources of its library; use another one")
+        raise AsgoError(f"{library}: this Python has no sources of its standard library; use another Python")
     return readable
 
 

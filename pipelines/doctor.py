@@ -1,4 +1,4 @@
-"""What is here of all that training needs, and what of it will bite: `asgo doctor`. Nothing is sent anywhere."""
+"""`asgo doctor`: check what training needs on this machine. Sends nothing over the network."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ _SMALL_SHM_GB = 1
 _WRITTEN_AT_ONCE = 16 * 2**20
 _WRITTEN_IN_ALL = 64 * 2**20
 _WRITING_S = 2.0
-"""After which a disk has shown how slow it is."""
+"""Time limit of the disk test: a slow disk does not write all of it."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     what: str
     found: str
     warning: str = ""
-    """What will bite, and what to do about it."""
+    """The problem, and what to do; empty if there is none."""
     broken: bool = False
-    """Whether nothing can be trained before this is mended."""
+    """Whether the problem makes training impossible."""
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """Look at everything, in some seconds; `folder` is on the disk that runs will be written to."""
+    """Run all checks, which takes some seconds. `folder` is on the disk that runs will be written to."""
     yield from map(_without_home, _examine(folder))
 
 
@@ -73,16 +73,16 @@ def _examine(folder: Path) -> Iterator[Finding]:
 
 
 def _without_home(finding: Finding) -> Finding:
-    """A report is to be pasted in public: the home folder, and so the user's name, is `~` there."""
+    """Replace the home folder, which has the user's name, by `~`: users paste reports in public issues."""
     home = os.environ.get("HOME", "")
-    if len(home) < 2:  # in a container it may be /
+    if len(home) < 2:  # in a container it may be `/`
         return finding
     return Finding(finding.what, finding.found.replace(home, "~"), finding.warning.replace(home, "~"), finding.broken)
 
 
 def _asgo() -> Finding:
     version = _installed("asgo") or "not installed, but run from its sources"
-    with contextlib.suppress(ImportError):  # what that needs may be what is missing
+    with contextlib.suppress(ImportError):  # a package that it imports may be the missing one
         from pipelines.training.run_folder import environment
 
         commit = environment("")["git_commit"]
@@ -113,7 +113,7 @@ def _torch_and_what_it_needs() -> Iterator[Finding]:
     try:
         import torch
         import torchvision
-    except Exception as error:  # missing, or a library of its own is, or the two do not fit each other
+    except Exception as error:  # not installed, or a shared library is missing, or the versions do not match
         yield Finding("torch", "cannot be imported", f"{_line(error)}; install asgo again", broken=True)
         return
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
@@ -137,17 +137,17 @@ def _accelerators(torch: ModuleType) -> Iterator[Finding]:
         ignored = shutil.which("nvidia-smi") is not None
         yield Finding("CUDA", "torch is built without", "an NVIDIA driver is here: install torch with CUDA" * ignored)
         return
-    with warnings.catch_warnings(record=True) as caught:  # that is how torch tells of a driver or GPU too old
+    with warnings.catch_warnings(record=True) as caught:  # torch warns if a driver or GPU is too old
         warnings.simplefilter("always")
         reason = _why_no_gpu(torch)
         gpus = [] if reason else [_gpu(torch, index) for index in range(torch.cuda.device_count())]
-    told = "; ".join(" ".join(str(warning.message).split()) for warning in caught)
-    yield Finding("CUDA", torch.version.cuda, reason or told)
+    warned = "; ".join(" ".join(str(warning.message).split()) for warning in caught)
+    yield Finding("CUDA", torch.version.cuda, reason or warned)
     yield from gpus
 
 
 def _why_no_gpu(torch: ModuleType) -> str:
-    """Empty if there is one."""
+    """Return why there is no GPU; empty if there is one."""
     if torch.cuda.is_available():
         return ""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -169,14 +169,14 @@ def _gpu(torch: ModuleType, index: int) -> Finding:
     except RuntimeError as error:
         return Finding(f"GPU {index}", text, _line(error))
     used = 1 - free / total
-    return Finding(f"GPU {index}", text, f"{used:.0%} of its memory is in use by others" if used > 0.1 else "")
+    return Finding(f"GPU {index}", text, f"other processes use {used:.0%} of its memory" if used > 0.1 else "")
 
 
 def _nccl(torch: ModuleType) -> Finding:
     if torch.distributed.is_available() and torch.distributed.is_nccl_available():
         return Finding("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     several = torch.cuda.device_count() > 1
-    return Finding("NCCL", "none", "--gpus does not work without; install torch with CUDA from pypi.org" * several)
+    return Finding("NCCL", "none", "--gpus does not work without NCCL; install torch with CUDA from pypi.org" * several)
 
 
 def _kernels() -> Finding:
@@ -190,7 +190,7 @@ def _kernels() -> Finding:
 
 
 def _torch_compile(torch: ModuleType) -> Finding:
-    """Whether the parts are there; to compile something would take too long here."""
+    """Check for the parts that torch.compile needs. Compiling something would take too long."""
     from torch._dynamo.eval_frame import is_dynamo_supported
     from torch.utils._triton import has_triton
 
@@ -200,7 +200,7 @@ def _torch_compile(torch: ModuleType) -> Finding:
     if shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]) is None:
         problems.append("no C++ compiler: install g++, or set CXX")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        problems.append("no Python.h: install python3-dev, or its like")
+        problems.append("no Python.h: install python3-dev or python3-devel")
     if torch.cuda.is_available() and not has_triton():
         problems.append("no triton, or not for this GPU")
     return Finding("torch.compile", "not possible" if problems else "possible", "; ".join(problems))
@@ -213,7 +213,7 @@ def _vocabulary() -> Finding:
         gpt2_table()
     except (AsgoError, ImportError, OSError, EOFError, lzma.LZMAError) as error:
         return Finding("vocabulary", "damaged", f"GPT-2's table: {_line(error)}; install asgo again", broken=True)
-    return Finding("vocabulary", "GPT-2's table is as it should be")
+    return Finding("vocabulary", "GPT-2's table is complete")
 
 
 def _disk_speed(folder: Path) -> Finding:
@@ -228,8 +228,8 @@ def _disk_speed(folder: Path) -> Finding:
 
 
 def _written_mb_s(folder: Path) -> float:
-    """Megabytes a second of synchronized writing; what is written has no name and is gone at the end."""
-    content = os.urandom(_WRITTEN_AT_ONCE)  # a disk that compresses has nothing to gain
+    """Return megabytes per second of synchronized writes to an anonymous temporary file."""
+    content = os.urandom(_WRITTEN_AT_ONCE)  # random, so a compressing file system is not faster
     written, seconds = 0, 0.0
     began = time.perf_counter()
     with tempfile.TemporaryFile(dir=folder) as file:
@@ -261,7 +261,7 @@ def _shared_memory() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """What pyproject.toml asks for, as the installed package tells it: for all, and by extra."""
+    """Check the requirements in the metadata of the installed package: those of all installations, and each extra."""
     try:
         asgo = metadata.metadata("asgo")
     except metadata.PackageNotFoundError:
@@ -289,7 +289,7 @@ def _extra(name: str, requirements: list[Requirement]) -> Finding:
 
 
 def _problem(requirement: Requirement) -> str:
-    """Empty if the package is installed, in a version that is asked for."""
+    """Return what is wrong with a requirement; empty if it is met."""
     version = _installed(requirement.name)
     if version is None:
         return f"no {requirement.name}"

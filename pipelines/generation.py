@@ -1,4 +1,4 @@
-"""Text from a checkpoint."""
+"""Generate text from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def generate(
     runtime: RuntimeSettings,
     note: Callable[[str], None] = lambda line: None,
 ) -> str:
-    """Continue a prompt with the model of a checkpoint, or of a run's newest good one; returns prompt and continuation.
+    """Continue a prompt with the model of a checkpoint, or of a run's newest valid one; returns the whole text.
 
-    `note` gets a line for each newer checkpoint that is damaged or cannot be read.
-    Raises `AsgoError` if there is no good checkpoint or the tokenizer does not know a character of the prompt.
+    Calls `note` with one line for each newer checkpoint that is damaged or unreadable.
+    Raises `AsgoError` if there is no valid checkpoint or the tokenizer does not know a character of the prompt.
     """
     checkpoint, skipped = find_checkpoint(path)
     for line in skipped:
         note(line)
     config = checkpoint.config()
     if not isinstance(config, GPTRunConfig):
-        raise AsgoError(f"{checkpoint.folder}: of {task_of(config).model}, which writes no text")
+        raise AsgoError(f"{checkpoint.folder}: a checkpoint of {task_of(config).model}, which does not generate text")
     device = pick_device(runtime)
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
     tensors = checkpoint.model_tensors()

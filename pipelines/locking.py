@@ -7,7 +7,7 @@ import fcntl
 from typing import IO
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What `flock` returns on a disk without locks, as some clusters have them."""
+"""Errors of `flock` on a disk without locks, as on some clusters."""
 
 
 def try_lock(file: IO[bytes] | int) -> bool:

@@ -1,4 +1,4 @@
-"""Optimizers as a user writes them, `NAME` or `NAME:key=value,...`. Needs neither torch nor pydantic."""
+"""Parse optimizers from the command line: `NAME` or `NAME:key=value,...`. Imports neither torch nor pydantic."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from optim.specs import OPTIMIZER_NAMES as OPTIMIZER_NAMES
 from optim.specs import SPECS
 
 OWN_NAMES = tuple(spec.name for spec in SPECS.values() if spec.is_own)
-"""Of those that `optim` implements; the others are PyTorch's."""
+"""Names of the optimizers that `optim` implements; the others are PyTorch's."""
 
 DEEPEST = 16
-"""More tables in tables than any settings have."""
+"""Limit of nesting; no settings are nested deeper."""
 
 _SHORT_FLOAT = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")
-"""Floats of Python that TOML does not have: `.5` and `5.`."""
+"""Python floats that TOML does not have: `.5` and `5.`."""
 
 
 def split_optimizer(text: str) -> tuple[str, dict[str, str]]:
-    """The name and the keywords of `NAME` or `NAME:key=value,key=value`, for example `adam:lr=0.1,betas=0.9,0.99`.
+    """Split `NAME` or `NAME:key=value,key=value` into name and keywords; for example `adam:lr=0.1,betas=0.9,0.99`.
 
     `parse_value` reads the values. Raises `ValueError` for an item without `=`.
     """
     name, _, listed = text.partition(":")
     keywords = {}
-    # A comma separates keywords, and also the numbers of one keyword: it is the former where a key follows.
+    # A comma separates keywords, but also the numbers of one keyword. It separates keywords if a key follows.
     for item in re.split(r",(?=[^,=]*=)", listed) if listed else []:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
@@ -37,9 +37,9 @@ def split_optimizer(text: str) -> tuple[str, dict[str, str]]:
 
 
 def parse_value(text: str) -> Any:
-    """A value of TOML, or as in Python `True` and `.5`; several numbers with commas as a list; else the text itself.
+    """Parse a TOML value, Python's `True`, `False` and `.5`, or numbers with commas (a list); else return the text.
 
-    `0.9,0.95`, `[0.9, 0.95]` and `(0.9, 0.95)` are the same.
+    `0.9,0.95`, `[0.9, 0.95]` and `(0.9, 0.95)` are the same list.
     """
     with contextlib.suppress(ValueError):
         return parse_toml(f"value = {text}")["value"]
@@ -53,7 +53,7 @@ def parse_value(text: str) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a text. Raises `ValueError` for what is not TOML, or is nested deeper than any settings are."""
+    """Parse TOML. Raises `ValueError` if it is not valid, or nested deeper than `DEEPEST`."""
     with contextlib.suppress(RecursionError):
         tables = tomllib.loads(text)
         level: list[Any] = [tables]

@@ -1,4 +1,4 @@
-"""Preset, configuration file, flags and `--set`, laid over each other into one validated `RunConfig`."""
+"""Merge preset, configuration file, flags and `--set` into one validated `RunConfig`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pipelines.storage import parse_json
 
 @dataclass(frozen=True)
 class Layer:
-    """Settings from one place, by dotted key; later layers win over earlier ones."""
+    """Settings from one source, by dotted key. Later layers override earlier ones."""
 
     source: str
     values: Mapping[str, Any]
 
     def for_optimizer(self, name: str) -> dict[str, Any]:
-        """The settings without the `optimizers` tables, but with those of `name` laid over them."""
+        """Return the settings without the `optimizers` tables; those of `name` override the general ones."""
         general = {key: value for key, value in self.values.items() if key.split(".")[0] != "optimizers"}
         specific = {}
         prefix = f"optimizers.{name}."
@@ -46,18 +46,18 @@ class Layer:
 
 
 def preset_names(task: str) -> list[str]:
-    """Presets of a task, by name."""
+    """Return the names of a task's presets, sorted."""
     names = (Path(entry.name) for entry in (resources.files("pipelines") / "presets").iterdir())
     return sorted(name.stem for name in names if name.suffix == ".toml" and read_preset(name.stem).get("task") == task)
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """The TOML tables of a preset."""
+    """Return the TOML tables of a preset."""
     return tomllib.loads((resources.files("pipelines") / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def preset_layer(task: str, name: str) -> Layer:
-    """A preset as the lowest layer; `UsageError` if there is none of that name for the task."""
+    """Return a preset as the lowest layer. Raises `UsageError` if the task has no preset of that name."""
     known = preset_names(task)
     if name not in known:
         raise UsageError(f"--preset: unknown preset {name!r}; {_hint(name, known)}")
@@ -65,26 +65,26 @@ def preset_layer(task: str, name: str) -> Layer:
 
 
 def file_layer(path: Path) -> Layer:
-    """A TOML file as a layer; `UsageError` if it cannot be read."""
+    """Return a TOML file as a layer. Raises `UsageError` if it cannot be read."""
     try:
         return Layer(str(path), flatten(parse_toml(_text_of(path.read_bytes()))))
-    except ValueError as error:  # of the text, of TOML, or of a number with thousands of digits
+    except ValueError as error:  # not UTF-8, not TOML, or a number with thousands of digits
         raise UsageError(f"{path}: not valid TOML: {error}") from None
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from None
 
 
 def _text_of(content: bytes) -> str:
-    """The text of a file; Windows' editors begin it with a byte order mark."""
+    """Decode a file as UTF-8, with or without the byte order mark that Windows editors write."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError("it is UTF-16; save it as UTF-8")
     return content.decode("utf-8-sig")
 
 
 def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
-    """The configuration of a run as the lowest layer, or None where no run was begun.
+    """Return the configuration of a run as the lowest layer, or None if the folder holds no run.
 
-    `UsageError` if the run has another optimizer than the one asked for: nothing of its settings would fit.
+    Raises `UsageError` if the run has another optimizer than `optimizer`: its settings would not apply.
     """
     if (run / "state.json").is_file():
         raise UsageError(f"{run}: a checkpoint; --resume takes the run that holds it: --out {run.parent.parent}")
@@ -103,7 +103,7 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
 
 
 def assignment_layer(assignments: Sequence[str]) -> Layer:
-    """`key=value` texts as a layer; for values see `parse_value`."""
+    """Return `key=value` texts as a layer. `parse_value` reads the values."""
     values: dict[str, Any] = {}
     problems = []
     for text in assignments:
@@ -120,7 +120,7 @@ def assignment_layer(assignments: Sequence[str]) -> Layer:
 
 
 def resolve(layers: Sequence[Layer]) -> RunConfig:
-    """One configuration from layers, lowest first; `UsageError` with a line for every problem in any of them."""
+    """Merge layers, lowest first, into a configuration. Raises `UsageError` with one line for each problem."""
     name = next((layer.values["optimizer.name"] for layer in reversed(layers) if "optimizer.name" in layer.values), "")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -142,7 +142,7 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
 
 
 def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Dotted keys as nested tables, and a line for each key that is both a value and a table."""
+    """Return dotted keys as nested tables, and one line for each key that is both a value and a table."""
     nested: dict[str, Any] = {}
     conflicts = []
     for key, value in values.items():
@@ -160,7 +160,7 @@ def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[s
 
 
 def _table_problems(layer: Layer, chosen: str) -> list[str]:
-    """What is wrong in the tables of the optimizers that are not chosen: a typo there would wait for another day."""
+    """Return the problems in tables of optimizers that are not chosen; else a typo there would stay unnoticed."""
     tables = [key for key in layer.values if key.split(".")[0] == "optimizers"]
     problems = [
         f"{layer.source}: {key} = {layer.values[key]!r}: should be a table of settings"
@@ -197,7 +197,7 @@ def _problems_in_table(layer: Layer, name: str, prefix: str) -> list[str]:
 def _explain(
     details: ErrorDetails, sources: Mapping[str, str], model: type[BaseModel], source: str = "", place: str = ""
 ) -> str:
-    """One line for one of pydantic's errors: where, which key, what is wrong, what to do."""
+    """Return one line for a pydantic error: source, key, what is wrong, what to do."""
     loc = [str(part) for part in details["loc"]]
     if loc[:1] == ["optimizer"] and len(loc) > 1 and loc[1] in OPTIMIZER_SETTINGS and issubclass(model, RunConfig):
         del loc[1]  # pydantic names the member of the union there
@@ -222,7 +222,7 @@ def _explain(
 
 
 def _origin(key: str, sources: Mapping[str, str]) -> str:
-    """The layer that set a key, any key under it, or the list that it is an element of."""
+    """Return the source of the layer that set a key, a key under it, or the list that contains it."""
     found = [
         source
         for name, source in sources.items()
@@ -232,7 +232,7 @@ def _origin(key: str, sources: Mapping[str, str]) -> str:
 
 
 def _table_of(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | str, ...]) -> type[BaseModel]:
-    """The model of the table that an unknown key is in."""
+    """Return the settings class of the table that contains an unknown key."""
     for part in loc[:-1]:
         if part == "optimizer":
             model = OPTIMIZER_SETTINGS[str(raw_loc[1])]
@@ -242,9 +242,9 @@ def _table_of(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | s
 
 
 def _unknown_key(key: str, table: type[BaseModel]) -> str:
-    takers = [name for name, other in OPTIMIZER_SETTINGS.items() if key in other.model_fields]
-    if table in OPTIMIZER_SETTINGS.values() and takers:
-        return f"unknown key of this optimizer; these have it: {', '.join(takers)}"
+    owners = [name for name, other in OPTIMIZER_SETTINGS.items() if key in other.model_fields]
+    if table in OPTIMIZER_SETTINGS.values() and owners:
+        return f"unknown key of this optimizer; these have it: {', '.join(owners)}"
     return f"unknown key; {_hint(key, [name for name in table.model_fields if name not in ('name', 'preset', 'task')])}"
 
 

@@ -1,4 +1,4 @@
-"""Commands to paste: quoted for a shell, and free of what a terminal obeys."""
+"""Commands for users to paste: quoted for a shell, without terminal control characters."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def command(*words: object) -> str:
-    """The words as a line that a shell takes for the same words.
+    """Quote the words and join them to a command line for a shell.
 
-    A path that begins like an option, or like a home folder, is given a `./`.
+    A path that begins with `-` or `~` gets the prefix `./`.
     """
     return " ".join(_quoted(_as_argument(word)) for word in words)
 
@@ -26,7 +26,7 @@ def _quoted(text: str) -> str:
 
 
 def _in_ansi_quotes(char: str) -> str:
-    """A character between `$'` and `'`: by its bytes where it cannot be printed, or is none of UTF-8."""
+    """Escape a character for `$'...'`: as bytes if it is not printable or not valid UTF-8."""
     if char.isprintable():
         return f"\\{char}" if char in "\\'" else char
     return "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))

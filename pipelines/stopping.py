@@ -1,4 +1,4 @@
-"""Signals: SIGTERM, SIGINT and SIGHUP as a request that a loop reads, and Ctrl-C where nothing reads one."""
+"""Signals: turn SIGTERM, SIGINT and SIGHUP into a request that a loop reads; handle Ctrl-C everywhere else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from types import FrameType
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended before there was anything to save, as shells have it."""
+"""Exit code of a command that Ctrl-C ended before there was anything to save (128 + SIGINT)."""
 
-INTERRUPTED_LINE = "stopped: interrupted; what was not saved is lost"
+INTERRUPTED_LINE = "stopped: interrupted; unsaved work is lost"
 
 
 class StopRequest:
@@ -29,18 +29,18 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Turn the first SIGTERM, SIGINT or SIGHUP into a request; a second SIGINT interrupts at once.
 
-    SIGHUP that is ignored, as under nohup, stays ignored.
+    An ignored SIGHUP, as under nohup, stays ignored.
     """
     request = StopRequest()
-    if interrupted():  # and a library has swallowed the `KeyboardInterrupt`
+    if interrupted():  # before this call, and a library suppressed the `KeyboardInterrupt`
         request.signal_name = signal.SIGINT.name
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def request_stop(number: int, frame: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             _interrupt(number, frame)
         request.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, ask) for number in stop_signals()}
+    before = {number: signal.signal(number, request_stop) for number in stop_signals()}
     try:
         yield request
     finally:
@@ -49,7 +49,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def stop_signals() -> list[signal.Signals]:
-    """The signals that ask to save and stop."""
+    """Return the signals that request to save and stop."""
     ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
 
@@ -58,13 +58,13 @@ _interruptions = 0
 
 
 def interrupted() -> bool:
-    """Whether Ctrl-C interrupted this process; a library may have made another error of the `KeyboardInterrupt`."""
+    """Whether Ctrl-C interrupted this process, even if a library replaced the `KeyboardInterrupt` by another error."""
     return _interruptions > 0
 
 
 def catch_ctrl_c() -> None:
-    """Have Ctrl-C noted, and raise `KeyboardInterrupt`; in an import, and the second time, it ends the process."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
+    """Make Ctrl-C set `interrupted` and raise `KeyboardInterrupt`. During an import, or twice, it ends the process."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as for a background job
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _end_if_interrupted
 
@@ -72,8 +72,8 @@ def catch_ctrl_c() -> None:
 def _interrupt(_number: int, frame: FrameType | None) -> None:
     global _interruptions
     _interruptions += 1
-    # The first one may have been swallowed, or what cleans up hangs. Libraries in C++ abort when their import is
-    # interrupted, and there is nothing to clean up yet.
+    # Twice: a library may have suppressed the first exception, or the cleanup hangs. During an import: C++ libraries
+    # abort when it is interrupted, and there is nothing to clean up yet.
     if _interruptions > 1 or _is_importing(frame):
         _end_interrupted()
     raise KeyboardInterrupt
@@ -81,7 +81,7 @@ def _interrupt(_number: int, frame: FrameType | None) -> None:
 
 def _end_interrupted() -> None:
     with contextlib.suppress(OSError):
-        # A live line may have hidden the cursor.
+        # The progress line may have hidden the cursor.
         shown = "\x1b[?25h" if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb" else ""
         os.write(2, f"{shown}{INTERRUPTED_LINE}\n".encode())
     os._exit(INTERRUPTED)
@@ -94,7 +94,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _end_if_interrupted(unraisable: sys.UnraisableHookArgs) -> None:
-    """A `KeyboardInterrupt` where Python cannot raise it, such as in `__del__`, would be lost."""
+    """End the process on a `KeyboardInterrupt` that Python cannot raise, as in `__del__`; else it would be lost."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         _end_interrupted()
     sys.__unraisablehook__(unraisable)

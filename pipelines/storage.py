@@ -1,4 +1,4 @@
-"""Writing to disk so that a kill, at any moment, leaves either the old state or the new one."""
+"""Atomic writes: a kill at any moment leaves either the old content or the new one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.errors import UsageError
 
 
 def parse_json(text: str | bytes) -> Any:
-    """As `json.loads`, for files of strangers: lists in lists without end are a `ValueError` too."""
+    """Parse JSON from an untrusted file. Like `json.loads`, but raises `ValueError` if it is nested too deep."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -25,10 +25,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def csv_cell(value: object) -> object:
-    """A cell of a CSV file: text that a spreadsheet would carry out begins with an apostrophe; numbers stay.
+    """Return a value as a CSV cell that no spreadsheet evaluates: an apostrophe precedes text like a formula.
 
-    Names of runs and labels may be a stranger's. Spreadsheets take a text that begins with = + - @, a tab or a carriage
-    return for a formula.
+    Names of runs and labels are untrusted. Spreadsheets evaluate text that begins with = + - @, a tab or a carriage
+    return.
     """
     if not isinstance(value, str):
         return value
@@ -36,18 +36,18 @@ def csv_cell(value: object) -> object:
 
 
 def printable(text: str) -> str:
-    """Text of a stranger for people to read: a terminal is not to obey it. Control characters become their numbers."""
+    """Return untrusted text without terminal control sequences: unprintable characters become escapes such as \\x1b."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 digest of a file."""
+    """Return the hexadecimal SHA-256 digest of a file."""
     with naming(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to disk, so that it survives a power cut."""
+    """Flush a file, or the entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with naming(path):
@@ -63,19 +63,19 @@ def refuse_file(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and what is missing above it, and flush each new name to disk."""
+    """Make a folder and its missing parents, and flush each new entry to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
-        with contextlib.suppress(PermissionError):  # a parent that can be written to and not be read
+        with contextlib.suppress(PermissionError):  # a parent that is writable but not readable
             sync(folder.parent)
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """Write a file to where a user points, as a whole or not at all; make the folder if need be.
+    """Write a file to a user's path, atomically; make its folder if it is missing.
 
-    A link stays, and the file that it leads to is replaced. What cannot be replaced is written to: a device, a FIFO,
-    and the file that stdout or stderr already goes to, as `/dev/stdout`.
+    A symbolic link stays, and its target is replaced. A device, a FIFO, and the file that stdout or stderr goes to
+    (`/dev/stdout`) cannot be replaced; they are opened and written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = _stream(path)
@@ -87,7 +87,7 @@ def write_output(path: Path, content: bytes) -> None:
 
 
 def _stream(path: Path) -> Path | int | None:
-    """What to open where a file cannot be replaced: the path, or the number of an open file; None where it can be."""
+    """Return the path or file descriptor to open if the file cannot be replaced; None if it can."""
     try:
         there = path.stat()
     except OSError:
@@ -100,7 +100,7 @@ def _stream(path: Path) -> Path | int | None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file under a hidden name, then rename it to `path`; a link of either name is not followed."""
+    """Write a hidden file, then rename it to `path`. Does not follow a symbolic link of either name."""
     staged = _sibling(path, "partial")
     try:
         with naming(path):
@@ -120,17 +120,17 @@ def write_atomically(path: Path, content: bytes) -> None:
 def staged_folder(
     target: Path, *, replace: bool = False, parents: bool = True, before_rename: Callable[[], None] = lambda: None
 ) -> Iterator[Path]:
-    """Build a folder in a hidden sibling; on success every file is flushed and the folder renamed to `target`.
+    """Context manager that yields a hidden sibling folder; on success flushes its files and renames it to `target`.
 
-    On an error, also one of `before_rename`, nothing is left. With `replace`, an existing `target` is exchanged for the
-    new folder as a whole; without it, an existing non-empty `target` raises `OSError` at the end. `parents` makes what
-    is missing above `target`.
+    On an error, also one of `before_rename`, removes the hidden folder. With `replace`, the new folder replaces an
+    existing `target` as a whole; without it, an existing non-empty `target` raises `OSError` at the end. `parents`
+    makes missing parents of `target`.
     """
     staged, outgoing = _sibling(target, "partial"), _sibling(target, "outgoing")
     undo_exchange(outgoing, target)
     for leftover in (staged, outgoing):
         with contextlib.suppress(OSError):
-            leftover.unlink(missing_ok=True)  # a link that somebody has put there
+            leftover.unlink(missing_ok=True)  # a link, which `rmtree` does not remove
         shutil.rmtree(leftover, ignore_errors=True)
     staged.mkdir(parents=parents)
     try:
@@ -138,7 +138,7 @@ def staged_folder(
         readable = staged.stat().st_mode & 0o666
         for path in staged.rglob("*"):
             if path.is_file():
-                path.chmod(readable)  # safetensors lets nobody but its writer read a file
+                path.chmod(readable)  # safetensors writes files that only their owner can read
             sync(path)
         sync(staged)
         before_rename()
@@ -147,7 +147,7 @@ def staged_folder(
         staged.rename(target)
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the first error is the one to tell; the next start tries again
+        with contextlib.suppress(OSError):  # the first error is the one to report; the next call repeats this
             undo_exchange(outgoing, target)
         raise
     sync(target.parent)
@@ -155,25 +155,25 @@ def staged_folder(
 
 
 def refusing_links(path: str, flags: int) -> int:
-    """An `opener` for files of ours that are written further: a link of that name leads to another file."""
+    """`opener` for files that the program appends to: fails on a symbolic link, which could point to another file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def undo_exchange(outgoing: Path, target: Path) -> None:
-    """Bring the old folder back where an exchange ended between its two renames."""
+    """Rename the old folder back if `staged_folder` ended between its two renames."""
     if outgoing.exists() and not target.exists():
         outgoing.rename(target)
 
 
 def _sibling(target: Path, state: str) -> Path:
-    if not target.name:  # of the root, and of `.`
+    if not target.name:  # `/` and `.`
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     return target.with_name(f".{target.name}.{state}")
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error of the disk: the system names none for an open file, or only its hidden sibling."""
+    """Set the filename of an `OSError` to `path`: it has none for an open file, or that of the hidden sibling."""
     try:
         yield
     except OSError as error:

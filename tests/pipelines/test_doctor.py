@@ -107,7 +107,7 @@ def test_tells_the_gpus_and_who_else_is_on_them(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
     findings = look(tmp_path)
     assert findings["GPU 0"] == Finding("GPU 0", "H100, 80 GB, compute capability 9.0")
-    assert findings["GPU 1"].warning == "25% of its memory is in use by others"
+    assert findings["GPU 1"].warning == "other processes use 25% of its memory"
     assert "no triton" in findings["torch.compile"].warning
     assert "--gpus does not work" in findings["NCCL"].warning
 

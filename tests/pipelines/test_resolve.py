@@ -302,5 +302,5 @@ def test_presets_are_complete_without_any_other_setting() -> None:
 def test_a_model_in_shares_has_no_loss_scale() -> None:
     """A problem of two keys of different tables is told without a key before it."""
     layer = Layer("--set", {"runtime.shard_model": True, "training.precision": "fp16"})
-    with pytest.raises(UsageError, match=r"^configuration: training\.precision=fp16 cannot go with"):
+    with pytest.raises(UsageError, match=r"^configuration: training\.precision=fp16 does not work with"):
         resolve([preset_layer("gpt", "tiny"), layer])
