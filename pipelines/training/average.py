@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, which validates in their place."""
+"""Exponential moving average of a model's weights, used for validation."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pipelines.tensors import Tensors, model_tensors
 
 
 class WeightAverage:
-    """`average ← decay · average + (1 − decay) · weight` after every step; buffers that count are only copied."""
+    """`average ← decay · average + (1 − decay) · weight` after every step. Integer buffers are copied."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Begin with the weights and buffers as they are."""
+        """Begin with a copy of the weights and buffers."""
         self._model = model
         self._weights = {name: tensor.detach() for name, tensor in model_tensors(model).items()}
         self.tensors: Tensors = {name: tensor.clone() for name, tensor in self._weights.items()}
-        self._move = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self._update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights in."""
+        """Update the average with the current weights."""
         real = [name for name, tensor in self._weights.items() if tensor.is_floating_point()]
         averages = [local(self.tensors[name]) for name in real]
-        self._move(averages, [local(self._weights[name]) for name in real], None)
+        self._update(averages, [local(self._weights[name]) for name in real], None)
         for name in self._weights.keys() - set(real):
             self.tensors[name].copy_(self._weights[name])
 
     @contextlib.contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Inside, the model computes with the average; afterwards with its weights again, bit for bit."""
+        """Context manager in which the model has the average as its weights. Restores the weights exactly."""
         self._exchange()
         try:
             yield
@@ -45,10 +45,10 @@ class WeightAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         for name, weight in self._weights.items():
-            mine, its = local(self.tensors[name]), local(weight)
-            before = its.clone()
-            its.copy_(mine)
-            mine.copy_(before)
+            average, current = local(self.tensors[name]), local(weight)
+            saved = current.clone()
+            current.copy_(average)
+            average.copy_(saved)
         for module in self._model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # lest it keep what it gathered of the tensors before
+                module.reshard()  # it may still hold gathered copies of the other tensors

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: it waits only for the copy to host memory."""
+"""Asynchronous checkpoints: training waits only for the copy to host memory."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pipelines.training.run_folder import RunFolder
 
 
 class CheckpointWriter:
-    """Writes one snapshot at a time, in a thread; a context manager that waits for the last one.
+    """Context manager that writes one snapshot at a time, in a thread; waits for the last one at the end.
 
-    What the disk refuses is raised as `AsgoError` by the next call of any method.
+    If writing fails, the next call of any method raises the `AsgoError`.
     """
 
     def __init__(self, folder: RunFolder, keep: int) -> None:
@@ -23,20 +23,20 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[float] | None = None
         self.seconds = 0.0
-        """What the last one took to write."""
+        """Time that the last finished checkpoint took."""
 
     def write(self, snapshot: Snapshot) -> None:
-        """Begin to write, when the one before is on the disk."""
+        """Start writing a snapshot; waits until the previous one is on disk."""
         self.wait()
         self._writing = self._thread.submit(self._write, snapshot)
 
     def check(self) -> None:
-        """Raise what went wrong meanwhile; does not wait."""
+        """Raise the error of a finished write, if there was one. Does not wait."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is on the disk."""
+        """Wait until the snapshot is on disk."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self.seconds = writing.result()

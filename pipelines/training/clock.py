@@ -1,4 +1,4 @@
-"""How long training steps take, and how much of that is the optimizer's; evaluation and saving do not count."""
+"""Time of training steps and of their optimizer, without evaluation and saving."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Lap:
 
 @dataclass
 class StepClock:
-    """A stopwatch for steps. On a GPU it waits for the device only when a lap ends or training pauses."""
+    """A stopwatch for steps. It synchronizes with a GPU only when a lap ends or training pauses."""
 
     device: torch.device
     elapsed_s: float = 0.0
-    """Seconds in training steps since the run began."""
+    """Seconds in training steps since the run began, over all resumes."""
     _started: float | None = None
     _lap_start_s: float = 0.0
     _steps: int = 0
@@ -34,16 +34,16 @@ class StepClock:
     _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def restart_at(self, elapsed_s: float) -> None:
-        """Go on from the seconds that an earlier process counted."""
+        """Continue from the `elapsed_s` of a checkpoint."""
         self.elapsed_s = self._lap_start_s = elapsed_s
 
     def run(self) -> None:
-        """Start, or go on after a pause."""
+        """Start, or continue after a pause."""
         if self._started is None:
             self._started = time.perf_counter()
 
     def pause(self) -> None:
-        """Stop counting until `run`."""
+        """Stop until `run` is called."""
         if self._started is not None:
             synchronize(self.device)
             self.elapsed_s += time.perf_counter() - self._started
@@ -51,7 +51,7 @@ class StepClock:
 
     @contextlib.contextmanager
     def optimizer(self) -> Iterator[None]:
-        """Count the time inside, once a step, as the optimizer's."""
+        """Context manager around the optimizer's step, once per step."""
         self._steps += 1
         if self.device.type == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
@@ -66,7 +66,7 @@ class StepClock:
             self._optimizer_s += time.perf_counter() - begin_s
 
     def lap(self) -> Lap:
-        """End the lap: the means since the last one."""
+        """End the lap and return the means since the last one."""
         self.pause()
         self.run()
         milliseconds = sum(begin.elapsed_time(end) for begin, end in self._events)

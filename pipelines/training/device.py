@@ -1,4 +1,4 @@
-"""Which device a run uses, in which precision, and what a machine is called in a run's records."""
+"""Choose the device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.training.launched import launched, local_rank
 
 
 def pick_device(runtime: RuntimeSettings) -> torch.device:
-    """The device asked for, or the best at hand, of several GPUs this process's own; `UsageError` if there is none."""
+    """Return this process's device; `auto` takes the best one. Raises `UsageError` if the machine does not have it."""
     available = [name for name in ("cuda", "mps") if getattr(torch, name).is_available()] + ["cpu"]
     kind = available[0] if runtime.device == "auto" else runtime.device
     if kind not in available:
@@ -28,32 +28,32 @@ def pick_device(runtime: RuntimeSettings) -> torch.device:
 
 
 def pick_precision(training: TrainingSettings, device: torch.device) -> torch.dtype:
-    """The dtype of the forward pass: `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    """Return the dtype of the forward pass. `auto` is bfloat16 on a GPU that supports it, else float32."""
     if training.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
-    """Run the forward pass in `dtype`; weights stay in float32."""
+    """Context manager that runs the forward pass in `dtype`. Weights stay in float32."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work, so that a clock can be read."""
+    """Wait until the device has finished its queued work, for time measurements."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
 
 def memory_bytes() -> int:
-    """The memory of this machine."""
+    """Return the size of this machine's memory, in bytes."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe_device(device: torch.device) -> str:
-    """The device by the name on its box, or the processor and how many threads compute."""
+    """Return the name of the GPU, or the processor's architecture and the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":

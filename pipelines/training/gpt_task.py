@@ -23,9 +23,9 @@ from pipelines.training.task import Batch
 
 
 def build_decoder(settings: DecoderSettings, vocab_size: int) -> nn.Module:
-    """A freshly initialized decoder for a vocabulary, which is padded as the settings say.
+    """Return a newly initialized decoder; the settings say how the vocabulary is padded.
 
-    Raises `UsageError` if its weights cannot fit in this machine's memory.
+    Raises `UsageError` if its weights do not fit in this machine's memory.
     """
     size = 4 * settings.parameters(vocab_size)
     if size > memory_bytes():
@@ -34,9 +34,9 @@ def build_decoder(settings: DecoderSettings, vocab_size: int) -> nn.Module:
 
 
 def require_weights_of(settings: DecoderSettings, vocab_size: int, tensors: Tensors, source: str) -> None:
-    """`AsgoError` unless the weights are those of a decoder with these settings.
+    """Raise `AsgoError` unless names and shapes of the weights match a decoder with these settings.
 
-    To be asked before one is built: settings may be a stranger's, and would size it.
+    Call it before building the decoder: untrusted settings could make it arbitrarily large.
     """
     n_layers = getattr(settings, "n_layers", 0)
     if n_layers > len(tensors):
@@ -45,7 +45,7 @@ def require_weights_of(settings: DecoderSettings, vocab_size: int, tensors: Tens
         with torch.device("meta"):
             own = build_decoder(settings, vocab_size)
     except (RuntimeError, ValueError, OverflowError, TypeError):  # sizes beyond 64 bits
-        raise AsgoError(f"{source}: of another model: its settings describe none that can be") from None
+        raise AsgoError(f"{source}: of another model: its settings are not those of a possible model") from None
     require_same_names(dict(own.named_parameters()), tensors, source)
 
 
@@ -53,14 +53,14 @@ class GPTTask:
     """Token windows, a decoder, and the mean cross-entropy of the next token in nats."""
 
     def __init__(self, config: GPTRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
-        """Raises as `open_token_data` does, and `UsageError` for a batch that the processes cannot share."""
+        """Raises like `open_token_data`, and `UsageError` if the batch does not divide equally among the ranks."""
         training = config.training
         self._config = config
         self._rows = local_batch(training, ranks)
         self.data = open_token_data(Path(config.data.folder))
         refuse_other_vocabulary(config, self.data.vocab_size)
         self.tokens_per_sample = config.model.context_length
-        # Only a copy from pinned memory runs beside the work that is already queued on the GPU.
+        # Only copies from pinned memory overlap with the work that is queued on the GPU.
         pinned = device.type == "cuda"
         self.batches = TrainingBatches(
             self.data, self.tokens_per_sample, training.batch_size, config.seed, pinned=pinned
@@ -70,35 +70,35 @@ class GPTTask:
         )
         self.model = place_model(build_decoder(config.model, self.data.vocab_size), device, ranks, config.runtime)
         self.network: nn.Module = self.model
-        # Compiled, it makes no copy of the logits in float32, the largest tensor of all.
+        # Compiled, it makes no float32 copy of the logits, the largest tensor of all.
         self._cross_entropy = torch.compile(next_token_loss) if config.runtime.compile else next_token_loss
         self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
 
     def load_initial_weights(self) -> None:
-        """Those of the folder `init_from`; raises as `pipelines.gpt2.initial_weights.load_initial_weights`."""
+        """Load the weights of `init_from`; raises like `pipelines.gpt2.initial_weights.load_initial_weights`."""
         load_initial_weights(self.model, self._config)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """(inputs, targets), each (micro_batch_size, context_length) int64."""
+        """Yield (inputs, targets), each int64 of shape (micro_batch_size, context_length)."""
         for rows in self._rows.micro_batches:
             yield self.batches.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a micro-batch, shape ()."""
+        """Return the mean cross-entropy of a micro-batch, shape ()."""
         inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
             logits = self.network(inputs)
         return self._cross_entropy(logits, targets)
 
     def training_metrics(self) -> dict[str, float]:
-        """None."""
+        """Return no metrics."""
         return {}
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """The mean loss over the validation windows; None if told to stop before the end."""
+        """Return the mean loss over the validation windows; None if `should_stop` ended it."""
         dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
         total = torch.zeros((), dtype=dtype, device=self._device)
         self.model.eval()
@@ -106,23 +106,23 @@ class GPTTask:
             if should_stop():
                 self.model.train()
                 return None
-            # One window for nothing where there is none left: a model in shares computes in all processes or in none.
+            # A rank without windows computes one too, with weight 0: the forward pass of a sharded model is collective.
             loss = self.loss(self._validation.read(windows or range(1)))
             total += loss.to(dtype) * len(windows)
         self.model.train()
         return {"loss": self._ranks.sum(total).item() / len(self._validation)}
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the training windows after `step` steps."""
+        """Return the passes over the training windows after `step` steps."""
         return self.batches.epoch_at(step)
 
     def notes(self) -> list[str]:
-        """None."""
+        """Return no notes."""
         return []
 
     def close(self) -> None:
-        """Nothing: the shards are only mapped."""
+        """Do nothing: the shards are memory-mapped."""
 
     def description(self) -> dict[str, Any]:
-        """The data's fingerprint and tokenizer: enough to generate text from a checkpoint alone."""
+        """Return the data's fingerprint and its tokenizer, so that a checkpoint alone can generate text."""
         return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer}

@@ -1,4 +1,4 @@
-"""What the environment says about the processes that train together. Without torch."""
+"""Read the process group from the environment variables of a launcher. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Place:
-    """A process among those of a run: the `rank`-th (from 0) of `size`, on this machine the `local_rank`-th."""
+    """Rank of this process (from 0) among `size`, and `local_rank` among those on this machine."""
 
     rank: int
     size: int
@@ -22,7 +22,7 @@ class Place:
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether all processes are on this machine, as torchrun says it."""
+        """Whether all processes are on this machine. Known only from torchrun."""
         return self.by_torchrun and os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
 
     def __str__(self) -> str:
@@ -30,14 +30,13 @@ class Place:
 
 
 def launched() -> Place | None:
-    """This process's place; None for one that trains alone.
+    """Return this process's place in the process group; None for a single process.
 
-    Torchrun sets all the variables that count. Other launchers (srun and mpirun in a wrapper, Kubernetes) set RANK,
-    WORLD_SIZE, MASTER_ADDR and MASTER_PORT. What a cluster or a shell sets besides, such as RANK alone or a WORLD_SIZE
-    of 1, is not a reason to wait for others.
+    Torchrun sets all variables. Other launchers (wrappers of srun and mpirun, Kubernetes) set RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT. Clusters and shells may set RANK alone, or a WORLD_SIZE of 1: that is a single process.
 
     Raises:
-        UsageError: several processes are meant, but the variables do not say which this is or where they meet.
+        UsageError: the variables are for several processes, but some are missing or contradict each other.
     """
     by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if not os.environ.get("RANK") or not os.environ.get("WORLD_SIZE"):
@@ -51,13 +50,13 @@ def launched() -> Place | None:
     if missing:
         raise UsageError(f"{given}, but not {' and '.join(missing)}: set them too, or unset RANK to train alone")
     if rank >= size:
-        raise UsageError(f"{given}: the processes count from 0 to {size - 1}; unset RANK to train alone")
+        raise UsageError(f"{given}, but ranks are 0 to {size - 1}; unset RANK to train alone")
     _number("MASTER_PORT")
     return Place(rank, size, _number("LOCAL_RANK", "0"), by_torchrun)
 
 
 def local_rank() -> int:
-    """Which process of this machine this is, and so which of its GPUs is its own."""
+    """Return the local rank, which is also the index of this process's GPU."""
     place = launched()
     return 0 if place is None else place.local_rank
 
@@ -65,5 +64,5 @@ def local_rank() -> int:
 def _number(name: str, default: str = "") -> int:
     text = os.environ.get(name, default)
     if not text.isdecimal():
-        raise UsageError(f"{name}={text}: is set, and not a number; unset RANK and WORLD_SIZE to train alone")
+        raise UsageError(f"{name}={text}: not a number; unset RANK and WORLD_SIZE to train alone")
     return int(text)

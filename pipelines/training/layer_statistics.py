@@ -1,4 +1,4 @@
-"""What a training step does to each layer: measured at an interval, off the clock, without changing the training."""
+"""Measure what a training step does to each layer. The time does not count as training; results do not change."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from pipelines.training.statistics_file import Header, Layer, Preconditioner, Re
 
 
 class LayerStatistics:
-    """Measures a run's steps, those that are multiples of `statistics.every` and the last, and writes them down.
+    """Measures the steps that are multiples of `statistics.every`, and the last, and appends them to the run's file.
 
-    A measured step needs the memory of the weights once more. Of several processes the first one measures: all have
-    the same weights, gradients and state.
+    A measured step needs memory for a copy of the weights. Only rank 0 measures: all ranks have the same weights,
+    gradients and state.
     """
 
     def __init__(self, state: TrainState, config: RunConfig, folder: RunFolder) -> None:
@@ -36,16 +36,16 @@ class LayerStatistics:
 
     @contextlib.contextmanager
     def of_step(self, step: int) -> Iterator[None]:
-        """Record, if it is due, what the step of the optimizer inside does; it makes step `step` of the run.
+        """Context manager around `optimizer.step()` that makes step `step` of the run; records it if it is due.
 
-        Raises `AsgoError` if the disk refuses, or the run's folder is gone.
+        Raises `AsgoError` if writing fails or the run's folder was removed.
         """
         if self._every is None or (step % self._every and step != self._last_step):
             yield
             return
         cost_before_s = self._cost_s
         with self._off_the_clock():
-            # Without those that take no part: they have no gradient.
+            # Frozen parameters have no gradient.
             params = {n: p for n, p in self._state.model.named_parameters() if p.grad is not None}
             before = [param.detach().clone() for param in params.values()]
             grad_norms = _norms([cast(Tensor, param.grad) for param in params.values()])
@@ -57,11 +57,11 @@ class LayerStatistics:
         append_record(self._folder.statistics_path, self._header(), Record(step=step, cost_ms=cost_ms, layers=layers))
 
     def notes(self) -> list[str]:
-        """What the user should know at the end: how long the measuring took."""
+        """Return a line for the user with the time that the measurements took."""
         if self._cost_s == 0.0:
             return []
         training_s = self._state.clock.elapsed_s - self._began_s
-        return [f"layer statistics took {self._cost_s:.1f} s, beside {training_s:.1f} s of training steps"]
+        return [f"layer statistics took {self._cost_s:.1f} s, in addition to {training_s:.1f} s of training steps"]
 
     @contextlib.contextmanager
     def _off_the_clock(self) -> Iterator[None]:
@@ -99,9 +99,9 @@ class LayerStatistics:
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norms, shape (len(tensors),), on the device, added up in float64 where the device has it.
+    """Return Euclidean norms, shape (len(tensors),), on the device; accumulated in float64 if the device has it.
 
-    On a CPU a float32 sum over the 40 million elements of an embedding comes out 0.25 % wrong.
+    Trap: on a CPU, the float32 norm of an embedding with 40 million elements has an error of 0.25 %.
     """
     precision = torch.float32 if tensors[0].device.type == "mps" else torch.float64
     return torch.stack(list(torch._foreach_norm(tensors, 2, dtype=precision)))

@@ -1,6 +1,6 @@
-"""The metrics of a run: in memory, as JSON lines, and as the columns of a checkpoint.
+"""The metrics of a run: in memory, as JSON lines, and as arrays in a checkpoint.
 
-`Row` is the one declaration of the columns: files, checkpoints, the CSV and the trackers derive theirs from it.
+`Row` declares the columns. Files, checkpoints, the CSV and the trackers derive theirs from it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pipelines.storage import naming, parse_json
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
 _MISSING = {int: np.iinfo(np.int64).min, float: np.nan}
-"""What stands in a column, by its type, for a row without a value."""
+"""Placeholder of a missing value in a column, by type."""
 
 
 class Counts(TypedDict):
-    """How far a run has come: passes over the data in `epoch`, seconds spent in training steps in `elapsed_s`."""
+    """Progress of a run. `epoch` counts passes over the data; `elapsed_s` is in seconds of training steps."""
 
     step: int
     tokens: int
@@ -32,10 +32,10 @@ class Counts(TypedDict):
 
 
 class Row(Counts, total=False):
-    """One record. A `train` row is the update that made `step`; a `val` row is the model after `step` updates.
+    """Row of metrics: `train`, of the update that made `step`; `val`, of the model after `step` updates.
 
-    `loss` is in nats a token or an image; `accuracy` and `top5_accuracy` are shares; `step_ms` and `optimizer_ms` are
-    means since the last training row, without evaluation and saving; `throughput` is in tokens (or images) a second
+    `loss` is in nats per token or image; `accuracy` and `top5_accuracy` are fractions; `step_ms` and `optimizer_ms` are
+    means since the last training row, without evaluation and saving; `throughput` is in tokens (or images) per second
     over the same time. `elapsed_s` counts over all resumes.
     """
 
@@ -51,12 +51,12 @@ class Row(Counts, total=False):
 
 
 def metric_types() -> dict[str, type]:
-    """The columns but `split`, `int` or `float` each, in the order of `Row`."""
+    """Return the type (`int` or `float`) of each column except `split`, in the order of `Row`."""
     return {key: kind for key, kind in get_type_hints(Row).items() if key != "split"}
 
 
 def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
-    """Rows as arrays of equal length: `split` as codes, int64 with its least for no value, float64 with NaN for it."""
+    """Return rows as uint8 (`split`), int64 and float64 arrays of equal length, `_MISSING` for missing values."""
     columns: dict[str, np.ndarray[Any, Any]] = {
         "split": np.array([SPLITS.index(row["split"]) for row in rows], np.uint8)
     }
@@ -66,7 +66,7 @@ def rows_to_columns(rows: list[Row]) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def columns_to_rows(columns: dict[str, np.ndarray[Any, Any]]) -> list[Row]:
-    """The inverse of `rows_to_columns`. Other versions of asgo may lack columns, or have more."""
+    """Invert `rows_to_columns`. Columns of other versions of asgo may be missing or unknown."""
     rows = [cast(Row, {"split": SPLITS[code]}) for code in columns["split"]]
     for key, kind in metric_types().items():
         if key in columns:
@@ -77,28 +77,28 @@ def columns_to_rows(columns: dict[str, np.ndarray[Any, Any]]) -> list[Row]:
 
 
 def to_line(row: Row) -> str:
-    """A row as one line of JSON, in the order of `Row`; floats read back as the same floats."""
+    """Return a row as one line of JSON, in the order of `Row`. Floats are exact."""
     return json.dumps({key: row[key] for key in Row.__annotations__ if key in row}) + "\n"  # type: ignore[literal-required]
 
 
 def to_lines(rows: Iterable[Row]) -> bytes:
-    """Rows as the content of a metrics file."""
+    """Return rows as the content of a metrics file."""
     return "".join(map(to_line, rows)).encode()
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The rows of a metrics file. A last line without its end was torn by a kill, and is dropped.
+    """Read the rows of a metrics file. Drops a last line without newline, which a kill left incomplete.
 
     Raises `AsgoError` for any other line that is not a row.
     """
     with naming(path):
         *lines, _torn = path.read_bytes().split(b"\n")
-    needed = {"split", *(key for key, kind in get_type_hints(Counts).items() if kind is int)}
+    required = {"split", *(key for key, kind in get_type_hints(Counts).items() if kind is int)}
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
-            if not (isinstance(row, dict) and needed <= row.keys() <= Row.__annotations__.keys()):
+            if not (isinstance(row, dict) and required <= row.keys() <= Row.__annotations__.keys()):
                 raise ValueError(line)
             rows.append(cast(Row, row))
         except ValueError:

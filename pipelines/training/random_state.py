@@ -1,4 +1,4 @@
-"""The random number generators that training draws from, of all processes."""
+"""States of the random number generators of all ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Tensors = dict[str, Tensor]
 
 
 def random_state(device: torch.device) -> Tensors:
-    """The states of this process's generators."""
+    """Return the states of this process's generators, by device type."""
     state = {"cpu": torch.get_rng_state()}
     if device.type in ("cuda", "mps"):
         state[device.type] = getattr(torch, device.type).get_rng_state()
@@ -19,13 +19,13 @@ def random_state(device: torch.device) -> Tensors:
 
 
 def gather_random_states(device: torch.device, ranks: Ranks) -> list[Tensors]:
-    """Those of all processes, by rank."""
+    """Gather the states of all ranks. A collective: every rank must call it."""
     gathered = {key: ranks.gather(state) for key, state in random_state(device).items()}
     return [{key: states[rank] for key, states in gathered.items()} for rank in range(ranks.size)]
 
 
 def set_random_state(state: Tensors) -> None:
-    """Set the generators of the devices at hand to what `random_state` returned."""
+    """Restore what `random_state` returned, for the devices that this machine has."""
     torch.set_rng_state(state["cpu"])
     for kind in ("cuda", "mps"):
         if kind in state and getattr(torch, kind).is_available():

@@ -1,4 +1,4 @@
-"""What a run tells while it trains; the command line draws it, the loop does not care how."""
+"""The interface through which a run reports its progress; the command line implements it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Reporter(Protocol):
     """Receives the events of a run, in order."""
 
     def begin(self, first_step: int, last_step: int) -> None:
-        """Training starts, after `first_step` steps of an earlier process."""
+        """Training begins; earlier processes made `first_step` steps."""
 
     def trained(self, row: Row) -> None:
         """A training loss was recorded."""
@@ -20,7 +20,7 @@ class Reporter(Protocol):
         """A validation was recorded."""
 
     def note(self, message: str) -> None:
-        """Something that the user should read."""
+        """A message for the user."""
 
     def hung(self, message: str) -> None:
-        """This process is about to end, since nothing moves any more; called in another thread than the others."""
+        """The watchdog is about to end this process. Called in the watchdog's thread."""

@@ -9,10 +9,10 @@ from pipelines.config import ScheduleSettings
 
 
 def lr_factor(schedule: ScheduleSettings, step: int, total_steps: int) -> float:
-    """What the optimizer's `lr` is multiplied by at a step (0-based).
+    """Return the factor of the optimizer's `lr` at a step (0-based).
 
-    Warm-up rises linearly from `initial_lr_fraction` at the first step to 1; then the factor stays, or falls along a
-    cosine or a line to `final_lr_fraction` at `total_steps`.
+    In the warm-up it rises linearly from `initial_lr_fraction` at the first step to 1. Then it is constant, or falls
+    along a cosine or a line to `final_lr_fraction` at `total_steps`.
     """
     warmup = warmup_steps(schedule, total_steps)
     if step < warmup:
@@ -31,5 +31,5 @@ def lr_factor(schedule: ScheduleSettings, step: int, total_steps: int) -> float:
 
 
 def warmup_steps(schedule: ScheduleSettings, total_steps: int) -> int:
-    """How many steps of a run are warm-up; it may be more than there are."""
+    """Return the number of warm-up steps, which may exceed `total_steps`."""
     return schedule.warmup_steps or round(schedule.warmup_fraction * total_steps)

@@ -1,4 +1,4 @@
-"""All that changes while a run trains, with one owner."""
+"""The mutable state of a training run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pipelines.training.metrics import Row
 class TrainState:
     """Model, optimizer, loss scaler, counters and records of a run after `step` steps.
 
-    Each process has one. What is gathered for a checkpoint is whole, in host memory, and in the first process; to
-    gather and to load are acts of all processes together.
+    Each rank has one. The `gather_*` methods return whole tensors in host memory on rank 0, and nothing on other ranks.
+    The `gather_*` and `load_*` methods are collectives: every rank must call them.
     """
 
     model: nn.Module
@@ -32,24 +32,24 @@ class TrainState:
     ranks: Ranks = ALONE
     average: WeightAverage | None = None
     arithmetic: dict[str, str] = field(default_factory=dict)
-    """What the run is computed with."""
+    """What the run computes with; see `agree_on_arithmetic`."""
     step: int = 0
     rows: list[Row] = field(default_factory=list)
 
     def validated(self) -> bool:
-        """Whether the records hold a validation of the model as it is."""
+        """Whether the metrics have a validation of the current step."""
         return any(row["split"] == "val" and row["step"] == self.step for row in reversed(self.rows[-2:]))
 
     def gather_model(self) -> Tensors:
-        """Weights and buffers by name, a tied weight once."""
+        """Gather weights and buffers by name, a tied weight once."""
         return self._gather(model_tensors(self.model))
 
     def gather_average(self) -> Tensors:
-        """Their moving averages, if there are any."""
+        """Gather the moving averages of the weights; empty without `ema_decay`."""
         return {} if self.average is None else self._gather(self.average.tensors)
 
     def gather_optimizer(self) -> tuple[Tensors, dict[str, Any]]:
-        """The optimizer's state as `<parameter name>/<key>`: tensors, and whatever is none."""
+        """Gather the optimizer's state by `<parameter name>/<key>`; returns tensors and other values separately."""
         if isinstance(self.optimizer, ShardedOptimizer):
             return _split(self.optimizer.gather_state() or {})
         states = {name: self.optimizer.state.get(param, {}) for name, param in self.model.named_parameters()}
@@ -57,16 +57,16 @@ class TrainState:
         return self._gather(tensors), scalars
 
     def load_model(self, tensors: Tensors, source: str) -> None:
-        """Copy weights by name; `AsgoError` naming the first that does not fit."""
+        """Copy weights by name. Raises `AsgoError` with the first name that does not fit."""
         copy_into(model_tensors(self.model), tensors, source)
 
     def load_average(self, tensors: Tensors, source: str) -> None:
-        """Copy averages by name; `AsgoError` naming the first that does not fit."""
+        """Copy averages by name. Raises `AsgoError` with the first name that does not fit."""
         if self.average is not None:
             copy_into(self.average.tensors, tensors, source)
 
     def load_optimizer(self, tensors: Tensors, scalars: dict[str, Any]) -> None:
-        """Give the optimizer the state that `gather_optimizer` returned."""
+        """Load what `gather_optimizer` returned."""
         by_name: dict[str, dict[str, Any]] = {}
         for full_name, value in {**tensors, **scalars}.items():
             name, _, key = full_name.rpartition("/")
@@ -82,7 +82,7 @@ class TrainState:
 
     def _gather(self, tensors: Tensors) -> Tensors:
         gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
-        # A transposed or channels-last tensor is saved by its values: loading copies them into its own layout.
+        # Contiguous, also where the model has a transposed or channels-last layout: loading copies by value.
         return {
             name: tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in gathered
@@ -91,7 +91,7 @@ class TrainState:
 
 
 def _split(states: Mapping[str, Mapping[str, Any]]) -> tuple[Tensors, dict[str, Any]]:
-    """States by parameter and key under one name each: the tensors, and the others."""
+    """Flatten states to `<parameter name>/<key>`; returns tensors and other values separately."""
     flat = {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     return tensors, {name: value for name, value in flat.items() if name not in tensors}

@@ -1,4 +1,4 @@
-"""The file of a run's layer statistics: a line that says what was measured on, then a record a line."""
+"""The file of a run's layer statistics: JSON lines, a header and then one record per line."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipelines.errors import AsgoError
 from pipelines.storage import naming, parse_json, refusing_links, write_atomically
 
 STATISTICS = "statistics.jsonl"
-"""Its name in the run's folder."""
+"""Name of the file in the run's folder."""
 
 
 class Scale(TypedDict):
-    """The scales of a parameter's elements: mean, shares at the clamps, and how many are in each bin."""
+    """Scales of a parameter's elements: mean, fractions at the clamps, and counts per bin."""
 
     mean: float | None
     at_min: float
@@ -25,7 +25,7 @@ class Scale(TypedDict):
 
 
 class Preconditioner(TypedDict):
-    """The eigenvalues of a factor of side `side`; see `optim.inspection.Spectrum`, whose infinities are None here."""
+    """Eigenvalues of a factor, shape (side, side). Like `optim.inspection.Spectrum`, with None for infinity."""
 
     side: int
     largest: float | None
@@ -36,10 +36,10 @@ class Preconditioner(TypedDict):
 
 
 class Layer(TypedDict, total=False):
-    """What a step did to one parameter; None stands for a figure that is not finite.
+    """What a step did to one parameter; None for a value that is not finite.
 
-    `grad_norm` is that of the gradient that the optimizer gets, after clipping; `weight_norm` is before the step;
-    `update_norm` is that of the change, with weight decay; `update_to_weight` is the change as a share of the weight.
+    `grad_norm` is after clipping, `weight_norm` before the step. `update_norm` is the norm of the change, including
+    weight decay; `update_to_weight` is `update_norm / weight_norm`.
     """
 
     grad_norm: float | None
@@ -51,7 +51,7 @@ class Layer(TypedDict, total=False):
 
 
 class Record(TypedDict):
-    """The step that made `step`: each parameter by name, and the milliseconds that it took to measure."""
+    """Layers by parameter name for the update that made `step`; `cost_ms` is the time of the measurement."""
 
     step: int
     cost_ms: float
@@ -59,7 +59,7 @@ class Record(TypedDict):
 
 
 class Header(TypedDict):
-    """The shape of each parameter, and the limits of the bins of scales, where the optimizer has any."""
+    """Shape of each parameter, and bin edges of the scales; None if the optimizer has no scales."""
 
     shapes: dict[str, list[int]]
     scale_edges: list[float] | None
@@ -67,38 +67,38 @@ class Header(TypedDict):
 
 @dataclass(frozen=True)
 class Statistics:
-    """All that a file holds."""
+    """Content of a file."""
 
     header: Header
     records: list[Record]
 
 
 def continue_statistics(path: Path, step: int) -> None:
-    """Drop the records of later steps than `step`, which the run that continues from there makes again."""
+    """Drop the records after `step`: the resumed run measures those steps again."""
     statistics = read_statistics(path)
     if statistics is None:
-        path.unlink(missing_ok=True)  # all that there was is half a line
+        path.unlink(missing_ok=True)  # it has only an incomplete line
         return
     kept = [record for record in statistics.records if record["step"] <= step]
     write_atomically(path, "".join([_to_line(statistics.header), *map(_to_line, kept)]).encode())
 
 
 def append_record(path: Path, header: Header, record: Record) -> None:
-    """Add a record, after the header where it is the first.
+    """Append a record; before the first one, write the header.
 
-    Raises `AsgoError` if the disk refuses.
+    Raises `AsgoError` if writing fails.
     """
     try:
         with open(path, "a", encoding="utf-8", opener=refusing_links) as file:
             file.write((_to_line(header) if file.tell() == 0 else "") + _to_line(record))
     except OSError as error:
-        raise AsgoError(f"{path}: {error.strerror}; make room and go on with --resume") from error
+        raise AsgoError(f"{path}: {error.strerror}; make room and continue with --resume") from error
 
 
 def read_statistics(path: Path) -> Statistics | None:
-    """What a run's file holds; None if there is none. A last line without its end was torn by a kill, and is dropped.
+    """Read a run's file; None if there is none. Drops a last line without newline, which a kill left incomplete.
 
-    Raises `AsgoError` for any other line that is not one of its own.
+    Raises `AsgoError` for any other line that is not a record.
     """
     if not path.is_file():
         return None
@@ -125,7 +125,7 @@ def _to_line(value: Header | Record) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for every float that JSON has no name for."""
+    """Replace floats that JSON does not have (NaN and infinity) by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):

@@ -48,9 +48,9 @@ def test_several_processes_are_recognized_and_variables_that_mean_nothing_are_no
     ("given", "message"),
     [
         ({"RANK": "1", "WORLD_SIZE": "2"}, r"^RANK=1 and WORLD_SIZE=2 are set, but not MASTER_ADDR and MASTER_PORT: "),
-        ({**WRAPPER, "RANK": "4"}, r"^RANK=4 and WORLD_SIZE=4 are set: the processes count from 0 to 3; "),
-        ({**WRAPPER, "WORLD_SIZE": "four"}, r"^WORLD_SIZE=four: is set, and not a number; "),
-        ({**WRAPPER, "MASTER_PORT": "tcp://a:1"}, r"^MASTER_PORT=tcp://a:1: is set, and not a number; "),
+        ({**WRAPPER, "RANK": "4"}, r"^RANK=4 and WORLD_SIZE=4 are set, but ranks are 0 to 3; "),
+        ({**WRAPPER, "WORLD_SIZE": "four"}, r"^WORLD_SIZE=four: not a number; "),
+        ({**WRAPPER, "MASTER_PORT": "tcp://a:1"}, r"^MASTER_PORT=tcp://a:1: not a number; "),
     ],
 )
 def test_variables_that_contradict_each_other_are_one_line(

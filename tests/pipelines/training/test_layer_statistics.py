@@ -181,7 +181,7 @@ def test_measuring_counts_to_no_step(
     assert [record["cost_ms"] > 1e6 for record in statistics_of(tmp_path / "run").records] == [True] * 3
     assert rows[-1]["elapsed_s"] < 1.0
     assert all(row["step_ms"] < 100 and row["optimizer_ms"] < 100 for row in rows if row["split"] == "train")
-    assert reporter.notes[-1].startswith("layer statistics took 3000.0 s, beside 0.")
+    assert reporter.notes[-1].startswith("layer statistics took 3000.0 s, in addition to 0.")
 
 
 def train_until_killed(config: str, out: Path, step: int, saved: str) -> None:
@@ -267,7 +267,7 @@ def test_two_processes_measure_what_one_does(small_config: Make, tmp_path: Path,
 
 @pytest.mark.parametrize("setting", ["shard_optimizer", "shard_model"])
 def test_shares_are_refused_before_anything_starts(setting: str, small_config: Make) -> None:
-    with pytest.raises(UsageError, match=rf"statistics\.every cannot go with runtime\.{setting}"):
+    with pytest.raises(UsageError, match=rf"statistics\.every does not work with runtime\.{setting}"):
         small_config(statistics__every=10, **{f"runtime__{setting}": True})
 
 
