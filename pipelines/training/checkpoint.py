@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, verified before they are believed, readable without a pickle."""
+"""Checkpoints: written atomically, verified by checksums before use, without pickle."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OPTIMIZER = "optimizer.safetensors"
 _HISTORY = "history.safetensors"
 _AVERAGE = "average.safetensors"
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|outgoing|pruned)")
-"""What `staged_folder` and `prune` make."""
+"""Hidden folders of `staged_folder` and `prune`."""
 
 
 def _random_file(rank: int) -> str:
@@ -54,51 +54,51 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        """Steps taken when it was saved."""
+        """Number of steps made before it was saved."""
         return int(self.state["step"])
 
     def config(self) -> RunConfig:
-        """The configuration of the run; `AsgoError` if this version of asgo cannot read it."""
+        """Return the configuration of the run. Raises `AsgoError` if this version of asgo cannot read it."""
         try:
             return load_run_config(self.state["config"])
         except ValidationError:
             raise AsgoError(f"{self.folder}: its configuration is of another version of asgo") from None
 
     def model_tensors(self) -> Tensors:
-        """The weights that were validated, by parameter name, on the CPU: averages, where the run makes them."""
+        """Return the validated weights by parameter name, on the CPU: the moving averages if the run has them."""
         name = _AVERAGE if _AVERAGE in self.state["files"] else _MODEL
         return _load(self.folder / name)
 
     def rows(self) -> list[Row]:
-        """The run's records up to this step."""
+        """Return the run's metrics up to this step."""
         return read_history(self.folder)
 
 
 def read_history(folder: Path) -> list[Row]:
-    """The records inside a checkpoint folder."""
+    """Return the metrics in a checkpoint folder."""
     with _readable(folder / _HISTORY):
         return columns_to_rows(safetensors.numpy.load_file(folder / _HISTORY))
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run at one moment, whole and in host memory, where training does not change it any more."""
+    """A copy of a run's state in host memory, which training does not change."""
 
     step: int
     tensors: dict[str, Tensors]
-    """By file."""
+    """Tensors by file name."""
     rows: list[Row]
     content: dict[str, Any]
-    """Of `state.json`."""
+    """Content of `state.json`."""
 
     @property
     def bytes(self) -> int:
-        """How much there is to write, about."""
+        """Approximate number of bytes to write."""
         return sum(tensor.nbytes for tensors in self.tensors.values() for tensor in tensors.values())
 
 
 def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, Any], counts: Counts) -> Snapshot | None:
-    """Copy the run to the first process's memory, which alone gets it; an act of all processes together."""
+    """Copy the run's state to host memory of rank 0; None on other ranks. A collective: every rank must call it."""
     optimizer_tensors, scalars = state.gather_optimizer()
     tensors = {_MODEL: state.gather_model(), _OPTIMIZER: optimizer_tensors}
     if state.average is not None:
@@ -121,10 +121,10 @@ def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, A
 
 
 def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[[], None] = lambda: None) -> Path:
-    """Write `parent/step-<step>`, leave the newest `keep` checkpoints, and return its path.
+    """Write `parent/step-<step>` and keep the newest `keep` checkpoints; returns its path.
 
-    `check` is called before anything is written and before it is published; it raises `AsgoError` where that is not to
-    be. Raises `AsgoError` if the disk refuses; then the checkpoints that were there still are.
+    Calls `check` before writing and before the final rename; it raises `AsgoError` to prevent them. Raises `AsgoError`
+    if writing fails; older checkpoints then stay.
     """
     target = parent / checkpoint_name(snapshot.step)
     try:
@@ -137,7 +137,7 @@ def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[
             _write_state(folder, snapshot.content)
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
-            check()  # of a folder that was deleted meanwhile, the disk only says that files are missing
+            check()  # its error says that the folder was deleted, not only that a file is missing
         reason = getattr(error, "strerror", None) or error
         raise AsgoError(
             f"{target}: could not be saved: {reason}; {last_good(parent)}; make room, then --resume"
@@ -147,9 +147,9 @@ def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[
 
 
 def restore(checkpoint: Checkpoint, state: TrainState) -> None:
-    """Bring a fresh state to where the checkpoint was saved, bit for bit, by however many processes.
+    """Load a checkpoint into a new state, bit for bit, with any number of ranks.
 
-    What each process draws by itself (dropout) goes on exactly where the run has as many processes as it had.
+    The random numbers of each rank (dropout) continue exactly only with the same number of ranks.
     """
     saved, folder = checkpoint.state, checkpoint.folder
     state.load_model(_load(folder / _MODEL), str(folder))
@@ -167,7 +167,7 @@ def restore(checkpoint: Checkpoint, state: TrainState) -> None:
 
 
 def _load(path: Path) -> Tensors:
-    """The tensors of a file, mapped into memory. Raises `AsgoError` where another process sees it and this does not."""
+    """Return the tensors of a file, memory-mapped. Raises `AsgoError` if this rank's machine does not have the file."""
     if not path.is_file():
         raise AsgoError(
             f"{path}: {launched()} does not see it; the run folder must be on a disk that all machines share"
@@ -178,7 +178,7 @@ def _load(path: Path) -> Tensors:
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Raise `AsgoError` that names the file where it cannot be read."""
+    """Context manager that raises `AsgoError` with the path if a file cannot be read."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -187,7 +187,7 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Verify a checkpoint, every byte of it; `AsgoError` saying what is wrong with it, or why it cannot be read."""
+    """Verify all checksums of a checkpoint and return it. Raises `AsgoError` if it is damaged or unreadable."""
     with _readable(folder):
         return _verified(folder)
 
@@ -206,7 +206,7 @@ def _verified(folder: Path) -> Checkpoint:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state.json` of a checkpoint, verified; `AsgoError` if it is missing or altered."""
+    """Return the verified `state.json` of a checkpoint. Raises `AsgoError` if it is missing or altered."""
     path = folder / _STATE
     try:
         with naming(path):
@@ -224,7 +224,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def last_good(parent: Path) -> str:
-    """Which checkpoint a run can go back to, in words; part of other messages, so that it never fails."""
+    """Return a clause that names the newest checkpoint, for error messages. Never raises."""
     folders = []
     with contextlib.suppress(OSError):
         folders = checkpoint_folders(parent)
@@ -232,7 +232,7 @@ def last_good(parent: Path) -> str:
 
 
 def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not."""
+    """Return the newest valid checkpoint, and one line for each newer one that is not valid."""
     skipped: list[str] = []
     for folder in reversed(checkpoint_folders(parent)):
         try:
@@ -254,9 +254,9 @@ def _digest(content: dict[str, Any]) -> str:
 
 
 def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
-    """A checkpoint, or a run's newest good one, and a line for each newer one that is damaged.
+    """Return the checkpoint at `path`, or a run's newest valid one, and one line for each newer one that is damaged.
 
-    Raises `UsageError` for a file, and `AsgoError` if there is no good checkpoint.
+    Raises `UsageError` for a file, and `AsgoError` if there is no valid checkpoint.
     """
     refuse_file(path)
     run = RunFolder(path)
@@ -264,24 +264,24 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
         return open_checkpoint(path), []
     checkpoint, skipped = newest_checkpoint(run.checkpoints)
     if checkpoint is None:
-        run.config()  # raises where the configuration is not of a run, as in a folder of Hugging Face
-        raise AsgoError("\n".join([f"{path}: no good checkpoint in this run yet", *skipped]))
+        run.config()  # raises if config.json is not a run's, as in a Hugging Face folder
+        raise AsgoError("\n".join([f"{path}: no valid checkpoint in this run yet", *skipped]))
     return checkpoint, skipped
 
 
 def prune(parent: Path, newest_step: int, keep: int) -> None:
-    """Keep the newest `keep` checkpoints up to a good one; later ones are damaged, and will be replaced."""
+    """Keep the newest `keep` checkpoints up to `newest_step`. Later ones are damaged; the run will replace them."""
     steps = [path for path in checkpoint_folders(parent) if step_of(path) <= newest_step]
     for path in steps[:-keep]:
-        # Under a hidden name it is no checkpoint any more, however far its removal gets.
-        doomed = path.with_name(f".{path.name}.pruned")
-        with _saved_all_the_same(path):
-            path.rename(doomed)
-            _remove(doomed)
+        # Rename first: a kill during the removal must not leave a damaged checkpoint.
+        hidden = path.with_name(f".{path.name}.pruned")
+        with _warning_if_not_deleted(path):
+            path.rename(hidden)
+            _remove(hidden)
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, or a link that a user has made to one, which `rmtree` refuses."""
+    """Remove a folder, or a symbolic link to one, which `rmtree` refuses."""
     if folder.is_symlink():
         folder.unlink()
     else:
@@ -289,23 +289,23 @@ def _remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _saved_all_the_same(path: Path) -> Iterator[None]:
-    """Warn where the disk refuses to delete an old checkpoint: the run is saved, and goes on."""
+def _warning_if_not_deleted(path: Path) -> Iterator[None]:
+    """Context manager that warns if an old checkpoint cannot be deleted: the new one is saved, the run continues."""
     try:
         yield
     except OSError as error:
         warnings.warn(
-            f"{path}: the old checkpoint could not be deleted: {error.strerror}; the run goes on", stacklevel=4
+            f"{path}: the old checkpoint could not be deleted: {error.strerror}; the run continues", stacklevel=4
         )
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what a kill left half-written or half-removed, and undo an exchange that it cut in two."""
+    """Remove folders that a kill left incomplete, and undo an interrupted exchange of `staged_folder`."""
     for path in parent.iterdir():
         match = _HIDDEN.fullmatch(path.name)
         if match:
             if match[2] == "outgoing":
                 undo_exchange(path, parent / match[1])
-            with _saved_all_the_same(path):
+            with _warning_if_not_deleted(path):
                 if os.path.lexists(path):
                     _remove(path)

@@ -25,19 +25,19 @@ from pipelines.training.task import Batch
 _TOP = 5
 _USUAL_RESOLUTIONS = (224, 256, 299, 384, 512)
 _UNKNOWN = -100
-"""The label of no image, which no sum counts."""
+"""Label of a dummy image, which the metrics ignore."""
 
 
 class ImageNetTask:
-    """Images, a classifier of torchvision, and the mean cross-entropy of the classes in nats."""
+    """Images, a torchvision classifier, and the mean cross-entropy of the classes in nats."""
 
     tokens_per_sample = 1
 
     def __init__(self, config: ImageNetRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
-        """Raises `AsgoError` for a folder that cannot be read.
+        """Raises `AsgoError` if the data folder cannot be read.
 
-        Raises `UsageError` for a classifier that there is not or that cannot take the images, and for a batch that the
-        processes cannot share.
+        Raises `UsageError` if the classifier does not exist or does not accept the images, or if the batch does not
+        divide equally among the ranks.
         """
         training = config.training
         self._rows = local_batch(training, ranks)
@@ -75,29 +75,29 @@ class ImageNetTask:
         self._validation = ValidationImages(self._workers, "validation", batches)
 
     def load_initial_weights(self) -> None:
-        """Nothing: a classifier begins with fresh weights."""
+        """Do nothing: a classifier begins with random weights."""
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """(images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""
+        """Yield (images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""
         self._right.zero_()
         self._seen = 0
         for rows in self._rows.micro_batches:
             yield self._train.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Mean cross-entropy of a micro-batch, shape ()."""
+        """Return the mean cross-entropy of a micro-batch, shape ()."""
         logits, labels = self._classify(batch)
         self._right += _right_among_top(logits.detach(), labels)
         self._seen += len(labels)
         return functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
 
     def training_metrics(self) -> dict[str, float]:
-        """Top-1 and top-5 accuracy over the step just made, of all processes. Waits for the device."""
+        """Return top-1 and top-5 accuracy of the last step, over all ranks. Synchronizes with the device."""
         return _accuracies(self._ranks.sum(self._right.clone()).tolist(), self._seen * self._ranks.size)
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Mean loss, without label smoothing, and accuracies over the validation images."""
+        """Return the mean loss, without label smoothing, and the accuracies over the validation images."""
         dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
         sums = torch.zeros(4, dtype=dtype, device=self._device)
         self.model.eval()
@@ -116,29 +116,29 @@ class ImageNetTask:
         return {"loss": loss / seen, **_accuracies(right, seen)}
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the training images after `step` steps."""
+        """Return the passes over the training images after `step` steps."""
         return self._train.epoch_at(step)
 
     def description(self) -> dict[str, Any]:
-        """The data's fingerprint, and its classes by id and name."""
+        """Return the data's fingerprint, and ids and names of its classes."""
         classes = [[each.id, each.name] for each in self.data.classes]
         return {"fingerprint": self.data.fingerprint, "classes": classes}
 
     def notes(self) -> list[str]:
-        """How many images could not be decoded, and one of them."""
+        """Return a line about training and validation images that could not be decoded, with an example."""
         lines = []
         for part, skipped in (("training", self._train.skipped), ("validation", self._validation.skipped)):
             if skipped:
                 first = next(iter(skipped.values()))
-                lines.append(f"{part} images that were skipped: {len(skipped):,}, the first of them {first}")
+                lines.append(f"{part} images skipped: {len(skipped):,}; the first: {first}")
         return lines
 
     def close(self) -> None:
-        """End the processes that make the batches."""
+        """End the worker processes."""
         self._workers.close()
 
     def _classify(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits in float32, (n, classes), and labels (n,), on the model's device."""
+        """Return float32 logits (n, classes) and labels (n,), on the model's device."""
         images, labels = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
             logits = self.network(normalize(images, channels_last=self._channels_last))
@@ -146,7 +146,7 @@ class ImageNetTask:
 
 
 def _require_possible(config: ImageNetRunConfig, classes: int, images: int) -> None:
-    """Raise `UsageError` unless the classifier can train on so many images at once, of the resolution asked for."""
+    """Raise `UsageError` unless the classifier can train on batches of `images` images of `data.resolution`."""
     name, resolution = config.model.name, config.data.resolution
     reason = why_refused(name, classes, images, resolution)
     if reason is None:
@@ -162,14 +162,14 @@ def _require_possible(config: ImageNetRunConfig, classes: int, images: int) -> N
 
 
 def _right_among_top(logits: Tensor, labels: Tensor) -> Tensor:
-    """How many labels (n,) are the first, and among the first five, of the logits (n, classes): (2,)."""
+    """Count the labels (n,) that are the largest, and among the five largest logits (n, classes); shape (2,)."""
     top = logits.topk(min(_TOP, logits.shape[1]), dim=1).indices
     hits = top == labels[:, None]
     return torch.stack([hits[:, 0].sum(), hits.sum()])
 
 
 def _or_one_unknown(batch: Batch) -> Batch:
-    """An image without a label in place of none: a model in shares computes in all processes or in none."""
+    """Replace an empty batch by one dummy image: the forward pass of a sharded model is a collective."""
     images, labels = batch
     if len(labels):
         return batch

@@ -27,21 +27,21 @@ _CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,18})")
 _RECORDED_PACKAGES = ("asgo", "torch", "numpy", "safetensors", "tiktoken")
 
 TRIALS = "trials"
-"""The folder of a search's trials, in the folder of the search."""
+"""Folder of a search's trials, in the folder of the search."""
 SEARCH_RECORD = "search.json"
-"""What they are trials of, beside them."""
+"""Description of the search, in the folder of its trials."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Why a run cannot go on: a loss or gradient that was not finite."""
+    """Why a run diverged: a loss or gradient that is not finite."""
 
     step: int
     reason: str
 
 
 class RunFolder:
-    """Paths and writing; what is inside is described in the README."""
+    """Paths, metrics file and lock of a run folder; docs/training.md describes the files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,12 +55,12 @@ class RunFolder:
 
     @property
     def config_path(self) -> Path:
-        """The resolved configuration; a folder without it is no run."""
+        """The resolved configuration. A folder without it holds no run."""
         return self.path / "config.json"
 
     @property
     def metrics_path(self) -> Path:
-        """The records, a JSON object a line."""
+        """The metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     def exists(self) -> bool:
@@ -68,7 +68,7 @@ class RunFolder:
         return self.config_path.is_file()
 
     def config(self) -> RunConfig:
-        """The configuration that the run was begun with."""
+        """Return the configuration with which the run began. Raises `AsgoError` if it cannot be read."""
         try:
             with naming(self.config_path):
                 return load_run_config(parse_json(self.config_path.read_text(encoding="utf-8"))["config"])
@@ -76,11 +76,11 @@ class RunFolder:
             raise AsgoError(f"{self.config_path}: not a configuration that this version of asgo can read") from None
 
     def rows(self) -> list[Row]:
-        """The records so far."""
+        """Return the metrics so far."""
         return read_lines(self.metrics_path) if self.metrics_path.is_file() else []
 
     def divergence(self) -> Divergence | None:
-        """How the run diverged; None unless its last attempt did."""
+        """Return how the run diverged; None unless its last attempt did."""
         try:
             return Divergence(**parse_json(self._divergence_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -93,9 +93,9 @@ class RunFolder:
             write_atomically(self._divergence_path, (json.dumps(asdict(divergence), indent=1) + "\n").encode())
 
     def lock(self) -> None:
-        """Keep other processes from training here until `close`; makes the folder.
+        """Make the folder and lock it until `close`.
 
-        Raises `UsageError` if another one does already. Disks that know no locks do without.
+        Raises `UsageError` if another process has the lock. On a disk without locks, does not lock.
         """
         make_folder(self.path)
         self._lock = os.fdopen(refusing_links(str(self._lock_path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", 0)
@@ -112,9 +112,9 @@ class RunFolder:
             return False
 
     def require_ours(self) -> None:
-        """Raise `AsgoError` if the folder was deleted, moved or begun anew since `lock`.
+        """Raise `AsgoError` if the folder was deleted, moved or replaced since `lock`.
 
-        To be called before every write: another run may train under the same path now.
+        Call it before every write: another run may train under the same path now.
         """
         assert self._lock is not None
         try:
@@ -125,30 +125,30 @@ class RunFolder:
             ours = False
         if not ours or (self._metrics is not None and not self.config_path.exists()):
             raise AsgoError(
-                f"{self.path}: deleted, moved or begun anew while this run trained in it, which stops; train again in "
-                "another --out, or go on with --resume where it was moved to"
+                f"{self.path}: deleted, moved or replaced while this run trained in it; the run stops; train again in "
+                "another --out, or, if it was moved, continue there with --resume"
             )
 
     def settle(self) -> None:
-        """Flush to disk what no checkpoint holds, before one is published; raises as `require_ours`."""
+        """Flush the statistics file to disk before a checkpoint is published; raises like `require_ours`."""
         self.require_ours()
         if self.statistics_path.exists():
             sync(self.statistics_path)
             sync(self.path)
 
     def mark_saved(self) -> None:
-        """Remember that the run has had a checkpoint, in the lock file (best effort)."""
+        """Record in the lock file that the run has had a checkpoint (best effort)."""
         assert self._lock is not None
         with contextlib.suppress(OSError):
             if not self.was_saved():
                 self._lock.write(b"saved\n")
 
     def was_saved(self) -> bool:
-        """Whether the run has had a checkpoint, which may have been removed since."""
+        """Whether the run ever had a checkpoint."""
         return _size(self._lock_path) > 0
 
     def lost_checkpoints(self) -> bool:
-        """Whether the run has had checkpoints and has none now, as where somebody freed the disk."""
+        """Whether the run had checkpoints and has none now, for example because a user deleted them."""
         return self.was_saved() and not checkpoint_folders(self.checkpoints)
 
     def ends_at(self, step: int) -> bool:
@@ -157,15 +157,16 @@ class RunFolder:
         return bool(rows) and (rows[-1]["split"], rows[-1]["step"]) == ("val", step)
 
     def begin(self, config: RunConfig, description: dict[str, Any], device: str) -> None:
-        """Make the folder, and record what the run is."""
+        """Make the folder, and write configuration, data description and environment."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         record = {"config": config.model_dump(mode="json"), "data": description, "environment": environment(device)}
         write_atomically(self.config_path, (json.dumps(record, indent=1) + "\n").encode())
 
     def continue_from(self, rows: list[Row]) -> None:
-        """Make the metrics file hold exactly `rows`, and open it for more.
+        """Rewrite the metrics file with `rows`, and open it for appending.
 
-        A record that would be emptied is put aside, until `finish`: the run begins again, and may never get as far.
+        If `rows` is empty, keeps the old file under another name until `finish`: the run starts again, and may not get
+        as far.
         """
         self._divergence_path.unlink(missing_ok=True)
         if not rows and _size(self.metrics_path) > _size(self._earlier_path):
@@ -174,7 +175,7 @@ class RunFolder:
         self._metrics = self.metrics_path.open("a", encoding="utf-8")
 
     def append(self, row: Row) -> None:
-        """Add a record, in one write that readers see at once; raises as `require_ours`."""
+        """Append a row and flush it, in one write; raises like `require_ours`."""
         assert self._metrics is not None
         self.require_ours()
         with naming(self.metrics_path):
@@ -182,39 +183,39 @@ class RunFolder:
             self._metrics.flush()
 
     def finish(self) -> None:
-        """Remove the record that was put aside, now that this one holds as much."""
+        """Remove the old metrics file that `continue_from` kept: the new one is complete."""
         self.require_ours()
         self._earlier_path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the metrics file, and let other processes in."""
+        """Close the metrics file and release the lock."""
         for file in (self._metrics, self._lock):
             if file is not None:
-                # What `append` could not flush fails a second time here, and would hide the first error.
+                # If `append` could not flush, closing fails too, and would hide the first error.
                 with contextlib.suppress(OSError):
                     file.close()
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+    """Return the bytes of a file; 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
 def refuse_existing(folder: RunFolder) -> None:
-    """`UsageError` if a new run cannot begin in the folder."""
+    """Raise `UsageError` if a new run cannot begin in the folder."""
     if folder.exists():
-        raise UsageError(f"{folder.path}: holds a run already; continue it with --resume, or choose another --out")
+        raise UsageError(f"{folder.path}: already holds a run; continue it with --resume, or choose another --out")
     if folder.path.exists() and not folder.path.is_dir():
         raise UsageError(f"{folder.path}: not a folder; choose another --out")
     in_the_way = _in_the_way(folder)
     if in_the_way is not None:
-        raise UsageError(f"{folder.path}: no place for a new run: {in_the_way} is in the way; choose another --out")
+        raise UsageError(f"{folder.path}: cannot begin a new run here: {in_the_way} exists; choose another --out")
 
 
 def _in_the_way(folder: RunFolder) -> Path | None:
-    """What a new run would overwrite or be taken for a part of: records and checkpoints, shards, other runs.
+    """Return a path that prevents a new run: metrics, checkpoints, data shards, or other runs; None if there is none.
 
-    Files of other kinds are not: a log, notes, what a run leaves that was killed before its first record.
+    Other files do not: a log, notes, or what a run leaves that was killed before its first row.
     """
     names = ("metrics.jsonl", STATISTICS, "diverged.json", "tensorboard", "wandb", "manifest.json")
     ours = [path for path in map(folder.path.joinpath, names) if path.exists()]
@@ -223,20 +224,20 @@ def _in_the_way(folder: RunFolder) -> Path | None:
 
 
 def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint folder of a step."""
+    """Return the name of the checkpoint folder of a step."""
     return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Step of a folder with such a name."""
+    """Return the step of a checkpoint folder, from its name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def checkpoint_folders(parent: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first, whether they verify or not.
+    """Return the checkpoint folders of a run, oldest first, valid or not.
 
-    Copies that a user made, such as `step-00000200-best`, are not among them. Raises `OSError` if `parent` cannot be
-    read: a run whose checkpoints are not seen would begin anew.
+    Ignores copies that a user made, such as `step-00000200-best`. Raises `OSError` if `parent` cannot be read: without
+    its checkpoints, the run would start again.
     """
     try:
         found = [path for path in parent.iterdir() if _CHECKPOINT.fullmatch(path.name)]
@@ -246,7 +247,7 @@ def checkpoint_folders(parent: Path) -> list[Path]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, code and machine, for the record."""
+    """Return package versions, git commit, device and platform."""
     return {
         "device": device,
         "git_commit": _git_commit(),
@@ -264,7 +265,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this source code, if it runs from a checkout; marked where files were changed since."""
+    """Return the commit of a source checkout, with `-dirty` if files were changed; None if there is no checkout."""
     source = Path(__file__).resolve().parents[2]
     if not (source / ".git").exists():
         return None

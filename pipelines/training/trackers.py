@@ -1,4 +1,4 @@
-"""The records of a run, sent to TensorBoard and Weights & Biases as well: what metrics.jsonl gets, they get."""
+"""Send the metrics of a run to TensorBoard and Weights & Biases: everything that metrics.jsonl has."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from pipelines.training.reporter import Reporter
 _TENSORBOARD_FLUSH_S = 10
 _WANDB_INIT_S = 30.0
 _WANDB_FINISH_S = 20.0
-"""Less than the 30 s from the SIGTERM that torchrun passes on to its SIGKILL; `wandb sync` uploads the rest."""
+"""Less than the 30 s from torchrun's SIGTERM to its SIGKILL; `wandb sync` uploads the rest."""
 
 
 class Tracker(Protocol):
-    """Shows the records of one run somewhere. Whatever its methods raise costs the tracker, never the run."""
+    """Receives the metrics of one run. If a method raises, the run drops the tracker and continues."""
 
     def record(self, row: Row) -> None:
-        """Take the next record."""
+        """Record a row."""
 
     def close(self, failed: bool) -> None:
-        """Finish what was taken; `failed` says that the run ended by an error."""
+        """Finish; `failed` if the run ended with an error."""
 
 
 def require_trackers(names: Sequence[str]) -> None:
-    """`UsageError` if the package of a tracker is not installed."""
+    """Raise `UsageError` if the package of a tracker is not installed."""
     for name in names:
         try:
             distribution(name)
@@ -47,24 +47,25 @@ def require_trackers(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracked(reporter: Reporter, config: RunConfig, run: Path, rows: Sequence[Row], ranks: Ranks) -> Iterator[Reporter]:
-    """A reporter that also sends records to the trackers of the configuration, after `rows`, those of the run so far.
+    """Context manager that yields a reporter which also sends rows to the trackers of the configuration.
 
-    A tracker that fails is dropped with a warning. Of several processes, the first one alone has trackers.
+    The trackers first receive `rows`, the metrics so far. A tracker that fails is dropped with a warning. Only rank 0
+    has trackers.
     """
-    told = _TrackedReporter(reporter)
+    both = _TrackedReporter(reporter)
     for name in dict.fromkeys(config.runtime.track if ranks.is_first else ()):
         with _forgiving(name):
-            told.trackers[name] = _TRACKERS[name](run, config, rows, reporter)
+            both.trackers[name] = _TRACKERS[name](run, config, rows, reporter)
     try:
-        yield told
+        yield both
     except BaseException:
-        told.close(failed=True)
+        both.close(failed=True)
         raise
-    told.close(failed=False)
+    both.close(failed=False)
 
 
 class _TrackedReporter:
-    """Passes the events of a run on, and its records to the trackers besides."""
+    """Forwards events to a reporter, and rows also to the trackers."""
 
     def __init__(self, reporter: Reporter) -> None:
         self._reporter = reporter
@@ -98,25 +99,25 @@ def _forgiving(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        warnings.warn(f"{name} gets no more of this run, which goes on: {reason}", stacklevel=2)
+        warnings.warn(f"{name} is dropped, the run continues: {reason}", stacklevel=2)
 
 
 def _metrics(row: Row) -> dict[str, float]:
-    """The metrics of a record under the names that trackers group by: train/loss, val/loss, ..."""
+    """Return the metrics of a row by the names that trackers group: train/loss, val/loss, ..."""
     return {f"{row['split']}/{key}": value for key, value in row.items() if key not in ("split", "step")}  # type: ignore[misc]
 
 
 class _TensorBoard:
-    """Event files in RUN/tensorboard, written by a thread of their own.
+    """Event files in RUN/tensorboard, written in a thread.
 
-    A run that goes on begins a new one with all its records, so that what is seen has no gaps and nothing twice.
+    A resumed run begins a new file with all its rows: the curves have no gaps, and no step appears twice.
     """
 
     def __init__(self, run: Path, config: RunConfig, rows: Sequence[Row], reporter: Reporter) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run / "tensorboard"
-        # A TensorBoard that looks on is at the newest file: it goes on to the next, and there forgets all from step 0.
+        # Keep the newest file: a running TensorBoard reads it, then the next one, whose `purge_step` drops all before.
         for earlier in sorted(folder.glob("events.out.tfevents.*"))[:-1]:
             earlier.unlink()
         self._writer = SummaryWriter(folder, purge_step=0, flush_secs=_TENSORBOARD_FLUSH_S)
@@ -136,10 +137,10 @@ class _TensorBoard:
 
 
 class _Wandb:
-    """A run of Weights & Biases, kept in RUN/wandb and uploaded by a process of its own, unless WANDB_MODE=offline.
+    """A run of Weights & Biases in RUN/wandb. Another process uploads it, unless WANDB_MODE=offline.
 
-    A run that goes on keeps its name there. The server has the records up to where the earlier process ended and
-    refuses them a second time; a process offline writes them all, so that its folder alone is the whole run.
+    A resumed run keeps its id. The server has the rows of earlier processes and rejects them a second time. An offline
+    process writes all rows: its folder alone is the whole run.
     """
 
     def __init__(self, run: Path, config: RunConfig, rows: Sequence[Row], reporter: Reporter) -> None:
@@ -149,7 +150,7 @@ class _Wandb:
             silent=True, console="off", init_timeout=_WANDB_INIT_S, finish_timeout=_WANDB_FINISH_S
         )
         mode = wandb.setup(settings).settings.mode
-        if mode == "online" and not wandb.login(prompt=False, verify=False):  # `init` verifies
+        if mode == "online" and not wandb.login(prompt=False, verify=False):  # `init` verifies the key
             raise AsgoError("no API key; `wandb login`, or set WANDB_API_KEY, or WANDB_MODE=offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "asgo"),
@@ -166,7 +167,7 @@ class _Wandb:
             self.record(row)
         if self._run.offline:
             reporter.note(f"wandb: offline; upload with: {command('wandb', 'sync', run / 'wandb' / 'latest-run')}")
-        elif self._run.url:  # with WANDB_MODE=disabled there is none
+        elif self._run.url:  # None with WANDB_MODE=disabled
             reporter.note(f"wandb: {self._run.url}")
 
     def record(self, row: Row) -> None:
@@ -180,7 +181,7 @@ class _Wandb:
 
 
 def _wandb_id(folder: Path) -> str:
-    """What Weights & Biases knows the run by, the same for as long as its folder lives."""
+    """Return the id of the run in Weights & Biases; the run folder stores it."""
     path = folder / "run-id"
     if not path.exists():
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""A training run from its configuration: build everything, begin or continue the folder, fit."""
+"""Run training from a configuration: build everything, begin or resume the run folder, call `fit`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from pipelines.training.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, before it does it."""
+    """Summary of a run for `--dry-run`."""
 
     parameters: int
     model: str
@@ -52,9 +52,9 @@ class Plan:
 
 
 def plan(config: RunConfig, processes: int = 1) -> Plan:
-    """Open the data, build the model, and count for one of the processes; nothing is written.
+    """Open the data and build the model of a run of `processes` processes; returns its summary. Writes nothing.
 
-    Raises `UsageError` for a batch that the processes cannot share, and for a tracker that is not installed.
+    Raises `UsageError` if the batch does not divide equally among the processes, or a tracker is not installed.
     """
     require_trackers(config.runtime.track)
     device = pick_device(config.runtime)
@@ -74,21 +74,21 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
 
 
 def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = False) -> list[Row]:
-    """Train in the folder `out`, from the beginning or from its newest good checkpoint; returns all records.
+    """Train in the folder `out`, from the start or from its newest valid checkpoint; returns all rows of metrics.
 
-    To be called in every process that torchrun started; the first one alone reports, and writes the folder.
+    Call it on every rank. Only rank 0 reports and writes the folder.
 
     Raises:
         UsageError: the folder holds a run and `resume` is false, or its configuration or data differ.
-        RunInterrupted: stopped by a signal, and saved.
+        RunInterrupted: a signal stopped the run; it is saved.
         AsgoError: the run failed; see `fit`.
     """
     device = pick_device(config.runtime)
-    if config.runtime.compile or device.type == "cuda":  # where the optimizers' updates are compiled, too
+    if config.runtime.compile or device.type == "cuda":  # on CUDA, optimizers compile their updates
         use_private_compiler_cache()
     with process_group(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
-        resume = ranks.any(resume)  # of several machines, the one that came back may not be the first
+        resume = ranks.any(resume)  # rank 0 may be on a machine that was started without --resume
         ranks.on_rank_0(lambda: require_trackers(config.runtime.track))
         continues = ranks.on_rank_0(lambda: _continues(folder, config, resume))
         torch.manual_seed(config.seed)
@@ -99,7 +99,7 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
 
 @contextlib.contextmanager
 def _watched(ranks: Ranks, config: RunConfig, reporter: Reporter) -> Iterator[Callable[[str], None]]:
-    """Gives what is to be told that the run gets on; a run that does not ends, with the name of the process behind."""
+    """Context manager that yields a heartbeat callback. The watchdog ends a stalled run and names the slowest rank."""
     if ranks.store is None:
         yield lambda doing: None
         return
@@ -109,7 +109,7 @@ def _watched(ranks: Ranks, config: RunConfig, reporter: Reporter) -> Iterator[Ca
 
 
 def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
-    """Whether there is a run to go on with. Raises `UsageError` if that is not to be, or cannot."""
+    """Return whether to resume the run in the folder. Raises `UsageError` if that is not possible or not requested."""
     if resume and folder.exists():
         saved = folder.config()
         _require_same_config(folder.path, saved, config, _how_to_train_further(folder.path, saved, config))
@@ -120,10 +120,10 @@ def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
 
 
 def _claim(folder: RunFolder, continues: bool) -> None:
-    """Keep other processes out of the folder. Raises `UsageError` if another one trains, or has trained, there."""
+    """Lock the folder. Raises `UsageError` if another process trains there, or has begun a run meanwhile."""
     folder.lock()
     if not continues:
-        refuse_existing(folder)  # one that began a moment ago may have ended already
+        refuse_existing(folder)  # a run may have begun and ended since the first check
         return
     folder.checkpoints.mkdir(exist_ok=True)
     remove_leftovers(folder.checkpoints)
@@ -165,11 +165,12 @@ def _train(
     try:
         with (
             stop_on_signals() as stop,
-            tracked(reporter, config, folder.path, state.rows, ranks) as told,  # closed when all is saved
+            tracked(reporter, config, folder.path, state.rows, ranks) as tracked_reporter,  # closes when all is saved
             CheckpointWriter(folder, config.checkpoint.keep) as writer,
         ):
             saved = (state.step, len(state.rows)) if checkpoint is not None else None
-            fit(Run(task, config, folder, state, told, stop, writer, beat, saved, around_step=statistics.of_step))
+            around_step = statistics.of_step
+            fit(Run(task, config, folder, state, tracked_reporter, stop, writer, beat, saved, around_step=around_step))
         if ranks.is_first:
             folder.finish()
     except Diverged as error:
@@ -177,14 +178,14 @@ def _train(
             folder.record_divergence(Divergence(error.step, str(error)))
         raise
     finally:
-        task.network = task.model  # a replica would hold the process group, which is about to end
+        task.network = task.model  # the DDP wrapper would keep the process group, which ends soon
         for line in [*task.notes(), *statistics.notes()]:
             reporter.note(line)
     return state.rows
 
 
 def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
-    """A run before its first step: the task's model as it is, and an optimizer for it."""
+    """Return the state before the first step: the task's model and a new optimizer."""
     optimizer = build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -195,7 +196,7 @@ def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Rank
     decay = config.training.ema_decay
     average = None if decay is None else WeightAverage(task.model, decay)
     if ranks.rank:
-        torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # what is drawn from now on is each process's own
+        torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # after initialization, ranks draw different numbers
     return TrainState(task.model, optimizer, scaler, StepClock(device), ranks, average)
 
 
@@ -207,28 +208,28 @@ def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advic
 
 
 def _how_to_train_further(run: Path, saved: RunConfig, config: RunConfig) -> list[str]:
-    """What to do instead of giving a run other steps, on which its whole schedule depends."""
+    """Return advice if `training.steps` differs: the whole schedule depends on it, so the run cannot be resumed."""
     if saved.training.steps == config.training.steps:
         return []
     commands = task_of(saved).commands_to_train_further(run)
     if not commands:
-        return [f"{run}: a run's schedule is made for its steps; train for others in another --out"]
+        return [f"{run}: the schedule depends on the number of steps; train with another number in another --out"]
     return [
-        f"{run}: a run's schedule is made for its steps; to train its model further, begin a new run with it: "
+        f"{run}: the schedule depends on the number of steps; to train the model further, begin a new run with it: "
         f"{', then '.join(commands)}"
     ]
 
 
 def _require_data(run: Path, data: Path) -> None:
     if not data.exists():
-        missing = "is not there" if data.is_absolute() else f"is not in this directory, {Path.cwd()}"
-        raise UsageError(f"{run}: its data folder, {data}, {missing}; say where it is with --data FOLDER")
+        missing = "does not exist" if data.is_absolute() else f"does not exist in this directory, {Path.cwd()}"
+        raise UsageError(f"{run}: its data folder, {data}, {missing}; give its path with --data FOLDER")
 
 
 def _record_without_checkpoints(folder: RunFolder, config: RunConfig, reporter: Reporter) -> list[Row] | None:
-    """The record of a finished run whose checkpoints were removed, as to free the disk; None for any other run.
+    """Return the metrics of a finished run whose checkpoints were removed; None for any other run.
 
-    Raises `AsgoError` for one that was not finished: it cannot go on, and is not to begin again unasked.
+    Raises `AsgoError` if the run is not finished: it cannot be resumed, and must not start again without a request.
     """
     if not folder.lost_checkpoints():
         return None
@@ -237,17 +238,17 @@ def _record_without_checkpoints(folder: RunFolder, config: RunConfig, reporter: 
         return None
     if not folder.ends_at(config.training.steps):
         raise AsgoError(
-            f"{folder.path}: cannot go on from step {rows[-1]['step']}: its checkpoints were removed; its record was "
-            "not touched; train again in another --out"
+            f"{folder.path}: cannot be resumed from step {rows[-1]['step']}: its checkpoints were removed; nothing was "
+            "changed; train again in another --out"
         )
-    reporter.note(f"{folder.path}: finished already; its checkpoints were removed; train again in another --out")
+    reporter.note(f"{folder.path}: already finished; its checkpoints were removed; train again in another --out")
     return rows
 
 
 def _find_checkpoint(
     folder: RunFolder, config: RunConfig, task: Task, reporter: Reporter, ranks: Ranks
 ) -> Checkpoint | None:
-    """The newest good checkpoint, as the first process finds it."""
+    """Return the newest valid checkpoint, on every rank; rank 0 finds it."""
 
     def find() -> dict[str, Any] | None:
         checkpoint = _newest_of_this_run(folder, config, task, reporter)
@@ -262,14 +263,14 @@ def _newest_of_this_run(folder: RunFolder, config: RunConfig, task: Task, report
     for line in skipped:
         reporter.note(line)
     if checkpoint is None and skipped:
-        raise AsgoError(f"{folder.path}: no checkpoint is good, so nothing was touched; train again in another --out")
+        raise AsgoError(f"{folder.path}: no valid checkpoint; nothing was changed; train again in another --out")
     if checkpoint is None:
-        reporter.note(f"{folder.path}: no checkpoint yet: starting from the beginning")
+        reporter.note(f"{folder.path}: no checkpoint yet: starting from step 0")
         return None
     _require_same_config(checkpoint.folder, checkpoint.config(), config)
     if checkpoint.state["data"]["fingerprint"] != task.description()["fingerprint"]:
-        raise UsageError(f"{folder.path}: was trained on other data than --data holds now; give it the same shards")
-    prune(folder.checkpoints, checkpoint.step, config.checkpoint.keep)  # a kill may have come before its turn
+        raise UsageError(f"{folder.path}: was trained on other data than --data has now; give it the same data")
+    prune(folder.checkpoints, checkpoint.step, config.checkpoint.keep)  # a kill may have prevented it
     folder.mark_saved()
     reporter.note(f"resuming from {checkpoint.folder}")
     return checkpoint

@@ -1,4 +1,4 @@
-"""A run that hangs ends in bounded time, and says for which process the others wait."""
+"""End a distributed run that hangs, and name the process that the others wait for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 _LONGEST_INTERVAL_S = 5.0
 _INTERVALS_A_TIMEOUT = 20
 _SILENT_INTERVALS = 4
-"""After so many without a sign of life, a process (or the store) counts as gone."""
+"""A process (or the store) counts as lost after this many intervals without an update."""
 
 
 @dataclass(frozen=True)
 class _Sign:
-    """What a process tells the others, again and again."""
+    """Status that a process publishes in the store at every interval."""
 
     number: int
     host: str
@@ -33,25 +33,25 @@ class _Sign:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The newest sign of a process, and when it first was the newest, on our clock: those of others may be wrong."""
+    """Newest status of a process, and when this process first saw it, by its own clock: clocks of machines differ."""
 
     sign: _Sign
     at: float
 
 
 class Watchdog:
-    """Ends this process when the run has stood still for `timeout_s` seconds; a context manager.
+    """Context manager that ends this process when the run makes no progress for `timeout_s` seconds.
 
-    A process in which nothing moves looks up how far the others are, gives `on_hang` one line that names those that are
-    gone or behind, and exits with code 1 at once: a collective that waits cannot be interrupted. The time for which the
-    process itself is suspended does not count.
+    A stalled process reads the status of the others, calls `on_hang` with one line that names those that are lost or
+    behind, and exits at once with code 1: a waiting collective cannot be interrupted. Time in which the process itself
+    is suspended does not count.
 
     Args:
-        store: shared by the processes of this attempt, and outliving each of them: that of torchrun's agent.
-        rank: this process among `size`.
-        timeout_s: longer than anything that lasts in a step, a validation batch, or between saving and going on.
+        store: the store of torchrun's agent, which all ranks share and which outlives each of them.
+        rank: rank of this process, of `size`.
+        timeout_s: longer than any step, validation batch or checkpoint takes.
         host: this machine's name.
-        on_hang: told the line, in another thread than the main one.
+        on_hang: called with the line, in the watchdog's thread.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Watchdog:
         self._seen: dict[int, _Seen] = {}
         self._looked_at = 0.0
         self._ended = threading.Event()
-        # Two, because a call to a store on a machine that is cut off may not return.
+        # Two threads, because a call to the store may never return if its machine is disconnected.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._keep_in_touch, self._watch)]
 
     def __enter__(self) -> Self:
@@ -82,11 +82,11 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
-        for thread in self._threads:  # one that is inside the store when Python ends would abort it
+        for thread in self._threads:  # a thread in a call to the store would abort Python at exit
             thread.join(_LONGEST_INTERVAL_S)
 
     def beat(self, doing: str) -> None:
-        """Say that the run goes on, and with what, such as "step 7"."""
+        """Report progress; `doing` is what the run does now, such as "step 7"."""
         self._doing = doing
         self._beats += 1
 
@@ -107,7 +107,7 @@ class Watchdog:
     def _keep_in_touch(self) -> None:
         number = 0
         try:
-            store = self._store.clone()  # the main thread may hold the other one while it waits
+            store = self._store.clone()  # the main thread may block the original while it waits
             while not self._ended.is_set():
                 number += 1
                 sign = _Sign(number, self._host, self._doing, _main_thread_place(), self._stalled_s)
@@ -116,7 +116,7 @@ class Watchdog:
                     self._look_at_all(store)
                 self._ended.wait(self._interval_s)
         except RuntimeError:
-            return  # the store is gone; the other thread sees that nobody looks any more
+            return  # the store is gone; the other thread notices that `_looked_at` is old
 
     def _look_at_all(self, store: Store) -> None:
         now = time.monotonic()
@@ -130,14 +130,14 @@ class Watchdog:
         self._looked_at = now
 
     def _reason_to_end(self, now: float) -> str | None:
-        """Who is gone or behind; None while some process still gets on, for which the others may wait."""
+        """Return which processes are lost or behind; None while any process makes progress, which others may wait for."""
         margin_s = _SILENT_INTERVALS * self._interval_s
         if now - self._looked_at > margin_s:
-            return f"the launcher's store does not answer {self._host}, which is cut off, or the launcher is gone"
+            return f"the launcher's store does not answer {self._host}: the network is down, or the launcher has ended"
         seen = dict(self._seen)
         silent = [rank for rank in range(self._size) if rank not in seen or now - seen[rank].at > margin_s]
         if silent:
-            return f"{_names(silent, seen)} {_verb(silent, 'gives', 'give')} no sign of life, last at " + ", ".join(
+            return f"{_names(silent, seen)} {_verb(silent, 'does', 'do')} not respond, last at " + ", ".join(
                 sorted({seen[rank].sign.doing if rank in seen else "the start" for rank in silent})
             )
         stalled_s = {rank: one.sign.stalled_s for rank, one in seen.items()}
@@ -147,9 +147,7 @@ class Watchdog:
         behind = [rank for rank in range(self._size) if stalled_s[rank] > newest_s + margin_s]
         if behind:
             doing = ", ".join(sorted({seen[rank].sign.doing for rank in behind}))
-            return (
-                f"{_names(behind, seen)} {_verb(behind, 'has', 'have')} not gone beyond {doing}; the others wait for it"
-            )
+            return f"{_names(behind, seen)} {_verb(behind, 'is', 'are')} still at {doing}; the others wait for it"
         return _places(seen)
 
 
@@ -166,7 +164,7 @@ def _verb(ranks: Sequence[int], one: str, many: str) -> str:
 
 
 def _places(seen: dict[int, _Seen]) -> str:
-    """Where each process is; those at the same place together."""
+    """Return where the processes are, grouped by place."""
     groups: dict[str, list[int]] = {}
     for rank, one in sorted(seen.items()):
         groups.setdefault(f"{one.sign.doing}, in {one.sign.where}", []).append(rank)
@@ -174,7 +172,7 @@ def _places(seen: dict[int, _Seen]) -> str:
 
 
 def _main_thread_place() -> str:
-    """The line of ours that the main thread is in, such as "pipelines.training.loop:121"."""
+    """Return the innermost line of the main thread outside torch, such as "pipelines.training.loop:121"."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "torch":
         frame = frame.f_back

@@ -81,7 +81,7 @@ if scenario == "killed" and attempt == "0":
     wait_for(lambda: is_dead(Path("victim").read_text()))
     end("consequence", 1, "lost the connection")
 if scenario == "hung":
-    end("hung", 1, "no progress for 9 s: process 1 (b) has not gone beyond step 7")
+    end("hung", 1, "no progress for 9 s: process 1 (b) is still at step 7")
 if scenario == "without a word" and rank == "1":
     sys.exit(7)
 if scenario == "stops":
@@ -179,7 +179,7 @@ def test_what_is_wrong_in_every_worker_alike_names_none(launch: Callable[..., La
 
 
 def test_a_hang_is_told_as_the_watchdog_puts_it(launch: Callable[..., Launcher]) -> None:
-    assert launch("hung").end() == (1, "error: no progress for 9 s: process 1 (b) has not gone beyond step 7\n")
+    assert launch("hung").end() == (1, "error: no progress for 9 s: process 1 (b) is still at step 7\n")
 
 
 def test_a_killed_worker_is_named_with_its_signal_before_those_that_missed_it(launch: Callable[..., Launcher]) -> None:

@@ -58,7 +58,7 @@ def test_folders_of_other_runs_and_of_other_things_are_named_all_at_once(
         run_statuses([longer, SweepRun("b-s42", "b", small_config())], tmp_path)
     assert str(error.value).splitlines() == [
         f"{tmp_path}/a-s42: training.steps is 6 in the run, 9 now; choose another --out",
-        f"{tmp_path}/b-s42: no place for a new run: {tmp_path}/b-s42/manifest.json is in the way; choose another --out",
+        f"{tmp_path}/b-s42: cannot begin a new run here: {tmp_path}/b-s42/manifest.json exists; choose another --out",
     ]
 
 

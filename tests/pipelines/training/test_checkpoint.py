@@ -109,7 +109,7 @@ def test_a_run_without_a_good_checkpoint_is_left_as_it_is(
     for folder in checkpoint_folders(run / "checkpoints"):
         (folder / "model.safetensors").unlink()
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(AsgoError, match="no checkpoint is good, so nothing was touched"):
+    with pytest.raises(AsgoError, match="no valid checkpoint; nothing was changed"):
         train(small_config(), run, reporter, resume=True)
     assert len(reporter.notes) == 3
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

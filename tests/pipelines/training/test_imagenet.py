@@ -140,8 +140,8 @@ def test_a_bad_image_stops_the_run_by_its_name_or_is_counted_when_the_user_says_
     skips = make(data__folder=str(tmp_path / "data"), training__steps=12, data__bad_images="skip")
     train(skips, tmp_path / "skips", reporter)
     training, validation = reporter.notes
-    assert training.startswith("training images that were skipped: 1, the first of them n01440764/n01440764_1007.JPEG:")
-    assert "skipped: 1, the first of them n01440764/ILSVRC2012_val_00000001.JPEG: " in validation
+    assert training.startswith("training images skipped: 1; the first: n01440764/n01440764_1007.JPEG:")
+    assert "skipped: 1; the first: n01440764/ILSVRC2012_val_00000001.JPEG: " in validation
 
 
 @long

@@ -157,7 +157,7 @@ def test_what_a_new_run_would_overwrite_or_mix_with_is_named(
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.touch()
-    with pytest.raises(UsageError, match=r"no place for a new run: .*/run/.* is in the way; choose another --out"):
+    with pytest.raises(UsageError, match=r"cannot begin a new run here: .*/run/.* exists; choose another --out"):
         train(small_config(), tmp_path / "run", reporter)
     assert [found for found in (tmp_path / "run").rglob("*") if found.is_file()] == [path]
 
@@ -171,8 +171,8 @@ def test_resume_with_another_configuration_says_what_differs(
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'run'}: cannot be resumed with another configuration: seed is 42 in the run, 1 now",
         f"{tmp_path / 'run'}: cannot be resumed with another configuration: training.steps is 6 in the run, 8 now",
-        f"{tmp_path / 'run'}: a run's schedule is made for its steps; to train its model further, begin a new run with "
-        f"it: asgo export-model {tmp_path / 'run'} --format hf --out {tmp_path / 'run-model'}, then asgo train gpt "
+        f"{tmp_path / 'run'}: the schedule depends on the number of steps; to train the model further, begin a new run "
+        f"with it: asgo export-model {tmp_path / 'run'} --format hf --out {tmp_path / 'run-model'}, then asgo train gpt "
         f"--init-from {tmp_path / 'run-model'} --out ANOTHER",
     ]
     train(small_config(checkpoint__every=3, checkpoint__keep=5), tmp_path / "run", reporter, resume=True)
@@ -197,7 +197,9 @@ def test_resume_in_another_directory_asks_for_the_data(
     config = small_config(data__folder=data.name)
     train(config, tmp_path / "run", reporter)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=rf"its data folder, {data.name}, is not in this directory.* --data FOLDER"):
+    with pytest.raises(
+        UsageError, match=rf"its data folder, {data.name}, does not exist in this directory.* --data FOLDER"
+    ):
         train(config, tmp_path / "run", reporter, resume=True)
     train(small_config(), tmp_path / "run", reporter, resume=True)
 
@@ -211,7 +213,7 @@ def test_a_finished_run_whose_checkpoints_were_removed_is_left_as_it_is(
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
     assert train(small_config(), run, reporter, resume=True) == rows
-    assert "finished already; its checkpoints were removed" in reporter.notes[-1]
+    assert "already finished; its checkpoints were removed" in reporter.notes[-1]
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
@@ -235,7 +237,9 @@ def test_a_run_that_lost_its_checkpoints_in_the_middle_keeps_its_record(
         train(small_config(metrics__every=1), run, DyingAt(5))
     shutil.rmtree(run / "checkpoints")
     before = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(AsgoError, match="cannot go on from step 5: its checkpoints were removed; its record was not"):
+    with pytest.raises(
+        AsgoError, match="cannot be resumed from step 5: its checkpoints were removed; nothing was changed"
+    ):
         train(small_config(metrics__every=1), run, reporter, resume=True)
     assert (run / "metrics.jsonl").read_bytes() == before
 

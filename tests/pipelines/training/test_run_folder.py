@@ -89,7 +89,7 @@ def test_of_two_runs_that_begin_in_one_folder_the_second_finds_the_first_ones(
         lock(folder)
 
     monkeypatch.setattr(RunFolder, "lock", after_another_run)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already holds a run"):
         train(config, path, reporter)
 
 
@@ -143,7 +143,7 @@ def test_a_run_whose_folder_is_taken_away_stops_and_touches_nothing(
 
     left: dict[Path, bytes] = {}
     monkeypatch.setattr(GPTTask, "loss", taken_away)
-    with pytest.raises(AsgoError, match=f"{path}: deleted, moved or begun anew while this run trained in it"):
+    with pytest.raises(AsgoError, match=f"{path}: deleted, moved or replaced while this run trained in it"):
         train(config, path, reporter)
     assert contents(path) == left
     assert path.exists() == anew

@@ -176,7 +176,7 @@ class TestWandb:
     def test_without_a_key_asks_nobody_and_trains(
         self, small_config: Callable[..., RunConfig], tmp_path: Path, reporter: Reporter
     ) -> None:
-        with pytest.warns(UserWarning, match="wandb gets no more of this run, which goes on: no API key"):
+        with pytest.warns(UserWarning, match="wandb is dropped, the run continues: no API key"):
             rows = train(small_config(runtime__track=["wandb"]), tmp_path / "run", reporter)
         assert rows[-1]["step"] == 6
 
@@ -222,7 +222,7 @@ def test_a_tracker_that_fails_is_dropped_with_one_warning(
         warnings.simplefilter("always")
         rows = train(small_config(runtime__track=["tensorboard", "wandb"]), tmp_path / "run", reporter)
     told = [str(warning.message) for warning in caught if "of this run" in str(warning.message)]
-    assert told == [f"tensorboard gets no more of this run, which goes on: no answer at {when}"]
+    assert told == [f"tensorboard is dropped, the run continues: no answer at {when}"]
     assert len(failing.rows) == {"start": 0, "record": 3, "close": len(rows)}[when]
     assert sound.rows == rows == read_lines(tmp_path / "run/metrics.jsonl")
     assert sound.ends == [False]
@@ -235,7 +235,7 @@ def test_a_folder_that_takes_no_files_costs_the_tracker_only(
     train(small_config(), tmp_path / "run", reporter)
     go_back(tmp_path / "run", 4)
     (tmp_path / "run/tensorboard").touch()  # where the folder should be; root may write to any folder
-    with pytest.warns(UserWarning, match="tensorboard gets no more of this run"):
+    with pytest.warns(UserWarning, match="tensorboard is dropped"):
         rows = train(small_config(runtime__track=["tensorboard"]), tmp_path / "run", reporter, resume=True)
     assert rows[-1]["step"] == 6
 

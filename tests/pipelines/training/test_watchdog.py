@@ -124,12 +124,12 @@ def test_a_suspended_process_is_named_by_the_others(a_run: Callable[..., SimpleN
     os.kill(run.workers[1].pid, signal.SIGSTOP)
     words = last_words(run, 0)
     assert words.startswith("no progress for 3 s: process 1")
-    assert "gives no sign of life" in words
+    assert "does not respond" in words
 
 
 def test_the_process_that_is_behind_is_named(a_run: Callable[..., SimpleNamespace]) -> None:
     run = a_run(fall_behind)
-    expected = "no progress for 3 s: process 1 (b) has not gone beyond step 5; the others wait for it"
+    expected = "no progress for 3 s: process 1 (b) is still at step 5; the others wait for it"
     assert last_words(run, 1) == expected
 
 
