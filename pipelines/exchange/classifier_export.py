@@ -1,4 +1,4 @@
-"""A checkpoint of a classifier as weights that torchvision's own constructor loads, and what goes with them."""
+"""Export a classifier: weights with torchvision's names, and a description of model, images and classes."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pipelines.training.checkpoint import Checkpoint
 
 
 def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:
-    """Write weights and description; returns a command that loads them from `out`, where they come to lie.
+    """Write weights and description into `folder`; returns a command that loads them from `out`, its final path.
 
-    Raises `AsgoError` for weights that are not the model's.
+    Raises `AsgoError` if the weights do not fit the model.
     """
     classes = checkpoint.state["data"]["classes"]
     tensors = checkpoint.model_tensors()
     model = build_classifier(config.model.name, len(classes))
     require_same_names(model_tensors(model), tensors, str(checkpoint.folder))
-    # Not by save_file, whose files nobody else on the machine may read.
+    # Trap: files of `save_file` are readable by their owner only.
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(tensors, {"format": "pt"}))
     arguments: dict[str, Any] = {"num_classes": len(classes)}
-    if hasattr(model, "aux_logits"):  # GoogLeNet and Inception were built without their other outputs
+    if hasattr(model, "aux_logits"):  # GoogLeNet and Inception, built without auxiliary outputs
         arguments |= {"aux_logits": False, "init_weights": False}
     _, seen = build_transforms(config.data.transform, config.data.resolution)
     assert isinstance(seen, CentreCrop)

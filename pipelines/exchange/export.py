@@ -1,4 +1,4 @@
-"""A trained model as other libraries read it."""
+"""Export a trained model for other libraries."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ Format = Literal["hf", "torchvision"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, of what, and how to load it."""
+    """Result of an export."""
 
     checkpoint: Path
     averaged: bool
-    """Whether it is the moving average of the weights, which was validated in their place."""
+    """Whether the weights are the moving average, which was validated."""
     skipped: list[str]
-    """A line for each newer checkpoint that is damaged."""
+    """One line for each newer checkpoint that is damaged."""
     usage: str
-    """A command that loads it."""
+    """Command that loads the model."""
 
 
 def export_model(path: Path, form: Format, out: Path) -> Exported:
-    """Write the model of a checkpoint, or of a run's newest good one, as the folder `out`, whole or not at all.
+    """Write the model of a checkpoint, or of a run's newest valid one, as the folder `out`, atomically.
 
     Raises:
-        UsageError: `out` holds something already, or the model is not of the kind that the format is for.
-        AsgoError: there is no good checkpoint, or the disk refuses.
+        UsageError: `out` is not empty, or the format does not support the model.
+        AsgoError: there is no valid checkpoint, or writing fails.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UsageError(f"{out}: exists already; choose another --out")
+        raise UsageError(f"{out}: already exists; choose another --out")
     checkpoint, skipped = find_checkpoint(path)
     config = checkpoint.config()
     try:
@@ -49,9 +49,9 @@ def export_model(path: Path, form: Format, out: Path) -> Exported:
 
 
 def _write(checkpoint: Checkpoint, config: RunConfig, form: Format, folder: Path, out: Path) -> str:
-    """Write the files; returns a command that loads them from `out`, where they come to lie."""
+    """Write the files into `folder`; returns a command that loads them from `out`, its final path."""
     task = task_of(config)
     if form not in task.exporters:
         formats = " or ".join(f"--format {name}" for name in task.exporters)
-        raise UsageError(f"{checkpoint.folder}: of {task.model}, which --format {form} does not write; take {formats}")
+        raise UsageError(f"{checkpoint.folder}: --format {form} does not support {task.model}; use {formats}")
     return task.exporters[form](checkpoint, config, folder, out)

@@ -1,4 +1,4 @@
-"""A checkpoint of a GPT as a folder that Hugging Face's `transformers` loads as GPT-2."""
+"""Export a GPT as a folder that Hugging Face's `transformers` loads as GPT-2."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipelines.training.gpt_task import require_weights_of
 
 
 def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Path) -> str:
-    """Write configuration, weights and tokenizer; returns a command that uses them at `out`, where they come to lie.
+    """Write configuration, weights and tokenizer into `folder`; returns a command for `out`, its final path.
 
-    Raises `AsgoError` for weights that are not the model's, and `UsageError` for a decoder that GPT-2 is not.
+    Raises `AsgoError` if the weights do not fit the model, and `UsageError` if the decoder is not a GPT-2.
     """
     settings = config.model
     if settings.kind != "gpt":
-        raise UsageError(f"{checkpoint.folder}: --format hf does not write decoders of the kind {settings.kind}")
+        raise UsageError(f"{checkpoint.folder}: --format hf does not support decoders of kind {settings.kind}")
     tokenizer = build_tokenizer(checkpoint.state["data"]["tokenizer"])
     tensors = checkpoint.model_tensors()
     require_weights_of(settings, tokenizer.vocab_size, tensors, str(checkpoint.folder))
     weights = to_gpt2(tensors, settings.n_layers, tokenizer.vocab_size)
-    # Not by save_file, whose files nobody else on the machine may read.
+    # Trap: files of `save_file` are readable by their owner only.
     (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, {"format": "pt"}))
     ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
     model = to_gpt2_config(settings, tokenizer.vocab_size, tokenizer.end_of_text)
@@ -43,7 +43,7 @@ def write_gpt2(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: 
         (folder / name).write_text(content, encoding="utf-8")
     if not isinstance(tokenizer, CharsTokenizer):
         return command("lm_eval", "--model", "hf", "--model_args", f"pretrained={out}", "--tasks", "lambada_openai")
-    # The texts of public tasks have characters that it does not know.
-    length = min(100, settings.context_length // 2)  # left to itself, it writes past the last position and fails
+    # A `chars` tokenizer does not know all characters of public benchmarks.
+    length = min(100, settings.context_length // 2)  # without a limit, generation exceeds the last position and fails
     writing = f"pipeline('text-generation', {str(out)!r})('TEXT', max_new_tokens={length})"
     return command("python", "-c", f"from transformers import pipeline; print({writing})")

@@ -1,6 +1,6 @@
-"""Our tokenizers as the files that Hugging Face's `AutoTokenizer` reads; made without its libraries.
+"""Write our tokenizers as files for Hugging Face's `AutoTokenizer`, without its libraries.
 
-They give the same ids, but for a literal "<|endoftext|>": to Hugging Face that is the end of text, to us it is text.
+They give the same ids, except for a literal "<|endoftext|>": the end-of-text symbol there, ordinary text here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": T
 
 
 def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, str]:
-    """Contents by file name."""
+    """Return the contents by file name."""
     end_of_text = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -41,9 +41,9 @@ def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, str]
 
 
 def _merges_of(symbols: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """The two parts of each symbol longer than a byte, in the order of `symbols`, which is the order of merging.
+    """Return the two parts of each symbol longer than a byte, in the order of `symbols`, which is the order of merges.
 
-    A symbol was made of what its bytes had been merged to by then: by those symbols alone that come before it.
+    To find the parts, merge a symbol's bytes with the earlier symbols only: two parts remain.
     """
     ranks = {symbol: rank for rank, symbol in enumerate(symbols)}
     merges = []
@@ -55,7 +55,7 @@ def _merges_of(symbols: list[bytes]) -> list[tuple[bytes, bytes]]:
 
 
 def _merged(symbol: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
-    """The bytes of a symbol, merged as far as symbols of a rank below `limit` do it."""
+    """Return a symbol's bytes after all merges to symbols with a rank below `limit`."""
     parts = [symbol[i : i + 1] for i in range(len(symbol))]
     while True:
         found = [ranks.get(left + right, limit) for left, right in itertools.pairwise(parts)]
@@ -67,7 +67,7 @@ def _merged(symbol: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
 
 
 def _gpt2_symbols() -> list[bytes]:
-    """The symbols of GPT-2 in the order of their ids, which is that of the table."""
+    """Return GPT-2's symbols in the order of their ids, which is the order of the table."""
     return [base64.b64decode(line.split()[0]) for line in gpt2_table().splitlines()]
 
 
@@ -77,13 +77,13 @@ def _of_bytes(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _byte_pairs(vocabulary: dict[str, int], merges: list[str]) -> dict[str, Any]:
-    """Byte pairs as `tokenizer.json`, merged within GPT-2's words only."""
+    """Return a byte-pair `tokenizer.json` that merges only within GPT-2's words."""
     model = {"type": "BPE", "vocab": vocabulary, "merges": merges}
     return _tokenizer(_BYTE_LEVEL, _BYTE_LEVEL, model, vocabulary[END_OF_TEXT])
 
 
 def _of_characters(tokenizer: CharsTokenizer) -> dict[str, Any]:
-    """Words of one character; one that is not in the alphabet is refused, because there is no unknown token."""
+    """Return a `tokenizer.json` of one-character words. Other characters raise an error: there is no unknown token."""
     each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
     vocabulary = {character: place for place, character in enumerate(tokenizer.alphabet)}
     model = {"type": "WordLevel", "vocab": {**vocabulary, END_OF_TEXT: tokenizer.end_of_text}, "unk_token": "[UNK]"}
@@ -107,7 +107,7 @@ def _tokenizer(before: dict[str, Any], decoder: dict[str, Any], model: dict[str,
 
 
 def _printable_bytes() -> list[str]:
-    """GPT-2's character for each byte: itself where that prints, else one from U+0100 on."""
+    """Return GPT-2's character for each byte: itself if it is printable, else one from U+0100 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [value for value in range(256) if value not in printable]
     code = {**{value: value for value in printable}, **{value: 256 + i for i, value in enumerate(others)}}

@@ -1,4 +1,4 @@
-"""The `config.json` of a Hugging Face GPT-2, from our settings and back. Free of torch."""
+"""Convert our settings to the `config.json` of a Hugging Face GPT-2, and back. Does not import torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MUST_BE: dict[str, Any] = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-"""What our model has no setting for; each is also what an absent key means."""
+"""Keys for which our model has no setting. These values are also the defaults of absent keys."""
 
 
 def to_gpt2_config(settings: GPTSettings, vocab_size: int, end_of_text: int) -> dict[str, Any]:
-    """The configuration of a model of this shape for a vocabulary without padding."""
+    """Return the GPT-2 configuration of a model with these settings and an unpadded vocabulary."""
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -43,17 +43,17 @@ def to_gpt2_config(settings: GPTSettings, vocab_size: int, end_of_text: int) -> 
 
 
 def problems_of(config: Mapping[str, Any]) -> list[str]:
-    """What keeps a model of this configuration from being ours, a line each; none for a GPT-2 as it was published."""
+    """Return one line for each reason why our model cannot represent the configuration; empty for published GPT-2s."""
     if config.get("model_type") != "gpt2":
-        return [f"model_type is {config.get('model_type')!r}; only gpt2 can be taken"]
+        return [f"model_type is {config.get('model_type')!r}; only gpt2 is supported"]
     problems = [f"{key} must be a positive whole number" for key in _REQUIRED if not _is_size(config.get(key))]
     if config.get("n_inner") is not None and not _is_size(config["n_inner"]):
         problems.append("n_inner must be a positive whole number or null")
     if config.get("activation_function", "gelu_new") not in _GELUS:
         known = ", ".join(_GELUS)
-        problems.append(f"activation_function is {config['activation_function']!r}; only these can be taken: {known}")
+        problems.append(f"activation_function is {config['activation_function']!r}; supported: {known}")
     problems += [
-        f"{key} is {config[key]!r}; only {value!r} can be taken"
+        f"{key} is {config[key]!r}; only {value!r} is supported"
         for key, value in _MUST_BE.items()
         if config.get(key, value) != value
     ]
@@ -61,10 +61,10 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
 
 
 def from_gpt2_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `GPTSettings` that a configuration without problems determines.
+    """Return the keys of `GPTSettings` for a configuration without problems.
 
-    `vocab_multiple` is the whole table, so that it is as large as there for any tokenizer that fits in it. The rates of
-    dropout are left out: they belong to a training run.
+    `vocab_multiple` is the size of GPT-2's embedding: padding then gives the same size for any tokenizer that fits.
+    Dropout is left out: it belongs to a training run.
     """
     return {
         "kind": "gpt",

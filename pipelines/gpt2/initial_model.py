@@ -1,4 +1,4 @@
-"""The local Hugging Face GPT-2 that `init_from` names, from which a run takes the shape of its model. Free of torch."""
+"""Open the local Hugging Face GPT-2 of `init_from`, which defines the model's settings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLE = "pytorch_model*.bin"
 _LARGEST_PADDING = 255
-"""Rows that a table of symbols may have beyond the tokenizer's: models pad it to a multiple of 64 to 256."""
+"""Maximum of extra rows in the embedding: models pad the vocabulary to a multiple of 64 to 256."""
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """A folder that was found to hold a GPT-2."""
+    """A verified folder with a GPT-2."""
 
     folder: Path
     shape: dict[str, Any]
     """Keys of `GPTSettings`."""
     weights: tuple[Path, ...]
-    """Safetensors files, which hold every tensor once."""
+    """Safetensors files; together they hold every tensor once."""
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hexadecimal digest of the weights: of the file, or of the digests of several in their order."""
+        """Hexadecimal digest of the weights: of the file, or of the joined digests of several files."""
         digests = [sha256_of(path) for path in self.weights]
         return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def open_initial_model(folder: Path) -> InitialModel:
-    """Read the configuration and find the weights.
+    """Read the configuration and find the files of weights.
 
-    Raises `UsageError` for anything but a GPT-2 in safetensors, and `AsgoError` for damaged weights.
+    Raises `UsageError` unless the folder holds a GPT-2 in safetensors, and `AsgoError` if the weights are damaged.
     """
     refuse_file(folder)
     if not folder.is_dir():
         raise UsageError(
-            f"{folder}: no such folder; --init-from takes one on this disk, "
+            f"{folder}: no such folder; --init-from needs a local folder, "
             "such as `hf download NAME --local-dir FOLDER` makes"
         )
     config = _read_json(folder / _CONFIG)
@@ -63,7 +63,7 @@ def open_initial_model(folder: Path) -> InitialModel:
 
 
 def _require_sizes(path: Path, config: Mapping[str, Any], weights: Sequence[Path]) -> None:
-    """`UsageError` unless the weights have the sizes that the configuration claims: a model is built by these."""
+    """Raise `UsageError` unless the weights have the sizes in the configuration, which determine memory use."""
     shapes: dict[str, list[int]] = {}
     for file in weights:
         try:
@@ -81,16 +81,16 @@ def _require_sizes(path: Path, config: Mapping[str, Any], weights: Sequence[Path
     for name, shape in expected.items():
         if shapes.get(name) != shape:
             found = "none" if name not in shapes else f"one of {' x '.join(map(str, shapes[name]))}"
-            raise UsageError(f"{path}: describes {name} of {' x '.join(map(str, shape))}, and the weights have {found}")
+            raise UsageError(f"{path}: {name} should be {' x '.join(map(str, shape))}, but the weights have {found}")
     if f"h.{last + 1}.ln_1.weight" in shapes:
-        raise UsageError(f"{path}: n_layer is {last + 1}, and the weights have more layers")
+        raise UsageError(f"{path}: n_layer is {last + 1}, but the weights have more layers")
 
 
 def resolve_with_initial_model(layers: Sequence[Layer]) -> RunConfig:
-    """As `resolve`; where a layer names `init_from`, with the shape of that model laid over the lowest layer.
+    """Merge layers like `resolve`. If a layer sets `init_from`, that model's settings override the lowest layer.
 
-    A run that is continued, whose configuration is the lowest layer, needs the folder no more.
-    Raises `UsageError` for a folder that is no GPT-2, and for settings that contradict it.
+    A resumed run, whose configuration is the lowest layer, does not need the folder.
+    Raises `UsageError` if the folder holds no GPT-2, or if settings contradict it.
     """
     base, *given = layers
     folder = next((layer.values["init_from"] for layer in reversed(layers) if "init_from" in layer.values), None)
@@ -106,10 +106,10 @@ def resolve_with_initial_model(layers: Sequence[Layer]) -> RunConfig:
 
 
 def refuse_contradictions(config: GPTRunConfig, initial: InitialModel) -> None:
-    """`UsageError` with a line for each setting of the model that its weights do not allow.
+    """Raise `UsageError` with a line for each setting of the model that differs from the initial model.
 
-    A shorter context and a model without biases are fine: the former is a part of it, the latter is for its weights to
-    say.
+    A shorter context is allowed: the first positions are used. So is `bias=false`; `load_initial_weights` requires that
+    all biases are zero.
     """
     asked = config.model.model_dump()
     problems = [
@@ -127,14 +127,14 @@ def refuse_contradictions(config: GPTRunConfig, initial: InitialModel) -> None:
 
 
 def refuse_other_vocabulary(config: GPTRunConfig, vocab_size: int) -> None:
-    """`UsageError` unless the data's tokenizer has as many symbols as the initial model, but for its padding."""
+    """Raise `UsageError` unless the data's tokenizer has as many symbols as the initial model, except for padding."""
     if config.init_from is None:
         return
     symbols = config.model.vocab_multiple
     if not vocab_size <= symbols <= vocab_size + _LARGEST_PADDING:
         raise UsageError(
-            f"{config.init_from}: a model of {symbols:,} symbols, but {config.data.folder} has {vocab_size:,}; "
-            "give it --data made with the model's own tokenizer"
+            f"{config.init_from}: the model has {symbols:,} symbols, but {config.data.folder} has {vocab_size:,}; "
+            "use --data that was made with the model's tokenizer"
         )
 
 
@@ -145,7 +145,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
         try:
             names = sorted({Path(name).name for name in _read_json(folder / _INDEX)["weight_map"].values()})
         except (KeyError, AttributeError, TypeError):
-            raise UsageError(f"{folder / _INDEX}: damaged: it names no files of weights") from None
+            raise UsageError(f"{folder / _INDEX}: damaged: it lists no files of weights") from None
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise UsageError(f"{folder / missing[0]}: missing from the model")
@@ -154,7 +154,7 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
     if pickled:
         raise UsageError(
             f"{pickled[0]}: a pickle, which can run any code and is never opened here; "
-            "save it anew with the save_pretrained of transformers, which writes safetensors"
+            "save it again with save_pretrained of transformers, which writes safetensors"
         )
     raise UsageError(f"{folder}: has no {_WEIGHTS}")
 

@@ -1,4 +1,4 @@
-"""The weights with which a run begins, from the folder that `init_from` names."""
+"""Load the initial weights of a run from the folder `init_from`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from pipelines.tensors import Tensors, copy_into, model_tensors
 
 
 def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:
-    """Give the model, whole or in shares, the weights that `init_from` names; nothing where it names none.
+    """Load the weights of `init_from`, if it is set, into the model, whole or sharded.
 
-    Every process reads them for itself. Raises `UsageError` where they do not fit the configuration, and `AsgoError`
-    where they are damaged.
+    Every rank reads the files. Raises `UsageError` if the weights do not fit the configuration, and `AsgoError` if they
+    are damaged.
     """
     if config.init_from is None:
         return

@@ -1,4 +1,4 @@
-"""The weights of a Hugging Face GPT-2, from ours and back: other names, transposed, query, key and value in one."""
+"""Convert our weights to those of a Hugging Face GPT-2, and back: names, transposes, and joint query, key and value."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LAYER = {
     "mlp.c_proj": ("feed_forward.down",),
 }
 _MASKS = (".attn.bias", ".attn.masked_bias")
-"""Of old files: no weights."""
+"""Buffers in old files, which are not weights."""
 
 
 def to_gpt2(ours: Tensors, n_layers: int, vocab_size: int) -> Tensors:
-    """Our weights under their names; biases that there are not become zeros, rows of padding are cut off."""
+    """Return our weights with GPT-2's names and layout. Missing biases become zeros; padding rows are removed."""
     theirs: Tensors = {}
     for module, own in _modules(n_layers):
         weight = torch.cat([ours[f"{name}.weight"] for name in own])
@@ -37,7 +37,7 @@ def to_gpt2(ours: Tensors, n_layers: int, vocab_size: int) -> Tensors:
 
 
 def from_gpt2(theirs: Tensors, n_layers: int, tied_head: bool, source: str) -> Tensors:
-    """Their weights under our names, in float32. `AsgoError` naming a weight that is missing, or that GPT-2 has not."""
+    """Return GPT-2's weights with our names, in float32. Raises `AsgoError` for a missing or unknown weight."""
     left = {name.removeprefix(_PREFIX): tensor for name, tensor in theirs.items() if not name.endswith(_MASKS)}
     ours: Tensors = {}
 
@@ -55,14 +55,14 @@ def from_gpt2(theirs: Tensors, n_layers: int, tied_head: bool, source: str) -> T
             ours |= {f"{name}.bias": part for name, part in zip(own, parts, strict=True)}
     if not tied_head:
         ours["head.weight"] = take("lm_head.weight")
-    left.pop("lm_head.weight", None)  # a tied one may be there again
+    left.pop("lm_head.weight", None)  # some files also hold a tied head
     if left:
         raise AsgoError(f"{source}: of another model: its {next(iter(left))!r} is not in a GPT-2 of its config.json")
     return ours
 
 
 def _modules(n_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Their modules, without prefix, and ours that lie in each."""
+    """Yield GPT-2's modules, without prefix, and our modules that each holds."""
     yield "wte", ("token_embedding",)
     yield "wpe", ("position_embedding",)
     for layer in range(n_layers):
@@ -72,6 +72,7 @@ def _modules(n_layers: int) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _is_transposed(module: str) -> bool:
+    # GPT-2's Conv1D modules, named `c_*`, store weights as (in, out).
     return ".c_" in module
 
 

@@ -1,4 +1,4 @@
-"""What the program can train. Each task is described in one file here, which everything else asks.
+"""The tasks that the program can train. One file describes each; the rest of the program reads its description.
 
 Importing this package imports neither torch nor pydantic: the functions of a description import what they need when
 they are called.
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pipelines.config import RunConfig
 
 TASKS = {task.name: task for task in (GPT, IMAGES)}
-"""By the name that a configuration has in `task`."""
+"""Descriptions by the value of `task` in a configuration."""
 
 
 def task_of(config: RunConfig) -> TaskDescription:
-    """The description of the task that a configuration trains."""
+    """Return the description of a configuration's task."""
     return TASKS[config.task]

@@ -1,4 +1,4 @@
-"""The form of a task's description."""
+"""The class of task descriptions."""
 
 from __future__ import annotations
 
@@ -15,42 +15,42 @@ if TYPE_CHECKING:
     from pipelines.training.task import Task
 
 Exporter = Callable[["Checkpoint", Any, Path, Path], str]
-"""Takes a checkpoint, its configuration, the folder to write into, and where that folder will lie; returns a command
+"""Called with a checkpoint, its configuration, the folder to write into, and the folder's final path; returns a command
 that loads the model."""
 
 
 @dataclass(frozen=True)
 class TaskDescription:
-    """What the program must know of a task. Fields that take a configuration take one of this task."""
+    """Everything that the program knows about a task. Callables receive configurations of this task only."""
 
     name: str
     summary: str
-    """What `asgo train` does with it, for `--help`."""
+    """What `asgo train` does, for `--help`."""
     examples: tuple[str, ...]
-    """Commands, for `--help`."""
+    """Example commands, for `--help`."""
     model: str
-    """What is trained, with its article."""
+    """The model in words, with its article."""
     unit: str
-    """What is counted: tokens or images."""
+    """Unit of progress and throughput: tokens or images."""
     short_unit: str
-    """The unit where there is little room."""
+    """Abbreviation of the unit."""
     samples: str
-    """The rows of a batch."""
+    """What the rows of a batch are."""
     data: str
-    """What lies in the data folder, and the command that makes it; for `--help`."""
+    """What the data folder holds, and the command that makes it; for `--help`."""
     presets: tuple[str, ...]
-    """The default first."""
+    """Names of presets; the first is the default."""
     options: frozenset[str]
-    """Options of `asgo train` that this task has and others do not."""
+    """Options of `asgo train` that only this task has."""
     open_data: Callable[[Path], object]
-    """Opens a data folder. Raises `AsgoError` if it cannot be trained on."""
+    """Opens a data folder. Raises `AsgoError` if it is not valid."""
     build: Callable[[Any, torch.device, Ranks], Task]
-    """Opens the data and builds the model of a configuration, or this process's shard of it."""
+    """Opens the data and builds the model, or this rank's shard of it."""
     units_per_sample: Callable[[Any], int]
     """Tokens in a sequence; 1 for images."""
     exporters: Mapping[str, Exporter]
-    """By the format that `asgo export-model` takes."""
+    """Exporters by `--format` of `asgo export-model`."""
     writes_text: bool = False
-    """Whether `asgo generate` works with its checkpoints."""
+    """Whether `asgo generate` supports its checkpoints."""
     commands_to_train_further: Callable[[Path], tuple[str, ...]] = field(default=lambda run: ())
-    """Commands that begin a new run with the model of a finished one; none where that cannot be done."""
+    """Commands that begin a new run with the model of a finished one; empty if that is not possible."""

@@ -130,7 +130,7 @@ class Watchdog:
         self._looked_at = now
 
     def _reason_to_end(self, now: float) -> str | None:
-        """Return which processes are lost or behind; None while any process makes progress, which others may wait for."""
+        """Return which processes are lost or behind; None while any process makes progress: others may wait for it."""
         margin_s = _SILENT_INTERVALS * self._interval_s
         if now - self._looked_at > margin_s:
             return f"the launcher's store does not answer {self._host}: the network is down, or the launcher has ended"

@@ -75,12 +75,12 @@ def test_the_command_for_a_classifier_loads_it(asgo: Asgo, tmp_path: Path) -> No
         (
             ["runs/one", "--format", "torchvision"],
             2,
-            "of a GPT, which --format torchvision does not write; take --format hf",
+            "--format torchvision does not support a GPT; use --format hf",
         ),
         (
             ["step-00000001", "--format", "hf"],
             2,
-            "of a classifier of torchvision, which --format hf does not write; take --format torchvision",
+            "--format hf does not support a classifier of torchvision; use --format torchvision",
         ),
     ],
 )
@@ -96,7 +96,7 @@ def test_what_cannot_be_exported_is_told_in_one_line(
 
 def test_an_existing_folder_is_kept(asgo: Asgo, run: Path) -> None:
     code, words = asgo("export-model", run, "--format", "hf", "--out", run)
-    assert (code, words) == (2, "error: runs/one: exists already; choose another --out\n")
+    assert (code, words) == (2, "error: runs/one: already exists; choose another --out\n")
 
 
 def test_a_run_begins_with_an_exported_model_and_resumes_without_it(

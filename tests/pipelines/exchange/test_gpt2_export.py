@@ -141,6 +141,6 @@ def test_a_folder_in_use_is_not_touched(small_config: Make, tmp_path: Path, repo
     (tmp_path / "out").mkdir()
     (tmp_path / "out/notes.txt").write_text("mine", encoding="utf-8")
     for out in (tmp_path / "out", tmp_path / "out/notes.txt"):
-        with pytest.raises(UsageError, match="exists already; choose another --out"):
+        with pytest.raises(UsageError, match="already exists; choose another --out"):
             export_model(tmp_path / "run", "hf", out)
     assert (tmp_path / "out/notes.txt").read_text() == "mine"

@@ -215,10 +215,10 @@ def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only gpt2 can be taken"),
-        ({"activation_function": "relu"}, "activation_function is 'relu'; only these can be taken: gelu, gelu_new"),
+        ({"model_type": "llama"}, "model_type is 'llama'; only gpt2 is supported"),
+        ({"activation_function": "relu"}, "activation_function is 'relu'; supported: gelu, gelu_new"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
-        ({"scale_attn_weights": False}, "scale_attn_weights is False; only True can be taken"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False; only True is supported"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
         ({"n_layer": "two"}, "n_layer must be a positive whole number"),
@@ -259,7 +259,7 @@ def test_a_model_of_another_vocabulary_is_refused(
     difference: int, symbols: int, save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
 ) -> None:
     config = begin(save(vocab_size=symbols + difference))
-    with pytest.raises(UsageError, match=rf"a model of {symbols + difference} symbols, but .* has {symbols}"):
+    with pytest.raises(UsageError, match=rf"the model has {symbols + difference} symbols, but .* has {symbols}"):
         train(config, tmp_path / "run", reporter)
 
 

@@ -80,7 +80,7 @@ def test_an_added_decoder_trains_resumes_and_generates(
     )
     assert len(text) == len("the ") + 5
     assert train(run_config, tmp_path / "run", reporter, resume=True) == rows
-    with pytest.raises(UsageError, match="--format hf does not write decoders of the kind bigram"):
+    with pytest.raises(UsageError, match="--format hf does not support decoders of kind bigram"):
         export_model(tmp_path / "run", "hf", tmp_path / "out")
 
 
