@@ -1,7 +1,6 @@
-"""CMA-ES as a sampler that keeps nothing: its state is computed anew from the trials.
+"""A stateless CMA-ES sampler: it computes its state from the trials each time.
 
-optuna's own sampler keeps a pickle in the study, and whoever has written the study's journal or database could make
-it run code.
+optuna's own sampler stores a pickle in the study: who can write the journal or database could execute code.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 _Numbers = FloatDistribution | IntDistribution
 _SIGMA = 1 / 6
-"""The first deviation, as a share of each range."""
+"""Initial standard deviation, as a fraction of each range."""
 
 
 class CmaSampler(BaseSampler):
-    """Draws numbers from a distribution that moves towards the best trials; the first trial and categories at random.
+    """Samples numbers with CMA-ES; the first trial and categorical settings are random.
 
-    The trials that have ended are taken in their order, a generation after the other. Those of several workers end in
-    another order than they began in: a generation may then hold trials that were drawn for the one before it.
+    Finished trials are grouped into generations in the order of their numbers. With several workers, trials end in
+    another order, so a generation may contain trials that were sampled for the previous one.
     """
 
     def __init__(self, seed: int) -> None:
@@ -65,20 +64,20 @@ class CmaSampler(BaseSampler):
 
 
 def _to_unit(params: Mapping[str, Any], space: Mapping[str, _Numbers]) -> NDArray[np.float64]:
-    """Values as shares of their ranges, shape (settings,)."""
-    shares = []
+    """Scale values to [0, 1] in their ranges; shape (settings,)."""
+    scaled = []
     for name, distribution in space.items():
         low, high = _ends(distribution)
-        shares.append((_scaled(params[name], distribution) - low) / (high - low))
-    return np.array(shares)
+        scaled.append((_scaled(params[name], distribution) - low) / (high - low))
+    return np.array(scaled)
 
 
-def _from_unit(shares: NDArray[np.float64], space: Mapping[str, _Numbers]) -> dict[str, Any]:
-    """The inverse of `_to_unit`, rounded where a setting is a whole number."""
+def _from_unit(point: NDArray[np.float64], space: Mapping[str, _Numbers]) -> dict[str, Any]:
+    """Invert `_to_unit`; round integer settings."""
     params = {}
-    for share, (name, distribution) in zip(shares.tolist(), space.items(), strict=True):
+    for fraction, (name, distribution) in zip(point.tolist(), space.items(), strict=True):
         low, high = _ends(distribution)
-        value = low + share * (high - low)
+        value = low + fraction * (high - low)
         value = math.exp(value) if distribution.log else value
         value = round(value) if isinstance(distribution, IntDistribution) else value
         params[name] = min(max(value, distribution.low), distribution.high)
@@ -86,7 +85,7 @@ def _from_unit(shares: NDArray[np.float64], space: Mapping[str, _Numbers]) -> di
 
 
 def _ends(distribution: _Numbers) -> tuple[float, float]:
-    """The range; of whole numbers half a unit wider, so that each has an equal share."""
+    """Return the scaled range; for integers half a unit wider on both sides, so that all are equally probable."""
     margin = 0.5 if isinstance(distribution, IntDistribution) else 0.0
     return _scaled(distribution.low - margin, distribution), _scaled(distribution.high + margin, distribution)
 

@@ -1,4 +1,4 @@
-"""The contenders of a search: what the trials of each may be, and what its final runs are."""
+"""Contenders of a search: their trials and their final runs."""
 
 from __future__ import annotations
 
@@ -19,47 +19,47 @@ from pipelines.sweeps.search_table import Around, Range, Search
 
 @dataclass(frozen=True)
 class Contender:
-    """One of those that are compared, each at its best settings."""
+    """One variant of a search, which is compared with the others at its best settings."""
 
     variant: Variant
     search: Search
     config: RunConfig
-    """With its own settings, and the search's seed."""
+    """Configuration with the contender's own settings and the search's seed."""
 
     @property
     def name(self) -> str:
-        """Of the runs' folders, before the trial's number or the seed."""
+        """Prefix of the folders of its runs, before the trial's number or the seed."""
         return self.variant.name
 
     @property
     def whole(self) -> SweepRun:
-        """A run as long as each of its own, for what it costs."""
+        """A run of full length, to estimate the cost."""
         return SweepRun(self.name, self.name, self.config)
 
     @cached_property
     def own(self) -> dict[str, Any]:
-        """Its own value of each setting that is searched."""
+        """Its own value of each searched setting."""
         settings = flatten(self.config.model_dump(mode="json"))
         return {key: settings[key] for key in self.search.space}
 
     @property
     def row(self) -> tuple[str, Around]:
-        """The setting that a grid searches."""
+        """The setting of a grid search, and its values."""
         ((key, dimension),) = self.search.space.items()
         assert isinstance(dimension, Around)
         return key, dimension
 
     def at(self, position: float) -> dict[str, float]:
-        """The settings at a position of the grid."""
+        """Return the settings at a position of the grid."""
         key, row = self.row
         return {key: row.value(self.own[key], position)}
 
     def first_points(self) -> list[dict[str, float]]:
-        """What a grid begins with."""
+        """Return the settings with which a grid search begins."""
         return [self.at(position) for position in first_positions(self.row[1].points)]
 
     def extremes(self) -> list[dict[str, Any]]:
-        """The settings farthest out, one at a time."""
+        """Return the extreme values of the settings, one setting at a time."""
         found: list[dict[str, Any]] = []
         for key, dimension in self.search.space.items():
             if isinstance(dimension, Around):
@@ -72,41 +72,41 @@ class Contender:
         return found
 
     def trial(self, number: int, settings: Mapping[str, Any]) -> SweepRun:
-        """The run that tries the settings."""
+        """Return the run of a trial."""
         config = self.variant.resolve({**settings, "seed": self.search.seed})
         return SweepRun(self.trial_name(number), self.name, config)
 
     def trial_name(self, number: int) -> str:
-        """Of the run of a trial."""
+        """Return the name of a trial's run."""
         return f"{self.name}-t{number}"
 
     def final(self, settings: Mapping[str, Any], seed: int) -> SweepRun:
-        """A run with the best settings."""
+        """Return a final run, with the best settings."""
         return SweepRun(self.final_name(seed), self.name, self.variant.resolve({**settings, "seed": seed}))
 
     def final_name(self, seed: int) -> str:
-        """Of a final run, before its settings are known."""
+        """Return the name of a final run, which does not depend on its settings."""
         return f"{self.name}-s{seed}"
 
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search will do."""
+    """Contenders and seeds of a search."""
 
     name: str
     search: Search
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
-    """Of the final runs."""
+    """Seeds of the final runs."""
 
     @property
     def finals(self) -> list[str]:
-        """The final runs' names."""
+        """Names of the final runs."""
         return [contender.final_name(seed) for seed in self.seeds for contender in self.contenders]
 
 
 def plan_search(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> SearchPlan:
-    """Check the search with every contender; `UsageError` with a line for every problem of any."""
+    """Check the search with every contender. Raises `UsageError` with one line for each problem."""
     assert sweep.search is not None
     search, final_seeds = sweep.search, tuple(seeds) or sweep.seeds
     if not final_seeds:
@@ -115,8 +115,8 @@ def plan_search(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> Se
         )
     if search.seed in final_seeds:
         raise UsageError(
-            f"{sweep.origin}: seed {search.seed} is the search's own, with which the best settings are chosen; take it"
-            " out of the seeds of the final runs, or change search.seed"
+            f"{sweep.origin}: seed {search.seed} is search.seed, with which the best settings are chosen; remove it"
+            " from the seeds of the final runs, or change search.seed"
         )
     variants = resolve_variants(sweep, set_layer)
     problems = Problems([variant.name for variant in variants])
@@ -140,14 +140,14 @@ def _contender(variant: Variant, search: Search) -> Contender:
             raise UsageError(f"{variant.origin}: search.space: {key}: unknown setting; {hint}")
         if isinstance(dimension, Around) and not (isinstance(settings[key], float) and settings[key] > 0):
             raise UsageError(
-                f"{variant.origin}: search.space.{key}: its own value is {settings[key]!r}, which no geometric row goes"
-                " around; give { low, high } or a list"
+                f"{variant.origin}: search.space.{key}: its own value is {settings[key]!r}, but a geometric row needs a"
+                " positive float; give { low, high } or a list"
             )
     for extreme in contender.extremes():
         for key, end in extreme.items():
             if isinstance(search.space[key], Around) and end in (0.0, math.inf):
                 raise UsageError(
-                    f"{variant.origin}: search.space.{key}: so many trials by this factor leave the range of numbers"
+                    f"{variant.origin}: search.space.{key}: so many trials with this factor exceed the float range"
                 )
         variant.resolve(extreme)
     return contender

@@ -1,4 +1,4 @@
-"""Where a search by grid looks next: positions in a geometric row, 0 being a contender's own value."""
+"""Adaptive grid search: positions in a geometric row; position 0 is a contender's own value."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 
 def first_positions(points: int) -> list[int]:
-    """The row that every contender begins with, from its own value outwards."""
+    """Return the initial positions, from 0 outwards."""
     half = points // 2
     return sorted(range(-half, half + 1), key=lambda position: (abs(position), position))
 
 
 def next_position(points: int, losses: Mapping[float, float]) -> float:
-    """The position to try after those that have been.
+    """Return the next position to try.
 
-    First the row; then, while the best lies on an edge, one step beyond that edge; else the middle of the wider gap
-    next to the best, and of two that are as wide the one towards the better neighbour. `losses` is infinite for a run
-    that diverged, was pruned, or has not ended yet.
+    First the initial positions. Then, while the best is on an edge, one step beyond that edge; else the middle of the
+    wider gap next to the best. If both gaps are equal, the one towards the better neighbour. `losses` is infinite for
+    a run that diverged, was pruned, or has not ended yet.
     """
     for position in first_positions(points):
         if position not in losses:
@@ -32,10 +32,10 @@ def next_position(points: int, losses: Mapping[float, float]) -> float:
 
 
 def best_position(losses: Mapping[float, float]) -> float:
-    """Where the loss is lowest; if all are infinite, the lowest position: a smaller step may help."""
+    """Return the position with the lowest loss; the lowest position if all are infinite: a smaller value may help."""
     return min(losses, key=lambda position: (losses[position], position))
 
 
 def on_edge(losses: Mapping[float, float]) -> bool:
-    """Whether nothing was tried on one side of the best."""
+    """Whether the best position is the lowest or the highest one."""
     return best_position(losses) in (min(losses), max(losses))

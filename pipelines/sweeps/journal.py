@@ -1,4 +1,4 @@
-"""A study's journal file: locked so that a kill frees it, and repaired where a write was torn."""
+"""The journal file of a study: its lock does not survive a kill, and incomplete lines are removed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pipelines.storage import naming
 
 
 def open_journal(path: Path) -> JournalStorage:
-    """Open the journal, or begin it. Raises `UsageError` if the file is not the journal of a study."""
+    """Open or create the journal. Raises `UsageError` if the file is not the journal of a study."""
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         return JournalStorage(_Journal(path.resolve()))
     except OSError:
         raise
-    except Exception:  # what optuna raises for a record that it did not write depends on the record
+    except Exception:  # for an invalid record, the type depends on the record
         raise UsageError(f"{path}: not the journal of a search, or damaged; choose another --out") from None
 
 
 class _Journal(JournalFileBackend):
-    """optuna's journal file, with the file's name in the errors of the disk."""
+    """optuna's journal file; an `OSError` has its path."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), _Lock(path))
@@ -44,10 +44,10 @@ class _Journal(JournalFileBackend):
 
 
 class _Lock(JournalFileOpenLock):
-    """Held by one writer at a time; the system frees it when the writer is killed.
+    """A `flock`, which the system releases when the writer is killed.
 
-    optuna's own locks are files. One that a kill left behind is waited for: half a minute, or for ever where it is a
-    link to a relative path. Only disks without `flock` do with such a file.
+    optuna's own locks are files, which stay after a kill. optuna then waits half a minute, or for ever if the lock is a
+    link to a relative path. This class uses them only on disks without `flock`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,7 +70,7 @@ class _Lock(JournalFileOpenLock):
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
-    """Cut the file back to its last newline: a full disk or a kill tore what is behind it."""
+    """Truncate the file after its last newline: a full disk or a kill left the last line incomplete."""
     end = file.seek(0, os.SEEK_END)
     if end == 0:
         return

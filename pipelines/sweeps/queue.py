@@ -1,4 +1,4 @@
-"""The runs of a sweep as processes, several at once; what fails does not keep the others from going on."""
+"""Execute the runs of a sweep in parallel processes. A failed run does not stop the others."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from pipelines.training.run_folder import RunFolder
 _POLL_S = 0.2
 _LOCK_WAIT_S = 60.0
 _STOPPED = (RunInterrupted.exit_code, -signal.SIGTERM)
-"""Exit codes of a run that was asked to stop: saved, or before it had begun."""
+"""Exit codes of a run that was asked to stop: after saving, or before training began."""
 _Answer = TypeVar("_Answer")
 FOLDER = "sweep"
-"""Beside the runs, whose names end with their seeds: their configurations and logs, and the lock."""
+"""Folder with configurations, logs and the lock. No run has this name: the names of runs end with a seed."""
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,24 @@ class Ending:
 
     kind: Literal["done", "stopped", "failed"]
     words: str
-    """For people; of a failure, the reason."""
+    """Description for messages; for a failure, the reason."""
 
 
 class Source(Protocol):
-    """Where the runs come from."""
+    """Supplies the runs of a queue."""
 
     @property
     def waiting(self) -> str | None:
-        """What more runs depend on, in words, when `next` has none; None if nothing can bring more."""
+        """What later runs depend on, for a message, if `next` returns None; None if no more runs can come."""
 
     def next(self) -> RunStatus | None:
-        """A run to start now, if there is one."""
+        """Return a run to start now; None if there is none."""
 
     def recorded(self, run: RunStatus, row: Row) -> bool:
-        """A validation was recorded; returns whether the run is to be given up."""
+        """Handle a validation row of a run; returns whether to stop the run early."""
 
     def ended(self, run: RunStatus, ending: Ending) -> Ending:
-        """A run's process has ended; returns what that means here."""
+        """Handle the end of a run's process; returns the ending to report."""
 
 
 class FixedRuns:
@@ -76,32 +76,32 @@ class FixedRuns:
         self._runs = list(runs)
 
     def next(self) -> RunStatus | None:
-        """In their order."""
+        """Return the next run of the list."""
         return self._runs.pop(0) if self._runs else None
 
     def recorded(self, run: RunStatus, row: Row) -> bool:
-        """None is given up."""
+        """Never stop a run early."""
         return False
 
     def ended(self, run: RunStatus, ending: Ending) -> Ending:
-        """It means what it says."""
+        """Return the ending unchanged."""
         return ending
 
 
 class QueueReporter(Protocol):
-    """Receives what happens to the runs."""
+    """Receives the events of the runs."""
 
     def note(self, message: str) -> None:
-        """Why nothing happens yet, or any more."""
+        """A message for the user, such as what the queue waits for."""
 
     def started(self, run: RunStatus, slot: int) -> None:
-        """A run's process was started."""
+        """A run's process started."""
 
     def progressed(self, run: RunStatus, slot: int, row: Row) -> None:
-        """The newest training record of a run."""
+        """The newest training row of a run."""
 
     def ended(self, run: RunStatus, slot: int, how: str) -> None:
-        """A run's process has ended, in words."""
+        """A run's process ended; `how` describes it."""
 
 
 @dataclass
@@ -111,14 +111,14 @@ class _Process:
     child: subprocess.Popen[bytes]
     log: Path
     log_start: int
-    """Where this process's lines begin, after those of earlier ones."""
+    """Position of this process's first line; earlier processes wrote the lines before."""
     records: RecordsFollower
     given_up: bool = False
 
 
 @dataclass(frozen=True)
 class Program:
-    """How a run's process is started: the command line before its arguments, and variables of its own."""
+    """How to start a run's process: the command line before its arguments, and environment variables."""
 
     command: Sequence[str]
     environment: Mapping[str, str]
@@ -127,10 +127,10 @@ class Program:
 def carry_out(
     source: Source, out: Path, slots: Sequence[Slot], program: Program, reporter: QueueReporter
 ) -> list[Failure]:
-    """Train the source's runs in `out`, one a slot; returns those that failed.
+    """Train the runs of `source` in `out`, one per slot; returns those that failed.
 
-    `program` is `asgo`. A first signal is passed on; when all runs have ended, raises `RunInterrupted`. Raises
-    `UsageError` where another sweep is at work in `out`.
+    `program` starts `asgo`. Forwards the first signal to the runs and raises `RunInterrupted` when all have ended.
+    Raises `UsageError` if another sweep runs in `out`.
     """
     folder = out / FOLDER
     with _locked(folder, reporter) as lock, stop_on_signals() as stop:
@@ -157,21 +157,21 @@ class _Queue:
         self._reporter = reporter
         self._lock = lock
         self._busy: dict[int, _Process] = {}
-        self._told: str | None = None
+        self._noted: str | None = None
         self._source_error: Exception | None = None
 
     def work(self, stop: StopRequest) -> None:
-        """Start and watch processes until there is nothing left to do, or all have ended after a signal.
+        """Start and watch processes until no run is left, or, after a signal, until all have ended.
 
-        Raises what the source has raised, as of a full disk, when the runs at work have ended.
+        If the source raised an error, for example of a full disk, raises it when all running processes have ended.
         """
-        passed_on = False
+        forwarded = False
         try:
             while True:
                 if not stop:
                     self._fill_slots()
-                elif not passed_on:
-                    passed_on = True
+                elif not forwarded:
+                    forwarded = True
                     for process in self._busy.values():
                         process.child.terminate()
                 if not self._busy and (stop or not self._waits()):
@@ -179,13 +179,13 @@ class _Queue:
                 time.sleep(_POLL_S)
                 for process in list(self._busy.values()):
                     self._look_at(process, bool(stop))
-        finally:  # a second Ctrl-C leaves some
+        finally:  # after a second Ctrl-C, some processes still run
             for process in self._busy.values():
                 process.child.kill()
                 process.child.wait()
         if stop:
-            told = f"{len(self.failures)} failed, the others are saved" if self.failures else "all runs are saved"
-            raise RunInterrupted(f"{stop.signal_name}: {told}; the same command goes on")
+            outcome = f"{len(self.failures)} failed, the others are saved" if self.failures else "all runs are saved"
+            raise RunInterrupted(f"{stop.signal_name}: {outcome}; the same command resumes the sweep")
         if self._source_error is not None:
             raise self._source_error
 
@@ -197,25 +197,25 @@ class _Queue:
                     return
                 try:
                     self._busy[slot] = self._start(run, slot)
-                except OSError as error:  # of its configuration or its log; the others may do better
+                except OSError as error:  # its configuration or log could not be written
                     self._end(run, slot, Ending("failed", _words(error)), self._log(run))
 
     def _ask_source(self, question: Callable[[], _Answer], default: _Answer) -> _Answer:
-        """The answer, or `default` where the source fails: then no run begins any more, and those at work go on."""
+        """Call the source; on an error, return `default` and start no further runs. Running processes continue."""
         try:
             return question()
-        except Exception as error:  # of the disk, or of any database's driver
+        except Exception as error:  # from the disk, or from a database driver
             if self._source_error is None:
                 self._source_error = error
-                self._reporter.note(f"{_words(error)}: no further run begins; those at work go on")
+                self._reporter.note(f"{_words(error)}: no further run starts; running ones continue")
             return default
 
     def _waits(self) -> bool:
-        """Whether more runs may come although none is at work; says what for, once."""
+        """Whether to wait for more runs although none is running; notes each reason once."""
         waiting = None if self._source_error else self._source.waiting
-        if waiting is not None and waiting != self._told:
+        if waiting is not None and waiting != self._noted:
             self._reporter.note(waiting)
-        self._told = waiting
+        self._noted = waiting
         return waiting is not None
 
     def _start(self, run: RunStatus, slot: int) -> _Process:
@@ -224,15 +224,15 @@ class _Queue:
         text = tomli_w.dumps(run.run.config.model_dump(mode="json", exclude_none=True))
         write_atomically(config, text.encode())
         arguments: list[object] = ["train", run.run.config.task, "--config", config, "--resume", "--out", run.folder]
-        if getattr(run.run.config.runtime, "workers", 0) is None:  # a run alone takes all cores
+        if getattr(run.run.config.runtime, "workers", 0) is None:  # the default would use all cores
             arguments += ["--workers", self._slots[slot].threads]
         with open(log, "ab", opener=refusing_links) as output:
-            log_start = output.tell()  # before the child shares this position
+            log_start = output.tell()  # before the child, which shares this position, writes
             child = subprocess.Popen(
                 [*self._program.command, *map(str, arguments)],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={**os.environ, **self._program.environment, **self._slots[slot].environment()},
-                start_new_session=True,  # a Ctrl-C reaches the runs through this process alone, and once
+                start_new_session=True,  # the terminal's Ctrl-C must reach the runs only once, through this process
                 pass_fds=[self._lock],
             )  # fmt: skip
         self._reporter.started(run, slot)
@@ -272,7 +272,7 @@ class _Queue:
 
 
 class RecordsFollower:
-    """Reads a metrics file while it is written."""
+    """Reads new rows of a metrics file that a run writes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -280,7 +280,7 @@ class RecordsFollower:
         self._position = 0
 
     def new_rows(self) -> list[Row]:
-        """The whole records since the last call; all of them again where the file was replaced, as by a resumed run."""
+        """Return the complete rows since the last call; all rows if the file was replaced, as by a resumed run."""
         try:
             with self._path.open("rb") as file:
                 inode = os.fstat(file.fileno()).st_ino
@@ -309,7 +309,7 @@ def _words(error: Exception) -> str:
 
 
 def _reason(process: _Process, code: int) -> str:
-    """Why a process failed, in one line: its first error, the signal that ended it, or else its last words."""
+    """Return why a process failed, in one line: its first error, the signal that ended it, or its last line."""
     lines = []
     with contextlib.suppress(OSError), process.log.open("rb") as file:
         file.seek(process.log_start)
@@ -324,9 +324,9 @@ def _reason(process: _Process, code: int) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path, reporter: QueueReporter) -> Iterator[int]:
-    """Hold the sweep's lock; the runs inherit it, so that it is free only when all of them have ended, too.
+    """Context manager that holds the sweep's lock. The runs inherit it, so it is free only after all have ended.
 
-    Those of a sweep that was killed save and end within seconds.
+    The runs of a killed sweep save and end within seconds; waits for them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
@@ -336,9 +336,7 @@ def _locked(folder: Path, reporter: QueueReporter) -> Iterator[int]:
             deadline = time.monotonic() + _LOCK_WAIT_S
             while not try_lock(descriptor):
                 if time.monotonic() > deadline:
-                    raise UsageError(
-                        f"{folder.parent}: another sweep is at work here; wait for it, or choose another --out"
-                    )
+                    raise UsageError(f"{folder.parent}: another sweep runs here; wait for it, or choose another --out")
                 time.sleep(_POLL_S)
         yield descriptor
     finally:

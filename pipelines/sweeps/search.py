@@ -1,4 +1,4 @@
-"""A search: the trials of every contender, then its final runs with the best settings."""
+"""A search: trials of every contender, then final runs with its best settings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _ASK_AGAIN_S = 1.0
 
 
 def open_search(plan: SearchPlan, out: Path) -> SearchRuns:
-    """Join the search in its storage. Raises `UsageError` if it is another one there, or optuna cannot serve it."""
+    """Join the search in its storage. Raises `UsageError` if the storage has another search, or cannot be opened."""
     require_sampler(plan.search.sampler)
     runs = SearchRuns(plan, open_storage(plan.search.storage, out / TRIALS / _JOURNAL), out)
     runs.agree()
@@ -55,12 +55,12 @@ def open_search(plan: SearchPlan, out: Path) -> SearchRuns:
 
 
 def is_begun(out: Path) -> bool:
-    """Whether there is something to join that was begun in this folder."""
+    """Whether a search was begun in this folder."""
     return (out / TRIALS / SEARCH_RECORD).is_file()
 
 
 def record_search(plan: SearchPlan, out: Path) -> None:
-    """Leave word beside the trials of what they are trials of; without the storage, whose URL may hold a password."""
+    """Write a description of the search next to its trials, without the storage: its URL may hold a password."""
     record = {
         "sweep": plan.name,
         **plan.search.model_dump(mode="json", exclude={"storage"}),
@@ -72,7 +72,7 @@ def record_search(plan: SearchPlan, out: Path) -> None:
 
 
 class ContenderTrials:
-    """The trials of one contender, by all workers."""
+    """The trials of one contender, of all workers."""
 
     def __init__(self, contender: Contender, name: str, storage: BaseStorage) -> None:
         self.contender = contender
@@ -82,7 +82,7 @@ class ContenderTrials:
         self.claims = Claims(storage, name, self.search.trials, pruner)
 
     def agree(self) -> list[str]:
-        """Write what is searched, or a line for everything in which it is something else in the storage."""
+        """Store the search's definition; returns one line for each difference from a stored one."""
         search = self.search.model_dump(mode="json", exclude={"storage"})
         if self.claims.definition is None:
             self.claims.define({"search": search, "config": self.contender.config.model_dump(mode="json")})
@@ -90,7 +90,7 @@ class ContenderTrials:
         try:
             changed = differences(load_run_config(saved["config"]), self.contender.config)
         except ValidationError:
-            changed = ["it was begun by a version of asgo with other settings"]
+            changed = ["a version of asgo with other settings began it"]
         old, new = flatten(saved["search"]), flatten(search)
         lines = [
             f"{key} is {old.get(key)} there, {new.get(key)} now"
@@ -100,7 +100,7 @@ class ContenderTrials:
         return lines + changed
 
     def claim(self, worker: Worker) -> FrozenTrial | None:
-        """A trial for this worker to run; None if enough are held."""
+        """Claim a trial for this worker; None if all are claimed."""
         while len(held := self.claims.held()) < self.search.trials:
             choice = params = None
             if self.search.sampler == "grid":
@@ -112,7 +112,7 @@ class ContenderTrials:
         return None
 
     def run(self, trial: FrozenTrial) -> SweepRun:
-        """The run of a claimed trial."""
+        """Return the run of a claimed trial."""
         settings = trial.params
         if self.search.sampler != "grid":
             sampler = make_sampler(self.search.sampler, self.search.seed, trial.number)
@@ -121,7 +121,7 @@ class ContenderTrials:
 
     @cached_property
     def space(self) -> Space:
-        """What the trials differ in, for optuna."""
+        """The search space, for optuna."""
         space = {}
         for key, dimension in self.search.space.items():
             own = self.contender.own[key]
@@ -136,7 +136,7 @@ class ContenderTrials:
         return space
 
     def result(self) -> SearchResult:
-        """What is known of it by now."""
+        """Return the results of the trials so far."""
         held = self.claims.held()
         done = [trial for trial in held if trial.state.is_finished()]
         finite = [trial for trial in done if trial.state.name == "COMPLETE" and math.isfinite(_loss(trial))]
@@ -154,22 +154,22 @@ class ContenderTrials:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the trials of a contender have found."""
+    """Results of a contender's trials."""
 
     contender: Contender
     trials: int
-    """Those that have ended, the pruned and diverged ones among them."""
+    """Finished trials, including pruned and diverged ones."""
     pruned: int
     diverged: int
     settings: dict[str, Any] | None
-    """The best; None while, or if, no trial has a finite loss."""
+    """Best settings; None if no trial has a finite loss."""
     loss: float | None
     on_edge: bool
-    """Whether nothing was tried on one side of the best."""
+    """Whether a grid's best value is its lowest or highest one."""
 
     @property
     def complete(self) -> bool:
-        """Whether all trials have ended."""
+        """Whether all trials are finished."""
         return self.trials == self.contender.search.trials
 
 
@@ -181,7 +181,7 @@ class Elsewhere:
     is_trial: bool
     place: str
     left: str | None
-    """Why it stands still; None for one that is at work, or was killed."""
+    """Why it stopped; None if it runs, or was killed."""
 
 
 @dataclass(frozen=True)
@@ -193,10 +193,10 @@ class _Claimed:
 
 
 class SearchRuns:
-    """The runs of a search for `pipelines.sweeps.queue`, claimed one by one from what all workers share.
+    """`Source` of a search's runs: claims them one by one in the storage that all workers share.
 
-    Trials come first, a contender with fewer of them before one with more; a contender's final runs when all its
-    trials have ended. A run that this folder's worker has left unfinished comes before any new one.
+    First come unfinished runs of this folder's worker. Then trials, of the contender with the fewest claims. Last, the
+    final runs of contenders whose trials have all ended.
     """
 
     waiting: str | None = None
@@ -207,35 +207,38 @@ class SearchRuns:
         self._contenders = [
             ContenderTrials(contender, f"{plan.name}/{contender.name}", storage) for contender in plan.contenders
         ]
-        self._finals = Claims(storage, f"{plan.name}: final runs")  # a name that no contender's study has
+        self._finals = Claims(storage, f"{plan.name}: final runs")  # no contender's study has this name
         self._claimed: dict[str, _Claimed] = {}
-        """Every run that this call has started, by name."""
+        """Every run that this process has started, by name."""
         self._failed: set[str] = set()
-        """Contenders with a trial that failed: what to try next may depend on it, so they wait for the next call."""
-        self._given_up: set[str] = set()
-        self._asked_s = -math.inf
+        """Contenders with a failed trial. Later trials may depend on it, so they wait for the next command."""
+        self._pruned: set[str] = set()
+        self._searched_s = -math.inf
+        """Time of the last search for a run that found none."""
 
     def agree(self) -> None:
-        """`UsageError` if the storage has another search of this name."""
+        """Raise `UsageError` if the storage has another search of this name."""
         lines = [f"{trials.contender.name}: {line}" for trials in self._contenders for line in trials.agree()]
         if lines:
             place = (
                 "choose another --out" if self._plan.search.storage is None else "give the sweep's file another name"
             )
             raise UsageError(
-                "\n".join(f"search {self._plan.name} is another one here: {line}; {place}" for line in lines)
+                "\n".join(
+                    f"search {self._plan.name} differs from the one begun here: {line}; {place}" for line in lines
+                )
             )
 
     def results(self) -> list[SearchResult]:
-        """What is known of each contender by now."""
+        """Return the results of each contender so far."""
         return [trials.result() for trials in self._contenders]
 
     def final_losses(self) -> dict[str, float | None]:
-        """Of the final runs that were claimed, by name; None for one that has not ended."""
+        """Return the losses of the claimed final runs, by name; None for unfinished ones."""
         return {trial.user_attrs["choice"]: trial.value for trial in self._finals.held()}
 
     def elsewhere(self) -> list[Elsewhere]:
-        """Unfinished runs of other folders' workers."""
+        """Return the unfinished runs of other workers."""
         studies = [(trials.claims, trials.contender) for trials in self._contenders]
         found = []
         for claims, contender in [*studies, (self._finals, None)]:
@@ -247,12 +250,12 @@ class SearchRuns:
         return found
 
     def next(self) -> RunStatus | None:
-        """Claim a run; a moment after there was none, there is none."""
-        if time.monotonic() - self._asked_s < _ASK_AGAIN_S:
+        """Claim a run; None if there is none, then for `_ASK_AGAIN_S` without reading the storage."""
+        if time.monotonic() - self._searched_s < _ASK_AGAIN_S:
             return None
-        found = self._left_behind() or self._new_trial() or self._new_final()
+        found = self._unfinished() or self._new_trial() or self._new_final()
         if found is None:
-            self._asked_s = time.monotonic()
+            self._searched_s = time.monotonic()
             self.waiting = self._others_at_work()
             return None
         run, folder, claimed = found
@@ -260,29 +263,29 @@ class SearchRuns:
         claimed.claims.leave(claimed.number, None)
         try:
             return run_status(run, folder)
-        except AsgoError:  # something else is in the way, which the run's own process refuses
+        except AsgoError:  # the folder holds something else; the run's own process reports it
             return RunStatus(run, folder / run.name, 0, begun=False)
 
     def recorded(self, run: RunStatus, row: Row) -> bool:
-        """Tell the pruner; the first validation is of the model as it was made, the last comes too late."""
+        """Report the loss to the pruner, except before the first step and after the last."""
         claimed = self._claimed[run.run.name]
         if claimed.trials is None or not 0 < row["step"] < run.run.config.training.steps:
             return False
         if not claimed.claims.report(claimed.number, row["step"], row["loss"]):
             return False
-        self._given_up.add(run.run.name)
+        self._pruned.add(run.run.name)
         return True
 
     def ended(self, run: RunStatus, ending: Ending) -> Ending:
-        """Tell the others what came of it."""
+        """Store the result for all workers."""
         claimed = self._claimed[run.run.name]
-        self._asked_s = -math.inf
+        self._searched_s = -math.inf
         if ending.kind == "done":
             loss = run_status(run.run, run.folder.parent).final_loss()
             assert loss is not None
             claimed.claims.finish(claimed.number, loss)
             return Ending("done", f"done, {self._settings(run)}: loss {loss:.4f}")
-        if claimed.trials is not None and ending.kind == "stopped" and run.run.name in self._given_up:
+        if claimed.trials is not None and ending.kind == "stopped" and run.run.name in self._pruned:
             claimed.claims.prune(claimed.number)
             return Ending("stopped", f"pruned, {self._settings(run)}")
         divergence = RunFolder(run.folder).divergence()
@@ -294,7 +297,7 @@ class SearchRuns:
         claimed.claims.leave(claimed.number, ending.words)
         return ending
 
-    def _left_behind(self) -> tuple[SweepRun, Path, _Claimed] | None:
+    def _unfinished(self) -> tuple[SweepRun, Path, _Claimed] | None:
         for trials in self._contenders:
             for trial in self._own(trials.claims):
                 if trials.contender.trial_name(trial.number) not in self._claimed:
@@ -324,13 +327,13 @@ class SearchRuns:
 
     @property
     def _final_runs(self) -> dict[str, SweepRun]:
-        """Of the contenders whose trials have all ended; the first seed of each before the second of any."""
+        """Final runs of contenders whose trials have all ended; the first seed of each before the second of any."""
         results = [result for result in self.results() if result.complete and result.settings is not None]
         runs = [result.contender.final(result.settings or {}, seed) for seed in self._plan.seeds for result in results]
         return {run.name: run for run in runs}
 
     def _own(self, claims: Claims) -> list[FrozenTrial]:
-        """Unfinished claims of this folder's worker; its lock says that nobody else is at work on them."""
+        """Return this worker's unfinished claims. The folder's lock guarantees that no other process runs them."""
         running = (trial for trial in claims.held() if not trial.state.is_finished())
         return [trial for trial in running if trial.user_attrs["worker"] == self._worker.id]
 
@@ -343,7 +346,7 @@ class SearchRuns:
 
     @cached_property
     def _worker(self) -> Worker:
-        """This folder's, under its lock."""
+        """This folder's worker; its id is stored under the folder's lock."""
 
         path = self._out / FOLDER / "worker"
         if not path.is_file():
@@ -362,7 +365,7 @@ def _loss(trial: FrozenTrial) -> float:
 
 
 def _losses(held: Sequence[FrozenTrial]) -> dict[float, float]:
-    """By position of the grid; what is not known, or not comparable, is infinite."""
+    """Return losses by position of the grid; infinite for unfinished and pruned trials."""
     return {trial.user_attrs["choice"]: _loss(trial) if trial.state.name == "COMPLETE" else math.inf for trial in held}
 
 

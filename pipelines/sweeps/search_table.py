@@ -1,4 +1,4 @@
-"""The table `[search]` of a sweep's file: how many trials a contender has, and what they differ in."""
+"""The table `[search]` of a sweep file: number of trials, sampler, pruner, and search space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VALUES: TypeAdapter[list[Value]] = TypeAdapter(list[Value])
 
 
 class Around(Settings):
-    """A geometric row around each contender's own value."""
+    """Geometric row of values around each contender's own value."""
 
     factor: float = Field(gt=1, le=100)
     points: int = Field(ge=3, le=99)
@@ -24,16 +24,16 @@ class Around(Settings):
     @model_validator(mode="after")
     def _middle_is_own_value(self) -> Self:
         if self.points % 2 == 0:
-            raise ValueError(f"points={self.points}: an odd number has each contender's own value in the middle")
+            raise ValueError(f"points={self.points}: must be odd; each contender's own value is in the middle")
         return self
 
     def ends(self, own: float, beyond: int = 0) -> tuple[float, float]:
-        """The lowest and the highest value, with `beyond` more of them on both sides."""
+        """Return the lowest and the highest value, with `beyond` more values on both sides."""
         steps = self.points // 2 + beyond
         return self.value(own, -steps), self.value(own, steps)
 
     def value(self, own: float, position: float) -> float:
-        """The value at a position of the row; rounded, so that 0.01 times sqrt(10) twice is 0.1."""
+        """Return the value at a position; rounded to 12 digits, so that 0.01 · sqrt(10)² is 0.1."""
         try:
             return float(f"{own * self.factor**position:.12g}")
         except OverflowError:
@@ -41,7 +41,7 @@ class Around(Settings):
 
 
 class Range(Settings):
-    """All values between two."""
+    """Range of values."""
 
     low: int | float
     high: int | float
@@ -52,7 +52,7 @@ class Range(Settings):
         if self.low >= self.high:
             raise ValueError(f"low={self.low} is not below high={self.high}")
         if self.log and self.low <= 0:
-            raise ValueError(f"low={self.low}: a range with log = true begins above 0")
+            raise ValueError(f"low={self.low}: must be above 0 with log = true")
         return self
 
 
@@ -60,18 +60,18 @@ Dimension = Around | Range | tuple[Value, ...]
 
 
 class Search(Settings):
-    """The same for every contender."""
+    """Settings of a search, equal for all contenders."""
 
     trials: int = Field(ge=1, le=999)
-    """Of every contender: never more, never fewer."""
+    """Exact number of trials per contender."""
     sampler: Literal["grid", "tpe", "random", "gp", "cmaes", "qmc"] = "grid"
     pruner: Literal["none", "median", "hyperband", "successive-halving"] = "none"
     seed: Seed = 0
-    """Of the trials, and of the sampler; none of the final runs has it."""
+    """Seed of the trials and of the sampler; not allowed for final runs."""
     storage: str | None = None
-    """URL of a database, or a journal FILE.log; one in the sweep's folder if absent."""
+    """URL of a database, or a journal FILE.log; a journal in the sweep's folder if absent."""
     space: dict[str, Dimension] = Field(min_length=1)
-    """What the trials differ in, by dotted key."""
+    """Searched settings, by dotted key."""
 
     @model_validator(mode="after")
     def _grid_is_one_row(self) -> Self:
@@ -83,12 +83,12 @@ class Search(Settings):
                 'sampler = "grid" searches one setting, with factor and points; for more choose "tpe" or another'
             )
         if self.trials < rows[0].points:
-            raise ValueError(f"trials={self.trials} do not reach around the grid's {rows[0].points} points")
+            raise ValueError(f"trials={self.trials} is less than the grid's points={rows[0].points}")
         return self
 
 
 def read_search(values: Mapping[str, Any]) -> Search:
-    """The table from its settings by dotted key; `UsageError` with a line for everything that is wrong in it."""
+    """Parse the table from settings by dotted key. Raises `UsageError` with one line for each problem."""
     table: dict[str, Any] = {key: value for key, value in values.items() if not key.startswith("space.")}
     problems: list[str] = []
     space: dict[str, Dimension] = {}
@@ -111,7 +111,7 @@ def read_search(values: Mapping[str, Any]) -> Search:
 
 
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What is written for each setting of the space: a list, or a table."""
+    """Return the value of each setting of the space: a list, or a table."""
     lists: dict[str, Any] = {}
     tables: dict[str, Any] = {}
     for key, value in values.items():

@@ -1,4 +1,4 @@
-"""Where the runs of a sweep compute: one run a slot, on one GPU or a share of the processor's cores."""
+"""Slots of a sweep: each runs one process at a time, on one GPU or a part of the cores."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pipelines.errors import UsageError
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one run at a time."""
+    """Resources of one run at a time."""
 
     threads: int
     gpu: str | None = None
-    """As `CUDA_VISIBLE_DEVICES` names it."""
+    """Value of `CUDA_VISIBLE_DEVICES`."""
 
     def environment(self) -> dict[str, str]:
-        """The variables that keep a run in its slot; a number of threads that the user has set stays."""
+        """Return the environment variables of a run in this slot. A user's OMP_NUM_THREADS stays."""
         threads = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(self.threads)}
         return threads if self.gpu is None else {**threads, "CUDA_VISIBLE_DEVICES": self.gpu}
 
 
 def make_slots(slots: int | None, gpus: int | None, on_gpus: bool) -> list[Slot]:
-    """As many slots as asked for, else one a GPU, else one; several to a GPU where there are more slots than GPUs.
+    """Return `slots` slots; by default one per GPU, or one without GPUs. More slots than GPUs share the GPUs.
 
-    `on_gpus` says whether the runs may compute on GPUs: then all of this machine's are used, or the first `gpus`.
-    Raises `UsageError` if there are fewer.
+    If `on_gpus`, the runs use the first `gpus` GPUs of this machine, all by default. Raises `UsageError` if there are
+    fewer.
     """
     found = _visible_gpus() if on_gpus or gpus else []
     if gpus is not None and gpus > len(found):
         raise UsageError(
-            f"--gpus {gpus}: this machine has {len(found) or 'none that torch can use'}; --slots N needs none"
+            f"--gpus {gpus}: this machine has {len(found) or 'no GPU that torch can use'}; --slots N needs no GPU"
         )
     used = found[:gpus]
     count = slots or len(used) or 1
@@ -41,7 +41,7 @@ def make_slots(slots: int | None, gpus: int | None, on_gpus: bool) -> list[Slot]
 
 
 def _visible_gpus() -> list[str]:
-    """The GPUs by the names that this process sees them under."""
+    """Return the GPUs of this process, by their names in `CUDA_VISIBLE_DEVICES`."""
     import torch
 
     count = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""How far each run of a sweep has come, from its folder alone."""
+"""Status of each run of a sweep, from its folder."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run and where it stands."""
+    """A run and its progress."""
 
     run: SweepRun
     folder: Path
     step: int
-    """Of its newest good checkpoint, or the last one, where the checkpoints of a finished run were removed."""
+    """Step of its newest valid checkpoint; the last step for a finished run whose checkpoints were removed."""
     begun: bool
 
     @property
     def state(self) -> State:
-        """`done` after the last step."""
+        """`done` after the last step, `partial` if the run has begun, else `new`."""
         if self.step == self.run.config.training.steps:
             return "done"
         return "partial" if self.begun else "new"
@@ -42,24 +42,24 @@ class RunStatus:
 
     @property
     def tokens_left(self) -> int:
-        """Those that are yet to be trained on."""
+        """Tokens (or images) of the remaining steps."""
         training = self.run.config.training
         return (training.steps - self.step) * training.batch_size * self.run.tokens_per_sample
 
     def final_loss(self) -> float | None:
-        """The validation loss after the last step; None for a run that is not done."""
+        """Return the validation loss after the last step; None for a run that is not done."""
         if self.state != "done":
             return None
         return next((row["loss"] for row in reversed(RunFolder(self.folder).rows()) if row["split"] == "val"), None)
 
 
 def run_statuses(runs: Sequence[SweepRun], out: Path) -> list[RunStatus]:
-    """Where all runs stand; `UsageError` with a line for every folder that holds something else."""
+    """Return the status of all runs. Raises `UsageError` with one line for each folder that holds something else."""
     return _for_each(runs, lambda run: run_status(run, out))
 
 
 def run_status(run: SweepRun, out: Path) -> RunStatus:
-    """Where a run stands. Raises `AsgoError` if its folder holds something else, or its configuration is unreadable."""
+    """Return the status of a run. Raises `AsgoError` if its folder holds something else or is unreadable."""
     folder = RunFolder(out / run.name)
     if not folder.exists():
         refuse_existing(folder)
@@ -78,13 +78,13 @@ def run_status(run: SweepRun, out: Path) -> RunStatus:
 
 
 def check_data(runs: Sequence[SweepRun]) -> None:
-    """Open the data of all runs as they will; `UsageError` with a line for every folder that is not good."""
+    """Open the data of all runs. Raises `UsageError` with one line for each folder that is not valid."""
     places = dict.fromkeys((run.config.task, run.config.data.folder) for run in runs)
     _for_each(places, lambda place: TASKS[place[0]].open_data(Path(place[1])))
 
 
 def _for_each(items: Iterable[_Item], do: Callable[[_Item], _Result]) -> list[_Result]:
-    """The results for all items; `UsageError` with the problems of all for which there is none."""
+    """Return the results for all items. Raises `UsageError` with all problems, if there are any."""
     results, problems = [], []
     for item in items:
         try:

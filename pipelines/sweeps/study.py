@@ -1,10 +1,10 @@
-"""What is tried and what came of it, in a storage of optuna's that several workers share.
+"""Claims of runs, in an optuna storage that several workers share.
 
-A claim is a trial of a study. optuna numbers them one after another, and its storages write a new one whole: its
-number, its worker and what it chose, at once. So all workers see the same list, in the same order, and `Claims.held` is
-a function of that list alone: a claim holds unless one with a lower number has made the same choice, or as many as the
-budget hold before it. Later claims change nothing about it. Therefore no two workers run the same, and no budget is
-exceeded, whatever they do at the same moment.
+A claim is a trial of a study. optuna numbers trials consecutively, and its storages add a trial atomically, with its
+number, worker and choice. All workers therefore see the same list in the same order, and `Claims.held` is a function of
+that list alone: a claim is valid unless a lower number made the same choice, or the budget is used up by lower numbers.
+Later claims do not change this. So no two workers run the same trial and no budget is exceeded, even if they act at
+the same moment.
 """
 
 from __future__ import annotations
@@ -48,40 +48,40 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 @dataclass(frozen=True)
 class Worker:
-    """A sweep at work in a folder."""
+    """A sweep command that runs in a folder."""
 
     id: str
-    """Stays the same for the folder."""
+    """Constant for the folder."""
     place: str
-    """For people: machine and folder."""
+    """Machine and folder, for messages."""
 
 
 def open_storage(storage: str | None, journal: Path) -> BaseStorage:
-    """The database at a URL, or a journal file: the one that is named, or else `journal`.
+    """Open the database at a URL, or a journal FILE.log; `journal` if `storage` is None.
 
-    Raises `UsageError` for a database that cannot be used, or a file that is no journal.
+    Raises `UsageError` if the database cannot be opened, or the file is not a journal.
     """
     if storage is None or storage.endswith(".log"):
         return open_journal(journal if storage is None else Path(storage).expanduser())
     for _ in range(_ATTEMPTS):
         try:
             return optuna.storages.get_storage(_database(storage))
-        except Exception as error:  # of SQLAlchemy, and of any driver
+        except Exception as error:  # SQLAlchemy's, or a database driver's
             reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
             if not (isinstance(error, IntegrityError) or "already exists" in str(error)):
                 break
-            time.sleep(_ATTEMPT_S)  # two workers come first at the same moment, and both make the tables
+            time.sleep(_ATTEMPT_S)  # race: two workers create the tables at the same time
     raise UsageError(f"search.storage: cannot be opened: {reason}")
 
 
 def _database(url: str) -> RDBStorage:
     if url.startswith("sqlite"):
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": _LOCK_WAIT_S}})
-    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # the server may have hung up during a long run
+    return RDBStorage(url, engine_kwargs={"pool_pre_ping": True})  # servers close idle connections
 
 
 class Claims:
-    """The trials of one study; each a claim to run something."""
+    """The trials of one study; each is a claim of a run."""
 
     def __init__(self, storage: BaseStorage, name: str, budget: int | None = None, pruner: BasePruner | None = None):
         self._study = optuna.create_study(
@@ -93,15 +93,15 @@ class Claims:
 
     @property
     def definition(self) -> Any:
-        """What the first worker has written of what is searched; None for a new study."""
+        """The search's definition, which the first worker wrote; None for a new study."""
         return self._study.user_attrs.get("definition")
 
     def define(self, definition: Any) -> None:
-        """Write what is searched."""
+        """Store the search's definition."""
         self._study.set_user_attr("definition", definition)
 
     def held(self) -> list[FrozenTrial]:
-        """The claims that hold, in their order."""
+        """Return the valid claims, in the order of their numbers."""
         held: list[FrozenTrial] = []
         choices: list[Any] = []
         for trial in sorted(self._study.get_trials(deepcopy=False, states=_HOLDING), key=lambda trial: trial.number):
@@ -112,7 +112,7 @@ class Claims:
         return held
 
     def add(self, worker: Worker, choice: Any, params: Mapping[str, Any], space: Space) -> FrozenTrial | None:
-        """Claim a choice (None: any is welcome); returns None where another worker was first."""
+        """Claim a choice; None if the sampler chooses later. Returns None if another worker was first."""
         attributes = {"worker": worker.id, "place": worker.place, "choice": choice}
         template = create_trial(
             state=TrialState.RUNNING, params=dict(params), distributions=dict(space), user_attrs=attributes
@@ -124,30 +124,30 @@ class Claims:
         return None
 
     def sample(self, number: int, space: Space, sampler: BaseSampler) -> dict[str, Any]:
-        """What the sampler chooses for a claim; the same again for one that has been asked for already."""
+        """Return the settings that the sampler chooses for a claim. A second call returns the same."""
         self._study.sampler = sampler
         with _no_warnings():
             trial = self._trial(number)
             return {setting: _suggest(trial, setting, distribution) for setting, distribution in space.items()}
 
     def report(self, number: int, step: int, loss: float) -> bool:
-        """Record a validation loss; returns whether the pruner gives the run up."""
+        """Report a validation loss; returns whether to prune the run."""
         with _no_warnings():
             trial = self._trial(number)
             trial.report(loss, step)
             return trial.should_prune()
 
     def finish(self, number: int, loss: float) -> None:
-        """The claim is done."""
+        """Mark the claim as complete, with its loss."""
         self._study.tell(number, loss)
 
     def prune(self, number: int) -> None:
-        """The claim is done, with the last loss reported."""
+        """Mark the claim as pruned, with the last reported loss."""
         self._study.tell(number, state=TrialState.PRUNED)
 
-    def leave(self, number: int, why: str | None) -> None:
-        """Tell the other workers why the claim's run stands still; None: it goes on."""
-        self._storage.set_trial_user_attr(self._trial_id(number), "left", why)
+    def leave(self, number: int, reason: str | None) -> None:
+        """Store why the claim's run stopped, for other workers; None if it runs."""
+        self._storage.set_trial_user_attr(self._trial_id(number), "left", reason)
 
     def _trial(self, number: int) -> Trial:
         return Trial(self._study, self._trial_id(number))
@@ -157,14 +157,14 @@ class Claims:
 
 
 def require_sampler(name: str) -> None:
-    """`UsageError` if the sampler needs a package that is not there."""
+    """Raise `UsageError` if the sampler needs a package that is not installed."""
     package = _NEEDS.get(name)
     if package is not None and find_spec(package) is None:
         raise UsageError(f'search.sampler = "{name}" needs {package}: pip install {package}')
 
 
 def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
-    """One of optuna's for one trial: what it draws depends on seed and number, not on what this process drew before."""
+    """Return a sampler for one trial: its samples depend on seed and number, not on earlier samples of this process."""
     drawn = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     if name == "cmaes":
         from pipelines.sweeps.cma_sampler import CmaSampler  # needs a package that the others do not
@@ -177,7 +177,7 @@ def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
 
 
 def make_pruner(name: str, first_step: int, last_step: int) -> BasePruner:
-    """One of optuna's, for losses that are reported between the two steps."""
+    """Return a pruner for losses that are reported from `first_step` to `last_step`."""
     if name == "median":
         return MedianPruner()
     if name == "hyperband":
@@ -188,14 +188,14 @@ def make_pruner(name: str, first_step: int, last_step: int) -> BasePruner:
 
 
 def between(low: float, high: float, *, log: bool) -> BaseDistribution:
-    """All numbers between two; whole ones if both are `int`."""
+    """Return the distribution of numbers in a range; integers if both ends are `int`."""
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(low, high, log=log)
 
 
 def one_of(values: Sequence[Any]) -> BaseDistribution:
-    """One of a few."""
+    """Return the distribution of a few values."""
     return CategoricalDistribution(values)
 
 
@@ -210,7 +210,7 @@ def _suggest(trial: Trial, setting: str, distribution: BaseDistribution) -> Any:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Of parts of optuna that may change, and of losses that are reported again after a kill."""
+    """Suppress optuna's warnings: of experimental parts, and of losses that are reported again after a kill."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

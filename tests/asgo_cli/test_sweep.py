@@ -139,7 +139,7 @@ def test_a_sweep_that_is_ended_goes_on_to_the_same_end(
     _, err = process.communicate(timeout=60)
     if kill == signal.SIGTERM:
         assert process.returncode == 75, err
-        assert "stopped: SIGTERM: all runs are saved; the same command goes on" in err
+        assert "stopped: SIGTERM: all runs are saved; the same command resumes the sweep" in err
         assert all(list((folder / "checkpoints").glob("step-*")) for folder in folders)
     assert not all(list((folder / "checkpoints").glob("step-00000600")) for folder in folders), "ended in time"
     result = run_sweep(tmp_path, "my.toml", "--slots", 2)
@@ -203,7 +203,7 @@ def test_a_source_that_fails_ends_the_sweep_when_the_runs_at_work_have_ended(
     with pytest.raises(OSError, match=r"No space left on device: 'study\.log'"):
         queue.carry_out(source, tmp_path / "out", [Slot(1), Slot(1)], sweep_runs._program(), reporter)
     assert reporter.told == [
-        "study.log: No space left on device: no further run begins; those at work go on",
+        "study.log: No space left on device: no further run starts; running ones continue",
         "a-s42: done",  # not killed
     ]
     assert final_weights(tmp_path / "out/a-s42")
@@ -220,7 +220,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "lock").touch()
     with (tmp_path / "lock").open() as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="another sweep is at work here"), queue._locked(tmp_path, Reporter()):
+        with pytest.raises(UsageError, match="another sweep runs here"), queue._locked(tmp_path, Reporter()):
             pytest.fail("the lock was taken")
     with queue._locked(tmp_path, Reporter()):
         assert told == ["waiting"]

@@ -218,16 +218,16 @@ def test_all_that_is_wrong_in_the_shape_of_a_file_is_told_at_once(write) -> None
     parts = [
         "task is 'gtp'", "seeds is [1, True]", "grid: optimizer.lr is 0.1", "grid: schedule is",
         "run 1: name is '../a'",
-        "run 3: there is a run named 'b' already", "file: seed: list them", "run b: seed: list them",
+        "run 3: another run already has the name 'b'", "file: seed: list them", "run b: seed: list them",
     ]  # fmt: skip
     for part in parts:
         assert sum(part in line for line in problems) == 1, part
     assert problems_of(write('task = "gpt"\npreset = "tiny"\n')) == [
-        f"{path}: nothing to run: add [[runs]] with a name and settings each, or a [grid] with lists of values"
+        f"{path}: nothing to run: add tables [[runs]] with a name and settings, or a [grid] with lists of values"
     ]
     stray = problems_of(write('task = "gpt"\npreset = "tiny"\ngrid = 3\n[runs.a]\nx = 1\n'))
     assert [line.split(": ")[1] for line in stray[:2]] == ["grid", "runs.a.x"]
-    assert "preset is 'tny': the runs begin with one of" in problems_of(write('task = "gpt"\npreset = "tny"\n'))[0]
+    assert "preset is 'tny': choose one of" in problems_of(write('task = "gpt"\npreset = "tny"\n'))[0]
     assert problems_of("asro-gpt-papr") == [
         "unknown sweep 'asro-gpt-papr'; did you mean 'asro-gpt-paper'? or give a FILE.toml"
     ]
@@ -245,16 +245,16 @@ def test_what_names_the_runs_cannot_be_set_for_all(write) -> None:  # type: igno
         """
     )
     first, second = problems_of(path, "optimizer.lr=3", "seed=1")
-    assert "--set optimizer.lr: set for each run by the sweep (a-lr0.1, a-lr0.2)" in first
+    assert "--set optimizer.lr: the sweep sets it for each run (a-lr0.1, a-lr0.2)" in first
     assert "--set seed: give --seeds" in second
     path.write_text(path.read_text() + "optimizer.lr = 0.3\n", encoding="utf-8")
-    assert problems_of(path) == [f"{path}: run a: optimizer.lr is set, and varied by the grid too"]
+    assert problems_of(path) == [f"{path}: run a: optimizer.lr is set, but the grid varies it"]
 
 
 def test_a_grid_of_billions_of_runs_is_one_line(write) -> None:  # type: ignore[no-untyped-def]
     grid = "".join(f"[grid.{table}]\n{key} = [{', '.join(map(str, range(1, 101)))}]\n" for table, key in KEYS)
     (problem,) = problems_of(write(f'task = "gpt"\npreset = "tiny"\n{grid}'))
-    assert problem.endswith(f"grid: makes {100 ** len(KEYS):,} runs; 10,000 are the most")
+    assert problem.endswith(f"grid: makes {100 ** len(KEYS):,} runs; the maximum is 10,000")
 
 
 KEYS = (

@@ -148,7 +148,7 @@ def test_another_search_of_the_same_name_is_refused(plan: Callable[..., SearchPl
         open_search(plan("training.steps=7", trials=5), tmp_path)
     lines = str(error.value).splitlines()
     assert len(lines) == 4
-    assert lines[0] == "search my is another one here: a: trials is 4 there, 5 now; choose another --out"
+    assert lines[0] == "search my differs from the one begun here: a: trials is 4 there, 5 now; choose another --out"
     assert "a: training.steps is 6" in lines[1]
 
 
