@@ -113,7 +113,7 @@ def _torch_and_what_it_needs() -> Iterator[Finding]:
     try:
         import torch
         import torchvision
-    except Exception as error:  # not installed, or a shared library is missing, or the versions do not match
+    except Exception as error:  # not installed, or a library is missing, or the versions do not match
         yield Finding("torch", "cannot be imported", f"{_line(error)}; install asgo again", broken=True)
         return
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])

@@ -170,7 +170,7 @@ def _load(path: Path) -> Tensors:
     """Return the tensors of a file, memory-mapped. Raises `AsgoError` if this rank's machine does not have the file."""
     if not path.is_file():
         raise AsgoError(
-            f"{path}: {launched()} does not see it; the run folder must be on a disk that all machines share"
+            f"{path}: {launched()} cannot find it; the run folder must be on a disk that all machines share"
         )
     with _readable(path):
         return safetensors.torch.load_file(path)
@@ -228,7 +228,7 @@ def last_good(parent: Path) -> str:
     folders = []
     with contextlib.suppress(OSError):
         folders = checkpoint_folders(parent)
-    return f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
+    return f"the last valid checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
 
 
 def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:

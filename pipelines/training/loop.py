@@ -62,7 +62,7 @@ def fit(run: Run) -> None:
     Raises:
         RunInterrupted: a signal asked to stop; the run is saved.
         Diverged: a loss or gradient is not finite (the weights are those before it).
-        AsgoError: writing to the disk failed.
+        AsgoError: writing failed.
     """
     config, state = run.config, run.state
     while True:

@@ -117,7 +117,7 @@ class _TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = run / "tensorboard"
-        # Keep the newest file: a running TensorBoard reads it, then the next one, whose `purge_step` drops all before.
+        # Keep the newest old file: a running TensorBoard reads it, then the new one; `purge_step` drops the old steps.
         for earlier in sorted(folder.glob("events.out.tfevents.*"))[:-1]:
             earlier.unlink()
         self._writer = SummaryWriter(folder, purge_step=0, flush_secs=_TENSORBOARD_FLUSH_S)

@@ -120,7 +120,7 @@ def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
 
 
 def _claim(folder: RunFolder, continues: bool) -> None:
-    """Lock the folder. Raises `UsageError` if another process trains there, or has begun a run meanwhile."""
+    """Lock the folder. Raises `UsageError` if another process trains there, or has begun a run since."""
     folder.lock()
     if not continues:
         refuse_existing(folder)  # a run may have begun and ended since the first check

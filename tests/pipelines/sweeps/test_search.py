@@ -55,7 +55,7 @@ def work(plan: SearchPlan, out: Path) -> list[str]:
     """All that a worker finds to do; returns the names of its runs."""
     runs, names = open_search(plan, out), []
     while True:
-        runs._asked_s = -math.inf
+        runs._searched_s = -math.inf
         run = runs.next()
         if run is not None:
             names.append(run.run.name)
@@ -226,7 +226,7 @@ def test_a_worker_waits_for_trials_of_others_but_not_for_those_they_have_left(
     assert runs.waiting.startswith("waiting for 1 trials of other workers: ")
     assert runs.waiting.endswith(":" + str(tmp_path / "other"))
     other.ended(theirs, Ending("stopped", "stopped"))
-    runs._asked_s = -math.inf
+    runs._searched_s = -math.inf
     assert runs.next() is None
     assert runs.waiting is None
     ((name, left),) = [(run.name, run.left) for run in runs.elsewhere()]

@@ -102,7 +102,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 ) -> None:
     config = small_config(checkpoint__keep=100, checkpoint__every=1, training__steps=40)
     with pytest.raises(
-        AsgoError, match=r"could not be saved: .*No space left.*the last good checkpoint is|metrics.jsonl: No space"
+        AsgoError, match=r"could not be saved: .*No space left.*the last valid checkpoint is|metrics.jsonl: No space"
     ):
         train(config, small_disk / "run", reporter)
     checkpoints = small_disk / "run" / "checkpoints"
