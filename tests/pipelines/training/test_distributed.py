@@ -278,7 +278,7 @@ def test_no_replica_outlives_the_process_group(
         end()
 
     be_a_group_of_one(monkeypatch)
-    monkeypatch.setattr("pipelines.training.train.replicated", remembered)
+    monkeypatch.setattr("pipelines.training.train.wrap_in_ddp", remembered)
     monkeypatch.setattr(dist, "destroy_process_group", watched_end)
     train(small_config(), tmp_path / "run", SilentReporter())
     assert alive_at_the_end == [False]
@@ -300,7 +300,7 @@ def test_accumulated_gradients_are_added_up_over_the_processes_once_a_step(
         return network
 
     be_a_group_of_one(monkeypatch)
-    monkeypatch.setattr("pipelines.training.train.replicated", counted)
+    monkeypatch.setattr("pipelines.training.train.wrap_in_ddp", counted)
     train(small_config(training__micro_batch_size=1), tmp_path / "run", SilentReporter())
     assert len(buckets) == 6  # steps, of four micro-batches each; a model this small is one bucket
 

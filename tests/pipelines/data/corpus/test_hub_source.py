@@ -25,6 +25,7 @@ from pipelines.data.corpus.sources import FINEWEB, OPENWEBTEXT
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from tests import hub as protocol
 from tests.hub import Drip, Drop, Fault, Hub, Stall, Truncate, client_environment, refusing_endpoint, silent_endpoint
+from tests.long import long
 
 from .mirrors import Preparation, Status, contents, expected_shards, make_texts, shards_in
 
@@ -234,13 +235,16 @@ class Notes(list[str]):
 
 @pytest.mark.parametrize(
     ("fault", "what"),
-    [(Truncate(0.6), "ArrowInvalid: Parquet magic bytes not found"), (Stall(60, 0.5), "nothing came for 4 s")],
+    [
+        (Truncate(0.6), "ArrowInvalid: Parquet magic bytes not found"),
+        pytest.param(Stall(60, 0.5), "nothing came for 12 s", marks=long),
+    ],
     ids=["truncated", "stalled"],
 )
 def test_a_file_that_is_whole_again_later_is_read_then(
     fault: Fault, what: str, hub: Hub, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retries, "STALL_S", 4.0)
+    monkeypatch.setattr(retries, "STALL_S", 12.0)  # a reader needs seconds to start on a busy machine
     hub.misbehave(fault, "003_")
     preparation = Preparation(FINEWEB, ALL, notes=Notes(hub.behave))
     preparation.run(tmp_path / "out")
