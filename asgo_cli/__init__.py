@@ -8,9 +8,9 @@ _OURS = ("asgo_cli", "models", "optim", "pipelines")
 
 
 def _put_own_packages_first() -> None:
-    """Move what would shadow our packages, such as PYTHONPATH=. in a project with a `models`, to the end of the path.
+    """Move entries that would shadow our packages (PYTHONPATH=. in a project with `models`) to the end of the path.
 
-    Here, because every program of ours imports this first. Processes that it spawns inherit the path.
+    Called here because every program of ours imports this package first. Child processes inherit the path.
     """
     shadows = [place for place in sys.path if _shadows(Path(place))]
     if shadows:
@@ -22,7 +22,7 @@ def _shadows(place: Path) -> bool:
     try:
         found = any((place / name).is_dir() or (place / f"{name}.py").is_file() for name in _OURS)
         return found and place.resolve() != _ROOT
-    except OSError:  # a working directory that was deleted, a folder that is closed to this user
+    except OSError:  # a deleted working directory, a folder without permission
         return False
 
 

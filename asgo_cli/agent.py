@@ -1,4 +1,4 @@
-"""Torchrun's agent in this process: it starts the workers, watches them, and tells how they ended in our words."""
+"""Torchrun's agent in this process: starts and monitors the workers, and reports how they ended in one line."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ from pipelines.stopping import stop_signals
 Value = TypeVar("Value")
 
 _GRACE_S = 30
-"""Torch kills workers that have not ended so long after a signal."""
+"""Torch kills workers that still run this many seconds after a signal."""
 _STORE_TIMEOUT_S = 60
 _ANSWER_S = 60
-_FAREWELL_S = 10
+_SHUTDOWN_S = 10
 _LOOPBACK = "127.0.0.1"
-_NO_ANSWER = "no connection to machine 0; is it running, and the port open?"
+_NO_ANSWER = "no connection to machine 0; is it running, and is the port open?"
 _NO_SHARED_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
 
 class WorkersEnded(Exception):
-    """The workers ended for a reason that a restart would not mend, or the last restart is used up."""
+    """The workers ended, and no restart follows: it would not help, or none is left."""
 
     def __init__(self, first: Outcome) -> None:
         super().__init__(first.message)
@@ -64,16 +64,18 @@ class WorkersEnded(Exception):
 
 
 def run_workers(arguments: Sequence[str]) -> int:
-    """Do what `torchrun ARGUMENTS` does, without its tables and tracebacks; returns the exit code.
+    """Do what `torchrun ARGUMENTS` does, without its tables and tracebacks; return the exit code.
 
-    Raises `AsgoError` when the machines of the run do not find, or lose, each other.
+    Raises `AsgoError` if the machines of the run cannot connect, or lose the connection.
     """
     if os.environ.get("ASGO_DEBUG") != "1":
         logger = logging.getLogger("torch.distributed.elastic")
         logger.propagate = False
         logger.addHandler(logging.NullHandler())
     options = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call]
-    options.rdzv_endpoint = options.rdzv_endpoint or _LOOPBACK  # without one, torch warns of options not given
+    options.rdzv_endpoint = (
+        options.rdzv_endpoint or _LOOPBACK
+    )  # without an endpoint, torch warns about options that were not given
     with _scratch_folder() as folder, _signals_handled() as signals:
         options.log_dir = str(folder / "logs")
         config, command, command_arguments = torchrun.config_from_args(options)
@@ -96,10 +98,10 @@ def _run(config: LaunchConfig, command: str, arguments: Sequence[str], folder: P
         return 0
     except WorkersEnded as ended:
         clear_left_over()
-        return _tell(ended.first)
+        return _report(ended.first)
     except SignalException as caught:
         clear_left_over()
-        return _tell_after_signal(agent, caught.sigval)
+        return _report_after_signal(agent, caught.sigval)
     finally:
         if agent is not None:
             agent.leave()
@@ -111,7 +113,7 @@ def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder:
         local_world_size=config.nproc_per_node,
         entrypoint=command,
         args=tuple(arguments),
-        rdzv_handler=_meeting_place(config),
+        rdzv_handler=_rendezvous_handler(config),
         max_restarts=config.max_restarts,
         monitor_interval=config.monitor_interval,
         local_addr=config.local_addr,
@@ -121,10 +123,10 @@ def _agent(config: LaunchConfig, command: str, arguments: Sequence[str], folder:
     return _Agent(spec, config.logs_specs, folder, config.rdzv_endpoint, signals)
 
 
-def _meeting_place(config: LaunchConfig) -> RendezvousHandler:
-    """Where the agents of all machines meet."""
+def _rendezvous_handler(config: LaunchConfig) -> RendezvousHandler:
+    """Return the rendezvous of the agents of all machines."""
     if config.max_nodes == 1:
-        return _Alone(config.run_id)
+        return _InMemoryRendezvous(config.run_id)
     parameters = RendezvousParameters(
         config.rdzv_backend,
         config.rdzv_endpoint,
@@ -134,27 +136,28 @@ def _meeting_place(config: LaunchConfig) -> RendezvousHandler:
         config.local_addr,
         **config.rdzv_configs,
     )
-    return _answered(lambda: rendezvous_handler_registry.create_handler(parameters))
+    return _call_in_thread(lambda: rendezvous_handler_registry.create_handler(parameters))
 
 
-def _answered(ask: Callable[[], Value]) -> Value:
-    """The result of a call that waits for another machine, during which Python could not heed a signal."""
-    answer: Future[Value] = Future()
+def _call_in_thread(call: Callable[[], Value]) -> Value:
+    """Return `call()`, made in a thread: in the main thread, Python would run no signal handler while it blocks."""
+    result: Future[Value] = Future()
 
     def work() -> None:
         try:
-            answer.set_result(ask())
+            result.set_result(call())
         except Exception as error:
-            answer.set_exception(error)
+            result.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return answer.result()
+    return result.result()
 
 
-class _Alone(RendezvousHandler):
-    """The meeting place of an agent that has no others to meet.
+class _InMemoryRendezvous(RendezvousHandler):
+    """The rendezvous of a run on one machine.
 
-    Torch's, with --standalone too, listens on all interfaces and unpickles what it is sent. This one is in memory.
+    Torch's own, also with --standalone, listens on all interfaces and unpickles what it receives. This one opens no
+    socket.
     """
 
     def __init__(self, run_id: str) -> None:
@@ -162,7 +165,7 @@ class _Alone(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        return True  # the workers are to join the store of the agent, not to open one
+        return True  # the workers join the agent's store and do not open one
 
     def get_backend(self) -> str:
         return "memory"
@@ -174,7 +177,7 @@ class _Alone(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """There is nobody to tell."""
+        """Do nothing: there is no other agent."""
 
     def num_nodes_waiting(self) -> int:
         return 0
@@ -187,7 +190,7 @@ class _Alone(RendezvousHandler):
 
 
 class _Agent(LocalElasticAgent):
-    """Torch's agent of one machine, through the methods that are made to be overridden."""
+    """Torch's agent of one machine. Overrides only methods that torch intends for it."""
 
     def __init__(self, spec: WorkerSpec, logs_specs: Any, folder: Path, endpoint: str, signals: _Signals) -> None:
         super().__init__(spec, logs_specs)
@@ -198,35 +201,35 @@ class _Agent(LocalElasticAgent):
         self._failed_attempts = 0
         self._workers_store: TCPStore | None = None
         self._asking_since: float | None = None
-        # Machines that come later are told only of a meeting place that is made anew every time.
+        # Machines that join later learn only of stores that are created anew for every rendezvous.
         os.environ[_NO_SHARED_STORE] = "1"
         threading.Thread(target=self._end_when_cut_off, daemon=True).start()
 
     def leave(self) -> None:
-        """Tell the other machines not to wait, for as long as they can be told."""
-        farewell = threading.Thread(target=self._worker_group.spec.rdzv_handler.shutdown, daemon=True)
-        farewell.start()
-        farewell.join(_FAREWELL_S)
+        """Tell the other machines that this one leaves; give up after some seconds."""
+        shutdown = threading.Thread(target=self._worker_group.spec.rdzv_handler.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(_SHUTDOWN_S)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for path in self._folder.iterdir():
             path.unlink()
         self._give_fresh_store(worker_group)
-        os.environ[_NO_SHARED_STORE] = "0"  # or the first worker would want to make one, too
+        os.environ[_NO_SHARED_STORE] = "0"  # otherwise the first worker opens a store too
         with self._signals.held_back():
             started: dict[int, Any] = super()._start_workers(worker_group)
             for local_rank, pid in started.items():
-                worker_group.workers[local_rank].id = pid  # torch does it later; a signal may come before
+                worker_group.workers[local_rank].id = pid  # torch sets it later, perhaps after a signal that needs it
             self.has_workers = True
         os.environ[_NO_SHARED_STORE] = "1"
-        os.environ[RESTARTED] = "1"  # for those started next
+        os.environ[RESTARTED] = "1"  # for the workers of the next attempt
         return started
 
     def _give_fresh_store(self, group: WorkerGroup) -> None:
-        """Let the workers meet in a store of this attempt, which outlives them.
+        """Give the workers a new store for this attempt.
 
-        Torch gives all attempts the same one. There the workers of the second find the addresses of the first's, and
-        wait for each other for ever when the first process was the one lost.
+        Torch uses one store for all attempts. If rank 0 was lost, the workers of the second attempt find the addresses
+        of the first there, and wait forever.
         """
         assert group.store is not None
         if group.group_rank == 0:
@@ -243,7 +246,7 @@ class _Agent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)
         if not result.is_failed():
             if result.state == WorkerState.HEALTHY:
-                self._asking_since = time.monotonic()  # whether other machines wait to join
+                self._asking_since = time.monotonic()  # torch asks machine 0 next whether others wait to join
             return result
         first = first_of(self.outcomes(result, began))
         allowed = worker_group.spec.max_restarts
@@ -258,7 +261,7 @@ class _Agent(LocalElasticAgent):
         return result
 
     def _construct_event(self, state: str, source: EventSource, *_arguments: Any, **_keywords: Any) -> Event:
-        """Nobody reads the events. Torch looks up this machine's name for each: 10 s where no name server answers."""
+        """Return an event without a host name: torch looks it up each time, 10 s where no name server answers."""
         return Event(f"torchelastic.worker.status.{state}", source)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -267,30 +270,30 @@ class _Agent(LocalElasticAgent):
         self._signals.release()
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *arguments: Any, **keywords: Any) -> None:
-        """Signal the workers and wait for them; those that come meanwhile reach them too, and break no wait."""
+        """Signal the workers and wait for them. Signals during the wait are passed on and do not interrupt it."""
 
         def pass_on(number: int, _frame: FrameType | None) -> None:
-            self._signals.wait(number)  # or workers that are lost would be started again
+            self._signals.wait(number)  # otherwise lost workers would be restarted
             self._signal_workers(number)
 
         self._asking_since = None
         with _signal_handlers_restored():
             for number in stop_signals():
                 signal.signal(number, pass_on)
-            # A closed terminal, too, is a reason to save.
+            # A closed terminal (SIGHUP) makes the workers save, too.
             sent = signal.SIGINT if death_sig == signal.SIGINT else signal.SIGTERM
             super()._shutdown(sent, *arguments, **keywords)
 
     def _end_when_cut_off(self) -> None:
-        """Torch waits for an answer of machine 0 as long as the network lets it: many minutes, if a cable is out."""
-        looks, before = 0, None
-        while looks < _ANSWER_S:  # counted in looks, because this process may be suspended meanwhile
+        """End this process if machine 0 does not answer. Torch itself waits many minutes when the network is down."""
+        seconds, before = 0, None
+        while seconds < _ANSWER_S:  # counted, not measured: this process may be suspended in between
             time.sleep(1)
-            looks = looks + 1 if self._asking_since is not None and self._asking_since == before else 0
+            seconds = seconds + 1 if self._asking_since is not None and self._asking_since == before else 0
             before = self._asking_since
         self._signal_workers(signal.SIGTERM)
         console.fail(f"{self._endpoint}: {_NO_ANSWER}")
-        time.sleep(_FAREWELL_S)
+        time.sleep(_SHUTDOWN_S)
         self._signal_workers(signal.SIGKILL)
         os._exit(1)
 
@@ -300,16 +303,18 @@ class _Agent(LocalElasticAgent):
                 os.killpg(worker.id, number)
 
     def outcomes(self, result: RunResult, began: float) -> list[Outcome]:
-        """How the workers of this machine ended that did not finish; those without a word by their exit codes."""
-        told = {outcome.rank: outcome for outcome in read_outcomes(self._folder)}
+        """Return the outcomes of this machine's unfinished workers, made from the exit code if a worker left none."""
+        reported = {outcome.rank: outcome for outcome in read_outcomes(self._folder)}
         size = self._worker_group.workers[0].world_size
         silent = [
-            _silent_outcome(failure, rank, size, began) for rank, failure in result.failures.items() if rank not in told
+            _silent_outcome(failure, rank, size, began)
+            for rank, failure in result.failures.items()
+            if rank not in reported
         ]
-        return [*told.values(), *silent]
+        return [*reported.values(), *silent]
 
     def result_after_signal(self) -> RunResult:
-        """The exit codes, once all workers have ended."""
+        """Return the exit codes, once all workers have ended."""
         result: RunResult = super()._monitor_workers(self._worker_group)
         return result
 
@@ -319,27 +324,27 @@ def _store_on_all_interfaces(host: str) -> TCPStore:
 
 
 def _store_on_loopback() -> TCPStore:
-    """A store that only this machine reaches; one that makes its own socket listens on all interfaces."""
+    """Return a store that only this machine can reach: a `TCPStore` that opens its own socket listens everywhere."""
     with socket.create_server((_LOOPBACK, 0)) as listening:
         port = listening.getsockname()[1]
         return TCPStore(_LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
 def first_of(outcomes: Sequence[Outcome]) -> Outcome:
-    """The one that explains the others: the earliest that is not a consequence, if there is any."""
+    """Return the outcome that explains the others: the earliest one that is not a consequence, if there is any."""
     return min(outcomes, key=lambda outcome: (outcome.kind == "consequence", outcome.time))
 
 
 def _silent_outcome(failure: ProcessFailure, rank: int, size: int, began: float) -> Outcome:
     code = failure.exitcode
     number = -code if code < 0 else code - 128  # the shell's convention, in which a second Ctrl-C is 130
-    # The agent itself ends the others by SIGTERM as soon as one has failed, and kills them later.
+    # When one worker fails, the agent sends SIGTERM to the others, and kills them later.
     by_agent = number in (signal.SIGTERM, signal.SIGINT) or failure.timestamp > began + _GRACE_S / 2
     if number > 0:
-        memory = ", perhaps because memory ran out" if number == signal.SIGKILL else ""
+        memory = ", perhaps out of memory" if number == signal.SIGKILL else ""
         message = f"was killed by {_signal_name(number)}{memory}"
     else:
-        message = f"ended with exit code {code} and left no word"
+        message = f"ended with exit code {code} without an error message"
     kind: Kind = "consequence" if by_agent else "crashed"
     return Outcome(kind, 1, message, rank, size, socket.gethostname(), failure.timestamp)
 
@@ -349,56 +354,59 @@ def _signal_name(number: int) -> str:
 
 
 def _sentence(outcome: Outcome) -> str:
-    if outcome.kind == "hung":  # names those that are behind, mostly others
+    if outcome.kind == "hung":  # the message names the slowest ranks, which are mostly others
         return outcome.message
     separator = " " if outcome.message.startswith(("was killed", "ended with")) else ": "
     return f"{outcome.place}{separator}{outcome.message}"
 
 
-def _tell(first: Outcome) -> int:
+def _report(first: Outcome) -> int:
     if first.kind == "stopped":
         console.say(f"stopped: {first.message}")
     else:
-        # What the user asked for is wrong in every process alike.
+        # Exit code 2: wrong usage or configuration, which is the same on every rank.
         console.fail(first.message if first.exit_code == 2 else _sentence(first))
     return first.exit_code
 
 
-def _tell_after_signal(agent: _Agent | None, number: signal.Signals) -> int:
+def _report_after_signal(agent: _Agent | None, number: signal.Signals) -> int:
     if (agent is None or not agent.has_workers) and RESTARTED not in os.environ:
         console.say(f"stopped: {number.name} before the processes were started")
         return 128 + number
     if agent is None or not agent.has_workers:
-        console.say(f"stopped: {number.name} while the processes are started again; to go on, add --resume")
+        console.say(f"stopped: {number.name} while the processes restart; to resume, add --resume")
         return RunInterrupted.exit_code
     result = agent.result_after_signal()
     outcomes = agent.outcomes(result, began=0.0)
     if not outcomes:
         return 0
     first = first_of(outcomes)
-    if first.kind == "consequence":  # killed by the signal, before there was anything to save, or for not ending
+    if first.kind == "consequence":  # killed by the signal before it could save
         console.fail(f"{number.name}: {_sentence(first)}; what was not in a checkpoint is lost")
         return 128 + number
-    return _tell(first)
+    return _report(first)
 
 
 def _rendezvous_message(config: LaunchConfig, error: Exception) -> str:
     place = config.rdzv_endpoint
     if isinstance(error, RendezvousClosedError):
-        return f"{place}: the run has ended on another machine, which tells why"
+        return f"{place}: the run has ended on another machine; see the error there"
     if isinstance(error, RendezvousTimeoutError):
-        return f"{place}: not all of the {config.min_nodes} machines came in time; start the same command on each"
+        return f"{place}: not all of the {config.min_nodes} machines joined in time; start the same command on each"
     if isinstance(error, RendezvousConnectionError) and config.rdzv_configs.get("is_host") in (1, "1"):
-        return f"{place}: cannot listen there; is the port taken, or the address another machine's?"
+        return f"{place}: cannot listen there; is the port in use, or is this another machine's address?"
     return f"{place}: {_NO_ANSWER}"
 
 
 class _Signals:
-    """The launcher's signal handler. Torch's own raises at once, also while nobody knows the workers just started."""
+    """The launcher's signal handler.
+
+    Torch's own raises at once, even before the process ids of new workers are recorded: they would run on.
+    """
 
     def __init__(self) -> None:
         self._held_back = True
-        self._waiting: signal.Signals | None = None
+        self._pending: signal.Signals | None = None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         if not self._held_back:
@@ -406,18 +414,18 @@ class _Signals:
         self.wait(number)
 
     def wait(self, number: int) -> None:
-        """Have the signal raise `SignalException` at the next `release`."""
-        self._waiting = self._waiting or signal.Signals(number)
+        """Make the signal raise `SignalException` at the next `release`."""
+        self._pending = self._pending or signal.Signals(number)
 
     def release(self) -> None:
-        """Raise for a signal that waits, and for those that come now."""
+        """Raise for a pending signal, and from now on for new ones at once."""
         self._held_back = False
-        if self._waiting is not None:
-            self(self._waiting, None)
+        if self._pending is not None:
+            self(self._pending, None)
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """Signals that come in here, or waited, raise `SignalException`; after it they are ignored: all is over."""
+        """Context manager in which signals, pending ones too, raise `SignalException`; afterwards they only pend."""
         try:
             self.release()
             yield
@@ -426,7 +434,7 @@ class _Signals:
 
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
-        """Signals wait until the end; processes that are started meet no Ctrl-C before `begin_worker`."""
+        """Context manager that defers signals to its end. Processes started in it block SIGINT until `begin_worker`."""
         self._held_back = True
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -448,18 +456,18 @@ def _signals_handled() -> Iterator[_Signals]:
 
 @contextlib.contextmanager
 def _scratch_folder() -> Iterator[Path]:
-    """A private folder for what the workers leave."""
+    """Yield a private temporary folder for logs and outcomes of the workers."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="asgo-")
     except OSError as error:
-        raise AsgoError(f"no temporary folder can be written ({error.strerror}); set TMPDIR to one") from error
+        raise AsgoError(f"no temporary folder is writable ({error.strerror}); set TMPDIR to a writable one") from error
     with folder as name:
         yield Path(name)
 
 
 @contextlib.contextmanager
 def _signal_handlers_restored() -> Iterator[None]:
-    """Undo what is done to signal handlers in here; torch leaves its own behind."""
+    """Restore the signal handlers at the end: torch does not restore those that it replaces."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = [signal.getsignal(number) for number in numbers]
     try:

@@ -48,11 +48,11 @@ _ORDER = (
 
 
 _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""What a disk answers that would answer the same after a restart."""
+"""Errors of a disk that a restart would only repeat."""
 
 
 class _InOrder(TyperGroup):
-    """Lists the commands in the order in which one comes to need them."""
+    """Lists the commands in the order in which a newcomer needs them."""
 
     def list_commands(self, ctx: object) -> list[str]:
         return sorted(self.commands, key=_ORDER.index)
@@ -61,7 +61,7 @@ class _InOrder(TyperGroup):
 app = typer.Typer(
     cls=_InOrder,
     help="Train with, and compare, neural-network optimizers.\n\n"
-    "Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 interrupted, and saved; 130 interrupted with "
+    "Exit codes: 0 done; 1 failed; 2 wrong usage or configuration; 75 interrupted and saved; 130 interrupted with "
     "nothing to save.",
     epilog=examples(
         "asgo demo",
@@ -112,16 +112,16 @@ def main() -> None:
     # training fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000, and alone it loses nothing.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     console.guard_streams()
-    # A notebook hands on the name of its own backend, which need not be installed here: even the import would fail.
+    # A notebook passes on its own backend; where that is not installed, importing matplotlib fails.
     os.environ.pop("MPLBACKEND", None)
     if worker.is_worker():
         worker.begin_worker()
     try:
         code = checking_values(get_command(app))(standalone_mode=False)
         if sys.stdout is not None:
-            sys.stdout.flush()  # later, Python would tell of an error in its own way
+            sys.stdout.flush()  # an error in Python's own flush at exit would print a traceback
     except SystemExit as ended:
-        # Typer takes every broken pipe for stdout's, and ends without a word.
+        # Typer takes every broken pipe for one of stdout, and exits without a message.
         error = ended.__context__
         if not isinstance(error, BrokenPipeError) or error.filename == console.STDOUT:
             raise
@@ -129,7 +129,7 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("ASGO_DEBUG") == "1":
             raise
-        # A library may have made another error of the `KeyboardInterrupt`.
+        # A library may have turned the `KeyboardInterrupt` into another error.
         interrupted = stopping.interrupted() and not isinstance(error, errors.AsgoError)
         code = stopping.INTERRUPTED if interrupted else _report(error)
     sys.exit(code if isinstance(code, int) else 0)
@@ -137,7 +137,7 @@ def main() -> None:
 
 def _report(error: Exception) -> int:
     if isinstance(error, BrokenPipeError) and error.filename == console.STDOUT:
-        return 1  # the reader has all that it wants
+        return 1  # the reader, such as `head`, closed the pipe: no error for the user
     if sys.stdout is not None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
@@ -152,7 +152,7 @@ def _report(error: Exception) -> int:
 
 
 def _describe(error: Exception) -> tuple[worker.Kind, int, str]:
-    """What kind of end it is, with which exit code, and what to say."""
+    """Return the kind of outcome, the exit code, and the message."""
     from pipelines.errors import AsgoError, RunInterrupted
 
     if isinstance(error, RunInterrupted):

@@ -1,4 +1,4 @@
-"""`asgo bench`: optimizers, training and data preparation, beside what else there is."""
+"""`asgo bench`: optimizers, training and data preparation, compared with other libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipelines.benchmarks.turns import Measurement
 
 app = typer.Typer(
-    help="Measure speed, side by side with other libraries.",
+    help="Measure speed and compare it with other libraries.",
     epilog=examples("asgo bench optimizers --model gpt2", "asgo bench train"),
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -46,8 +46,8 @@ def optimizers(
         str,
         typer.Option(
             metavar="NAME",
-            help=f"Whose parameters to update: {', '.join(MODEL_NAMES)}, or a classifier of torchvision such as "
-            "efficientnet_b1. gpt2-layer is the six weight matrices of one layer of GPT-2.",
+            help=f"Model whose parameters are updated: {', '.join(MODEL_NAMES)}, or a classifier of torchvision such "
+            "as efficientnet_b1. gpt2-layer is the six weight matrices of one layer of GPT-2.",
             autocompletion=completing((*MODEL_NAMES, *CLASSIFIERS)),
         ),
     ] = "gpt2-layer",
@@ -56,7 +56,7 @@ def optimizers(
         typer.Option(
             metavar="NAME[:key=value,...]",
             help=f"{', '.join(OWN_OPTIMIZERS)}; torch.CLASS, pytorch_optimizer.CLASS, heavyball.CLASS; "
-            "with keywords of the constructor; may be given several times. Without it: ours, and some of each library "
+            "with keywords of the constructor; may be given several times. Default: ours, and some of each library "
             "that is installed.",
             autocompletion=completing(OPTIMIZERS),
         ),
@@ -64,20 +64,20 @@ def optimizers(
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each optimizer after the first.")] = 10,
     budget: Annotated[
         float,
-        typer.Option(min=0, metavar="SECONDS", help="An optimizer whose steps have taken this long takes no more."),
+        typer.Option(min=0, metavar="SECONDS", help="Stop an optimizer after this much time in its steps."),
     ] = 20.0,
     threads: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads of the CPU.", show_default="torch's own choice")
+        int | None, typer.Option(min=1, metavar="N", help="CPU threads.", show_default="torch's own choice")
     ] = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, each step's time too, as JSON.")] = False,
 ) -> None:
-    """Time a step of each optimizer, and weigh its state.
+    """Measure the step time and the state size of each optimizer.
 
     In each round every optimizer takes one step with the same gradients; times are medians over the rounds. The
-    yardstick is the fused AdamW of torch. On a whole model, the matrix optimizers of ours and the Muons of torch and
-    pytorch_optimizer take the hidden matrices, and Adam or AdamW the rest; all others take everything. gpt2-layer is
-    nothing but matrices, and each optimizer takes all of them.
+    baseline is the fused AdamW of torch. On a whole model, our matrix optimizers and the Muons of torch and
+    pytorch_optimizer update the hidden matrices, and Adam or AdamW updates the rest; all other optimizers update
+    everything. gpt2-layer consists of matrices only, and each optimizer updates all of them.
     """
     from pipelines.benchmarks.optimizers import BenchSettings, bench_optimizers
     from pipelines.config import RuntimeSettings
@@ -112,13 +112,13 @@ def _show(report: Report) -> None:
         title=f"{report.model}, {report.parameters:,} parameters; {report.device}; torch {report.torch_version}",
     )
     console.say(
-        "step: the median of n; ±: half of what lies between the quartiles; × AdamW: how many times longer than the "
-        "fused one of torch, the median over the rounds; first: the first step, with what compiling others took; "
-        f"state: bytes a parameter; error: of the update, relative to float64, after {report.error_steps} steps where "
-        f"G Gᵀ has condition {report.error_condition:,.0f}, empty without a reference"
+        "step: median of n; ±: half the interquartile range; × AdamW: time relative to torch's fused AdamW, median "
+        "over the rounds; first: the first step and all compilation; state: bytes per parameter; error: of the update, "
+        f"relative to float64, after {report.error_steps} steps where G Gᵀ has condition "
+        f"{report.error_condition:,.0f}, empty without a reference"
     )
     if any(each.only_sample_s is not None for each in report.measurements):
-        console.say("n = 1*: it had no time for more than its first step")
+        console.say("n = 1*: the budget allowed only the first step")
     for each in report.measurements:
         if each.failed:
             console.warn(f"{each.name} failed: {each.failed}")

@@ -1,4 +1,4 @@
-"""`asgo bench data`, `loader` and `archives`: text to shards, photographs to batches, ImageNet out of its archives."""
+"""`asgo bench data`, `loader` and `archives`: text to shards, photographs to batches, archives to images."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def data(
         list[Path] | None,
         typer.Argument(
             metavar="[FILE...]",
-            help="Text files or folders of them, as for `asgo data text`; without them, Python's own standard library.",
+            help="Text files or folders of them, as for `asgo data text`; default: Python's standard library.",
         ),
     ] = None,
     workers: Annotated[
@@ -48,10 +48,10 @@ def data(
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, each round too, as JSON.")] = False,
 ) -> None:
-    """Time making token shards, and reading batches of them.
+    """Measure how fast token shards are written and batches read.
 
-    From a Parquet file to tokens on the disk, in turns: a plain multiprocessing.Pool that encodes a document a call and
-    returns lists, as public scripts have it, and asgo with tiktoken and, where it is installed, gigatoken.
+    Measures in turns, from a Parquet file to tokens on disk: a plain multiprocessing.Pool that encodes one document a
+    call and returns lists, as public scripts do, and asgo with tiktoken and, if installed, gigatoken.
     """
     from pipelines.benchmarks.corpus import bench_corpus
 
@@ -68,7 +68,7 @@ def data(
 def loader(
     inputs: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FILE...]", help="Photographs or folders of them; without them, one of matplotlib's."),
+        typer.Argument(metavar="[FILE...]", help="Photographs or folders of them; default: one of matplotlib's."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes that decode.", show_default="one a processor")
@@ -76,10 +76,10 @@ def loader(
     repeats: Repeats = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Time how photographs become batches.
+    """Measure the speed of decoding photographs into batches.
 
-    Of 500 x 375 pixels, by the paper's transform, in turns: torchvision's ImageFolder in a DataLoader, and asgo from
-    files, from an archive, and with exactly torchvision's pixels.
+    Measures in turns, with photographs of 500 x 375 pixels and the paper's transform: torchvision's ImageFolder in a
+    DataLoader, and asgo from files, from an archive, and with exactly torchvision's pixels.
     """
     from pipelines.benchmarks.loader import bench_loader
 
@@ -95,17 +95,17 @@ def loader(
 
 def archives(
     classes: Annotated[int, typer.Option(min=1, metavar="N", help="Classes.")] = 20,
-    images: Annotated[int, typer.Option(min=1, metavar="N", help="Training images of a class.")] = 100,
+    images: Annotated[int, typer.Option(min=1, metavar="N", help="Training images per class.")] = 100,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads that extract.", show_default="one a processor")
     ] = None,
     repeats: Repeats = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Time how images come out of ImageNet's archives.
+    """Measure the speed of extracting ImageNet's archives.
 
-    On made archives, in turns: asgo and torchvision's own parser, both with the check of the digests; and the index of
-    100,000 nested members beside that of Python's tarfile.
+    Measures in turns, on synthetic archives: extraction by asgo and by torchvision's parser, both with the check of the
+    digests; and indexing of 100,000 nested members by asgo and by Python's tarfile.
     """
     from pipelines.benchmarks.imagenet_archives import bench_archives
 
@@ -136,7 +136,7 @@ def _show_corpus(report: CorpusReport) -> None:
     if not report.same_tokens:
         console.warn("the tokens are not the same")
     console.say(
-        "medians over the rounds; ±: half of what lies between the quartiles; "
+        "medians over the rounds; ±: half the interquartile range; "
         f"{report.contestants[0].tokens:,} tokens, {'the same' if report.same_tokens else 'NOT the same'} from all"
     )
     times = report.batches_per_s / report.h100_tokens_per_s

@@ -1,4 +1,4 @@
-"""`asgo bench train`: whole training steps, beside plain PyTorch."""
+"""`asgo bench train`: whole training steps, compared with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"What to train: {', '.join(MODEL_NAMES)}.",
+        help=f"Model to train: {', '.join(MODEL_NAMES)}.",
         show_default="gpt2, which is GPT-2 124 M, on a CUDA device; tiny elsewhere",
         autocompletion=completing(MODEL_NAMES),
     ),
@@ -37,21 +37,22 @@ OptimizersOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[:key=value,...]",
-        help="As `asgo train gpt` takes it, with settings of its own; may be given several times.",
+        help="An optimizer of `asgo train gpt`, with settings of its own; may be given several times.",
         show_default="adamw, accasro, muon, asgo",
         autocompletion=completing(OPTIMIZERS),
     ),
 ]
 BatchSizeOption = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Sequences a step.", show_default="0.5 M tokens, 8,192 on a CPU"),
+    typer.Option(min=1, metavar="N", help="Sequences per step.", show_default="0.5 M tokens, 8,192 on a CPU"),
 ]
 MicroBatchSizeOption = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Sequences a forward pass.", show_default="what fits the memory"),
+    typer.Option(min=1, metavar="N", help="Sequences per forward pass.", show_default="what fits the memory"),
 ]
 PrecisionOption = Annotated[
-    Literal["auto", "fp32", "bf16"], typer.Option(help="Of the forward pass; auto is bf16 on a GPU that has it.")
+    Literal["auto", "fp32", "bf16"],
+    typer.Option(help="Precision of the forward pass; auto: bf16 on a GPU that supports it."),
 ]
 CompileOption = Annotated[
     bool | None,
@@ -65,22 +66,22 @@ def train(
     batch_size: BatchSizeOption = None,
     micro_batch_size: MicroBatchSizeOption = None,
     context: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens a sequence.", show_default="the model's")
+        int | None, typer.Option(min=1, metavar="N", help="Tokens per sequence.", show_default="the model's")
     ] = None,
     precision: PrecisionOption = "auto",
     compiled: CompileOption = None,
-    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each after the first.")] = 10,
+    repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each optimizer after the first.")] = 10,
     budget: Annotated[
-        float, typer.Option(min=0, metavar="SECONDS", help="One whose steps have taken this long takes no more.")
+        float, typer.Option(min=0, metavar="SECONDS", help="Stop an optimizer after this much time in its steps.")
     ] = 20.0,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, each step's time too, as JSON.")] = False,
 ) -> None:
-    """Time whole training steps by optimizer, beside plain PyTorch.
+    """Measure training steps by optimizer, and of plain PyTorch.
 
-    Forward, backward, accumulation, clipping and optimizer, as `asgo train gpt` makes them, on random tokens. In each
-    round every optimizer takes one step; times are medians over the rounds. The yardstick is the same model in plain
-    PyTorch in the manner of nanoGPT, with its fused AdamW.
+    A step is forward, backward, accumulation, clipping and optimizer, as in `asgo train gpt`, on random tokens. In each
+    round every optimizer takes one step; times are medians over the rounds. The baseline is the same model in plain
+    PyTorch, written like nanoGPT, with fused AdamW.
     """
     from pipelines.benchmarks.training import bench_training
     from pipelines.benchmarks.training_workload import DEFAULT_OPTIMIZERS, TrainingBenchSettings
@@ -127,19 +128,19 @@ def _show(report: TrainingReport) -> None:
         title=_title(report),
     )
     console.say(
-        "step: the median of n; ±: half of what lies between the quartiles; × plain: tokens/s as a multiple of plain "
-        "PyTorch's, the median over the rounds; optimizer: its share of the step"
+        "step: median of n; ±: half the interquartile range; × plain: tokens/s relative to plain PyTorch, median over "
+        "the rounds; optimizer: its part of the step"
     )
     if report.peak_flops is not None:
         console.say(
             f"MFU: model FLOP utilization, 6 N + 12 L d T = {report.work.flops_per_token / 1e6:,.0f} MFLOP a token, of "
-            f"{report.peak_flops / 1e12:,.0f} TFLOP/s (dense bf16); N: all parameters but the positions, and but the "
-            "token embedding where the head has its own weight"
+            f"{report.peak_flops / 1e12:,.0f} TFLOP/s (dense bf16); N: all parameters except position "
+            "embeddings and, where the head has its own weight, token embeddings"
         )
     if report.is_cpu_size:
-        console.say("a size for CPUs: on a CUDA device it is GPT-2 124 M, 0.5 M tokens a step, bf16, compiled")
+        console.say("a size for CPUs; on a CUDA device: GPT-2 124 M, 0.5 M tokens a step, bf16, compiled")
     if any(each.only_sample_s is not None for each in report.measurements):
-        console.say("n = 1*: it had no time for more than its first step")
+        console.say("n = 1*: the budget allowed only the first step")
     for each in report.measurements:
         if each.failed:
             console.warn(f"{each.name} failed: {each.failed}")

@@ -27,17 +27,17 @@ def compare(
         Path, typer.Option(metavar="FOLDER", help="Folder of the report; an earlier report is replaced.")
     ] = Path("report"),
     target: Annotated[
-        float | None, typer.Option(metavar="LOSS", help="Validation loss to come to.", show_default="AdamW's final one")
+        float | None, typer.Option(metavar="LOSS", help="Validation loss to reach.", show_default="AdamW's final one")
     ] = None,
     confidence: Annotated[
         float,
-        typer.Option(min=0.5, max=0.9999, metavar="X", help="Of the intervals, and of calling a difference certain."),
+        typer.Option(min=0.5, max=0.9999, metavar="X", help="Confidence level of intervals and verdicts."),
     ] = 0.95,
-    as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare training runs: one HTML page, figures and tables.
 
-    Runs that differ in the seed alone are taken together. Nothing is needed but the run folders.
+    Runs that differ only in the seed are grouped. Only the run folders are read.
     """
     from pipelines.analysis.comparison.compare import compare_runs
     from pipelines.analysis.comparison.report import check_report_folder, summary, write_report
@@ -53,12 +53,12 @@ def compare(
     else:
         _show_contenders(comparison)
     console.say(headline(comparison))
-    console.say(f"{page}: the report; figures and tables are beside it")
+    console.say(f"{page}: the report; figures and tables are in the same folder")
     console.suggest_next(command("python", "-m", "webbrowser", page))
 
 
 def _show_contenders(comparison: Comparison) -> None:
-    """What fits a narrow terminal; the report has the rest."""
+    """Print the columns that fit a narrow terminal; the report has all."""
     from pipelines.analysis.comparison.figures import shown
     from pipelines.analysis.comparison.tables import entry_table
 

@@ -1,4 +1,4 @@
-"""What people see: words on stderr, data on stdout."""
+"""Output for the user: messages on stderr, data on stdout."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ data = Console(highlight=False, emoji=False)
 
 
 STDOUT = "stdout"
-"""What an error of writing data names as its file."""
+"""File name in errors of writing to stdout."""
 
 
 class _Words(io.FileIO):
-    """Stderr whose writes cannot fail: work goes on though a reader left, a terminal closed, a disk is full."""
+    """Stderr whose writes never fail: a broken pipe, a closed terminal or a full disk must not end the work."""
 
     def write(self, text: ReadableBuffer, /) -> int:
         try:
@@ -40,7 +40,7 @@ class _Words(io.FileIO):
 
 
 class _Data(io.FileIO):
-    """Stdout whose first error is the last: Python would write what it has buffered again, as it ends."""
+    """Stdout that raises its first error only: Python flushes its buffer again at exit, and would fail again."""
 
     _failed = False
 
@@ -56,15 +56,15 @@ class _Data(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Have words that cannot be written ignored, and errors of stdout named; for the whole process.
+    """Make the whole process ignore errors of stderr, and name stdout in its errors.
 
-    Everything that writes through `sys.stderr` is covered: rich, warnings, logging, tracebacks.
+    Covers everything that writes through `sys.stderr`: rich, warnings, logging, tracebacks.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which a file of ours would get otherwise
+            os.open(os.devnull, os.O_RDWR)  # takes the free number: a file opened later must not become stdout
     if sys.stdout is sys.__stdout__ and sys.stdout is not None:
         sys.stdout = _rewrapped(sys.stdout, _Data(1, "w", closefd=False))
     if sys.stderr is sys.__stderr__ and sys.stderr is not None:
@@ -78,52 +78,52 @@ def _rewrapped(stream: TextIO, raw: io.FileIO) -> TextIO:
 
 
 def silence() -> None:
-    """Show nothing from now on but what the command dies of."""
+    """Show nothing from now on except the error that ends the command."""
     words.quiet = data.quiet = True
 
 
 def is_live() -> bool:
-    """Whether a line that changes can be shown: on a terminal, unless it is a dumb one."""
+    """Return whether stderr can show a line that changes: a terminal, and not a dumb one."""
     return words.is_terminal and words.is_interactive and not words.quiet
 
 
 def say(message: str) -> None:
-    """One plain line for a person."""
+    """Print a line."""
     words.print(_shown(message), soft_wrap=True)
 
 
 class MinuteLines:
-    """How far work is, where nothing live shows it, as in a log: the first line at once, then one a minute at most."""
+    """Progress lines where no live line is shown, as in a log: the first at once, then at most one a minute."""
 
     def __init__(self) -> None:
         self._said_s = -math.inf
 
     def say(self, line: str, *, is_last: bool = False) -> None:
-        """Say it if it is time for a line, or if it is the last."""
+        """Print the line if a minute has passed or if it is the last."""
         if not is_live() and (is_last or monotonic() - self._said_s >= SECONDS_BETWEEN_LINES):
             self._said_s = monotonic()
             say(line)
 
 
 def warn(message: str) -> None:
-    """One line for something that the user should look at."""
+    """Print a warning, a line."""
     words.print(f"[yellow]warning:[/] {_shown(message)}", soft_wrap=True)
 
 
 def fail(message: str) -> None:
-    """One line for each problem that stopped the command."""
+    """Print the error that ended the command; each line of the message as an error of its own."""
     words.quiet = False
     for line in message.split("\n"):
         words.print(f"[bold red]error:[/] {_shown(line)}", soft_wrap=True)
 
 
 def _shown(text: str) -> str:
-    """Text that may hold what a user typed or named a file: a terminal is not to obey it."""
+    """Escape markup and control characters, which names of files and typed text may contain."""
     return escape("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
 def suggest_next(*commands: str) -> None:
-    """Close a command with the next ones to type."""
+    """Print the commands that are useful next."""
     label = "next:"
     for command in commands:
         words.print(f"[dim]{label:<5}[/] [bold]{_shown(command)}[/]", soft_wrap=True)
@@ -131,7 +131,7 @@ def suggest_next(*commands: str) -> None:
 
 
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> None:
-    """A table on stdout: the first column is text, the others are right-aligned figures."""
+    """Print a table on stdout: text in the first column, right-aligned numbers in the others."""
     table = Table(title=title and "\n".join(map(_shown, title.split("\n"))), title_justify="left", title_style="bold")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
@@ -141,7 +141,7 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str
 
 
 def show_facts(facts: Iterable[tuple[str, str]]) -> None:
-    """Names and texts on stdout, a line each."""
+    """Print names and texts on stdout, one pair a line."""
     grid = Table.grid(padding=(0, 3))
     for name, text in facts:
         grid.add_row(f"[bold]{_shown(name)}[/]", _shown(text))
@@ -149,13 +149,13 @@ def show_facts(facts: Iterable[tuple[str, str]]) -> None:
 
 
 def show_json(value: object) -> None:
-    """One JSON document on stdout; figures read back as the same floats. `ValueError` for one that is not finite."""
+    """Print a JSON document on stdout; floats read back exactly. Raises `ValueError` for NaN and infinities."""
     json.dump(value, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
 
 
 def figure(value: float | None, scale: float = 1.0) -> str:
-    """Three digits, two below 1."""
+    """Return `scale * value` with three digits, two below 1; empty for None."""
     if value is None:
         return ""
     scaled = scale * value

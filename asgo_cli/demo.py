@@ -21,13 +21,13 @@ EXAMPLES = examples(
 
 def demo(
     out: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Folder of data, runs and figures; a finished part is kept.")
+        Path, typer.Option(metavar="FOLDER", help="Folder for data, runs and figures; finished parts are kept.")
     ] = Path("runs/demo"),
 ) -> None:
-    """See the whole program at work, in three minutes.
+    """Run the whole program on a small example, in three minutes.
 
     Tokenizes the Python sources of the standard library, trains a small GPT with three optimizers from one seed,
-    exports the metrics, and draws losses and trajectories; without a network. A second time it shows the results again.
+    exports the metrics, and draws losses and trajectories. Needs no network. A second call shows the same results.
     """
     from pipelines.demo import run_demo
 

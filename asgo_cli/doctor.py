@@ -17,10 +17,10 @@ EXAMPLES = examples(
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> None:
-    """Examine what training needs of this machine.
+    """Check this machine for training.
 
-    Python, torch, GPUs, compilers, the packages, and the disk of the folder that it is called in. The table is made
-    for bug reports: neither a user's name nor a machine's is in it, and nothing is sent anywhere.
+    Checks Python, torch, GPUs, compilers, packages, and the disk of the working directory. The table can go into bug
+    reports: it contains no user name and no host name, and nothing is sent anywhere.
     """
     from dataclasses import asdict
 
@@ -38,6 +38,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the findi
         )
     broken = [finding.what for finding in findings if finding.broken]
     if broken:
-        raise AsgoError(f"nothing can be trained here before this is mended: {', '.join(broken)}")
+        raise AsgoError(f"training cannot work here; fix first: {', '.join(broken)}")
     count = sum(bool(finding.warning) for finding in findings)
-    console.say(f"{count} warning{'s' * (count > 1)}, marked with !" if count else "nothing here will bite")
+    console.say(f"{count} warning{'s' * (count > 1)}, marked with !" if count else "no problems found")

@@ -20,7 +20,7 @@ EXAMPLES = examples(
 
 
 def export_command(folder: Path) -> str:
-    """The command that writes the metrics of a run, or of a folder of runs, named like the folder."""
+    """Return the command that exports the metrics of a run or folder of runs to a CSV file with the folder's name."""
     return command("asgo", "export-metrics", folder, "--out", Path(f"{folder.resolve().name}.csv"))
 
 
@@ -32,8 +32,8 @@ def export_metrics(
 ) -> None:
     """Write recorded metrics as CSV.
 
-    One row a recorded step: losses, learning rates and times, of a checkpoint, a run, or a folder of runs. A run of a
-    folder that cannot be read is named and left out.
+    One row per recorded step: losses, learning rates and times of a checkpoint, a run, or a folder of runs. Runs of a
+    folder that cannot be read are skipped with a warning.
     """
     from pipelines.analysis.export import records, write_csv
     from pipelines.storage import write_output

@@ -17,17 +17,19 @@ EXAMPLES = examples(
 
 
 def export_model(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest good one.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest valid checkpoint.")
+    ],
     form: Annotated[
         Literal["hf", "torchvision"],
         typer.Option("--format", help="hf: a GPT for Hugging Face's transformers; torchvision: an image classifier."),
     ],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The folder to write; it must not exist yet.")],
 ) -> None:
-    """Write a trained model as other libraries read it.
+    """Export a trained model for other libraries.
 
-    A folder for transformers, with its tokenizer, or weights for torchvision: safetensors, no pickle. Where the run
-    averages its weights, the average is written, which is what was validated.
+    Writes a folder for transformers, with its tokenizer, or weights for torchvision: safetensors, no pickle. If the run
+    averages its weights, the average is written: validation used it.
     """
     from pipelines.exchange.export import export_model
 

@@ -18,11 +18,12 @@ EXAMPLES = examples(
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest one.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint, or a run: its newest checkpoint.")],
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue.")] = "",
     tokens: Annotated[int, typer.Option(min=1, metavar="N", help="How many tokens to add.")] = 200,
     temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Below 1 is safer, above 1 wilder; 0 is the likeliest.")
+        float,
+        typer.Option(min=0, metavar="X", help="Below 1: less random; above 1: more random; 0: the likeliest token."),
     ] = 0.8,
     top_k: Annotated[
         int | None,
@@ -35,7 +36,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained GPT.
 
-    The text goes to stdout; a checkpoint is all it needs.
+    Prints the text on stdout. Needs only the checkpoint.
     """
     from pipelines import generation
     from pipelines.config import RuntimeSettings

@@ -1,8 +1,8 @@
-"""How the `--help` of a command ends."""
+"""Examples at the end of a command's `--help`."""
 
 from __future__ import annotations
 
 
 def examples(*lines: str) -> str:
-    """Command lines to copy, each on a line of its own that is never broken."""
+    """Return an epilog of command lines, each on a line of its own that is never wrapped."""
     return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])

@@ -1,4 +1,4 @@
-"""`asgo train ... --gpus N`: which processes to start, and the torchrun command that starts them."""
+"""`asgo train ... --gpus N`: the processes to start, and the torchrun command that starts them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from pipelines.shell import command
 from pipelines.training.launched import launched
 
 LAUNCH_OPTIONS: dict[str, Any] = {
-    "gpus": Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, with a GPU each.")],
+    "gpus": Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, one per GPU.")],
     "processes": Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, on its CPU.")],
     "nodes": Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Machines; the same command is given on each.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of machines; give the same command on each.")
     ],
-    "node_rank": Annotated[int | None, typer.Option(min=0, metavar="K", help="Which of the machines this is, from 0.")],
+    "node_rank": Annotated[int | None, typer.Option(min=0, metavar="K", help="Rank of this machine, from 0.")],
     "rendezvous": Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached, at a free port.")
+        str | None, typer.Option(metavar="HOST:PORT", help="Address of machine 0, and a free port there.")
     ],
     "max_restarts": Annotated[
         int,
         typer.Option(
-            min=0, metavar="N", help="How often a lost process is replaced; all go on from the newest checkpoint."
+            min=0, metavar="N", help="How often to restart from the newest checkpoint after a process is lost."
         ),
     ],
 }
@@ -64,7 +64,7 @@ class Launch:
 
     @property
     def device(self) -> str | None:
-        """The kind of device that they must compute on, if they are asked for."""
+        """The device type of the processes; None without --gpus and --processes."""
         return "cuda" if self.gpus else "cpu" if self.processes else None
 
     @property
@@ -75,27 +75,29 @@ class Launch:
         return count if self.nodes is None else f"{count} on each of {self.nodes} machines"
 
     def check(self, device: str | None) -> None:
-        """Raise `UsageError` for options that do not go together, or with `--device`."""
+        """Raise `UsageError` if the options, or they and `--device`, contradict each other."""
         given = [flag for name, flag in _FLAGS.items() if getattr(self, name)]
         across = (self.nodes, self.node_rank, self.rendezvous)
         place = launched()
         if given and place is not None:
             started = "torchrun started this process already; leave it out"
-            meant = "RANK and WORLD_SIZE say that a launcher started this process; unset them, or leave it out"
+            meant = "RANK and WORLD_SIZE are set, so another launcher started this process; unset them, or leave it out"
             raise UsageError(f"{given[0]}: {started if place.by_torchrun else meant}")
         if self.gpus and self.processes:
-            raise UsageError("--gpus and --processes: give one of them; --processes is for the CPU")
+            raise UsageError("--gpus and --processes: give only one of them; --processes is for the CPU")
         if not self and (self.max_restarts or any(value is not None for value in across)):
-            raise UsageError(f"{(given or ['--node-rank'])[0]}: say how many processes a machine has, by --gpus N")
+            raise UsageError(
+                f"{(given or ['--node-rank'])[0]}: give the number of processes per machine, too, with --gpus N"
+            )
         if any(value is None for value in across) and any(value is not None for value in across):
-            raise UsageError("--nodes, --node-rank and --rendezvous: several machines need all three")
+            raise UsageError("--nodes, --node-rank and --rendezvous: give all three for several machines")
         if self.nodes is not None and self.node_rank is not None and self.node_rank >= self.nodes:
-            raise UsageError(f"--node-rank {self.node_rank}: the machines count from 0 to {self.nodes - 1}")
+            raise UsageError(f"--node-rank {self.node_rank}: must be from 0 to {self.nodes - 1}")
         if self.rendezvous is not None:
             host_and_port(self.rendezvous)
         if self and device not in (None, "auto", self.device):
             option, other = ("--gpus", "--processes") if self.gpus else ("--processes", "--gpus")
-            raise UsageError(f"--device {device}: {option} is for {self.device}; for processes elsewhere see {other}")
+            raise UsageError(f"--device {device}: {option} runs on {self.device}; use {other} for other devices")
 
     def check_machine(self) -> None:
         """Raise `UsageError` if there are fewer GPUs than processes."""
@@ -111,7 +113,7 @@ class Launch:
 
 
 def host_and_port(rendezvous: str) -> tuple[str, int]:
-    """The parts of HOST:PORT, or of [IPV6]:PORT."""
+    """Split HOST:PORT or [IPV6]:PORT. Raise `UsageError` for other texts."""
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UsageError(f"--rendezvous {rendezvous}: must be HOST:PORT, such as node-1:29400")
@@ -119,13 +121,13 @@ def host_and_port(rendezvous: str) -> tuple[str, int]:
 
 
 def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
-    """What torchrun is given, for the arguments of this `asgo` command."""
+    """Return the arguments of torchrun for the arguments of this `asgo` command."""
     if launch.rendezvous is None:
-        # Not --standalone: torchrun then listens on all interfaces, and unpickles what it is sent there.
+        # Not --standalone: torchrun would listen on all interfaces and unpickle what it receives.
         place = ["--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
         place += ["--local-addr", "127.0.0.1"]
     else:
-        # Torch's default is the machine's own name for itself, which the other machines often cannot resolve.
+        # Torch's default is this machine's host name, which the other machines often cannot resolve.
         place = ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", launch.rendezvous]
         place += ["--rdzv-id", "asgo", "--rdzv-conf", f"is_host={int(launch.node_rank == 0)}"]
         place += ["--local-addr", _address_towards(launch.rendezvous, launch.node_rank == 0)]
@@ -137,7 +139,7 @@ def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
 
 
 def torchrun_command(launch: Launch, arguments: Sequence[str]) -> str:
-    """The same as a line to paste into a shell of this machine."""
+    """Return the torchrun command as a line for a shell of this machine."""
     beside_python = Path(sys.executable).with_name("torchrun")
     found = shutil.which("torchrun")
     torchrun = "torchrun" if found and Path(found) == beside_python else str(beside_python)
@@ -146,7 +148,7 @@ def torchrun_command(launch: Launch, arguments: Sequence[str]) -> str:
 
 
 def start(launch: Launch, arguments: Sequence[str]) -> int:
-    """Start the processes, wait for them, and tell how they ended; returns the exit code."""
+    """Start the processes, wait for them, and report how they ended; return the exit code."""
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads(launch)))
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.update(own_path())
@@ -157,11 +159,11 @@ def start(launch: Launch, arguments: Sequence[str]) -> int:
 
 
 def own_path() -> dict[str, str]:
-    """Variables by which `python -m asgo_cli` is this one, whatever lies in the working directory."""
+    """Return variables that make `python -m asgo_cli` run this program, whatever the working directory contains."""
     root = Path(__file__).resolve().parents[1]
     if Path(sys.path[0]).resolve() != root:
         return {"PYTHONSAFEPATH": "1"}
-    # Run from a clone, which a safe path leaves out.
+    # asgo runs from a clone; PYTHONSAFEPATH keeps the working directory off the path, so name the clone.
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
 
@@ -183,14 +185,14 @@ def _threads(launch: Launch) -> int:
 
 
 def _address_towards(rendezvous: str, is_host: bool) -> str:
-    """By which address the other machines reach this one: that of the interface that leads to the rendezvous."""
+    """Return this machine's address for the others: that of the interface with the route to the rendezvous."""
     host, port = host_and_port(rendezvous)
     if is_host:
         return host
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(address)  # of a datagram socket: looks up the route, and sends nothing
+            probe.connect(address)  # on a datagram socket: looks up the route and sends nothing
             return str(probe.getsockname()[0])
     except OSError as error:
         raise UsageError(f"--rendezvous {rendezvous}: {error.strerror or error}") from error

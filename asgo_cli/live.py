@@ -1,4 +1,4 @@
-"""Lines that change while work goes on, on a terminal that may change its width meanwhile."""
+"""Live progress lines that survive a change of the terminal's width."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rich.segment import ControlType, Segment
 
 from asgo_cli import console
 
-# To the beginning of the row, where a typed ^C has moved the cursor; this row, and then, from the next one, all below.
-# In one step, from the first row of the screen, it would count as clearing the screen, which tmux saves every time.
+# Return to column 0, from where a typed ^C has moved the cursor; erase this row, then all rows below it.
+# Not in one step: from the first row that clears the screen, and tmux saves a cleared screen to its history each time.
 _ERASE_BELOW = "\r\x1b[2K\x1b7\x1b[B\x1b[J\x1b8"
 
 
 class LiveProgress(Progress):
-    """rich's progress on stderr, where that is a terminal, with no broken lines left behind when it gets narrower."""
+    """rich's `Progress` on stderr if that is a terminal. Leaves no broken lines when the terminal gets narrower."""
 
     def __init__(self, *columns: str | ProgressColumn, transient: bool = False, expand: bool = False) -> None:
         super().__init__(
@@ -27,27 +27,27 @@ class LiveProgress(Progress):
 
 
 def clear_left_over() -> None:
-    """Make room for words after a process may have been killed that kept a live line: it hides the cursor, too."""
+    """Erase the live line of a process that may have been killed, and show the cursor again, which it had hidden."""
     if console.is_live():
         console.words.show_cursor()
         console.words.print(_Codes(_ERASE_BELOW), end="")
 
 
 class _Live(Live):
-    """Keeps the cursor at the beginning of its first line, and erases from there before it draws again.
+    """Keeps the cursor at the start of its first line, and erases from there before it draws again.
 
-    A terminal that gets narrower breaks the lines that it shows. rich keeps the cursor behind its last line, and does
-    not know then how many rows lie above.
+    A terminal that gets narrower wraps the lines that it shows. rich keeps the cursor after its last line, and no
+    longer knows how many rows are above.
     """
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """What is printed, and the live lines after it."""
+        """Return the printed text, followed by the live lines."""
         _, *printed, frame = super().process_renderables(renderables)
         return [_Codes(_ERASE_BELOW), *printed, _Parked(frame) if self.is_started else frame]
 
 
 class _Codes:
-    """What a terminal obeys and does not show."""
+    """Control codes for the terminal."""
 
     def __init__(self, text: str) -> None:
         self._segment = Segment(text, control=[(ControlType.CARRIAGE_RETURN,)])  # rich has no name for all of them
@@ -57,7 +57,7 @@ class _Codes:
 
 
 class _Parked:
-    """Something with the cursor at its beginning afterwards."""
+    """Renders a frame, then moves the cursor to the start of its first line."""
 
     def __init__(self, frame: ConsoleRenderable) -> None:
         self._frame = frame

@@ -1,4 +1,4 @@
-"""Names for `--help` and for the shell to complete. Other registries cannot be imported here: they import torch."""
+"""Names for `--help` and shell completion. Other registries cannot be imported here: they import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pipelines.tasks import TASKS
 
 OPTIMIZERS, OWN_OPTIMIZERS = OPTIMIZER_NAMES, OWN_NAMES
 PRESETS = {name: task.presets for name, task in TASKS.items()}
-"""By task, the default first."""
+"""Presets by task; the first is the default."""
 SWEEPS = ("asro-gpt-paper", "asro-imagenet-paper", "asgo-gpt2-paper", "asgo-nanogpt-paper", "asgo-nanogpt-search")
 TRACKERS = ("tensorboard", "wandb")
 CLASSIFIERS = (
@@ -26,16 +26,16 @@ CLASSIFIERS = (
     "swin_t",
     "vit_b_16",
 )
-"""The usual ones of the many that torchvision has."""
+"""Common classifiers of torchvision, for completion; the option takes any."""
 
 
 def completing(names: Sequence[str]) -> Callable[[], list[str]]:
-    """What Typer is given to complete a value; it keeps those that begin as typed."""
+    """Return Typer's callback to complete a value; Typer filters the names by what is typed."""
     return lambda: list(names)
 
 
 def sweeps_and_files(incomplete: str) -> list[str]:
-    """The shipped sweeps, and the TOML files of the folder that is being typed; the shell itself completes folders."""
+    """Return completions: shipped sweeps, and TOML files in the typed folder. The shell itself completes folders."""
     typed = Path(incomplete)
     folder = typed if incomplete.endswith("/") else typed.parent
     files = sorted(str(path) for path in folder.glob("*.toml"))

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 import typer
 
 LARGEST_SEED = 2**64 - 1
-"""That torch takes."""
+"""The largest seed that torch accepts."""
 
 Device = Annotated[
     Literal["auto", "cuda", "mps", "cpu"] | None,
-    typer.Option(help="Where to compute; auto, the default, takes the best at hand."),
+    typer.Option(help="Device; auto, the default, takes the best one available."),
 ]

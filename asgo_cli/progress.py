@@ -1,4 +1,4 @@
-"""How training runs and benchmarks look while they go: a live line on a terminal, plain lines elsewhere."""
+"""Progress of training runs and benchmarks: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 def metrics_in_words(row: Row, unit: str) -> str:
-    """The metrics of a training row in a few words; `unit` is what its throughput counts."""
+    """Format the metrics of a training row; `unit` is the unit of its throughput, such as "tok"."""
     accuracy = f"  top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
     return f"loss {row['loss']:.4f}{accuracy}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
 
 
 class RunBars:
-    """A bar for each run: its name, its steps and its "metrics", which are the first to be cut where it is narrow.
+    """Context manager that shows a bar for each run: name, steps and metrics.
 
-    A context manager.
+    A narrow terminal cuts the metrics first.
     """
 
     def __init__(self) -> None:
@@ -74,7 +74,7 @@ class TrainingProgress(RunBars):
         self._bar = self._progress.add_task(name, metrics="", total=None)
 
     def begin(self, first_step: int, last_step: int) -> None:
-        """Set the bar to where the run begins."""
+        """Set the bar to the first step of the run."""
         self._total = last_step
         self._progress.reset(self._bar, total=last_step, completed=first_step)
 
@@ -95,12 +95,12 @@ class TrainingProgress(RunBars):
         self._lines.say(f"{self._name}  step {step}/{self._total}  {text}", is_last=is_last)
 
     def hung(self, message: str) -> None:
-        """The last words of a process that has to end because the run stands still."""
+        """Report that the run is stalled; the process ends afterwards."""
         end_worker("hung", 1, message)
 
 
 class WorkProgress:
-    """A bar on a terminal, while `bar` is entered; a line a minute elsewhere."""
+    """A bar on a terminal, shown while `bar` is entered; elsewhere one line a minute."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
         self._lines = console.MinuteLines()
@@ -113,7 +113,7 @@ class WorkProgress:
 
 
 class TurnsProgress(WorkProgress):
-    """Turns of a measurement, and the time they take."""
+    """Progress of a benchmark in turns, with the elapsed time."""
 
     def __init__(self) -> None:
         super().__init__(TimeElapsedColumn())
@@ -123,19 +123,19 @@ class TurnsProgress(WorkProgress):
         console.say(message)
 
     def advance(self, what: str, done: int, total: int) -> None:
-        """Show what is being measured."""
+        """Show what is measured now."""
         self._show(what, done, total, f"{what} ({done} of {total} done)")
 
 
 class PhaseProgress(WorkProgress):
-    """Work in phases, each from 0 to 100 %, and the time that is left of each."""
+    """Progress in phases, each from 0 to 100 %, with the remaining time of the phase."""
 
     def __init__(self) -> None:
         super().__init__(TaskProgressColumn(), TimeRemainingColumn())
         self._phase = ""
 
     def show(self, phase: str, done: int, total: int) -> None:
-        """Show how far a phase is; the first call with its name begins it."""
+        """Show the progress of a phase; a new name begins a new phase."""
         if phase != self._phase:
             self._phase = phase
             self.bar.reset(self._task)

@@ -42,25 +42,29 @@ def sweep(
         Path | None, typer.Option(metavar="FOLDER", help="Folder of the runs.", show_default="runs/NAME")
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="1,2,3", help="Every run with each of these seeds.", show_default="the file's")
+        str | None,
+        typer.Option(metavar="1,2,3", help="Train every run with each of these seeds.", show_default="the file's"),
     ] = None,
     slots: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Runs at once.", show_default="one a GPU, or one on the CPU")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of parallel runs.", show_default="one per GPU, or one on the CPU"
+        ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="GPUs to use, a run each.", show_default="all")
+        int | None, typer.Option(min=1, metavar="N", help="Number of GPUs to use, one run on each.", show_default="all")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key in all runs.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and what they cost, and exit.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The plan or the results as JSON on stdout.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost, and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the results as JSON.")] = False,
 ) -> None:
     """Train many configurations, or search for the best ones.
 
-    A list or a grid of them, or a search for the best settings of each, several runs at once. A run that is done is
-    skipped, a partial one goes on, and one that fails leaves the others alone: the same command goes on after any
-    interruption.
+    Trains a list or a grid of configurations, or searches for the best settings of each, several runs in parallel. To
+    continue after any interruption, give the same command again: finished runs are skipped, partial runs resume. A
+    failed run does not stop the others.
     """
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import read_sweep, resolve_runs

@@ -1,4 +1,4 @@
-"""How a sweep looks while it goes: a line a running slot on a terminal; elsewhere one a start, an end and a minute."""
+"""Progress of a sweep: on a terminal a bar per running slot; elsewhere a line per start, per end and per minute."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SweepProgress(RunBars):
-    """Draws what happens to `count` runs on stderr."""
+    """Draws the progress of `count` runs on stderr."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class SweepProgress(RunBars):
         self._positions: dict[int, str] = {}
 
     def started(self, run: RunStatus, slot: int) -> None:
-        """Give the run a bar."""
+        """Add a bar for the run."""
         self._started += 1
         steps = run.run.config.training.steps
         if console.is_live():
@@ -45,7 +45,7 @@ class SweepProgress(RunBars):
         self._lines.say("; ".join(self._positions.values()))
 
     def ended(self, run: RunStatus, slot: int, how: str) -> None:
-        """Replace the run's bar by how it ended."""
+        """Replace the run's bar by a line that says how the run ended."""
         self._positions.pop(slot, None)
         if slot in self._bars:
             self._progress.remove_task(self._bars.pop(slot))

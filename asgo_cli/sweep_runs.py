@@ -1,4 +1,4 @@
-"""What `asgo sweep` does alike with a list of runs and with a search."""
+"""What a list of runs and a search have in common in `asgo sweep`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 def train_runs(
     source: Source, like: Sequence[SweepRun], count: int, folder: Path, slots: int | None, gpus: int | None
 ) -> list[Failure]:
-    """Train `count` runs of the source, with data and devices as those that they are like; returns what failed."""
+    """Train `count` runs of the source, whose data and devices are those of the runs `like`; return the failures."""
     from asgo_cli.sweep_progress import SweepProgress
     from pipelines.sweeps.queue import carry_out
     from pipelines.sweeps.slots import make_slots
     from pipelines.sweeps.status import check_data
 
     if is_worker():
-        raise UsageError("asgo sweep starts its runs by itself; give it without torchrun")
+        raise UsageError("asgo sweep starts its own processes; run it without torchrun")
     check_data(like)
     on_gpus = any(run.config.runtime.device in ("auto", "cuda") for run in like)
     places = make_slots(slots, gpus, on_gpus)
@@ -36,20 +36,20 @@ def train_runs(
 
 
 def _program() -> Program:
-    """This `asgo`, as its runs are to start it."""
+    """Return the program that trains a run: this `asgo`."""
     from pipelines.sweeps.queue import Program
 
     return Program([sys.executable, "-m", "asgo_cli.sweep_child", str(os.getpid())], own_path())
 
 
 def raise_failures(failures: Sequence[Failure]) -> None:
-    """`AsgoError` with a line for each, if there are any."""
+    """Raise `AsgoError` with a line per failure, if there are any."""
     if failures:
         raise AsgoError("\n".join(f"run {run.name} failed: {run.reason}; its log: {run.log}" for run in failures))
 
 
 def rounded(count: int) -> str:
-    """Four digits, so that the table fits a narrow terminal."""
+    """Return the count with four digits and B or M, to fit a narrow terminal."""
     for size, letter in ((10**9, "B"), (10**6, "M")):
         if count >= size:
             return f"{count / size:.4g} {letter}"

@@ -1,4 +1,4 @@
-"""`asgo sweep` of a file with a table `[search]`: its plan, its trials and final runs, and what they found."""
+"""`asgo sweep` of a file with a `[search]` table: its plan, its trials and final runs, and its results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, dry_run: bool, as_json: bool) -> None:
-    """Carry out what of the plan is left, or show it."""
+    """Run the trials and final runs that remain, or show the plan."""
     from pipelines.sweeps.search import is_begun, open_search, record_search
 
     if dry_run:
@@ -38,11 +38,13 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
 
 
 def _left(plan: SearchPlan, runs: SearchRuns) -> int:
-    """Trials and final runs that have not ended, of this and other workers."""
+    """Return the number of trials and final runs that have not ended, here and on other workers."""
     trials = sum(plan.search.trials - result.trials for result in runs.results())
     losses = runs.final_losses()
-    barren = [result.contender.name for result in runs.results() if result.complete and result.settings is None]
-    return trials + sum(losses.get(name) is None for name, contender in _finals(plan) if contender.name not in barren)
+    without_best = [result.contender.name for result in runs.results() if result.complete and result.settings is None]
+    return trials + sum(
+        losses.get(name) is None for name, contender in _finals(plan) if contender.name not in without_best
+    )
 
 
 def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
@@ -85,7 +87,7 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
 
 
 def _points(contender: Contender) -> str:
-    """What is searched, in a few words."""
+    """Describe the searched settings in a few words."""
     if contender.search.sampler == "grid":
         (key,) = contender.search.space
         points = [point[key] for point in contender.first_points()]
@@ -117,11 +119,11 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
         console.show_table(("contender", "trials", "best", "its loss", "final losses"), cells)
     for result in results:
         if result.complete and result.settings is None:
-            console.warn(f"{result.contender.name}: no trial ended with a finite loss, so it has no final runs")
+            console.warn(f"{result.contender.name}: no trial ended with a finite loss, so there are no final runs")
         if result.complete and result.on_edge:
             console.warn(
-                f"{result.contender.name}: its best, {_words(result.settings)}, still lies on the edge of what was"
-                " tried; give all contenders more trials"
+                f"{result.contender.name}: its best, {_words(result.settings)}, lies on the edge of the tried"
+                " values; give all contenders more trials"
             )
 
 
@@ -139,13 +141,13 @@ def _facts(result: SearchResult, finals: Mapping[int, float | None]) -> dict[str
 
 
 def _raise_left_elsewhere(runs: SearchRuns) -> None:
-    """Say what other workers are still at; `AsgoError` for what they have left unfinished."""
+    """Report runs that other workers are training; raise `AsgoError` for runs that they left unfinished."""
     for run in runs.elsewhere():
         if run.left is None:
-            console.say(f"{run.name}: at work at {run.place}")
+            console.say(f"{run.name}: running at {run.place}")
     left = [run for run in runs.elsewhere() if run.left is not None]
     if left:
-        lines = (f"run {run.name}: {run.left} at {run.place}; the same command there goes on with it" for run in left)
+        lines = (f"run {run.name}: {run.left} at {run.place}; give the same command there to resume it" for run in left)
         raise AsgoError("\n".join(lines))
 
 

@@ -61,11 +61,11 @@ ModelOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one a processor")
+    int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one per processor")
 ]
 InitFromOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Begin with the weights, and the shape, of a local Hugging Face GPT-2 folder."),
+    typer.Option(metavar="FOLDER", help="Local Hugging Face GPT-2 folder: its weights and shape to begin with."),
 ]
 StepsOption = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", show_default="the preset's")]
 LrOption = Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.", show_default="the preset's")]
@@ -74,9 +74,9 @@ OutOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Run folder.", show_default="runs/PRESET-OPTIMIZER-sSEED")
 ]
 ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the newest good checkpoint; begin if there is none.")
+    bool, typer.Option("--resume", help="Resume from the newest valid checkpoint, or start a new run.")
 ]
-ConfigOption = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Settings laid over the preset.")]
+ConfigOption = Annotated[Path | None, typer.Option(metavar="FILE.toml", help="Settings that override the preset's.")]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -89,31 +89,34 @@ CompileOption = Annotated[
 ShardOptimizerOption = Annotated[
     bool | None,
     typer.Option(
-        "--shard-optimizer/--no-shard-optimizer", help="Divide the optimizer's state and work among the processes."
+        "--shard-optimizer/--no-shard-optimizer", help="Shard the optimizer's state and work over the processes."
     ),
 ]
 ShardModelOption = Annotated[
     bool | None,
-    typer.Option("--shard-model/--no-shard-model", help="Divide the weights, too: for what does not fit on one GPU."),
+    typer.Option(
+        "--shard-model/--no-shard-model",
+        help="Shard the weights too (FSDP2), for a model that does not fit on one GPU.",
+    ),
 ]
 TrackOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="|".join(names.TRACKERS),
-        help="Send the records there, too; may be given twice.",
+        help="Log metrics there too; may be given twice.",
         autocompletion=names.completing(names.TRACKERS),
     ),
 ]
 PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
 ]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and exit.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and exit.")]
 _OF_SOME_TASKS = frozenset().union(*(task.options for task in TASKS.values()))
 
 
 @dataclass(frozen=True)
 class _Option:
-    """A parameter of a command and, where it sets one, the dotted key of the configuration."""
+    """An option of a command and the dotted configuration key that it sets, if any."""
 
     name: str
     annotation: Any
@@ -122,12 +125,12 @@ class _Option:
 
     @property
     def flag(self) -> str:
-        """As it is typed."""
+        """The option as the user types it, such as --batch-size."""
         return f"--{self.name.replace('_', '-')}"
 
 
 def _options_of(task: TaskDescription) -> list[_Option]:
-    """The options of `asgo train TASK`, in the order of its help page."""
+    """Return the options of `asgo train TASK`, in the order of its help page."""
     preset = typer.Option(
         metavar="NAME",
         help=f"Settings to begin with: {', '.join(task.presets)}.",
@@ -164,7 +167,7 @@ def _options_of(task: TaskDescription) -> list[_Option]:
 
 
 def _add_command(task: TaskDescription) -> None:
-    """Declare `asgo train TASK`. Typer reads the parameters from the signature, which is made here."""
+    """Add the command `asgo train TASK`. Typer reads the options from the signature that is built here."""
     options = _options_of(task)
 
     def train(**given: Any) -> None:
@@ -237,7 +240,7 @@ def _print_config(settings: RunConfig) -> None:
 
 
 def _warn_of_warmup(settings: RunConfig) -> None:
-    """A warm-up that takes the whole run never comes to the peak."""
+    """Warn if the warm-up takes the whole run: the learning rate never reaches its peak."""
     from pipelines.training.schedule import lr_factor, warmup_steps
 
     steps = settings.training.steps
@@ -245,8 +248,8 @@ def _warn_of_warmup(settings: RunConfig) -> None:
     if warmup >= steps:
         highest = lr_factor(settings.schedule, steps - 1, steps)
         console.warn(
-            f"the warm-up takes {warmup:,} steps and the run has {steps:,}: the learning rate rises to {highest:.0%} of"
-            " its peak; set schedule.warmup_steps or schedule.warmup_fraction lower"
+            f"the warm-up takes {warmup:,} steps and the run has {steps:,}: the learning rate reaches only"
+            f" {highest:.0%} of its peak; lower schedule.warmup_steps or schedule.warmup_fraction"
         )
 
 
@@ -279,7 +282,7 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
 
     _warn_of_warmup(settings)
     warnings.showwarning = lambda message, *_: console.warn(str(message))
-    # What a library prints is words, too, and must not end the run where stdout is a broken pipe.
+    # Prints of libraries go to stderr: on stdout, a broken pipe would end the run.
     with (
         contextlib.redirect_stdout(sys.stderr),
         TrainingProgress(settings.optimizer.name, task_of(settings).short_unit) as progress,

@@ -1,4 +1,4 @@
-"""What holds for the values of all options: `~` in a path is the home folder, and NaN is no number."""
+"""Checks for the values of all options: expand `~` in paths, refuse NaN."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import typer
 
 
 def checking_values(command: Any) -> Any:
-    """The command, whose options and arguments, and those of all commands below it, treat values so."""
+    """Add the checks to all options and arguments of the command and its subcommands; return the command."""
     for param in command.params:
-        # Those that take a name or a URL as well are texts, and say in their metavar that they take a path.
+        # Options that take a path or a name or URL are typed as text; their metavar says that a path is possible.
         if param.type.name == "path" or any(kind in (param.metavar or "") for kind in ("FILE", "FOLDER")):
             param.callback = _expand
         elif param.type.name in ("float", "float range"):
@@ -23,10 +23,10 @@ def checking_values(command: Any) -> Any:
 
 
 def _expand(context: Any, param: Any, value: Any) -> Any:
-    """A shell expands `--out ~/runs`, but not `--out=~/runs`."""
+    """Expand `~`: the shell does for `--out ~/runs`, but not for `--out=~/runs`."""
     if isinstance(value, list | tuple):
         return [_expand(context, param, each) for each in value]
-    # Of the text as it was typed: ./~x, which is a folder named ~x, is the same path as ~x.
+    # Expand the typed text, not a Path: Path turns ./~x, a folder named ~x, into ~x.
     return os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111
 
 

@@ -54,10 +54,10 @@ FunctionsArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="FUNCTION...",
-        help=f"all, for the six of the Asro paper ({', '.join(PAPER_FUNCTIONS)}); any of these; "
-        f"of the field's usual ones: {', '.join(USUAL_FUNCTIONS)}; "
-        f"of those with noise in the gradient: {', '.join(NOISY_FUNCTIONS)}; "
-        f"or problems of matrices, for matrix optimizers too: {', '.join(MATRIX_PROBLEMS)}.",
+        help=f"Functions of the Asro paper ({', '.join(PAPER_FUNCTIONS)}), or all for these six; "
+        f"standard test functions: {', '.join(USUAL_FUNCTIONS)}; "
+        f"functions with gradient noise: {', '.join(NOISY_FUNCTIONS)}; "
+        f"or matrix problems, for matrix optimizers too: {', '.join(MATRIX_PROBLEMS)}.",
         autocompletion=completing(_NAMES),
     ),
 ]
@@ -65,7 +65,7 @@ ExpressionOption = Annotated[
     str | None,
     typer.Option(
         metavar="FORMULA",
-        help="A function of your own, of x and y, as in 'x**2 + 10*y**2'; it may hold + - * / **, pi, e, abs, "
+        help="Your own function of x and y, such as 'x**2 + 10*y**2'; it may contain + - * / **, pi, e, abs, "
         "sqrt, exp, log, sin, cos, tan, sinh, cosh, tanh, atan, minimum and maximum.",
     ),
 ]
@@ -74,7 +74,7 @@ OptimizersOption = Annotated[
     typer.Option(
         metavar="NAME[:lr=0.01,...]",
         help="An optimizer with keywords of its constructor; may be given several times.",
-        show_default="the paper's three settings; on matrices six optimizers",
+        show_default="the paper's three settings; for matrix problems six optimizers",
         autocompletion=completing(OPTIMIZERS),
     ),
 ]
@@ -82,14 +82,14 @@ LearningRatesOption = Annotated[
     str | None,
     typer.Option(
         metavar="LOW:HIGH:COUNT",
-        help="Show at which of so many learning rates, evenly on a log scale, each optimizer converges.",
+        help="Show at which learning rates each optimizer converges: COUNT rates, evenly on a log scale.",
     ),
 ]
 OutOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE",
-        help="The figure: .png, .pdf or .svg; .gif, which moves; or .html, an interactive page.",
+        help="Figure (.png, .pdf, .svg), animation (.gif) or interactive page (.html).",
         show_default="FUNCTION.png or functions.png",
     ),
 ]
@@ -101,10 +101,10 @@ def viz(
     optimizer: OptimizersOption = None,
     start: Annotated[
         str | None,
-        typer.Option(metavar="X,Y", help="Where every trajectory begins.", show_default="each function's own"),
+        typer.Option(metavar="X,Y", help="Start of every trajectory.", show_default="each function's own"),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Length of the runs.", show_default="each function's own")
+        int | None, typer.Option(min=1, metavar="N", help="Number of steps.", show_default="each function's own")
     ] = None,
     lr_grid: LearningRatesOption = None,
     seed: Annotated[
@@ -113,7 +113,7 @@ def viz(
             min=0,
             max=LARGEST_SEED,
             metavar="N",
-            help="Of the noise in noisy functions, and of the matrix problems.",
+            help="Seed of gradient noise and matrix problems.",
         ),
     ] = 0,
     out: OutOption = None,
@@ -121,10 +121,10 @@ def viz(
 ) -> None:
     """Draw optimizers on test functions and matrix problems.
 
-    Draws trajectories on functions of x and y, losses over the steps on problems of matrices. Prints where each
-    trajectory ends, and when it has come within 0.1 of an optimum for good, or how low it came; of a matrix problem
-    the final loss, and when it has fallen below a thousandth of the first for good. With --lr-grid: which learning
-    rates do so.
+    Draws trajectories on functions of x and y, and losses over steps on matrix problems. Prints where each trajectory
+    ends, and from which step on it stays within 0.1 of an optimum, or its lowest value. For a matrix problem: the final
+    loss, and from which step on the loss stays below a thousandth of the first. With --lr-grid: the learning rates
+    that achieve this.
     """
     from pipelines.errors import UsageError
 
@@ -155,7 +155,7 @@ def viz(
 
 
 def _check_matrix_request(of_matrices: list[str], names: list[str], expression: str | None, start: str | None) -> None:
-    """A problem of matrices has no plane, and no point to start at."""
+    """Raise `UsageError` if matrix problems are mixed with functions, or given a start."""
     from pipelines.errors import UsageError
 
     of_points = [name for name in names if name not in MATRIX_PROBLEMS] + (
@@ -163,11 +163,11 @@ def _check_matrix_request(of_matrices: list[str], names: list[str], expression: 
     )
     if of_points:
         raise UsageError(
-            f"{of_matrices[0]} is a problem of matrices and {of_points[0]} a function of x and y: "
-            "draw them by two commands"
+            f"{of_matrices[0]} is a matrix problem and {of_points[0]} a function of x and y: "
+            "draw them with two commands"
         )
     if start is not None:
-        raise UsageError(f"--start {start}: {of_matrices[0]} has no x and y; its start follows from --seed")
+        raise UsageError(f"--start {start}: {of_matrices[0]} has no x and y; --seed sets its start")
 
 
 def _function_names(given: list[str]) -> list[str]:
@@ -191,5 +191,5 @@ def _parse_start(text: str) -> tuple[float, float]:
     except ValueError:
         x = y = math.nan
     if not (math.isfinite(x) and math.isfinite(y)):
-        raise UsageError(f"--start {text}: it takes two finite numbers, as in --start -1.5,2")
+        raise UsageError(f"--start {text}: must be two finite numbers, as in --start -1.5,2")
     return x, y

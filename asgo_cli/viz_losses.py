@@ -1,4 +1,4 @@
-"""`asgo viz` on problems of matrices: losses over the steps, as a figure and a table."""
+"""`asgo viz` on matrix problems: losses over steps, as a figure and a table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def show_losses(request: Request) -> None:
-    """Run, draw and tabulate the losses asked for."""
+    """Run the optimizers, draw the losses and print the table."""
     from pipelines.analysis.matrix_figure import check_losses_path, write_losses
     from pipelines.analysis.matrix_losses import choose_problems, run_losses
     from pipelines.analysis.optimizer_settings import MATRICES, default_settings, parse_settings

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def show_rates(request: Request, rates_text: str, *, of_matrices: bool) -> None:
-    """Run, draw and tabulate every optimizer at every rate."""
+    """Run every optimizer at every rate, draw the results and print the table."""
     from pipelines.analysis.learning_rate_figure import check_rates_path, draw_rates
     from pipelines.analysis.learning_rates import parse_rates
 

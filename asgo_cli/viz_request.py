@@ -1,4 +1,4 @@
-"""What the user asked `asgo viz` for, and the bar that shows how far it is."""
+"""The arguments of `asgo viz`, and its progress bar."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from asgo_cli.live import LiveProgress
 
 @dataclass(frozen=True)
 class Request:
-    """The command's arguments, checked as far as can be without knowing any optimizer."""
+    """The command's arguments; the optimizers are not checked yet."""
 
     names: Sequence[str]  # of functions, or of matrix problems
     expression: str | None
@@ -25,13 +25,13 @@ class Request:
     command: str  # `asgo viz` with the names as given, for the closing lines
 
     def path(self, names: Sequence[str], several: str, ending: str = "") -> Path:
-        """Where the figure goes: the file asked for, or else one named by the only name, or by what several are."""
+        """Return the figure's path: `out`, or a file named after the only name, or `several` if there are more."""
         return self.out or Path(f"{names[0] if len(names) == 1 else several}{ending}.png")
 
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Callable[[str], Callable[[int], None]]]:
-    """A bar of so many steps, on a terminal; gives a function that makes, for a name, what counts more steps."""
+    """Show a bar of `total` steps on a terminal. `counter(name)`, of the yielded `counter`, returns a step counter."""
     with LiveProgress(transient=True) as progress:
         bar = progress.add_task("", total=total)
 

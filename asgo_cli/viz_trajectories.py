@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def show_trajectories(request: Request) -> None:
-    """Run, draw and tabulate the trajectories asked for."""
+    """Run the optimizers, draw the trajectories and print the table."""
     from pipelines.analysis.optimizer_settings import default_settings, parse_settings
     from pipelines.analysis.trajectories import choose_functions, run_trajectories
     from pipelines.analysis.trajectory_page import check_trajectories_path, write_trajectories
@@ -67,7 +67,7 @@ def _show(trajectories: list[Trajectory]) -> None:
 
 
 def _columns(function: TestFunction) -> tuple[list[str], Callable[[Trajectory], list[str]]]:
-    """What tells how good a trajectory is: how near to the optimum, or how low where that is unknown."""
+    """Return column heads and their cells: distance to the optimum, or the lowest value if no optimum is known."""
     from pipelines.analysis.trajectories import REACH
 
     if function.optima:

@@ -1,4 +1,4 @@
-"""What a process that torchrun started does differently: who speaks, and how its end is told to the launcher."""
+"""Behaviour of a process that torchrun started: only rank 0 prints, and outcomes go to the launcher."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from pipelines.errors import UsageError
 from pipelines.training.launched import Place, launched
 
 OUTCOMES = "ASGO_OUTCOMES"
-"""Environment variable: the folder in which the processes of `asgo train --gpus` leave their outcomes."""
+"""Environment variable: the folder where the processes of `asgo train --gpus` write their outcomes."""
 
 LAUNCHER = "ASGO_LAUNCHER"
 """Environment variable: the process id of the launcher."""
 
 RESTARTED = "ASGO_RESTARTED"
-"""Environment variable, set for processes that take the place of earlier ones, for whatever reason."""
+"""Environment variable, set for processes that replace earlier ones."""
 
 Kind = Literal["stopped", "refused", "crashed", "hung", "consequence"]
-"""Stopped and saved; an error that would come again; one that may not; no progress in any process; an error that
-another process's end has caused."""
+"""stopped: stopped and saved; refused: an error that a restart would repeat; crashed: one that it may not repeat;
+hung: the run is stalled; consequence: an error caused by the end of another process."""
 
 _PR_SET_PDEATHSIG = 1
 _LOST_CONNECTION = re.compile(r"gloo.*(connect|closed|reset|broken pipe|timed out)", re.IGNORECASE | re.DOTALL)
@@ -39,7 +39,7 @@ _LOST_CONNECTION = re.compile(r"gloo.*(connect|closed|reset|broken pipe|timed ou
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a process ended that did not finish."""
+    """How a process ended before it finished."""
 
     kind: Kind
     exit_code: int
@@ -51,55 +51,55 @@ class Outcome:
 
     @property
     def place(self) -> str:
-        """The process as a user knows it."""
+        """The process in a message: rank, number of processes, host."""
         return f"process {self.rank} of {self.size} ({self.host})"
 
 
 def is_worker() -> bool:
-    """Whether a launcher (torchrun, by hand or through `--gpus`, or another) started this process among several."""
+    """Return whether a launcher (torchrun, by hand or through `--gpus`, or another) started this process."""
     try:
         return launched() is not None
     except UsageError:
-        return False  # for the command to raise, if it trains
+        return False  # the training command raises it
 
 
 def is_restarted() -> bool:
-    """Whether torchrun started this process in the place of one that was lost."""
+    """Return whether torchrun started this process to replace a lost one."""
     return RESTARTED in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def begin_worker() -> None:
-    """Leave all words to the first process, and stop when the launcher is gone."""
+    """Silence this process unless it is rank 0, and make it stop when the launcher ends."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # Until the training heeds it, Ctrl-C ends this process at once: one that waits for the others runs no handler.
+    # Default action, until training sets a handler: a process that waits for others in C++ runs no Python handler.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the launcher has held back until here
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the launcher blocked it until here
     place = _place()
     if not place.by_torchrun and (place.rank == 0 or console.is_live()):
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        console.say(f"{place}, as RANK and WORLD_SIZE say; the processes meet at {address}")
+        console.say(f"{place}, from RANK and WORLD_SIZE; rendezvous at {address}")
     if place.rank:
         console.silence()
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
     if OUTCOMES in os.environ:
-        # A launcher that is killed cannot pass anything on; its processes would go on unseen, beside a resumed run.
+        # A killed launcher passes no signal on: its processes would keep training, unseen, beside a resumed run.
         end_with_parent()
-        if os.getppid() != int(os.environ[LAUNCHER]):  # gone before it could be noticed
-            console.fail(f"{place}: its launcher is gone")
+        if os.getppid() != int(os.environ[LAUNCHER]):  # the launcher ended before the line above took effect
+            console.fail(f"{place}: its launcher has ended")
             sys.exit(1)
 
 
 def end_with_parent() -> None:
-    """Have this process asked to save and stop when the one that started it is gone; on Linux alone."""
+    """Send this process SIGTERM, to save and stop, when its parent ends. Linux only."""
     if sys.platform == "linux":
-        import ctypes  # for processes of a launcher alone
+        import ctypes  # rarely needed
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end_worker(kind: Kind, exit_code: int, message: str) -> None:
-    """Tell the launcher how this process ends; without one, tell the user."""
+    """Report to the launcher how this process ends; without a launcher, to the user."""
     outcome = Outcome(kind, exit_code, message)
     folder = os.environ.get(OUTCOMES)
     if folder is not None:
@@ -113,12 +113,12 @@ def end_worker(kind: Kind, exit_code: int, message: str) -> None:
 
 
 def read_outcomes(folder: Path) -> list[Outcome]:
-    """What the processes of this machine have left in the folder."""
+    """Return the outcomes that the processes of this machine wrote."""
     return [Outcome(**json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))]
 
 
 def is_lost_connection(error: BaseException | None) -> bool:
-    """Whether the error, or one that led to it, is a collective that another process does not answer any more."""
+    """Return whether the error, or a cause of it, is a collective that failed because another process ended."""
     distributed = sys.modules.get("torch.distributed")
     while error is not None:
         if distributed is not None and isinstance(error, distributed.DistError):

@@ -176,7 +176,7 @@ def test_without_a_budget_every_first_step_is_the_only_one(asgo: Run) -> None:
     row = cells(out, "dasgo")
     assert (row[-1], row[2]) == ("1*", "")
     assert row[1] == row[4]
-    assert "n = 1*: it had no time for more than its first step" in err
+    assert "n = 1*: the budget allowed only the first step" in err
 
 
 @pytest.mark.parametrize(

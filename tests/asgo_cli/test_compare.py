@@ -56,7 +56,7 @@ def test_the_terminal_tells_who_won_and_where_the_report_is(compared: subprocess
     *warnings, won, page, following = compared.stderr.splitlines()
     assert any(line.startswith("warning: ") and "muon (at step 90 of 160)" in line for line in warnings)
     assert won.startswith("asgo wins: it ends at 3.0100, 0.2100 (95% interval")
-    assert page == "report/index.html: the report; figures and tables are beside it"
+    assert page == "report/index.html: the report; figures and tables are in the same folder"
     assert following == "next: python -m webbrowser report/index.html"
 
 

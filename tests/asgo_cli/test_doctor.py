@@ -49,7 +49,7 @@ def test_without_torch_the_table_is_whole_and_plain_and_the_exit_code_1(tmp_path
         [sys.executable, "-m", "asgo_cli", "doctor"], env=environment, cwd=tmp_path, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert result.stderr.strip() == "error: nothing can be trained here before this is mended: torch"
+    assert result.stderr.strip() == "error: training cannot work here; fix first: torch"
     assert "libcudart.so.13" in result.stdout
     assert "free space" in result.stdout
     assert "\x1b" not in result.stdout

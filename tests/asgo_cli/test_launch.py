@@ -185,14 +185,14 @@ def test_a_hang_is_told_as_the_watchdog_puts_it(launch: Callable[..., Launcher])
 def test_a_killed_worker_is_named_with_its_signal_before_those_that_missed_it(launch: Callable[..., Launcher]) -> None:
     code, words = launch("killed").end()
     assert code == 1
-    assert words == f"error: process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps because memory ran out\n"
+    assert words == f"error: process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps out of memory\n"
 
 
 def test_a_lost_worker_is_one_line_and_all_are_started_again(launch: Callable[..., Launcher], tmp_path: Path) -> None:
     code, words = launch("killed", "--max-restarts", "2").end()
     assert code == 0
     assert words == (
-        f"warning: a worker was lost (process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps because memory ran out); "
+        f"warning: a worker was lost (process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps out of memory); "
         "restart 1 of 2 from the newest checkpoint\n"
     )
     first, second = ((tmp_path / f"begun-1-{attempt}").read_text() for attempt in (0, 1))
@@ -201,7 +201,7 @@ def test_a_lost_worker_is_one_line_and_all_are_started_again(launch: Callable[..
 
 def test_a_worker_that_ends_without_a_word_is_named_with_its_exit_code(launch: Callable[..., Launcher]) -> None:
     code, words = launch("'without a word'").end()
-    assert (code, words) == (1, f"error: process 1 of 2 ({HOST}) ended with exit code 7 and left no word\n")
+    assert (code, words) == (1, f"error: process 1 of 2 ({HOST}) ended with exit code 7 without an error message\n")
 
 
 @pytest.mark.parametrize(
@@ -347,15 +347,15 @@ def test_the_earliest_outcome_that_is_no_consequence_comes_first() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--processes 2 --gpus 2", "--gpus and --processes: give one of them"),
+        ("--processes 2 --gpus 2", "--gpus and --processes: give only one of them"),
         ("--gpus 1000", "--gpus 1000: this machine has"),
-        ("--max-restarts 2", "--max-restarts: say how many processes a machine has"),
-        ("--node-rank 0", "--node-rank: say how many processes a machine has"),
-        ("--processes 2 --nodes 2 --node-rank 0", "several machines need all three"),
-        ("--processes 2 --nodes 2 --node-rank 2 --rendezvous a:1", "--node-rank 2: the machines count from 0 to 1"),
+        ("--max-restarts 2", "--max-restarts: give the number of processes per machine"),
+        ("--node-rank 0", "--node-rank: give the number of processes per machine"),
+        ("--processes 2 --nodes 2 --node-rank 0", "give all three for several machines"),
+        ("--processes 2 --nodes 2 --node-rank 2 --rendezvous a:1", "--node-rank 2: must be from 0 to 1"),
         ("--processes 2 --nodes 2 --node-rank 1 --rendezvous a", "--rendezvous a: must be HOST:PORT"),
-        ("--processes 2 --device cuda", "--device cuda: --processes is for cpu"),
-        ("--processes 2 --set runtime.device=cuda", "--device cuda: --processes is for cpu"),
+        ("--processes 2 --device cuda", "--device cuda: --processes runs on cpu"),
+        ("--processes 2 --set runtime.device=cuda", "--device cuda: --processes runs on cpu"),
         ("--processes 0", "--processes"),
     ],
 )  # fmt: skip

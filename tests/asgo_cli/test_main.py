@@ -94,5 +94,5 @@ def test_a_process_that_other_launchers_started_says_where_the_processes_meet(tm
     result = run("train", "gpt", "--preset", "tny", folder=tmp_path, **variables)
     place = f"process 0 of 2 ({socket.gethostname()})"
     first, second = result.stderr.splitlines()
-    assert first == f"{place}, as RANK and WORLD_SIZE say; the processes meet at 127.0.0.1:29500"
+    assert first == f"{place}, from RANK and WORLD_SIZE; rendezvous at 127.0.0.1:29500"
     assert second.startswith(f"error: {place}: --preset: unknown preset 'tny'")
