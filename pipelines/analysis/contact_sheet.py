@@ -1,4 +1,4 @@
-"""A sheet of labelled training images, for a person to see that pictures and labels belong together."""
+"""A sheet of labelled training images, to check by eye that images and labels match."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pipelines.errors import AsgoError
 
 _COLUMNS, _ROWS = 5, 4
 _WIDTH, _HEIGHT = 1.5, 1.8  # of an image with its label, in inches
-_ENOUGH = 300  # pixels a side: as many as are drawn
-_LETTERS = 26  # of the usual size below an image
+_ENOUGH = 300  # pixels per side: the drawn resolution
+_LETTERS = 26  # characters per line below an image
 
 
 def draw_contact_sheet(folder: Path, path: Path) -> tuple[str, ...]:
     """Draw the first training image of up to 20 classes, evenly spread over all, to `path` (.png, .pdf or .svg).
 
-    Below an image are the class's id and name. One that cannot be decoded is an empty frame with the image's
-    name in it; returns a line on each such image. Raises `UsageError` for another type of file, and what
-    `open_images` and reading an image raise.
+    The class's id and name are below each image. An image that cannot be decoded is an empty frame with the image's
+    name. Returns a line about each such image. Raises `UsageError` for another file type, and the errors of
+    `open_images` and of reading an image.
     """
     check_figure_path(path)
     data = open_images(folder)
@@ -46,16 +46,16 @@ def draw_contact_sheet(folder: Path, path: Path) -> tuple[str, ...]:
 
 
 def _spread(data: ImageData) -> list[int]:
-    """The first images of classes from the first to the last, without classes that have none."""
+    """Return the indices of first images, for classes evenly spread over all that have images."""
     _, first = np.unique(data.train.labels, return_index=True)
     if not len(first):
-        raise AsgoError(f"{data.folder}: holds no training images to show")
+        raise AsgoError(f"{data.folder}: contains no training images")
     places = np.linspace(0, len(first) - 1, min(_COLUMNS * _ROWS, len(first))).round().astype(int)
     return [int(index) for index in first[places]]
 
 
 def _draw_image(axes: Axes, data: ImageData, index: int) -> list[str]:
-    """Draw an image with its label; returns what is wrong with it, if anything is."""
+    """Draw an image with its label; return a line if it cannot be decoded."""
     problems = []
     name = data.train.name(index)
     try:
@@ -64,7 +64,7 @@ def _draw_image(axes: Axes, data: ImageData, index: int) -> list[str]:
         problems.append(str(error))
         empty = name.replace("/", "/\n") + "\ncannot be decoded"
         axes.text(0.5, 0.5, empty, size=5.5, ha="center", va="center", transform=axes.transAxes, parse_math=False)
-    # A square frame for all, wide and tall ones, so that labels stand in rows; the image is not stretched.
+    # A square frame for wide and tall images aligns the labels in rows; the image is not stretched.
     axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1, facecolor="#f3f3f3")
     axes.spines[:].set_color("#d0d0d0")
     label = data.classes[data.train.labels[index]]
@@ -74,6 +74,6 @@ def _draw_image(axes: Axes, data: ImageData, index: int) -> list[str]:
 
 
 def _decode(data: bytes, name: str) -> Pixels:
-    """The image, with no more pixels than are of use."""
+    """Return the pixels of the image, decoded at a reduced size if that suffices for the sheet."""
     image = EncodedImage(data, name)
     return image.pixels(image.largest_shrink(max(image.height, image.width) / _ENOUGH))

@@ -1,4 +1,4 @@
-"""Optimizers side by side on the same problem, each on a copy of its own."""
+"""Run several optimizers on the same problem, each on its own copy of the parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipelines.analysis.optimizer_settings import OptimizerSettings, build
 
-_STEPS_A_REPORT = 50
+_STEPS_PER_REPORT = 50
 
 
 def descend(
@@ -24,13 +24,13 @@ def descend(
     noise: Tensor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
-    """Move the copies of a problem's parameters, in place; yield the losses, `(k,)`, at the start and after each step.
+    """Update k copies of a problem's parameters in place; yield the losses, `(k,)`, at the start and after each step.
 
-    Each of the stacks holds one parameter k times, `(k, ...)`, a copy a setting, and `loss` gives the k losses. A row
-    of `noise`, `(steps, ...)`, is added to all gradients of a step. A copy whose loss is not finite moves no more.
-    `progress` is called with the number of steps just taken.
+    Each of `stacks`, `(k, ...)`, holds one parameter k times, one copy per setting, and `loss` returns the k losses. A
+    row of `noise`, `(steps, ...)`, is added to all gradients of a step. A copy stops once its loss is not finite.
+    `progress` is called with the number of steps since its last call.
     """
-    # Autograd takes about as long for one copy as for a few.
+    # One backward pass for all copies: autograd takes about as long for one copy as for a few.
     leaves = [stack.detach().requires_grad_() for stack in stacks]
     copies = list(zip(*(stack.unbind() for stack in stacks), strict=True))
     optimizers = list(_optimizers(settings, copies, steps))
@@ -45,16 +45,16 @@ def descend(
         finite = losses.isfinite().tolist()
         for copy, is_finite, *of_copy in zip(copies, finite, *gradients, strict=True):
             for param, gradient in zip(copy, of_copy, strict=True):
-                # Fused optimizers on a CPU read the gradient as if it were laid out like the parameter.
+                # Fused CPU optimizers assume that the gradient has the parameter's memory layout.
                 param.grad = gradient.contiguous() if is_finite else None
         for optimizer in optimizers:
             optimizer.step()
-        if progress is not None and (step + 1) % _STEPS_A_REPORT == 0:
-            progress(_STEPS_A_REPORT)
+        if progress is not None and (step + 1) % _STEPS_PER_REPORT == 0:
+            progress(_STEPS_PER_REPORT)
 
 
 def first_for_good(reached: npt.NDArray[np.bool_]) -> int | None:
-    """The first index from which all are true; `None` if the last is not."""
+    """Return the first index from which all values are true; `None` if the last one is false."""
     missed = np.flatnonzero(~reached)
     first = int(missed[-1]) + 1 if missed.size else 0
     return first if first < len(reached) else None
@@ -63,7 +63,7 @@ def first_for_good(reached: npt.NDArray[np.bool_]) -> int | None:
 def _optimizers(
     settings: Sequence[OptimizerSettings], copies: Sequence[Sequence[Tensor]], steps: int
 ) -> Iterator[torch.optim.Optimizer]:
-    """One for all neighbours that differ in their rate alone: most of a step's time is spent once an optimizer."""
+    """Yield one optimizer per run of settings that differ only in the rate: most of a step's cost is per optimizer."""
 
     def all_but_rate(pair: tuple[OptimizerSettings, Sequence[Tensor]]) -> dict[str, Any]:
         return {**pair[0].keywords, "lr": None, "name": pair[0].optimizer}

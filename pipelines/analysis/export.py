@@ -1,4 +1,4 @@
-"""The records of checkpoints and runs as CSV."""
+"""Recorded metrics of checkpoints and runs as CSV."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ _LEADING = (
     "run", "optimizer", "step", "epoch", "tokens", "samples", "split", "loss", "accuracy", "lr", "grad_norm",
     "step_ms", "optimizer_ms", "throughput", "elapsed_s",
 )  # fmt: skip
-"""The columns whose order is promised; all others of `Row` follow them."""
+"""The columns with a guaranteed order; the other columns of `Row` follow."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """What was recorded, and what could not be read of it."""
+    """Records that could be read, and lines about those that could not."""
 
     rows: list[dict[str, object]]
-    """With the run's name and optimizer."""
+    """Records, with the run's name and optimizer."""
     left_out: list[str]
-    """A line for each run of a folder that is damaged."""
+    """A line for each damaged run of a folder."""
 
 
 def records(path: Path) -> Records:
-    """One record a row of a checkpoint, a run, or all runs under a folder; damaged runs of a folder are left out.
+    """Return the records of a checkpoint, a run, or all runs under a folder. Leaves out damaged runs of a folder.
 
-    Raises `UsageError` if `path` is none of these, and `AsgoError` if it is damaged, or all runs of the folder are.
+    Raises `UsageError` if `path` is none of these, and `AsgoError` if it, or every run of the folder, is damaged.
     """
     left_out: list[str] = []
     rows = list(_records(path, left_out))
@@ -44,7 +44,7 @@ def records(path: Path) -> Records:
 
 
 def write_csv(rows: Iterable[dict[str, object]], file: IO[str]) -> None:
-    """Write records with a header, in the units of `Row`; floats read back as the same floats."""
+    """Write records with a header, in the units of `Row`; floats read back exactly."""
     columns = list(dict.fromkeys((*_LEADING, *Row.__annotations__)))
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
@@ -82,10 +82,10 @@ def _configs(path: Path) -> list[Path]:
 
 
 def _checkpoint_records(folder: Path) -> Iterator[dict[str, object]]:
-    from pipelines.training.checkpoint import open_checkpoint  # imports torch, which a run's export can do without
+    from pipelines.training.checkpoint import open_checkpoint  # imports torch, which the export of a run does not need
 
     checkpoint = open_checkpoint(folder)
-    # <run>/checkpoints/step-00000100; a checkpoint copied elsewhere goes by its own name.
+    # <run>/checkpoints/step-00000100 is named after the run; a checkpoint copied elsewhere has its own name.
     resolved = folder.resolve()
     name = resolved.parents[1].name if resolved.parent.name == "checkpoints" else resolved.name
     yield from _named(name, checkpoint.config().optimizer.name, checkpoint.rows())

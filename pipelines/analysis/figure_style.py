@@ -1,4 +1,4 @@
-"""The look that all figures share, and writing them to disk."""
+"""Common style of all figures, and saving them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter
 from pipelines.errors import UsageError
 from pipelines.storage import write_output
 
-# After Paul Tol's schemes (https://sronpersonalpages.nl/~pault/). Orange and purple are left out: they mark a
-# trajectory's start and the optimum.
+# From Paul Tol's schemes (https://sronpersonalpages.nl/~pault/), without orange and purple, which mark a trajectory's
+# start and the optimum.
 _COLOURS = ("#0077BB", "#CC3311", "#111111", "#009988", "#EE3377", "#33BBEE", "#997700", "#223388")
-# Lengths of dashes and gaps, in widths of the line. Each colour has its own: to some readers red and ochre are one
-# colour, and printed in grey most of them are.
+# Lengths of dashes and gaps, in line widths. Each colour has its own pattern: colour-blind readers cannot distinguish
+# red and ochre, and in grey most colours look alike.
 _DASHES: tuple[tuple[float, ...], ...] = (
     (),
     (6, 2),
@@ -39,29 +39,34 @@ _DASHES: tuple[tuple[float, ...], ...] = (
     (6, 1.5, 1.2, 1.5, 1.2, 1.5),
     (10, 2, 3, 2),
 )
-_TURN = 2  # dashes that the colours are shifted by when they begin again: so red and ochre never have the same
+_TURN = 2  # shift of the dashes each time the colours repeat, so red and ochre never have the same dashes
 MOST_STYLES = 24
-"""Lines that are told apart with ease: every colour with three kinds of dashes."""
+"""Lines that are easy to distinguish: every colour with three dash patterns."""
 
 START_COLOUR = "#FF9E1B"
 OPTIMUM_COLOUR = "#7B1FA2"
 NEUTRAL_COLOUR = "#777777"
-"""Of what belongs to no line: targets, and marks in a legend."""
+"""Colour of targets, and of marks in a legend."""
 TARGET: dict[str, Any] = {"color": NEUTRAL_COLOUR, "linewidth": 0.9, "linestyle": (0, (1, 2))}
 
 _EDGE = 0.05  # inches between a legend and the figure's edge
-_LETTERS = (8.0, 7.0, 6.5)  # sizes of a legend's letters, in points
-_HANDLE, _PADDING, _SPACING, _BORDER = 3.2, 0.8, 1.5, 0.4  # a legend's, in em; the handle holds every kind of dashes
-_SHORTEST = 8.0  # em of a line of a wrapped label
+_LETTERS = (8.0, 7.0, 6.5)  # font sizes of a legend, in points
+_HANDLE, _PADDING, _SPACING, _BORDER = (
+    3.2,
+    0.8,
+    1.5,
+    0.4,
+)  # of a legend, in em; the handle is long enough for every dash pattern
+_SHORTEST = 8.0  # em: minimum line length of a wrapped label
 _USUAL_LINES = 3
 _GAP = 3.0  # pixels around a tick label
-_ATTEMPTS = 5  # to lay a figure out; each halves the crowded labels
-_USUAL_LEGEND = 0.5  # inches: what figures have room for by themselves
+_ATTEMPTS = 5  # at the layout of a figure; each halves the crowded labels
+_USUAL_LEGEND = 0.5  # inches: legend height that figures have room for
 
 _STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib, so that a figure is the same on every machine
+    "font.family": "DejaVu Sans",  # ships with matplotlib: figures are the same on every machine
     "font.size": 8,
-    "figure.dpi": 200,  # text is measured as it is drawn
+    "figure.dpi": 200,  # text is measured at the resolution at which it is drawn
     "axes.titlesize": 9,
     "axes.labelsize": 8,
     "axes.labelpad": 2,
@@ -77,12 +82,12 @@ _STYLE: dict[Any, Any] = {
     "legend.handletextpad": _PADDING,
     "legend.borderpad": _BORDER,
     "legend.labelspacing": 0.3,
-    "pdf.fonttype": 42,  # embed whole letters, which journals ask for
+    "pdf.fonttype": 42,  # TrueType: journals refuse Type 3 fonts
     "svg.fonttype": "none",  # keep text as text
     "svg.hashsalt": "asgo",
 }
 
-# Without time stamps and versions, so that the same data give the same file.
+# No timestamps and versions: the same data give the same file.
 _METADATA: dict[str, dict[str, Any]] = {
     ".png": {"Software": "asgo"},
     ".pdf": {"Creator": "asgo", "Producer": "asgo", "CreationDate": None},
@@ -92,7 +97,7 @@ _METADATA: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw and save inside this: the user's own matplotlib settings do not reach in, ours do not leak out."""
+    """Context manager for drawing and saving: isolates our matplotlib settings from the user's."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
@@ -100,13 +105,13 @@ def figure_style() -> Iterator[None]:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the line at a position in the legend; the first eight differ in both."""
+    """Return colour and dashes for a position in the legend; the first eight differ in both."""
     dashes = _dashes(index)
     return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": (0, dashes) if dashes else "-"}
 
 
 def plotly_line(index: int, width: float) -> dict[str, Any]:
-    """The same line in plotly's words, `width` pixels wide."""
+    """Return the same style for plotly, `width` pixels wide."""
     dash = ",".join(f"{length * width:g}px" for length in _dashes(index))
     return {"color": _COLOURS[index % len(_COLOURS)], "dash": dash or "solid", "width": width}
 
@@ -116,10 +121,10 @@ def _dashes(index: int) -> tuple[float, ...]:
 
 
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
-    """One legend for the whole figure: as low as its width allows, as the renderer measures it, with nothing cut off.
+    """Add one legend below the whole figure, of minimum height for the figure's width, with nothing cut off.
 
-    Labels are shown as they are, without formulas, and wrapped where that saves height. Letters get smaller before the
-    legend gets high. The figure grows by what the legend needs beyond its usual height, so that the axes keep theirs.
+    Labels are plain text, not formulas, and wrapped where that saves height. The font gets smaller before the legend
+    gets high. If the legend needs more than its usual height, the figure grows: the axes keep their size.
     """
     canvas: Any = FigureCanvasAgg(figure)  # its methods have no types
     renderer = canvas.get_renderer()
@@ -131,19 +136,19 @@ def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
     while True:
         size, columns, shown = _arrange(labels, widths, room * 72)
         legend = figure.legend(handles, shown, loc="outside lower center", ncols=columns, fontsize=size)
-        as_they_are(legend)
+        disable_math(legend)
         box = legend.get_window_extent(renderer)
         if (box.x0 >= 0 and box.x1 <= figure.bbox.width) or room < 1:
             break
-        legend.remove()  # wrapped lines are as wide as their letters, not as the mean of all letters
+        legend.remove()  # wrapping assumes characters of mean width: retry with less room if lines are wider
         room *= 0.95
     figure.set_figheight(figure.get_figheight() + max(0.0, box.height / figure.dpi - _USUAL_LEGEND))
 
 
 def _arrange(labels: Sequence[str], widths: Sequence[float], room: float) -> tuple[float, int, list[str]]:
-    """Size of the letters, number of columns, and the labels in lines, for the lowest legend in `room` points.
+    """Return font size, number of columns, and wrapped labels of the lowest legend that fits `room` points.
 
-    `widths` are the labels' in em. The first size that makes the legend no higher than usual is taken.
+    `widths` are those of the labels, in em. Takes the first font size that makes the legend no higher than usual.
     """
     found = []
     for size in _LETTERS:
@@ -159,7 +164,7 @@ def _arrange(labels: Sequence[str], widths: Sequence[float], room: float) -> tup
 
 
 def _wrapped_to(labels: Sequence[str], widths: Sequence[float], columns: int, room: float) -> list[str]:
-    """The labels in lines, such that the columns have room together, in em; none where a line would be too short."""
+    """Return the labels, wrapped to fit `room` em in so many columns; an empty list if lines would be too short."""
     beside = 2 * _BORDER + columns * (_HANDLE + _PADDING) + (columns - 1) * _SPACING
     if beside + sum(max(part) for part in np.array_split(widths, columns)) <= room:
         return list(labels)
@@ -172,26 +177,26 @@ def _wrapped_to(labels: Sequence[str], widths: Sequence[float], columns: int, ro
     ]
 
 
-def as_they_are(legend: Legend) -> None:
-    """Look for no formula in a legend's labels."""
+def disable_math(legend: Legend) -> None:
+    """Show the labels of a legend as plain text, not as formulas."""
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
 def literal(label: str) -> str:
-    """A label in which no formula is looked for."""
+    """Return the label with `$` escaped, so matplotlib does not parse a formula."""
     return label.replace("$", r"\$")
 
 
 def plain_axes(axes: Axes) -> None:
-    """A light grid behind what is drawn, and no frame above and to the right."""
+    """Add a light grid behind the data, and remove the frame at the top and right."""
     axes.grid(color="#e4e4e4", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def lay_out(figure: Figure) -> None:
-    """Give everything its place, once for all formats, with fewer tick labels where they would overlap."""
+    """Run the layout, once for all formats. Thins tick labels that overlap."""
     for _ in range(_ATTEMPTS):
         engine = figure.get_layout_engine()
         if engine is None:
@@ -207,7 +212,7 @@ def lay_out(figure: Figure) -> None:
 
 
 def is_crowded(axis: Axis) -> bool:
-    """Whether tick labels overlap."""
+    """Return whether tick labels overlap."""
     low, high = sorted(axis.get_view_interval())
     ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
     labels = [tick.label1 for tick in ticks if low <= tick.get_loc() <= high and tick.label1.get_text()]
@@ -216,7 +221,7 @@ def is_crowded(axis: Axis) -> bool:
 
 
 def _thin(axis: Axis) -> None:
-    """Fewer labels: without those between powers of ten, or with about half of the others."""
+    """Show fewer labels: none between powers of ten, or about half of the others."""
     locator = axis.get_major_locator()
     if isinstance(locator, MaxNLocator):
         locator.set_params(nbins=max(2, len(axis.get_majorticklocs()) // 2))
@@ -229,13 +234,13 @@ def _thin(axis: Axis) -> None:
 
 
 def check_figure_path(path: Path, more: str = "") -> None:
-    """Raise `UsageError` unless the file's name ends in a format that can be written; `more` ends its message."""
+    """Raise `UsageError` unless the suffix is a supported format; `more` ends the message."""
     if path.suffix.lower() not in _METADATA:
         raise UsageError(f"{path}: the name of a figure must end in {', '.join(_METADATA)}{more}")
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of its file's name, as a whole or not at all; make the folder if need be."""
+    """Write a figure atomically, in the format of the suffix; make the folder if necessary."""
     check_figure_path(path)
     suffix = path.suffix.lower()
     content = io.BytesIO()

@@ -1,7 +1,7 @@
-"""Figures of a run's layer statistics: how far each layer moves, its gradient, its scales, its preconditioners.
+"""Figures of a run's layer statistics: update, gradient, scales and preconditioners of each layer.
 
-Lines stand for kinds of weight matrices, such as the queries of all blocks: the median over the depth, and a band from
-the least to the most. Heat maps show all parameters.
+A line is a kind of weight matrix, such as the queries of all blocks: the median over the blocks, in a band from minimum
+to maximum. Heat maps show all parameters.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from pipelines.training.statistics_file import STATISTICS, Layer, Statistics, re
 
 Array = npt.NDArray[np.float64]
 Value = Callable[[Layer], float | None]
-"""One figure of a layer; None where it has none."""
+"""One statistic of a layer; None if it has none."""
 
 _SINGULAR = 2.0**23
-"""The largest condition number that float32 can tell from infinity."""
-_SMALLEST_SHARE = 1e-5  # the end of the scales' colours
-_ROW = 0.02  # the least distance of two labels of a heat map, as a share of its height
+"""The largest condition number that float32 can distinguish from infinity."""
+_SMALLEST_SHARE = 1e-5  # lower end of the colour scale
+_ROW = 0.02  # minimum distance of two labels of a heat map, as a fraction of its height
 
 
 def draw_layers(run: Path) -> list[tuple[str, Figure]]:
-    """The figures of a run that recorded layer statistics, each with a name for its file; save them in `figure_style`.
+    """Return the figures of a run's layer statistics, each with a file name; save them inside `figure_style`.
 
-    Raises `UsageError` for a run that did not.
+    Raises `UsageError` for a run without layer statistics.
     """
     statistics = read_statistics(run / STATISTICS)
     if statistics is None or not statistics.records:
@@ -54,7 +54,7 @@ def draw_layers(run: Path) -> list[tuple[str, Figure]]:
 
 
 def write_layer_figures(run: Path, out: Path) -> list[Path]:
-    """Draw a run's layer statistics into the folder `out`, each figure as PNG and as PDF; returns the files."""
+    """Draw a run's layer statistics into the folder `out`, each figure as PNG and PDF; return the files."""
     figures = draw_layers(run)
     paths = [(figure, out / f"{name}{suffix}") for name, figure in figures for suffix in (".png", ".pdf")]
     with figure_style():
@@ -64,7 +64,7 @@ def write_layer_figures(run: Path, out: Path) -> list[Path]:
 
 
 def kinds_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
-    """Names of the weight matrices by kind: a name's last two words, without `weight` and the positions in lists."""
+    """Return the names of the weight matrices by kind: the last two parts of a name, without `weight` and indices."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name, shape in shapes.items():
         if len(shape) > 1:
@@ -74,7 +74,7 @@ def kinds_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:
 
 
 def values_of(statistics: Statistics, names: Iterable[str], value: Value) -> Array:
-    """One figure of layers over the records, shape (records, names); NaN where there is none."""
+    """Return one statistic of layers over the records, shape (records, names); NaN where it is missing."""
     nothing: Layer = {}
     rows = [[value(record["layers"].get(name, nothing)) for name in names] for record in statistics.records]
     return np.array(rows, dtype=np.float64)
@@ -114,7 +114,7 @@ def _draw_scales(statistics: Statistics, edges: Array) -> Figure:
     lowest.set(title="At the smallest scale", ylabel="share of the elements")
     highest.set_title("At the largest scale")
     for axes in (lowest, highest):
-        axes.set_ylim(bottom=-0.05 * axes.get_ylim()[1])  # no share is less, and a line at 0 is seen
+        axes.set_ylim(bottom=-0.05 * axes.get_ylim()[1])  # shares are at least 0; the margin shows a line at 0
     shares = scale_shares(statistics)
     mesh = histogram.pcolormesh(
         _borders(statistics),
@@ -135,7 +135,7 @@ def _draw_scales(statistics: Statistics, edges: Array) -> Figure:
 
 
 def scale_shares(statistics: Statistics) -> Array:
-    """The share of all elements of the model whose scale is in each bin, shape (records, bins)."""
+    """Return the fraction of the model's elements whose scale is in each bin, shape (records, bins)."""
     counts = np.array(
         [
             np.sum([layer["scale"]["histogram"] for layer in record["layers"].values() if "scale" in layer], axis=0)
@@ -162,7 +162,7 @@ def _draw_preconditioners(statistics: Statistics, factors: list[str]) -> Figure:
 
 
 def _factors(statistics: Statistics) -> list[str]:
-    """The names of the preconditioners' factors, in the order in which the optimizer has them."""
+    """Return the names of the preconditioners' factors, in the optimizer's order."""
     layers = [layer for record in statistics.records for layer in record["layers"].values()]
     return list(dict.fromkeys(factor for layer in layers for factor in layer.get("preconditioners", {})))
 
@@ -178,7 +178,7 @@ def _rank(layer: Layer, factor: str) -> float | None:
 
 
 def _draw_kinds(axes: Axes, statistics: Statistics, value: Value) -> list[Line2D]:
-    """A line a kind of weight matrices, over a band from the least to the most; returns the legend's handles."""
+    """Draw a line per kind of weight matrix over a band from minimum to maximum; return the legend's handles."""
     steps = _steps(statistics)
     handles = []
     for index, (kind, names) in enumerate(kinds_of(statistics.header["shapes"]).items()):
@@ -198,13 +198,13 @@ def _draw_kinds(axes: Axes, statistics: Statistics, value: Value) -> list[Line2D
 
 
 def _scale_by_logarithms(axes: Axes) -> None:
-    """Unless there is nothing above 0: at a learning rate of 0, as a warm-up begins, nothing moves."""
+    """Set a log scale unless all values are 0: at learning rate 0, when a warm-up begins, all updates are 0."""
     if any(np.any(np.ma.asarray(line.get_ydata()) > 0) for line in axes.get_lines()):
         axes.set_yscale("log")
 
 
 def _draw_heat_map(axes: Axes, statistics: Statistics, value: Value) -> QuadMesh:
-    """A row a parameter, from the model's beginning down to its end."""
+    """Draw a heat map with a row per parameter, from the model's first layer at the top to its last."""
     names = list(statistics.header["shapes"])
     values = np.ma.masked_less_equal(np.ma.masked_invalid(values_of(statistics, names, value)), 0.0)
     norm = LogNorm() if values.count() else None
@@ -218,7 +218,7 @@ def _draw_heat_map(axes: Axes, statistics: Statistics, value: Value) -> QuadMesh
 
 
 def _part_labels(names: Sequence[str]) -> list[tuple[float, str]]:
-    """The parts of a model (a block, an embedding), each by its middle row; without those that would overlap."""
+    """Return (middle row, name) of the parts of a model (a block, an embedding), without labels that would overlap."""
     labels: list[tuple[float, str]] = []
     row = 0
     for part, members in groupby(names, _part):
@@ -231,7 +231,7 @@ def _part_labels(names: Sequence[str]) -> list[tuple[float, str]]:
 
 
 def _part(name: str) -> str:
-    """A parameter's name up to its first position in a list; without one, up to its last word."""
+    """Return a parameter's name up to its first index; without an index, up to its last dot."""
     numbered = re.match(r".*?\.\d+", name)
     return numbered[0] if numbered else name.rpartition(".")[0] or name
 
@@ -241,7 +241,7 @@ def _steps(statistics: Statistics) -> Array:
 
 
 def _borders(statistics: Statistics) -> Array:
-    """The borders of the records' columns in a heat map, halfway from one to the next."""
+    """Return the borders of the columns of a heat map, halfway between the steps of two records."""
     steps = _steps(statistics)
     between = (steps[1:] + steps[:-1]) / 2
     first = steps[0] - (between[0] - steps[0] if len(between) else 0.5)

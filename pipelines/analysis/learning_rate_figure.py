@@ -1,4 +1,4 @@
-"""The figure of learning rates at which optimizers converge, diverge, or do neither."""
+"""Figure of the learning rates at which optimizers converge, diverge, or do neither."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from pipelines.analysis.figure_style import check_figure_path, figure_style, legend_below, save_figure
 from pipelines.analysis.learning_rates import RateGrid
 
-_COLOURS = "viridis_r"  # dark is slow: the quick ones light up
+_COLOURS = "viridis_r"  # dark is slow, light is fast
 _CONVERGED: dict[str, Any] = {"marker": "s", "markersize": 9, "linestyle": "none"}
 _NEVER: dict[str, Any] = {"marker": "o", "color": "#999999", "markersize": 5, "fillstyle": "none", "linestyle": "none"}
 _DIVERGED: dict[str, Any] = {"marker": "x", "color": "#CC3311", "markersize": 5, "linestyle": "none"}
@@ -36,7 +36,7 @@ def check_rates_path(path: Path) -> None:
 
 
 def draw_rates(grids: Sequence[RateGrid], path: Path) -> None:
-    """Draw a panel a problem, with a row an optimizer, and write the figure to `path` (.png, .pdf or .svg)."""
+    """Draw a panel per problem with a row per optimizer; write the figure to `path` (.png, .pdf or .svg)."""
     columns = min(len(grids), 2)
     rows = math.ceil(len(grids) / columns)
     height = 1.1 + 0.3 * len(grids[0].scans)

@@ -1,4 +1,4 @@
-"""Which learning rates let an optimizer converge on a test problem."""
+"""Find the learning rates at which an optimizer converges on a test problem."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pipelines.analysis.trajectories import REACH, Trajectory, run_trajectories
 from pipelines.errors import UsageError
 
 SHOWN = ("sgd-momentum", "adam", "asro", "accasro")
-"""The optimizers on points where none is named."""
+"""The default optimizers on 2-D functions."""
 
-_MOST_STEPS = 2000  # where the user says nothing: Beale's own 20,000 would take minutes
+_MOST_STEPS = 2000  # by default: Beale's own 20,000 would take minutes
 _MOST_RATES = 100
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run at one learning rate came to: `steps_to_converge` is `None` for one that did not."""
+    """Result of a run at one learning rate; `steps_to_converge` is `None` if it did not converge."""
 
     lr: float
     steps_to_converge: int | None
@@ -48,7 +48,7 @@ class RateScan:
 
     @property
     def best(self) -> Outcome | None:
-        """The one that converged in the fewest steps, of equals that of the lowest rate."""
+        """The outcome with the fewest steps to convergence; on a tie, that of the lowest rate."""
         return min(self.converging, key=lambda outcome: outcome.steps_to_converge or 0, default=None)
 
 
@@ -65,7 +65,7 @@ class RateGrid:
 
 
 def parse_rates(text: str) -> list[float]:
-    """Read `LOW:HIGH:COUNT`, rates that lie evenly on a log scale; raises `UsageError`."""
+    """Parse `LOW:HIGH:COUNT`; return rates evenly spaced on a log scale. Raise `UsageError` for other texts."""
     try:
         low_text, high_text, count_text = text.split(":")
         low, high, count = float(low_text), float(high_text), int(count_text)
@@ -74,10 +74,10 @@ def parse_rates(text: str) -> list[float]:
         count = 0
     if not (0 < low < high < math.inf and 2 <= count <= _MOST_RATES):
         raise UsageError(
-            f"--lr-grid {text}: it takes LOW:HIGH:COUNT, as in --lr-grid 1e-4:1:13, "
+            f"--lr-grid {text}: must be LOW:HIGH:COUNT, as in --lr-grid 1e-4:1:13, "
             f"with 0 < LOW < HIGH and 2 to {_MOST_RATES} rates"
         )
-    # Short figures, such as 0.001 for 0.0010000000000000002.
+    # Round, so that 0.0010000000000000002 is shown as 0.001.
     return [float(f"{rate:.6g}") for rate in np.geomspace(low, high, count)]
 
 
@@ -90,10 +90,10 @@ def scan_function(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> RateGrid:
-    """Run every setting at every rate on a 2-D function, by `run_trajectories`, for at most 2,000 steps if none given.
+    """Run every setting at every rate on a 2-D function, by `run_trajectories`; default: at most 2,000 steps.
 
-    A run has converged when it stays within 0.1 of an optimum. Where no optimum is known it has when its value stays
-    within a thousandth of the start's height above the lowest value that any run of the grid ended at.
+    A run has converged if it stays within 0.1 of an optimum. If no optimum is known, its value must stay within a
+    thousandth of the start's height above the lowest value that any run of the grid found without diverging.
     """
     steps = steps or scan_steps(function.steps)
     runs = run_trajectories(function, _at_rates(settings, rates), start, steps, seed, progress)
@@ -118,9 +118,9 @@ def scan_problem(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> RateGrid:
-    """Run every setting at every rate on a problem of matrices, by `run_losses`.
+    """Run every setting at every rate on a matrix problem, by `run_losses`.
 
-    A run has converged when its loss stays below a thousandth of the first.
+    A run has converged if its loss stays below a thousandth of the first.
     """
     steps = steps or problem.steps
     runs = run_losses(problem, _at_rates(settings, rates), steps, seed, progress)
@@ -133,7 +133,7 @@ def scan_problem(
 
 
 def scan_steps(steps: int) -> int:
-    """The length of the runs on a function whose own length is `steps`, where the user says nothing."""
+    """Return the default number of steps for a function whose own number is `steps`."""
     return min(steps, _MOST_STEPS)
 
 

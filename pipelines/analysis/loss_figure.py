@@ -1,4 +1,4 @@
-"""The figure of training and validation losses, a curve a run."""
+"""Figure of training and validation losses, one curve per run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from pipelines.analysis.figure_style import figure_style, legend_below, line_sty
 
 Array = npt.NDArray[np.float64]
 
-_SMOOTHED = 0.04  # the training loss is a mean over this share of the run
+_SMOOTHED = 0.04  # the training loss is averaged over this fraction of the run
 
 
 @dataclass(frozen=True)
 class LossCurve:
-    """The losses of one run, each list with the steps at which they were recorded, ascending; any may be empty."""
+    """Losses of one run and the steps at which they were recorded, ascending. Any list may be empty."""
 
     label: str
     train_steps: Sequence[int]
@@ -32,9 +32,9 @@ class LossCurve:
 
 
 def draw_losses(curves: Sequence[LossCurve], path: Path) -> None:
-    """Draw all runs and, enlarged, their second halves, and write the figure to `path` (.png, .pdf or .svg).
+    """Draw all runs and, enlarged, their second halves; write the figure to `path` (.png, .pdf or .svg).
 
-    Raises `UsageError` for another type of file.
+    Raises `UsageError` for another file type.
     """
     with figure_style():
         figure = Figure(figsize=(7.0, 3.2), layout="constrained")
@@ -59,7 +59,7 @@ def _draw_curves(axes: Axes, curves: Sequence[LossCurve]) -> None:
 
 
 def smoothed(curve: LossCurve) -> tuple[Array, Array]:
-    """Steps, and the mean of the training loss over a window around each; without losses that are not finite."""
+    """Return steps and the moving mean of the training loss, without losses that are not finite."""
     steps, losses = np.array(curve.train_steps, dtype=np.float64), np.array(curve.train_losses, dtype=np.float64)
     steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
     return steps, moving_mean(losses, int(len(losses) * _SMOOTHED / 2))

@@ -1,4 +1,4 @@
-"""The figure, and the interactive page, of losses on test problems of matrices."""
+"""Figure and interactive page of losses on matrix problems."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from pipelines.analysis.viz_page import GRID_COLOUR, PagePanel, line, value_axis
 from pipelines.errors import UsageError
 
 _TARGET_LABEL = f"{SHARE:g} of the first loss"
-_LOWEST = 1e-16  # of the first loss: what lies lower is rounding
+_LOWEST = 1e-16  # of the first loss; lower values are rounding errors
 
 
 def check_losses_path(path: Path) -> None:
     """Raise `UsageError` unless `write_losses` can write a file of this name."""
     if path.suffix.lower() == ".gif":
-        raise UsageError(f"{path}: losses do not move; give --out FILE.png, .pdf, .svg or .html")
+        raise UsageError(f"{path}: losses cannot be animated; give --out FILE.png, .pdf, .svg or .html")
     if path.suffix.lower() != ".html":
         check_figure_path(path, ", .html")
 
 
 def write_losses(panels: Sequence[Sequence[LossRun]], path: Path) -> None:
-    """Write a panel a problem, with the same settings in the same order, as a figure or as a page (.html)."""
+    """Write a panel per problem, with the same settings in the same order, as a figure or a page (.html)."""
     if path.suffix.lower() == ".html":
         write_page([_page_panel(runs) for runs in panels], path)
         return

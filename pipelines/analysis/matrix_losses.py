@@ -1,4 +1,4 @@
-"""Losses of optimizers on test problems whose parameters are matrices."""
+"""Losses of optimizers on matrix problems."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from models.matrix_problems import PROBLEMS, MatrixProblem
 from pipelines.analysis.descent import descend, first_for_good
 from pipelines.analysis.optimizer_settings import OptimizerSettings
 
-SHARE = 1e-3  # a run has solved a problem when its loss stays below this share of the first
+SHARE = 1e-3  # a run has solved a problem if its loss stays below this fraction of the first
 
 
 @dataclass(frozen=True)
 class LossRun:
-    """How an optimizer's loss went in `steps` steps: `values` is `(steps + 1,)`.
+    """Losses of an optimizer over `steps` steps: `values` is `(steps + 1,)`.
 
     A run that diverges is shorter: it ends before the first loss that is not finite, and `diverged_at` is the step
     that led there.
@@ -37,7 +37,7 @@ class LossRun:
 
 
 def choose_problems(names: Sequence[str]) -> list[MatrixProblem]:
-    """The problems of these names."""
+    """Return the problems of these names."""
     return [PROBLEMS[name] for name in names]
 
 
@@ -48,9 +48,9 @@ def run_losses(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[LossRun]:
-    """Run each setting on the problem, with the numbers that the seed gives, in double precision.
+    """Run each setting on the problem that the seed generates, in double precision.
 
-    `progress` is called with the number of steps just taken.
+    `progress` is called with the number of steps since its last call.
     """
     steps = steps or problem.steps
     instance = problem.make(seed)

@@ -1,4 +1,4 @@
-"""Which optimizer, with which keywords: what `asgo viz` compares."""
+"""The optimizers that `asgo viz` compares, with their keywords."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pipelines.errors import UsageError
 from pipelines.optimizers import parse_value, split_optimizer
 from pipelines.resolve import read_preset
 
-POINTS, MATRICES = "asro-functions", "matrix-problems"  # the presets, for 2-D functions and for matrix problems
+POINTS, MATRICES = "asro-functions", "matrix-problems"  # presets for 2-D functions and for matrix problems
 
-# How a trajectory is computed is not the user's choice, and its length is said once, for all optimizers.
+# Keywords that choose an implementation are not offered; --steps sets the length for all optimizers.
 _NOT_OFFERED = {"params", "total_steps", "foreach", "fused", "capturable", "differentiable", "maximize"}
 
 
@@ -33,7 +33,7 @@ class OptimizerSettings:
 
 
 def default_settings(preset: str = POINTS) -> list[OptimizerSettings]:
-    """What is shown where no optimizer is named: on points, the settings of the Asro paper's figure."""
+    """Return the default settings: for 2-D functions, those of the Asro paper's figure."""
     if preset == MATRICES:
         return [parse_settings(name, preset) for name in read_preset(preset)["shown"]]
     entries: list[dict[str, Any]] = read_preset(preset)["trajectories"]
@@ -41,11 +41,11 @@ def default_settings(preset: str = POINTS) -> list[OptimizerSettings]:
 
 
 def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) -> OptimizerSettings:
-    """Read `NAME` or `NAME:key=value,key=value`, for example `accasro:lr=0.02,betas=0.9,0.99`.
+    """Parse `NAME` or `NAME:key=value,key=value`, for example `accasro:lr=0.02,betas=0.9,0.99`.
 
-    Keywords that are left out take the preset's value for that optimizer, or else the constructor's default.
-    With `all_rates` the learning rate is not the text's to say, nor in the label.
-    Raises `UsageError` for a name, a keyword or a value that cannot be, before anything is computed.
+    Missing keywords take the preset's value for that optimizer, or else the constructor's default. With `all_rates`,
+    the text must not contain `lr`, and the label does not show it. Raises `UsageError` for an unknown name or keyword,
+    or an invalid value, before any computation.
     """
     try:
         name, texts = split_optimizer(text)
@@ -53,14 +53,14 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
         if preset == POINTS and spec.takes_matrices:
             raise ValueError(
                 f"{name} updates matrices and cannot move a point; choose from {', '.join(defaults)}; "
-                f"or draw a problem of matrices: {', '.join(PROBLEMS)}"
+                f"or draw a matrix problem: {', '.join(PROBLEMS)}"
             )
         given = _read_keywords(name, texts)
         if all_rates and "lr" in given:
             raise ValueError("--lr-grid chooses the learning rate; leave lr out")
         keywords = {"lr": 0.0 if all_rates else spec.defaults["lr"], **defaults.get(name, {}), **given}
         if keywords["lr"] is REQUIRED:
-            raise ValueError(f"it has no learning rate of its own; give one, as in {name}:lr=0.01")
+            raise ValueError(f"no default learning rate; give one, as in {name}:lr=0.01")
         settings = _settings(name, keywords, shown=[*([] if all_rates else ["lr"]), *given])
         build(settings, [{"params": [torch.zeros(2, 2)]}], total_steps=1)
     except (TypeError, ValueError) as error:
@@ -69,7 +69,7 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
 
 
 def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], total_steps: int) -> torch.optim.Optimizer:
-    """The optimizer of these settings for parameter groups, which may override any keyword."""
+    """Build the optimizer for parameter groups, which may override any keyword."""
     cls, fixed = optimizer_class(settings.optimizer)
     keywords = {**fixed, **settings.keywords}
     if "total_steps" in inspect.signature(cls).parameters:
@@ -98,10 +98,10 @@ def _read_keywords(name: str, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _checked(key: str, text: str, default: Any) -> Any:
-    """A value of the default's kind: true or false, several numbers, a word, or one number."""
+    """Convert the text to the default's type: a bool, a tuple of numbers, a string, or a number."""
     value = parse_value(text)
     if isinstance(default, str):
-        return value if isinstance(value, str) else text  # the constructor knows which words there are
+        return value if isinstance(value, str) else text  # the constructor checks the string
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"{key} takes true or false, not {text!r}")
@@ -118,7 +118,7 @@ def _checked(key: str, text: str, default: Any) -> Any:
 def _number(key: str, value: Any, text: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{key} takes a number, not {text!r}")
-    # Beyond the largest float, an int cannot be used as a learning rate either.
+    # An int beyond the largest float cannot be a learning rate either.
     if not abs(value) <= sys.float_info.max:
         raise ValueError(f"{key} takes a finite number, not {text!r}")
     return value

@@ -1,4 +1,4 @@
-"""Pages of HTML with everything in them: text is escaped, and plotly is part of the page."""
+"""Self-contained HTML pages: text is escaped, and plotly is embedded."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def render(folder: Path, **values: object) -> str:
-    """The page that `folder / page.html.jinja` makes of the values and `plotly`, the library's source.
+    """Render `folder / page.html.jinja` with the values and `plotly`, the library's source.
 
-    What `|tojson` is given must be finite.
+    Numbers that the template passes to `|tojson` must be finite.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from plotly.offline import get_plotlyjs

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from models.expression import expression_function
 from models.functions import FUNCTIONS, Point
-from models.functions import TestFunction as TestFunction  # for those who may not import models
+from models.functions import TestFunction as TestFunction  # re-exported for asgo_cli, which must not import models
 from pipelines.analysis.descent import descend, first_for_good
 from pipelines.analysis.optimizer_settings import OptimizerSettings
 from pipelines.errors import UsageError
 
-REACH = 0.1  # a trajectory has reached the optimum when it stays within this distance of it
+REACH = 0.1  # a trajectory reaches the optimum if it stays within this distance
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where an optimizer went in `steps` steps: `points` is `(steps + 1, 2)`, `values` is `(steps + 1,)`.
+    """The path of an optimizer in `steps` steps: `points` is `(steps + 1, 2)`, `values` is `(steps + 1,)`.
 
     A trajectory that diverges is shorter: it ends before the first point or value that is not finite, and
     `diverged_at` is the step that led there.
@@ -53,13 +53,13 @@ class Trajectory:
 
     @property
     def lowest_point(self) -> Point:
-        """Where the value was lowest."""
+        """The point with the lowest value."""
         x, y = self.points[self.lowest_step]
         return float(x), float(y)
 
     @property
     def distances(self) -> npt.NDArray[np.float64]:
-        """Distance of every point to the nearest global minimum, `(steps + 1,)`; infinite where none is known."""
+        """Distance of every point to the nearest global minimum, `(steps + 1,)`; infinite if none is known."""
         if not self.function.optima:
             return np.full(len(self.points), math.inf)
         gaps = self.points[:, None, :] - np.array(self.function.optima)
@@ -72,7 +72,7 @@ class Trajectory:
 
     @property
     def late_distance(self) -> float:
-        """The largest distance in the last tenth of the steps: far above `distance` where the trajectory swings."""
+        """The largest distance in the last tenth of the steps: far above `distance` if the trajectory oscillates."""
         return float(self.distances[-max(1, len(self.distances) // 10) :].max())
 
     @property
@@ -91,13 +91,13 @@ def run_trajectories(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Trajectory]:
-    """Run each setting on a function in double precision; start and steps are the function's own where left out.
+    """Run each setting on a function in double precision; default start and steps are the function's own.
 
-    A trajectory that jumps from wall to wall of a valley amplifies errors of rounding: on Rosenbrock, Adam at lr 0.2
-    and AccAsro end within about 0.04 of the same place on another machine or with another version of PyTorch.
+    A trajectory that jumps between the walls of a valley amplifies rounding errors: on Rosenbrock, the end points of
+    Adam at lr 0.2 and of AccAsro differ by up to about 0.04 between machines or versions of PyTorch.
 
-    Where the function is noisy, all settings find the same noise at a step: it follows from `seed` and the step alone.
-    `progress` is called with the number of steps just taken. Raises `UsageError` if the function is not finite at the
+    On a noisy function all settings get the same noise at a step: it depends only on `seed` and the step. `progress` is
+    called with the number of steps since its last call. Raises `UsageError` if the function is not finite at the
     start.
     """
     start, steps = start or function.start, steps or function.steps
@@ -116,12 +116,12 @@ def run_trajectories(
 
 
 def gradient_noise(seed: int, steps: int) -> npt.NDArray[np.float64]:
-    """Standard normal noise, `(steps, 2)`; a row depends on the seed and on its step, not on the number of steps."""
+    """Return standard normal noise, `(steps, 2)`; a row depends on the seed and its step, not on `steps`."""
     return np.random.default_rng(seed).standard_normal((steps, 2))
 
 
 def choose_functions(names: Sequence[str], expression: str | None) -> list[TestFunction]:
-    """The functions of these names, and then the user's own; raises `UsageError` with the place that is wrong in it."""
+    """Return the named functions, then the user's own. Raise `UsageError` that shows the error's place in it."""
     try:
         own = [] if expression is None else [expression_function(expression)]
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Optimizers' trajectories over the contours of test functions, growing step by step, as an animated GIF."""
+"""Animated GIF of trajectories that grow over the contours of test functions."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _DPI = 110
 
 
 def animate_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
-    """Write the figure of `draw_trajectories` as a GIF of at most 60 frames in which the lines grow, and that repeats.
+    """Write the figure of `draw_trajectories` as a looping GIF of 60 frames in which the lines grow.
 
-    The time between frames grows with the step, so that the first steps are seen one by one: most happens there.
+    Frames are spaced on a log scale over the steps: the first steps, where most happens, have one frame each.
     """
     with figure_style():
         figure, planes = compose(panels)
@@ -37,7 +37,7 @@ def animate_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> 
 
 
 def frame_steps(steps: int) -> list[int]:
-    """The steps after which a trajectory of this length is shown, from 0 to `steps`; a frame may repeat a step."""
+    """Return the step shown in each frame, from 0 to `steps`; frames may repeat a step."""
     return [round(step) - 1 for step in np.geomspace(1, steps + 1, _FRAMES)]
 
 
@@ -46,7 +46,7 @@ def _render(figure: Figure, planes: Sequence[Plane], lengths: Sequence[int]) -> 
     counters = [_step_counter(plane) for plane in planes if not plane.is_inset]
     for artist in (*counters, *(artist for plane in planes for artist in _moving(plane))):
         artist.set_animated(True)
-    # The contours take most of the time: they are drawn once, and what moves is drawn on a copy of them.
+    # Contours take most of the time: draw them once, and the moving parts on a copy for each frame.
     canvas.draw()
     background = canvas.copy_from_bbox(figure.bbox)
     planes_alone = [canvas.copy_from_bbox(plane.axes.bbox.padded(1)) for plane in planes]
@@ -55,7 +55,7 @@ def _render(figure: Figure, planes: Sequence[Plane], lengths: Sequence[int]) -> 
         canvas.restore_region(background)
         for index, (plane, plane_alone) in enumerate(zip(planes, planes_alone, strict=True)):
             if plane.is_inset:
-                canvas.restore_region(plane_alone)  # above the lines of its panel
+                canvas.restore_region(plane_alone)  # erase the panel's lines under the inset
             _draw_until(plane, shown[index // 2])
         for counter, step in zip(counters, shown, strict=True):
             counter.set_text(f"step {step:,}")
@@ -65,12 +65,12 @@ def _render(figure: Figure, planes: Sequence[Plane], lengths: Sequence[int]) -> 
 
 
 def _step_counter(plane: Plane) -> Annotation:
-    """A text in the line of the axis label, at its right end."""
+    """Add a text right-aligned on the line of the axis label."""
     return plane.axes.annotate("", (1, 0), (0, -24), "axes fraction", "offset points", ha="right", fontsize=7)
 
 
 def _moving(plane: Plane) -> list[Line2D]:
-    """All that lies above the contours, from the lowest to the highest."""
+    """Return all artists above the contours, from bottom to top."""
     artists = [artist for line in plane.lines for artist in (*line.strokes, line.last)]
     artists += [line.diverged for line in plane.lines if line.diverged is not None]
     return sorted(artists + plane.marks, key=Line2D.get_zorder)
@@ -98,9 +98,9 @@ def _as_gif(frames: Sequence[Image.Image]) -> bytes:
 
 
 def _palette(frame: Image.Image) -> Image.Image:
-    """One palette for all frames, so that colours do not flicker, from the last, which shows every line.
+    """Return one palette for all frames, so that colours do not flicker; from the last frame, which shows every line.
 
-    Half of it are the commonest colours, for the contours; half lie far apart, for the small marks.
+    Half of the palette are the most frequent colours, for contours; half are far apart, for small marks.
     """
     methods = (Image.Quantize.MEDIANCUT, Image.Quantize.MAXCOVERAGE)
     palette = Image.new("P", (1, 1))

@@ -1,4 +1,4 @@
-"""The figure of optimizers' trajectories over the contours of test functions."""
+"""Figure of trajectories over the contours of test functions."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from pipelines.analysis.trajectories import Trajectory
 
 Array = npt.NDArray[np.float64]
 
-# Pale, so that lines of any colour stand out; dark is low.
+# Pale, for contrast with lines of any colour; dark is low.
 CONTOUR_COLOURS = ("#6d95a8", "#a3bdc8", "#d0dde1", "#f7f6f1")
 LEVELS = 26
 _GRID = 300  # points of the contour grid along each axis
-_INSET = 0.37  # side of the inset, as a share of the panel's
-_ZOOM = 0.055  # half the side of what the inset shows, as a share of the window's
-_FORMULA_WIDTH = 40  # characters of the usual size above a panel
-_CODE_WIDTH = 34  # the same, of a user's expression
-_MARK = 0.025  # half of a mark, as a share of the panel's side
+_INSET = 0.37  # side of the inset, as a fraction of the panel's
+_ZOOM = 0.055  # half the side of the zoomed area, as a fraction of the window's
+_FORMULA_WIDTH = 40  # characters per line of a formula above a panel
+_CODE_WIDTH = 34  # the same for a user's expression
+_MARK = 0.025  # half of a mark, as a fraction of the panel's side
 _WIDEST, _NARROWEST = 3.6, 1.1  # of the trajectories' lines, in points
-_DASHED = 1.8  # points: the width of line from which on dashes grow no more
+_DASHED = 1.8  # points: dashes do not grow for lines wider than this
 
 
 def _marker(shape: str, colour: str, *, size: float, edge: str, zorder: int) -> dict[str, Any]:
@@ -69,12 +69,12 @@ class Window(NamedTuple):
     high: Array  # (2,): the largest x and y
 
     def part(self, low: Array, high: Array) -> Window:
-        """The part between two points that are given in shares of the window's sides."""
+        """Return the part between two points, given as fractions of the window's sides."""
         size = self.high - self.low
         return Window(self.low + low * size, self.low + high * size)
 
     def around(self, point: Point) -> Window:
-        """What the inset shows: a part around the point."""
+        """Return the area around a point that the inset shows."""
         half = _ZOOM * (self.high - self.low)
         return Window(np.array(point) - half, np.array(point) + half)
 
@@ -83,21 +83,21 @@ class Window(NamedTuple):
         return np.array(list(itertools.product(*np.transpose(self))))
 
     def count(self, points: Array) -> int:
-        """How many of the points, `(n, 2)`, lie inside."""
+        """Return how many of the points, `(n, 2)`, are inside."""
         return int(((points >= self.low) & (points <= self.high)).all(axis=1).sum())
 
 
 class DrawnLine(NamedTuple):
-    """A trajectory in a plane: its points, `(2, n)`, and what shows them."""
+    """A trajectory in a plane: its points, `(2, n)`, and its artists."""
 
     points: Array
-    strokes: tuple[Line2D, Line2D]  # the line above its white edge
+    strokes: tuple[Line2D, Line2D]  # the white edge, and the line above it
     last: Line2D
-    diverged: Line2D | None  # the mark where it left for good
+    diverged: Line2D | None  # the mark where it leaves the window for the last time
 
 
 class Plane(NamedTuple):
-    """A panel or its inset, and what lies above the contours."""
+    """A panel or its inset, and the artists above the contours."""
 
     axes: Axes
     is_inset: bool
@@ -106,17 +106,17 @@ class Plane(NamedTuple):
 
 
 def draw_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
-    """Draw a panel a function, with the trajectories on it, and write the figure to `path` (.png, .pdf or .svg).
+    """Draw a panel per function with its trajectories; write the figure to `path` (.png, .pdf or .svg).
 
     All trajectories of a panel start at the same point, and every panel shows the same settings in the same order.
-    Raises `UsageError` for another type of file.
+    Raises `UsageError` for another file type.
     """
     with figure_style():
         save_figure(compose(panels)[0], path)
 
 
 def compose(panels: Sequence[Sequence[Trajectory]]) -> tuple[Figure, list[Plane]]:
-    """The figure and its planes, each panel's before its inset's; to be called and drawn inside of `figure_style`."""
+    """Return the figure and its planes, each panel before its inset. Call and draw it inside `figure_style`."""
     columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     width, height = (4.0, 4.4) if len(panels) == 1 else (2.7 * columns, 3.0 * rows + 0.3)
@@ -151,8 +151,8 @@ def _draw_panel(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Plane]:
 
 
 def _write_title(axes: Axes, function: TestFunction) -> None:
-    """The function's name, and below it the formula in lines that the panel has room for."""
-    # A user's own formula is code, in wider letters and often without a blank.
+    """Write the function's name, and below it the formula, wrapped to the panel's width."""
+    # A user's own formula is code: wider characters, often without spaces.
     lines = _wrapped(function.formula) if function.optima else textwrap.wrap(function.formula, _CODE_WIDTH)
     if function.noise:
         lines.append(f"gradient noise {function.noise:g}")
@@ -165,7 +165,7 @@ def _write_title(axes: Axes, function: TestFunction) -> None:
 
 
 def _wrapped(formula: str) -> list[str]:
-    """Lines that are broken outside of brackets only."""
+    """Wrap a formula, only outside of brackets."""
     depth, text = 0, ""
     for character in formula:
         depth += (character in "([") - (character in ")]")
@@ -175,17 +175,17 @@ def _wrapped(formula: str) -> list[str]:
 
 
 def goals(trajectories: Sequence[Trajectory]) -> Sequence[Point]:
-    """The optima, or the lowest point found where none is known."""
+    """Return the optima, or the lowest point found if none is known."""
     function = trajectories[0].function
     if function.optima:
         return function.optima
-    # A divergence is of no use as a goal, unless there is nothing else.
+    # Trajectories that diverged are not a goal unless all did.
     ended = [item for item in trajectories if item.diverged_at is None] or trajectories
     return [min(ended, key=lambda item: float(item.values.min())).lowest_point]
 
 
 def approached_goal(trajectories: Sequence[Trajectory]) -> Point:
-    """The goal that some trajectory ends nearest to."""
+    """Return the goal nearest to the end of any trajectory."""
     ends = np.array([trajectory.final_point for trajectory in trajectories])
     return min(goals(trajectories), key=lambda goal: float(np.hypot(*(ends - np.array(goal)).T).min()))
 
@@ -196,7 +196,7 @@ def _landmarks(trajectories: Sequence[Trajectory]) -> Array:
 
 
 def enclose(trajectories: Sequence[Trajectory]) -> Window:
-    """Start, optima and trajectories with a margin; without trajectories that overshoot far, or diverge."""
+    """Return a window around start, optima and trajectories, except those that overshoot far or diverge."""
     landmarks = _landmarks(trajectories)
     low, high = landmarks.min(axis=0), landmarks.max(axis=0)
     span = np.maximum(high - low, max(float((high - low).max()) / 3, 1e-3))
@@ -209,11 +209,11 @@ def enclose(trajectories: Sequence[Trajectory]) -> Window:
 
 
 def place_inset(trajectories: Sequence[Trajectory], goal: Point) -> tuple[Window, Array]:
-    """The window, and the inset's lower left corner in shares of the panel's sides, such that it hides the least."""
+    """Return the window and the inset's lower left corner, as fractions of the panel's sides, that hide the least."""
     lines = np.concatenate([_along(trajectory) for trajectory in trajectories])
     least_hidden = math.inf
     for window, corner in _layouts(enclose(trajectories)):
-        # With room for the inset's tick labels. A hidden mark is worse than any length of hidden line.
+        # Includes the inset's tick labels. Hiding a mark is worse than hiding any length of line.
         cover = window.part(corner - 0.1, corner + _INSET + 0.05)
         marks = np.concatenate([_landmarks(trajectories), window.around(goal).corners()])
         hidden = cover.count(lines) + len(lines) * cover.count(marks)
@@ -223,14 +223,14 @@ def place_inset(trajectories: Sequence[Trajectory], goal: Point) -> tuple[Window
 
 
 def _layouts(tight: Window) -> Iterator[tuple[Window, Array]]:
-    """Windows and corners to try, the tightest first: with the inset in each corner, and with room added there."""
+    """Yield windows and inset corners to try, the tightest first: each corner, with increasing room added there."""
     for room in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5):
         for side in np.array([(1, 1), (0, 1), (1, 0), (0, 0)]):
             yield tight.part(-room * (1 - side), 1 + room * side), np.where(side, 0.965 - _INSET, (0.125, 0.085))
 
 
 def _along(trajectory: Trajectory) -> Array:
-    """Points along the line that joins a trajectory's points, so that long steps count as well, `(n, 2)`."""
+    """Return points, `(n, 2)`, along the line through a trajectory's points, so long steps count too."""
     steps = np.arange(len(trajectory.points))
     dense = np.linspace(0, steps[-1], 10 * min(len(steps), 1000))
     return np.stack([np.interp(dense, steps, trajectory.points[:, axis]) for axis in (0, 1)], axis=1)
@@ -247,18 +247,18 @@ def _draw_contours(axes: Axes, function: TestFunction, window: Window, goal: Poi
     norm = LogNorm(lowest, highest)
     colours = LinearSegmentedColormap.from_list("contours", CONTOUR_COLOURS)
     axes.contourf(x, y, heights, levels=levels, norm=norm, cmap=colours, zorder=0)
-    # In a narrow valley the grid is too coarse for lines at the lowest levels: they would be dotted.
+    # No lines at the lowest levels: in a narrow valley the grid is too coarse, and they would look dotted.
     axes.contour(x, y, heights, levels=levels[3:], colors="white", linewidths=0.35, alpha=0.7, zorder=0)
-    # Contours become an image also in a vector file, where they would take megabytes.
+    # Rasterize contours in vector files, where they would take megabytes.
     axes.set_rasterization_zorder(1)
 
 
 def relief_in(function: TestFunction, window: Window, goal: Point) -> tuple[Array, Array, Array] | None:
-    """x and y over the window, `(_GRID,)` each, and the function's height above its minimum there, `(_GRID, _GRID)`.
+    """Return x and y over the window, `(_GRID,)` each, and the heights above the minimum, `(_GRID, _GRID)`.
 
-    Heights are cut at both ends so that their logarithms are finite, and NaN where the function is undefined; `None`
-    for a function that is flat in the window, or finite nowhere. Where the minimum is unknown, it is the lowest value
-    of the goal and the grid.
+    Heights are clipped at both ends, so their logarithms are finite; NaN where the function is undefined. Returns
+    `None` for a function that is flat in the window, or finite nowhere. If the minimum is unknown, the lowest value of
+    the goal and the grid takes its place.
     """
     x, y = (torch.linspace(window.low[axis], window.high[axis], _GRID, dtype=torch.float64) for axis in (0, 1))
     minimum = function.evaluate(*torch.tensor(goal, dtype=torch.float64))
@@ -274,7 +274,7 @@ def relief_in(function: TestFunction, window: Window, goal: Point) -> tuple[Arra
 
 
 def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) -> list[DrawnLine]:
-    # Points of a divergence are beyond what can be drawn: they are moved, still far outside of the window.
+    # matplotlib cannot draw the huge points of a divergence: clip them, still far outside of the window.
     reach = window.part(np.array(-1000.0), np.array(1000.0))
     lines = []
     for index, trajectory in enumerate(trajectories):
@@ -290,21 +290,21 @@ def _draw_lines(axes: Axes, trajectories: Sequence[Trajectory], window: Window) 
 
 
 def _mark_divergence(axes: Axes, trajectory: Trajectory, window: Window, colour: str) -> Line2D:
-    inner = window.part(np.array(_MARK), np.array(1 - _MARK))  # on the edge itself it would cover the title
+    inner = window.part(np.array(_MARK), np.array(1 - _MARK))  # not on the edge: the mark would cover the title
     (mark,) = axes.plot(*np.clip(leaves_at(trajectory.points, window), *inner), **_DIVERGED | {"color": colour})
     return mark
 
 
 def leaves_at(points: Array, window: Window) -> Array:
-    """Where the way along `points`, `(n, 2)`, leaves the window for the last time, `(2,)`; its end if it does not."""
+    """Return the point, `(2,)`, where the path `points`, `(n, 2)`, last leaves the window; its end if it does not."""
     inside = np.flatnonzero(((points >= window.low) & (points <= window.high)).all(axis=1))
     last = int(inside[-1]) if len(inside) else 0
     begin = points[last]
-    way = np.clip(points[min(last + 1, len(points) - 1)], -1e300, 1e300) - begin
-    edges = np.where(way > 0, window.high, window.low)
-    moves = way != 0
-    share = min([1.0, *((edges - begin)[moves] / way[moves])])  # of the step, at which it crosses the nearest edge
-    return np.asarray(np.clip(begin + share * way, window.low, window.high))
+    step = np.clip(points[min(last + 1, len(points) - 1)], -1e300, 1e300) - begin
+    edges = np.where(step > 0, window.high, window.low)
+    moves = step != 0
+    fraction = min([1.0, *((edges - begin)[moves] / step[moves])])  # of the step, up to the nearest edge
+    return np.asarray(np.clip(begin + fraction * step, window.low, window.high))
 
 
 def _draw_marks(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Line2D]:
@@ -314,14 +314,14 @@ def _draw_marks(axes: Axes, trajectories: Sequence[Trajectory]) -> list[Line2D]:
 
 
 def line_width(index: int, count: int) -> float:
-    """In points. Later lines lie on earlier ones: thinner, so that both are seen where they overlap."""
+    """Return the width in points. Later lines are drawn on top and thinner, so both are visible where they overlap."""
     return float(np.linspace(_WIDEST, _NARROWEST, count)[index]) if count > 1 else 1.8
 
 
 def _line_style(index: int, count: int) -> dict[str, Any]:
     width = line_width(index, count)
     style = line_style(index) | {"linewidth": width}
-    if style["linestyle"] != "-":  # dashes of thick lines as long as those of others: the legend has room for no more
+    if style["linestyle"] != "-":  # limit the dashes of thick lines: the legend's handles are short
         style["linestyle"] = (0, tuple(length * min(1.0, _DASHED / width) for length in style["linestyle"][1]))
     return style
 

@@ -1,4 +1,4 @@
-"""Optimizers' trajectories on test functions as an interactive page, or in a file of the kind that its name says."""
+"""Trajectories on test functions as an interactive page, and the choice of the file format by suffix."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def write_trajectories(panels: Sequence[Sequence[Trajectory]], path: Path) -> No
 
 
 def write_trajectory_page(panels: Sequence[Sequence[Trajectory]], path: Path) -> None:
-    """Write a page with a panel a function; all trajectories of a panel start at the same point."""
+    """Write a page with a panel per function; all trajectories of a panel start at the same point."""
     write_page([trajectory_panel(trajectories) for trajectories in panels], path)
 
 
 def trajectory_panel(trajectories: Sequence[Trajectory]) -> PagePanel:
-    """The plane with contours and trajectories, and beside it the values over the steps."""
+    """Return a panel: the plane with contours and trajectories, and the values over the steps beside it."""
     function, goal = trajectories[0].function, approached_goal(trajectories)
     window = enclose(trajectories)
     minimum = float(function.evaluate(*torch.tensor(goal, dtype=torch.float64)))
@@ -60,12 +60,12 @@ def trajectory_panel(trajectories: Sequence[Trajectory]) -> PagePanel:
     traces = _contours(function, window, goal)
     for index, (item, curve) in enumerate(zip(trajectories, curves, strict=True)):
         ended = "" if item.diverged_at is None else f", diverged at step {item.diverged_at:,}"
-        own = line(index, item.settings.label + ended, line_width(index, len(curves)))
-        points = _way(item, window, goal)
-        traces.append({**points, **own})
-        last = {"mode": "markers", "showlegend": False, "marker": {"color": own["line"]["color"], "size": 8}}
-        traces.append({**points, **own, **last, "meta": "last"})
-        traces.append({**curve, **own, **_VALUE_AXES})
+        style = line(index, item.settings.label + ended, line_width(index, len(curves)))
+        points = _thinned_path(item, window, goal)
+        traces.append({**points, **style})
+        last = {"mode": "markers", "showlegend": False, "marker": {"color": style["line"]["color"], "size": 8}}
+        traces.append({**points, **style, **last, "meta": "last"})
+        traces.append({**curve, **style, **_VALUE_AXES})
     traces += _marks(trajectories)
     noise = f"; gradient noise {function.noise:g}" if function.noise else ""
     layout = _layout(window, curves, trajectories[0].steps, known=bool(function.optima))
@@ -74,8 +74,9 @@ def trajectory_panel(trajectories: Sequence[Trajectory]) -> PagePanel:
 
 
 def keep_corners(points: Array, fineness: Array) -> npt.NDArray[np.intp]:
-    """Which points, `(n, 2)`, to keep so that each one left out lies nearer than its `fineness`, `(n, 2)`, to the one
-    kept before it: no corner larger than that is lost. The first and the last are kept.
+    """Return the indices of the points, `(n, 2)`, to keep, the first and the last included.
+
+    Each dropped point is nearer than its `fineness`, `(n, 2)`, to the kept point before it: no larger corner is lost.
     """
     kept = [0]
     places, limits = points.tolist(), fineness.tolist()
@@ -87,8 +88,8 @@ def keep_corners(points: Array, fineness: Array) -> npt.NDArray[np.intp]:
     return np.unique([*kept, len(places) - 1])
 
 
-def _way(trajectory: Trajectory, window: Window, goal: Point) -> dict[str, Any]:
-    """The points that show a trajectory, also when its end is enlarged, each with its step and value."""
+def _thinned_path(trajectory: Trajectory, window: Window, goal: Point) -> dict[str, Any]:
+    """Return the points of a trajectory with step and value, thinned, but fine enough to zoom in on the goal."""
     zoom = window.around(goal)
     near = ((trajectory.points >= zoom.low) & (trajectory.points <= zoom.high)).all(axis=1, keepdims=True)
     sides = np.where(near, zoom.high - zoom.low, window.high - window.low)
@@ -107,7 +108,7 @@ def _contours(function: TestFunction, window: Window, goal: Point) -> list[dict[
     relief = relief_in(function, window, goal)
     if relief is None:
         return []
-    # Every other point of each axis: four times lighter, and as fine as a screen needs.
+    # Every second point of each axis: a quarter of the size, and still fine enough for a screen.
     x, y, heights = relief[0][::2], relief[1][::2], np.log10(relief[2][::2, ::2])
     lowest, highest = float(np.nanmin(heights)), float(np.nanmax(heights))
     return [

@@ -1,4 +1,4 @@
-"""The interactive page of `asgo viz`: one file, with everything in it, that needs no network."""
+"""The interactive page of `asgo viz`: one self-contained file that needs no network."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.storage import write_output
 Array = npt.NDArray[np.float64]
 
 GRID_COLOUR = "#e4e4e4"
-_MOST_POINTS = 1200  # of a curve: about two a pixel of its width
-_DECADES = 12  # at most, that an axis of values shows
+_MOST_POINTS = 1200  # of a curve: about two per pixel of its width
+_DECADES = 12  # most decades on an axis of values
 
 
 @dataclass(frozen=True)
 class PagePanel:
-    """A plot with its heading: traces and layout are plotly's, `frames` the steps at which a slider stops, if any."""
+    """A plot with its heading: plotly's traces and layout; `frames` are the steps of a slider, if any."""
 
     heading: str
     formula: str
@@ -42,14 +42,15 @@ def write_page(panels: Sequence[PagePanel], path: Path) -> None:
 
 
 def line(index: int, label: str, width: float = 2.0) -> dict[str, Any]:
-    """What the traces of the setting at this position in the legend have in common: a click hides them together."""
+    """Return the common properties of a setting's traces, by its position in the legend: a click hides all of them."""
     return {"mode": "lines", "name": label, "legendgroup": str(index), "line": plotly_line(index, width)}
 
 
 def value_curve(values: Array, minimum: float) -> dict[str, Any]:
-    """The height of the values, `(steps + 1,)`, above the minimum, with every peak; hover gives the value.
+    """Return a trace of the values, `(steps + 1,)`, above the minimum; hovering shows the value.
 
-    Of a long run the lowest and the highest value of each stretch is kept. The logarithm of 0 would leave a gap.
+    Thins a long run, but keeps the lowest and the highest value of each section. Raises 0 to a tiny value: its
+    logarithm would leave a gap.
     """
     kept = keep_spikes(values, _MOST_POINTS)
     return {
@@ -61,7 +62,7 @@ def value_curve(values: Array, minimum: float) -> dict[str, Any]:
 
 
 def value_axis(title: str, curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """An axis for such curves, of at most twelve decades from the highest downwards."""
+    """Return a log axis for these curves: at most twelve decades below the highest value."""
     heights = np.concatenate([curve["y"] for curve in curves])
     highest = math.log10(float(heights.max()))
     lowest = max(math.log10(float(heights.min())), highest - _DECADES)
@@ -75,5 +76,5 @@ def value_axis(title: str, curves: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def short(values: Array) -> list[float]:
-    """Six digits of each: more than can be seen, or read."""
+    """Round the values to six digits, to keep the page small."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""How fast training batches are read, and random tokens to read."""
+"""Speed of reading training batches, and random tokens to read."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ _SHARD_TOKENS = 10_000_000
 
 
 def measure_batches(folder: Path | None, context_length: int, batch_size: int, seconds: float) -> float:
-    """Tokens a second that one thread reads into the batches of a training run, from a warm page cache.
+    """Return the tokens per second that one thread reads into training batches, from a warm page cache.
 
-    A token counts once, though it is an input and a target. `folder` is any folder that can be trained on; None
-    stands for one of random tokens, 60 MB, that is there only for this long. Raises `AsgoError` as `open_token_data`
-    and `TrainingBatches` do.
+    A token counts once, although it is an input and a target. `folder` is any folder of training data; None means a
+    temporary one of random tokens, 60 MB. Raises `AsgoError` like `open_token_data` and `TrainingBatches`.
     """
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="asgo-bench-") as temporary:
             write_random_tokens(Path(temporary), Gpt2Tokenizer(), _SHARD_TOKENS, _SHARDS)
             return measure_batches(Path(temporary), context_length, batch_size, seconds)
-    # Opening looks at every token, and so brings all of them into the cache.
+    # Opening reads every token, which warms the page cache.
     batches = TrainingBatches(open_token_data(folder), context_length, batch_size, _SEED)
     batches.batch(0)  # makes the order of the first epoch
     steps, began = 0, time.perf_counter()
@@ -40,7 +39,7 @@ def measure_batches(folder: Path | None, context_length: int, batch_size: int, s
 
 
 def write_random_tokens(folder: Path, tokenizer: Tokenizer, count: int, shards: int = 2) -> None:
-    """Write one document, always the same, as shards of `count` tokens each, the first one to validate on."""
+    """Write one document, the same every time, as shards of `count` tokens; the first shard is the validation data."""
     tokens = np.random.default_rng(_SEED).integers(tokenizer.end_of_text, size=shards * count, dtype=np.uint16)
     tokens[0] = tokenizer.end_of_text
     with ShardWriter([folder / shard_name(index) for index in range(shards)], shard_tokens=count) as writer:

@@ -1,4 +1,4 @@
-"""How fast text becomes token shards, beside the plain pool of processes of the public scripts."""
+"""Speed from text to token shards, compared with the process pool of public scripts."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from pipelines.errors import AsgoError
 
 POOL = "multiprocessing.Pool"
 H100_TOKENS_PER_S = 500_000
-"""What one H100 consumes when it trains GPT-2 124 M."""
+"""Tokens per second of one H100 that trains GPT-2 124 M."""
 CONTEXT_LENGTH, BATCH_SIZE = 1024, 32
 
 _DOCUMENT_CHARACTERS = 4800  # the mean of FineWeb-Edu
 _BATCHES_S = 3.0
-_ENOUGH_SHARDS = 10_000  # the source ends before them
+_ENOUGH_SHARDS = 10_000  # more than the source fills
 _POOL_CHUNK = 16
 
 
 @dataclass
 class Tokenizing(Contestant):
-    """One way to tokenize: the tokens a second of each round, how many they are, and their digest."""
+    """One way to tokenize: tokens per second in each round, number of tokens, and their digest."""
 
     tokens: int = 0
     digest: str = ""
@@ -51,7 +51,7 @@ class Tokenizing(Contestant):
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """What was measured; the first contestant is the pool. `batches_per_s` is in tokens a second."""
+    """Results; the first contestant is the pool. `batches_per_s` is in tokens per second."""
 
     workers: int
     documents: int
@@ -62,11 +62,11 @@ class CorpusReport:
 
     @property
     def same_tokens(self) -> bool:
-        """Whether all contestants gave the same tokens."""
+        """Whether all contestants produced the same tokens."""
         return len({contestant.digest for contestant in self.contestants}) == 1
 
     def as_json(self) -> dict[str, Any]:
-        """Plain figures."""
+        """Return the report as plain values for JSON."""
         return {
             "workers": self.workers,
             "documents": self.documents,
@@ -87,10 +87,10 @@ class CorpusReport:
 
 
 def bench_corpus(inputs: Sequence[Path], workers: int | None, repeats: int, progress: Progress) -> CorpusReport:
-    """Time the whole way from a Parquet file to tokens on the disk, in turns, `repeats` rounds.
+    """Measure the speed from a Parquet file to tokens on disk, in turns, `repeats` rounds.
 
-    `inputs` are files or folders of text; without them, the sources of Python's standard library. Rates count from
-    the first tokens that are written: starting up is left out for all. `progress` is told (what, turns done, turns).
+    `inputs` are files or folders of text; without them, the sources of Python's standard library. Time starts with the
+    first written tokens, which excludes startup. Calls `progress(what, turns done, turns)`.
     """
     workers = workers or os.cpu_count() or 1
     contestants = [Tokenizing(POOL), *(Tokenizing(f"asgo, {backend}") for backend in _backends())]
@@ -114,7 +114,7 @@ def _backends() -> list[Backend]:
 
 
 def _write_documents(inputs: Sequence[Path], path: Path) -> tuple[int, int]:
-    """Write the text as a Parquet file like those of the hub; returns its documents and their bytes."""
+    """Write the text as a Parquet file like those of the hub; return the numbers of documents and bytes."""
     documents = map("".join, read_documents(find_files(inputs))) if inputs else _library()
     texts = [text for text in documents if text.strip()]
     path.parent.mkdir()
@@ -123,7 +123,7 @@ def _write_documents(inputs: Sequence[Path], path: Path) -> tuple[int, int]:
 
 
 def _library() -> Iterator[str]:
-    """Python's own sources, which every machine has, cut into documents of the usual length."""
+    """Yield the sources of the standard library, which every machine has, cut into documents of typical length."""
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         if "site-packages" in path.parts:
@@ -134,7 +134,7 @@ def _library() -> Iterator[str]:
 
 
 def _take_turn(contestant: Tokenizing, source: Path, out: Path, workers: int, shard_tokens: int) -> float:
-    """Tokenize `source` once; returns the rate. What is written to `out` is hashed and removed."""
+    """Tokenize `source` once and return the rate. Hash the files in `out`, then remove them."""
     if contestant.name == POOL:
         rate = _run_pool(source, out, workers)
     else:
@@ -165,9 +165,9 @@ def _run_asgo(source: Path, out: Path, workers: int, shard_tokens: int, backend:
 
 
 def _run_pool(source: Path, out: Path, workers: int) -> float:
-    """As the public scripts do: a document a call, a list of integers back, one array to the disk."""
+    """Tokenize like public scripts: one document per call, returned as a list of integers; one array to disk."""
     moments: list[tuple[float, int]] = []
-    tokens = np.empty(source.stat().st_size * 8, dtype=np.uint16)  # pages that are not written to take no memory
+    tokens = np.empty(source.stat().st_size * 8, dtype=np.uint16)  # unwritten pages take no memory
     count = 0
     with multiprocessing.get_context("spawn").Pool(workers, initializer=_encode_list, initargs=("",)) as pool:
         for encoded in pool.imap(_encode_list, _documents(source), chunksize=_POOL_CHUNK):
@@ -193,8 +193,8 @@ def _encode_list(text: str) -> list[int]:
 
 
 def _rate(moments: Sequence[tuple[float, int]]) -> float:
-    """Tokens a second between the first and the last moment of (seconds, tokens so far)."""
+    """Return the tokens per second between the first and the last of the moments (seconds, tokens so far)."""
     (began, first), (ended, last) = moments[0], moments[-1]
     if last < 2 * first:
-        raise AsgoError("too little text to measure; give more of it")
+        raise AsgoError("too little text to measure; give more text")
     return (last - first) / (ended - began)

@@ -1,4 +1,4 @@
-"""How far an optimizer's update is from the same formula in float64."""
+"""Error of an optimizer's update relative to the same formula in float64."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _MUON_KEYWORDS = {"lr", "momentum", "nesterov", "ns_steps", "weight_decay"}
 
 
 def float64_error(choice: Choice, device: torch.device) -> float | None:
-    """The relative Frobenius error of the way that two matrices go in five steps; None where there is no reference.
+    """Return the relative Frobenius error of the movement of two matrices in five steps; None without a reference.
 
-    The matrices start at zero and have shapes (256, 384) and (384, 256). Their gradients, the same float32 numbers on
-    both sides, have squares `G Gᵀ` of condition 1e4. The reference runs on the CPU, in float64:
+    The matrices have shapes (256, 384) and (384, 256) and start at zero. Both sides get the same float32 gradients `G`;
+    `G Gᵀ` has condition 1e4. The reference runs on the CPU, in float64:
 
     * ASGO and Shampoo: the published algorithm with exact roots, by eigendecomposition.
     * Others of ours and of `torch.optim`: the same class.
-    * Muon of `torch.optim` and `pytorch_optimizer`, which compute in bfloat16 whatever they are given: our Muon. The
-      lengths of their updates are a convention, so both sides are compared at length 1.
+    * Muon of `torch.optim` and `pytorch_optimizer`, which always compute in bfloat16: our Muon. The norm of their
+      updates is a convention, so both sides are normalized to 1.
     * AdamW of `pytorch_optimizer`: `torch.optim.AdamW`.
 
-    heavyball's rules are its own: its AdamW, for example, uses `eps` as a bound.
+    heavyball has no reference, because its rules differ: its AdamW, for example, uses `eps` as a bound.
     """
     reference = _reference_of(choice)
     if reference is None:
@@ -69,7 +69,7 @@ def _reference_of(choice: Choice) -> Reference | None:
 
 
 def _run(choice: Choice, gradients: Gradients, device: torch.device, dtype: torch.dtype) -> tuple[list[Tensor], Group]:
-    """Where the matrices are after all steps from zero, in float64 on the CPU, and the first parameter group."""
+    """Run all steps from zero; return the matrices, in float64 on the CPU, and the first parameter group."""
     model = Matrices(SHAPES).to(device, dtype)
     params = list(model.parameters())
     with torch.no_grad():
@@ -107,7 +107,7 @@ def _shampoo(choice: Choice, gradients: Gradients, group: Group) -> list[Tensor]
 
 
 def _asgo_path(gradients: list[Tensor], group: Group) -> Tensor:
-    """arXiv 2503.20762, Algorithm 2, from zero; each gradient (m, n), and so the result."""
+    """Run arXiv 2503.20762, Algorithm 2, from zero. Gradients and result have shape (m, n)."""
     m, n = gradients[0].shape
     side, lr = min(m, n), float(group["lr"])
     weight, momentum, factor = _zeros(m, n), _zeros(m, n), _zeros(side, side)
@@ -123,7 +123,7 @@ def _asgo_path(gradients: list[Tensor], group: Group) -> Tensor:
 
 
 def _shampoo_path(gradients: list[Tensor], group: Group) -> Tensor:
-    """arXiv 1802.09568, with averaged factors and Adam's length, from zero; each gradient (m, n), and so the result."""
+    """Run arXiv 1802.09568 with averaged factors and Adam's norm, from zero. Gradients and result: (m, n)."""
     m, n = gradients[0].shape
     lr, eps = float(group["lr"]), group["eps"]
     weight, momentum, squares = _zeros(m, n), _zeros(m, n), _zeros(m, n)
@@ -141,7 +141,7 @@ def _shampoo_path(gradients: list[Tensor], group: Group) -> Tensor:
 
 
 def _inverse_root(matrix: Tensor, order: int, ridge: float | None) -> Tensor:
-    """`(A + ridge I)^{-1/order}` exactly; without a ridge, of `A` where its eigenvalues are above rounding, else 0."""
+    """Return `(A + ridge I)^{-1/order}`, exactly. Without a ridge, eigenvalues below rounding give 0."""
     values, vectors = torch.linalg.eigh(matrix)
     kept = values > (values[-1] * len(values) * 1e-14 if ridge is None else -math.inf)
     powers = (values.clamp_min(0) + (ridge or 0.0)).pow(-1 / order)

@@ -1,4 +1,4 @@
-"""How fast ImageNet's archives are extracted, beside torchvision's own parser, and indexed, beside tarfile."""
+"""Speed of extracting ImageNet's archives, compared with torchvision, and of indexing, compared with tarfile."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _INDEX_CLASSES, _INDEX_IMAGES = 100, 1000
 
 @dataclass(frozen=True)
 class ArchivesReport:
-    """Seconds of each round; `index_members` are the headers that were read in `index_s`, and by tarfile.
+    """Seconds of each round; `index_members` is the number of headers that indexing and tarfile read.
 
-    Extraction is timed from the archives to the last image, the check of the digests included. That the system then
-    brings it all to the disk, for which asgo waits and torchvision does not, counts for neither.
+    Extraction is timed from the archives to the last image, with the check of the digests, but without the flush to
+    disk: asgo waits for it, torchvision does not.
     """
 
     workers: int
@@ -53,11 +53,11 @@ class ArchivesReport:
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as torchvision: the median over the rounds."""
+        """Speed relative to torchvision, median over the rounds."""
         return median_ratio(self.torchvision_s, self.asgo_s)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain figures."""
+        """Return the report as plain values for JSON."""
         return {
             "workers": self.workers,
             "images": self.images,
@@ -70,10 +70,10 @@ class ArchivesReport:
 
 
 def bench_archives(classes: int, images: int, workers: int | None, repeats: int, progress: Progress) -> ArchivesReport:
-    """Time both on made archives of `classes` classes with `images` training images each, in turns, `repeats` rounds.
+    """Measure both on synthetic archives of `classes` classes with `images` training images, in `repeats` rounds.
 
-    The images are random bytes of the usual lengths, which compress as little as photographs. `progress` is told
-    (what, turns done, turns). Raises `UsageError` when torchvision is missing.
+    The images are random bytes of typical lengths, which compress as little as photographs. Calls
+    `progress(what, turns done, turns)`. Raises `UsageError` if torchvision is missing.
     """
     workers = workers or os.cpu_count() or 1
     with tempfile.TemporaryDirectory(prefix="asgo-bench-") as name:
@@ -108,8 +108,8 @@ def bench_archives(classes: int, images: int, workers: int | None, repeats: int,
     )
 
 
-def _unheard(phase: str, done: int, total: int) -> None:
-    """Nobody watches what is timed."""
+def _ignore_progress(phase: str, done: int, total: int) -> None:
+    """Do nothing: timed work shows no progress."""
 
 
 def _run_asgo(archives: Path, out: Path, workers: int) -> float:
@@ -127,12 +127,12 @@ def _run_torchvision(archives: Path, labels: Labels, out: Path) -> float:
     try:
         from torchvision.datasets import imagenet
     except ImportError:
-        raise UsageError("torchvision, which is the measure here, is missing: pip install torchvision") from None
+        raise UsageError("torchvision, the baseline here, is missing: pip install torchvision") from None
     expected = {key: (each.file, each.md5) for key, each in expected_archives(archives).items()}
     out.mkdir()
     began = time.perf_counter()
     with mock.patch.dict(imagenet.ARCHIVE_META, expected):
-        # The folders are absolute paths, which take the place of the root: nothing is written beside the archives.
+        # Absolute paths replace the root in torchvision's join: nothing is written beside the archives.
         imagenet.parse_train_archive(archives, folder=str(out / "train"))
         imagenet.parse_val_archive(archives, wnids=list(labels.validation), folder=str(out / "val"))
     return time.perf_counter() - began
@@ -141,8 +141,8 @@ def _run_torchvision(archives: Path, labels: Labels, out: Path) -> float:
 def _index(archives: Path, labels: Labels) -> float:
     began = time.perf_counter()
     with open_tar(archives / ARCHIVES["train"].file) as train, open_tar(archives / ARCHIVES["val"].file) as validation:
-        build_train_index(train, labels, _unheard)
-        build_validation_index(validation, labels, _unheard)
+        build_train_index(train, labels, _ignore_progress)
+        build_validation_index(validation, labels, _ignore_progress)
     return time.perf_counter() - began
 
 
@@ -157,7 +157,7 @@ def _list_with_tarfile(archives: Path) -> float:
 
 
 def _write_archives(folder: Path, classes: int, images: int, mean_bytes: int) -> Labels:
-    """Archives in the shape of ImageNet's, with a twentieth as many validation images, and their labels."""
+    """Write archives structured like ImageNet's, with 1/20 as many validation as training images; return the labels."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     pool = rng.bytes(4 * mean_bytes)
@@ -187,14 +187,14 @@ def _write_archives(folder: Path, classes: int, images: int, mean_bytes: int) ->
 
 
 def tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
-    """An archive of files by name, in memory."""
+    """Return a tar archive of (name, content) pairs, made in memory."""
     buffer = io.BytesIO()
     write_tar(buffer, files)
     return buffer.getvalue()
 
 
 def write_tar(file: IO[bytes], files: Iterable[tuple[str, bytes]]) -> None:
-    """Write an archive of files by name."""
+    """Write a tar archive of (name, content) pairs."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name, content in files:
             entry = tarfile.TarInfo(name)

@@ -1,4 +1,4 @@
-"""How fast photographs become batches, beside torchvision's `ImageFolder` in torch's `DataLoader`."""
+"""Speed from photographs to batches, compared with torchvision's `ImageFolder` in torch's `DataLoader`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from pipelines.errors import AsgoError, UsageError
 TORCHVISION, FILES, ARCHIVES, EXACT = "torchvision", "asgo, files", "asgo, archives", "asgo, torchvision's pixels"
 WIDTH, HEIGHT, SIZE = 500, 375, 208
 BATCH_SIZE, BATCHES = 64, 24
-"""Images in a batch; batches in a turn."""
+"""Images per batch; batches per turn."""
 
 _PHOTOGRAPHS = 128
 _QUALITY = 95
@@ -43,10 +43,10 @@ _SUFFIXES = {".jpg", ".jpeg", ".png"}
 
 @dataclass(frozen=True)
 class LoaderReport:
-    """What was measured, in images a second; the first contestant is torchvision.
+    """Results in images per second; the first contestant is torchvision.
 
-    `largest_difference` and `mean_difference`, of 255, are between the pixels of the first batch as the network sees
-    them and torchvision's; `image_bytes` is the mean size of a file.
+    `largest_difference` and `mean_difference`, on a scale of 255, compare the pixels of one batch with torchvision's;
+    `image_bytes` is the mean size of a file.
     """
 
     workers: int
@@ -57,12 +57,12 @@ class LoaderReport:
     mean_difference: float
 
     def speedup(self, name: str, over: str = TORCHVISION) -> float:
-        """How many times as fast as another: the median over the rounds."""
+        """Return the speed relative to another contestant, median over the rounds."""
         by_name = {each.name: each for each in self.contestants}
         return by_name[name].speedup(by_name[over])
 
     def as_json(self) -> dict[str, Any]:
-        """Plain figures."""
+        """Return the report as plain values for JSON."""
         return {
             "workers": self.workers,
             "photographs": self.photographs,
@@ -83,17 +83,17 @@ class LoaderReport:
 
 
 def bench_loader(inputs: Sequence[Path], workers: int | None, repeats: int, progress: Progress) -> LoaderReport:
-    """Time how photographs of 500 x 375 become normalized float32 batches by the paper's transform, in turns.
+    """Measure the speed from photographs (500 x 375) to normalized float32 batches, by the paper's transform.
 
-    `inputs` are photographs or folders of them; without them, parts of the one that matplotlib ships. They are written
-    as JPEG files, and once more into an archive like ImageNet's. Every turn has new processes, `workers` for each way
-    (one a processor without it), and its rate counts from the first batch on: starting up is left out for all.
-    `progress` is told (what, turns done, turns).
+    `inputs` are photographs or folders of them; without them, crops of the photograph that matplotlib ships. They are
+    written as JPEG files and also into an archive like ImageNet's. Every turn starts `workers` new processes (default:
+    one per processor). Time starts with the first batch, which excludes startup. Calls
+    `progress(what, turns done, turns)`.
 
-    Raises `UsageError` for an input that is no photograph, and when torchvision is missing.
+    Raises `UsageError` for an input that is not a photograph, or if torchvision is missing.
     """
     if importlib.util.find_spec("torchvision") is None:
-        raise UsageError("torchvision, which is the measure here, is missing: pip install torchvision")
+        raise UsageError("torchvision, the baseline here, is missing: pip install torchvision")
     workers = default_workers() if workers is None else workers
     with tempfile.TemporaryDirectory(prefix="asgo-bench-") as folder:
         photographs = list(_photographs(inputs))
@@ -110,11 +110,11 @@ def bench_loader(inputs: Sequence[Path], workers: int | None, repeats: int, prog
 
 
 def _photographs(inputs: Sequence[Path]) -> Iterator[bytes]:
-    """JPEG files of 500 x 375, cut out of the photographs at random places."""
+    """Yield JPEG files of 500 x 375: random crops of the photographs."""
     paths = [path for each in inputs for path in (sorted(each.rglob("*")) if each.is_dir() else [each])]
     paths = [path for path in paths if path in inputs or path.suffix.lower() in _SUFFIXES]
     if inputs and not paths:
-        raise UsageError(f"{inputs[0]}: no photographs ({', '.join(sorted(_SUFFIXES))}) in there")
+        raise UsageError(f"{inputs[0]}: contains no photographs ({', '.join(sorted(_SUFFIXES))})")
     wholes = [_open(path) for path in paths[:_PHOTOGRAPHS] or [_sample()]]
     random = np.random.default_rng(0)
     for number in range(_PHOTOGRAPHS):
@@ -138,11 +138,11 @@ def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
     except OSError as error:
-        raise UsageError(f"{path}: not a photograph that can be read: {error.strerror or error}") from None
+        raise UsageError(f"{path}: not a readable photograph: {error.strerror or error}") from None
 
 
 def _write_images(folder: Path, photographs: Sequence[bytes]) -> dict[str, ImageSet]:
-    """Write every photograph once a class, as files and into an archive."""
+    """Write every photograph into every class, as files and into an archive."""
     archive = folder / "train.tar"
     wnids = [f"n{10_000_000 + label:08d}" for label in range(BATCH_SIZE * BATCHES // len(photographs))]
     files = {wnid: [(f"{wnid}_{number:03d}.JPEG", each) for number, each in enumerate(photographs)] for wnid in wnids}
@@ -160,7 +160,7 @@ def _write_images(folder: Path, photographs: Sequence[bytes]) -> dict[str, Image
 
 
 def _batches(name: str, folder: Path, sets: dict[str, ImageSet], workers: int) -> Iterable[Tensor]:
-    """Normalized batches of all images, (64, 3, 208, 208) float32, in a random order."""
+    """Return normalized batches of all images, (64, 3, 208, 208) float32, in random order."""
     if name == TORCHVISION:
         return _torchvision_batches(folder, workers)
     return _our_batches(sets[name], workers, exact=name == EXACT)
@@ -188,17 +188,17 @@ def _our_batches(images: ImageSet, workers: int, exact: bool) -> Iterator[Tensor
 
 
 def _rate(batches: Iterable[Tensor]) -> float:
-    """Images a second after the first batch."""
+    """Return the images per second after the first batch."""
     moments = []
     for batch in batches:
         if batch.shape != (BATCH_SIZE, 3, SIZE, SIZE) or batch.dtype != torch.float32:
-            raise AsgoError(f"a batch of shape {tuple(batch.shape)} and type {batch.dtype}")
+            raise AsgoError(f"unexpected batch of shape {tuple(batch.shape)} and type {batch.dtype}")
         moments.append(time.perf_counter())
     return BATCH_SIZE * (len(moments) - 1) / (moments[-1] - moments[0])
 
 
 def _differences(folder: Path, images: ImageSet) -> tuple[float, float]:
-    """The largest and the mean difference of 255 between our pixels and torchvision's, over a batch."""
+    """Return the largest and the mean difference, of 255, between our pixels and torchvision's, over a batch."""
     theirs = _reference(folder)
     source = ImageSource(images, build_transforms("paper")[0])
     with ImageWorkers({"train": source}, 0) as here:

@@ -1,4 +1,4 @@
-"""Optimizers side by side: the time of a step, what the first one costs, and the size of the state."""
+"""Benchmark of optimizers: time of a step, time of the first step, and size of the state."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from pipelines.config import RuntimeSettings
 from pipelines.training.device import describe_device, pick_device, synchronize
 
 _SEED = 0
-# Float32 weights, the state of a hungry optimizer, and what its step needs for a moment.
-_BYTES_TO_BEGIN_A_PARAMETER = 32
+# Float32 weights, a large state, and temporary memory of a step.
+_NEEDED_BYTES_PER_PARAMETER = 32
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What to measure: `names` empty for the default ones, `threads` None for torch's own number."""
+    """What to measure. Empty `names` means the default optimizers, `threads=None` torch's default."""
 
     model: str = "gpt2-layer"
     names: Sequence[str] = ()
@@ -55,7 +55,7 @@ class BenchSettings:
 
 @dataclass(frozen=True)
 class Report:
-    """A whole benchmark: where it was made, on what, and a measurement an optimizer."""
+    """Results of a benchmark: model, device, versions, and one measurement per optimizer."""
 
     model: str
     parameters: int
@@ -84,7 +84,7 @@ class Report:
         return next((each for each in muons if not each.failed), None)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in plain types; a figure that is not finite is None."""
+        """Return the report as plain values for JSON; an error that is not finite becomes None."""
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -134,12 +134,12 @@ def _milliseconds(seconds: float | None) -> float | None:
 def bench_optimizers(settings: BenchSettings, reporter: BenchReporter) -> Report:
     """Measure every chosen optimizer on the parameters of one model, all with the same gradients.
 
-    First each optimizer is built and takes its first step. Then they take turns: in each of `repeats` rounds, each
-    takes one step. One that has spent `budget_s` seconds takes no further turn; if its first step alone took that long,
-    that is its only sample. A step in which torch.compile is at work is neither a sample nor paid from the budget. An
-    optimizer that raises is reported as failed.
+    First each optimizer is built and takes its first step. Then, in each of `repeats` rounds, each takes one step. An
+    optimizer that has used `budget_s` seconds stops; if its first step already took that long, it is the only sample. A
+    step in which torch.compile compiles is not a sample and does not count against the budget. An optimizer that raises
+    is reported as failed.
 
-    Raises `UsageError` for a model, an optimizer or a device that is not there, `AsgoError` if all have failed.
+    Raises `UsageError` for an unknown model, optimizer or device, and `AsgoError` if all optimizers fail.
     """
     use_private_compiler_cache()
     device = pick_device(settings.runtime)
@@ -147,7 +147,7 @@ def bench_optimizers(settings: BenchSettings, reporter: BenchReporter) -> Report
     model = build_model(settings.model).to(device)
     for line in left_out:
         reporter.note(line)
-    # What a peer prints must not end up in data on stdout.
+    # Prints of other libraries must not mix with the data on stdout.
     with _threads(settings.threads), contextlib.redirect_stdout(sys.stderr):
         measurements = measure(choices, model, repeats=settings.repeats, budget_s=settings.budget_s, reporter=reporter)
         _measure_errors(measurements, choices, device, reporter)
@@ -172,7 +172,7 @@ def bench_optimizers(settings: BenchSettings, reporter: BenchReporter) -> Report
 def measure(
     choices: Sequence[Choice], model: nn.Module, *, repeats: int, budget_s: float, reporter: BenchReporter
 ) -> list[Measurement]:
-    """Times and state sizes of the optimizers on copies of `model`, in the order of `choices`; see above."""
+    """Measure the optimizers on copies of `model`; return the results in the order of `choices`."""
     gradients = GradientSource(list(model.parameters()), _SEED)
     gradients.renew()
     contestants = [_Contestant(choice, model, gradients, budget_s, reporter) for choice in choices]
@@ -218,7 +218,7 @@ class _Contestant(Stepper):
 
     def weigh(self) -> None:
         self.result.state_bytes = state_bytes(self._optimizers)
-        # The first step allocates the state, too.
+        # The first step also allocates the state, so leave it out.
         self.result.peak_bytes = max(self._peaks[1:] or self._peaks, default=None)
 
     def release(self) -> None:
@@ -234,24 +234,24 @@ def _measure_errors(
         reporter.advance(f"{choice.name}: error against float64", index, len(choices))
         try:
             measurement.error = float64_error(choice, device)
-        except Exception as error:  # as above
+        except Exception as error:  # the step times are still valid
             reporter.note(f"{choice.name}: no error against float64: {type(error).__name__}: {error}")
 
 
 def _check_memory(model: nn.Module) -> None:
-    """Refuse to begin where the system would have to kill the program."""
+    """Raise `MemoryError` if memory is so low that the system would kill the process."""
     param = next(model.parameters())
-    needed = _BYTES_TO_BEGIN_A_PARAMETER * sum(param.numel() for param in model.parameters())
+    needed = _NEEDED_BYTES_PER_PARAMETER * sum(param.numel() for param in model.parameters())
     free = free_bytes(param.device)
     if free is not None and free < needed:
         raise MemoryError(
-            f"about {needed / 1e9:.1f} GB of memory are needed and {free / 1e9:.1f} GB are free; "
+            f"needs about {needed / 1e9:.1f} GB of memory, but {free / 1e9:.1f} GB are free; "
             "choose fewer optimizers with --optimizer, or a smaller --model"
         )
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had on a device, or None where the system does not say."""
+    """Return the bytes of memory available on a device, or None if unknown."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached

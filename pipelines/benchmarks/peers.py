@@ -1,4 +1,4 @@
-"""Which optimizers a benchmark compares, and how each is built for a model."""
+"""The optimizers that a benchmark compares, and how to build each for a model."""
 
 from __future__ import annotations
 
@@ -46,25 +46,25 @@ DEFAULT_NAMES = (
     "heavyball.Muon",
     "heavyball.SOAP",
 )
-"""What is measured if nobody says what: of the many classes of the peers, those that are rivals of ours.
+"""Optimizers measured by default: from other libraries, the classes that compete with ours.
 
-heavyball's PSGD is not among them: on a CPU it compiles for minutes.
+Without heavyball's PSGD, which compiles for minutes on a CPU.
 """
 
 _MOST_NAMES_IN_A_LINE = 20
 _TOTAL_STEPS = 10_000
-# Those of ours that have no defaults: the authors' settings for a language model, from the first step on.
+# Our optimizers without default settings: the authors' settings for a language model, at the first step.
 _OUR_KEYWORDS: dict[str, dict[str, Any]] = {
     "asro": {"lr": 1e-3, "decrement": 2e-4, "min_scale": 0.01},
     "accasro": {"lr": 7.5e-5, "increment": 5e-2, "decrement": 2e-4, "max_scale": 13.3, "min_scale": 0.13},
 }
-# These want to be told which group of parameters is for Muon, and give the others to their own AdamW.
+# These take a `use_muon` flag in each parameter group, and update the other groups by their own AdamW.
 _FLAGGED_MUONS = ("AdaGO", "AdaMuon", "DistributedMuon", "Muon", "MuonClip", "NorMuon")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer to measure: `name` as it is typed, the library and the name there, keywords of the constructor."""
+    """An optimizer to measure: the typed `name`, the library, its name there, and keywords of the constructor."""
 
     name: str
     library: str
@@ -72,10 +72,10 @@ class Choice:
     keywords: Mapping[str, Any]
 
     def build(self, model: nn.Module) -> list[torch.optim.Optimizer]:
-        """The optimizer for all parameters of a model; two that step in turn where one cannot take them all.
+        """Return the optimizer for all parameters of a model, or two if one cannot update all of them.
 
         Ours are built by `optim.build_optimizer`. The Muons of torch and pytorch_optimizer get the same matrices as
-        ours, where they can take them, and AdamW the rest. All other optimizers get every parameter in one group.
+        ours, if they support their shapes, and AdamW the rest. All other optimizers get every parameter in one group.
         """
         if self.library == OURS:
             keywords = {**_OUR_KEYWORDS.get(self.optimizer, {}), **self.keywords}
@@ -93,13 +93,13 @@ class Choice:
 
 
 def choose(names: Sequence[str]) -> tuple[list[Choice], list[str]]:
-    """The optimizers to measure, the baseline first, and a line for each that is left out.
+    """Return the optimizers to measure, the baseline first, and a line for each that is left out.
 
-    Without names these are the default ones, as far as they are installed. Raises `UsageError` for a name, a keyword or
-    a value that cannot be, or a library that is not here.
+    Without names, these are the default optimizers of installed libraries. Raises `UsageError` for an unknown name or
+    keyword, an invalid value, or a missing library.
     """
     choices, left_out = {BASELINE: parse_choice(BASELINE)}, []
-    wanted = () if names else PEER_LIBRARIES  # one that nobody asks for is not even imported
+    wanted = () if names else PEER_LIBRARIES  # import a library only if it is needed
     missing = {library: problem for library in wanted if (problem := _import_problem(library)) is not None}
     for name in names or DEFAULT_NAMES:
         library = name.partition(".")[0]
@@ -116,9 +116,9 @@ def choose(names: Sequence[str]) -> tuple[list[Choice], list[str]]:
 
 
 def parse_choice(text: str) -> Choice:
-    """Read `NAME` or `NAME:key=value,key=value`; NAME is one of ours, or `library.Class`.
+    """Parse `NAME` or `NAME:key=value,key=value`; NAME is one of our optimizers or `library.Class`.
 
-    Raises `UsageError` for what cannot be built.
+    Raises `UsageError` if the optimizer cannot be built.
     """
     try:
         name, texts = split_optimizer(text)
@@ -140,7 +140,7 @@ def parse_choice(text: str) -> Choice:
 
 
 def versions(choices: Sequence[Choice]) -> dict[str, str]:
-    """The version of each peer library among the choices."""
+    """Return the version of each peer library among the choices."""
     found = {}
     for library in dict.fromkeys(choice.library for choice in choices if choice.library in PEER_LIBRARIES):
         try:
@@ -181,18 +181,18 @@ def _unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
 
 
 def _import_problem(library: str) -> str | None:
-    """Why a peer library cannot be used here, or None."""
+    """Return why a peer library cannot be imported, or None."""
     try:
         importlib.import_module(library)
     except ModuleNotFoundError as error:
         return f"{library} is not installed" if error.name == library else f"{library} does not import: {error}"
-    except Exception as error:  # what a library does when it is imported is not in our hands
+    except Exception as error:  # a library may raise anything on import
         return f"{library} does not import: {error}"
     return None
 
 
 def _split(model: nn.Module, max_dims: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters to which our own matrix optimizers give the matrix rule, and all others."""
+    """Split the parameters into those that our matrix optimizers update by the matrix rule, and all others."""
     groups = matrix_groups(model)
     hidden = {id(param) for group in groups if group.get("rule") != "adam" for _, param in group["params"]}
     matrices: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""GPT pretraining in plain PyTorch, in the manner of nanoGPT: what a user would otherwise write."""
+"""GPT pretraining in plain PyTorch, written like nanoGPT: the baseline of `asgo bench train`."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ class PlainBlock(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """The same function and the same initialization as `models.gpt.GPT` without dropout, and the loss with it."""
+    """The same function and initialization as `models.gpt.GPT` without dropout; `forward` returns the loss."""
 
     def __init__(self, settings: GPTSettings, vocab_size: int) -> None:
-        """`vocab_size` counts the padding."""
+        """`vocab_size` includes the padding."""
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, settings.d_model)
         self.position_embedding = nn.Embedding(settings.context_length, settings.d_model)
@@ -76,7 +76,7 @@ class PlainGPT(nn.Module):
                 nn.init.zeros_(param)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of the next token in nats; (batch, time) integers twice → ()."""
+        """Return the mean cross-entropy of the next token in nats; two integer tensors (batch, time) → ()."""
         positions = torch.arange(inputs.shape[1], device=inputs.device)
         x = self.token_embedding(inputs) + self.position_embedding(positions)
         for block in self.blocks:
@@ -86,10 +86,10 @@ class PlainGPT(nn.Module):
 
 
 class PlainTrainer:
-    """Training steps with the fused AdamW: the batch after this one is fetched while the device computes."""
+    """Training steps with fused AdamW. Fetches the next batch while the device computes."""
 
     def __init__(self, config: GPTRunConfig, tokens: Tokens, vocab_size: int, device: torch.device, dtype: torch.dtype):
-        """Of `config`, only the model's shape, the batch, the clipping and `compile` are used."""
+        """Uses only the model's shape, the batch, the clipping and `compile` of `config`."""
         training = config.training
         self._rows = training.micro_batch_size or training.batch_size
         self._parts = training.batch_size // self._rows
@@ -107,7 +107,7 @@ class PlainTrainer:
         self._next = self._batch()
 
     def step(self) -> Lap:
-        """One update from one global batch; waits for the device."""
+        """Make one update from one global batch; wait for the device."""
         self._clock.run()
         for _ in range(self._parts):
             with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
@@ -122,7 +122,7 @@ class PlainTrainer:
         return end_lap(self._clock)
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets from random places: int64, (rows, context_length)."""
+        """Return inputs and targets at random positions: int64, (rows, context_length)."""
         starts = torch.randint(len(self._tokens) - self._context_length, (self._rows,)).tolist()
         windows = np.stack([self._tokens[start : start + self._context_length + 1] for start in starts])
         inputs, targets = (torch.from_numpy(part.astype(np.int64)) for part in (windows[:, :-1], windows[:, 1:]))

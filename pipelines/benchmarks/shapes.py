@@ -1,4 +1,4 @@
-"""The models whose parameters optimizers are timed on. Only their shapes matter: nothing is trained."""
+"""Models whose parameters the benchmarked optimizers update. Only the shapes matter: nothing is trained."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ GPT2_LAYER = {
     "up": (3072, 768),
     "down": (768, 3072),
 }
-# The preset whose model it is, and the vocabulary that its data has: GPT-2's, 65 characters, or bytes, the latter two
-# with an end of text.
+# The preset of the model, and the vocabulary of its data: GPT-2's; 65 characters and an end of text; bytes and an end
+# of text.
 _PRESETS = {"gpt2": ("asgo-gpt2", 50_257), "asro-gpt": ("asro-gpt", 50_257), "nanogpt": ("asgo-nanogpt", 66)}
 _PRESETS["tiny"] = ("tiny", 257)
 MODEL_NAMES = ("gpt2-layer", *_PRESETS)
-"""Every name that needs no torchvision."""
+"""The names that do not need torchvision."""
 
 
 class Matrices(nn.Module):
-    """Bare weight matrices of the given names and shapes, normal with deviation 0.02.
+    """Weight matrices of the given names and shapes, normal with standard deviation 0.02.
 
     `optim.build_optimizer` gives all of them the matrix rule: each name ends in `weight`, and there is no output head.
     """
@@ -44,9 +44,9 @@ class Matrices(nn.Module):
 
 
 def build_model(name: str) -> nn.Module:
-    """A model by name, on the CPU, in float32: one of `MODEL_NAMES`, or a classifier of torchvision.
+    """Return a model on the CPU in float32: one of `MODEL_NAMES`, or a classifier of torchvision.
 
-    Raises `UsageError` for a name that is neither.
+    Raises `UsageError` for other names.
     """
     if name == "gpt2-layer":
         return Matrices(GPT2_LAYER)
@@ -57,7 +57,7 @@ def build_model(name: str) -> nn.Module:
 
 
 def shape_counts(model: nn.Module) -> list[tuple[tuple[int, ...], int]]:
-    """Each shape among the parameters and how many have it, in the order of the model."""
+    """Return each parameter shape and the number of parameters with it, in the order of the model."""
     return list(Counter(tuple(param.shape) for param in model.parameters()).items())
 
 
@@ -66,8 +66,7 @@ def _vision_model(name: str) -> nn.Module:
         models = importlib.import_module("torchvision.models")
     except ImportError:
         raise UsageError(
-            f"--model {name}: not one of {', '.join(MODEL_NAMES)}; classifiers by name need torchvision, which is not "
-            "installed"
+            f"--model {name}: not one of {', '.join(MODEL_NAMES)}; classifiers need torchvision, which is not installed"
         ) from None
     classifiers: list[str] = models.list_models(module=models)
     if name not in classifiers:

@@ -1,4 +1,4 @@
-"""Training steps as `asgo train gpt` makes them, one at a time."""
+"""Training steps of `asgo train gpt`, one at a time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from pipelines.training.train import fresh_state
 
 
 class Trainer(Protocol):
-    """A model under training, whoever wrote it."""
+    """A model in training: by our loop, or by plain PyTorch."""
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer of all its parameters."""
 
     def step(self) -> Lap:
-        """One update from one global batch: how long it took, and how much of that was the optimizer's."""
+        """Make one update from one global batch; return its time, and the optimizer's part of it."""
 
 
 class LoopTrainer:
-    """A run of `asgo train gpt` that nothing is recorded of; not for float16, which needs a loss scale."""
+    """A run of `asgo train gpt` that records nothing. Not for float16, which needs a loss scale."""
 
     def __init__(self, config: GPTRunConfig, device: torch.device) -> None:
         torch.manual_seed(config.seed)
@@ -40,12 +40,12 @@ class LoopTrainer:
         self.optimizer = state.optimizer
         if config.runtime.compile:
             compile_model(task.model)
-        folder = RunFolder(Path(config.data.folder, "run"))  # neither it nor the writer is ever used by a step
+        folder = RunFolder(Path(config.data.folder, "run"))  # a step uses neither the folder nor the writer
         writer = CheckpointWriter(folder, config.checkpoint.keep)
         self._run = Run(task, config, folder, state, _Silent(), StopRequest(), writer)
 
     def step(self) -> Lap:
-        """One update from one global batch; waits for the device."""
+        """Make one update from one global batch; wait for the device."""
         state = self._run.state
         state.clock.run()
         train_step(self._run)
@@ -54,14 +54,14 @@ class LoopTrainer:
 
 
 def end_lap(clock: StepClock) -> Lap:
-    """The lap, and no more time counted until the next step: others take their turns meanwhile."""
+    """Return the lap and pause the clock: other contestants run before the next step."""
     lap = clock.lap()
     clock.pause()
     return lap
 
 
 class _Silent:
-    """A step tells nothing."""
+    """A reporter that ignores all events."""
 
     def begin(self, first_step: int, last_step: int) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Whole training steps side by side: the loop of `asgo train gpt` by optimizer, and plain PyTorch."""
+"""Benchmark of whole training steps: the loop of `asgo train gpt` by optimizer, and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ PLAIN = "plain PyTorch, AdamW"
 
 @dataclass
 class TrainingMeasurement(Measurement):
-    """What was measured of whole steps; `peak_bytes` counts the weights and the optimizer's state too.
+    """Measurement of whole steps; `peak_bytes` includes the weights and the optimizer's state.
 
-    `optimizer_shares` are the optimizer's shares of the steps in `step_samples_s`.
+    `optimizer_shares` are the optimizer's fractions of the times in `step_samples_s`.
     """
 
     micro_batch_size: int = 0
@@ -62,13 +62,13 @@ class TrainingMeasurement(Measurement):
 
     @property
     def optimizer_share(self) -> float | None:
-        """The optimizer's share of a step, the median; None where it failed."""
+        """The optimizer's fraction of a step, median; None if it failed."""
         return statistics.median(self.optimizer_shares) if not self.failed else None
 
 
 @dataclass(frozen=True)
 class TrainingWork:
-    """What all of them did: the model, and the work of a step."""
+    """What all candidates train: the model, and the work of a step."""
 
     model: str
     parameters: int
@@ -90,9 +90,9 @@ class TrainingWork:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """A whole benchmark of training: where, on what, and a measurement a candidate.
+    """Results of a benchmark: work, device, versions, and one measurement per candidate.
 
-    `peak_flops` is None where the device's is not known, or the precision is not the one it holds for.
+    `peak_flops` is None if the device's peak is unknown, or the precision is not bfloat16.
     """
 
     work: TrainingWork
@@ -108,25 +108,25 @@ class TrainingReport:
 
     @property
     def plain(self) -> TrainingMeasurement:
-        """Plain PyTorch, which always takes part."""
+        """Plain PyTorch, which is always measured."""
         return next(each for each in self.measurements if each.name == PLAIN)
 
     def tokens_per_s(self, each: TrainingMeasurement) -> float | None:
-        """Tokens a second."""
+        """Return the tokens per second; None if it failed."""
         return None if each.median_s is None else self.work.tokens_per_step / each.median_s
 
     def speed(self, each: TrainingMeasurement) -> float | None:
-        """Tokens a second as a multiple of plain PyTorch's: the median over the rounds that both were in."""
+        """Return the tokens per second relative to plain PyTorch, median over the rounds of both."""
         ratio = each.ratio_to(self.plain)
         return None if ratio is None else 1 / ratio
 
     def utilization(self, each: TrainingMeasurement) -> float | None:
-        """Model FLOP utilization: the model's arithmetic a second as a share of the device's peak."""
+        """Return the model FLOP utilization: FLOP per second of the model over the device's peak; None if unknown."""
         rate = self.tokens_per_s(each)
         return None if rate is None or self.peak_flops is None else rate * self.work.flops_per_token / self.peak_flops
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in plain types."""
+        """Return the report as plain values for JSON."""
         return {
             **asdict(self.work),
             "tokens_per_step": self.work.tokens_per_step,
@@ -164,23 +164,23 @@ class TrainingReport:
 def bench_training(settings: TrainingBenchSettings, reporter: BenchReporter) -> TrainingReport:
     """Measure steps of the training loop with every optimizer, and of plain PyTorch, on random tokens.
 
-    A step is a whole one: forward, backward, accumulation, clipping, optimizer. Settings are the preset's of the model,
-    but there is no dropout. First each candidate is built and takes its first step. Then they take turns, a step each
-    in a round. One that has spent `budget_s` seconds takes no further turn; a step in which torch.compile is at work is
-    neither a sample nor paid from the budget. Where no micro-batch size is asked for, it shrinks until it fits into
-    the memory. A candidate that raises is reported as failed.
+    A step is forward, backward, accumulation, clipping and optimizer. Settings are those of the model's preset, but
+    without dropout. First each candidate is built and takes its first step. Then, in each round, each takes one step. A
+    candidate that has used `budget_s` seconds stops; a step in which torch.compile compiles is not a sample and does
+    not count against the budget. Unless the settings give a micro-batch size, it shrinks until it fits the memory. A
+    candidate that raises is reported as failed.
 
-    Raises `UsageError` for a model, an optimizer, a size or a device that cannot be, `AsgoError` if all have failed.
+    Raises `UsageError` for an invalid model, optimizer, size or device, and `AsgoError` if all candidates fail.
     """
     use_private_compiler_cache()
     device = pick_device(RuntimeSettings(device=settings.device))
     size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
     workload = choose_workload(settings, size)
     compiled = device.type == "cuda" if settings.compile is None else settings.compile
-    # What torch.compile prints must not end up in data on stdout.
+    # Prints of torch.compile must not mix with the data on stdout.
     with tempfile.TemporaryDirectory(prefix="asgo-bench-") as name, contextlib.redirect_stdout(sys.stderr):
         folder = Path(name)
-        config = configure(workload, settings, "adamw", folder, compiled)  # that of plain PyTorch, too
+        config = configure(workload, settings, "adamw", folder, compiled)  # also used for plain PyTorch
         configs = {text: configure(workload, settings, text, folder, compiled) for text in settings.optimizers}
         write_random_tokens(folder, workload.tokenizer, _BATCHES_OF_TOKENS * workload.tokens_per_step + 1)
         work = _describe_work(workload, config, device)
@@ -243,7 +243,7 @@ def _loop_candidates(configs: Mapping[str, GPTRunConfig], device: torch.device) 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to train: its name, where its optimizer is from, and how it is built from a configuration."""
+    """One way to train: its name, the library of its optimizer, and how to build it from a configuration."""
 
     name: str
     library: str
@@ -261,7 +261,7 @@ def measure(
     budget_s: float,
     reporter: BenchReporter,
 ) -> list[TrainingMeasurement]:
-    """Times of steps, in the order of `candidates`; see `bench_training`."""
+    """Measure the candidates' steps; return the results in the order of `candidates`. See `bench_training`."""
     contestants = [_Contestant(each, device, shrinks_micro_batches, budget_s, reporter) for each in candidates]
     take_first_steps(contestants, reporter)
     take_rounds(contestants, repeats, reporter)
@@ -287,7 +287,7 @@ class _Contestant(Stepper):
         self._peaks: list[int] = []
 
     def first_step(self) -> float:
-        """With the largest micro-batch that fits."""
+        """Take the first step with the largest micro-batch that fits."""
         while not self._first_step_fits():
             self._shrink()
         training = self._config.training
@@ -320,7 +320,7 @@ class _Contestant(Stepper):
             torch.cuda.empty_cache()
 
     def _first_step_fits(self) -> bool:
-        """Build the candidate and take its first step; False if that took too much memory and could take less."""
+        """Build the candidate and take its first step; return False if out of memory and the micro-batch can shrink."""
         before = begin_peak(self._device)
         try:
             self._trainer = self._candidate.build(self._config)
@@ -342,5 +342,5 @@ class _Contestant(Stepper):
             update={"training": training.model_copy(update={"micro_batch_size": rows})}
         )
         self.release()
-        torch.compiler.reset()  # else the next graph would be one for all sizes
+        torch.compiler.reset()  # otherwise torch.compile would make the batch size dynamic, and the graph slower
         self.reporter.note(f"{self.result.name}: out of memory; trying a micro-batch of {rows}")

@@ -1,4 +1,4 @@
-"""What a benchmark of training trains, and the configuration of each run."""
+"""Model and batch of a training benchmark, and the configuration of each run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.resolve import Layer, assignment_layer, preset_layer, resolve
 
 DEFAULT_OPTIMIZERS = ("adamw", "accasro", "muon", "asgo")
 
-# Each with the vocabulary that its data has; of the characters only their number matters, which is Shakespeare's.
+# Preset and tokenizer by model. Of the characters only the number matters, which is Shakespeare's.
 _MODELS: dict[str, tuple[str, Tokenizer]] = {
     "gpt2": ("asgo-gpt2", Gpt2Tokenizer()),
     "asro-gpt": ("asro-gpt", Gpt2Tokenizer()),
@@ -24,12 +24,12 @@ _MODELS: dict[str, tuple[str, Tokenizer]] = {
     "tiny": ("tiny", BytesTokenizer()),
 }
 MODEL_NAMES = tuple(_MODELS)
-_CONTEXT_LENGTHS = {"gpt2": 1024}  # the model's own; its preset has a shorter one
+_CONTEXT_LENGTHS = {"gpt2": 1024}  # GPT-2's own; the preset has a shorter one
 
 
 @dataclass(frozen=True)
 class DefaultSize:
-    """What is trained where nobody says what, and the tokens of a step and of a micro-batch of any model."""
+    """The default model, and the default tokens per step and per micro-batch of any model."""
 
     model: str
     tokens: int
@@ -42,10 +42,10 @@ CPU_SIZE = DefaultSize("tiny", 2**13, 2**12)  # a minute or two on two cores
 
 @dataclass(frozen=True)
 class TrainingBenchSettings:
-    """What to measure; None stands for what fits the device.
+    """What to measure; None means a default for the device.
 
-    `optimizers` are names as `asgo train` takes them, each with keywords after a colon: `asgo:lr=0.01,beta2=0.9`. The
-    batch sizes count sequences of `context_length` tokens.
+    `optimizers` are names of `asgo train`, with keywords after a colon: `asgo:lr=0.01,beta2=0.9`. The batch sizes count
+    sequences of `context_length` tokens.
     """
 
     model: str | None = None
@@ -78,7 +78,7 @@ class Workload:
 
 
 def choose_workload(settings: TrainingBenchSettings, size: DefaultSize) -> Workload:
-    """What was asked for, and what follows from it; `UsageError` for a model or a batch that cannot be."""
+    """Return the workload of the settings. Raise `UsageError` for an unknown model or an invalid batch."""
     model = settings.model or size.model
     if model not in _MODELS:
         nearest = difflib.get_close_matches(model, MODEL_NAMES, n=1)
@@ -91,14 +91,14 @@ def choose_workload(settings: TrainingBenchSettings, size: DefaultSize) -> Workl
     batch_size = settings.batch_size or max(1, size.tokens // (context_length * fitting)) * fitting
     rows = settings.micro_batch_size or largest_divisor(batch_size, fitting)
     if batch_size % rows:
-        raise UsageError(f"--micro-batch-size {rows}: does not divide the batch of {batch_size}; give another")
+        raise UsageError(f"--micro-batch-size {rows}: does not divide the batch of {batch_size}")
     return Workload(model, preset, tokenizer, context_length, batch_size, rows)
 
 
 def configure(
     workload: Workload, settings: TrainingBenchSettings, text: str, data: Path, compiled: bool
 ) -> GPTRunConfig:
-    """The configuration of a run with the optimizer `text` on a folder of data; `UsageError` if there is none such."""
+    """Return the configuration of a run with the optimizer `text`. Raise `UsageError` for an unknown one."""
     try:
         name, keywords = split_optimizer(text)
     except ValueError as error:
@@ -122,5 +122,5 @@ def configure(
 
 
 def largest_divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` that is not above `at_most`."""
+    """Return the largest divisor of `number` up to `at_most`."""
     return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

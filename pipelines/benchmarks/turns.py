@@ -1,4 +1,4 @@
-"""The harness of the benchmarks: all take turns, so that what slows the machine slows all of them alike."""
+"""Harness of the benchmarks: contestants take turns, so a slower phase of the machine slows all alike."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from pipelines.errors import AsgoError
 
 Progress = Callable[[str, int, int], None]
-"""Told (what, turns done, turns) as each turn begins."""
+"""Called with (what, turns done, turns) when a turn begins."""
 
 
 def spread_of(samples: Collection[float]) -> float | None:
-    """Half of what lies between the quartiles, as a share of the median; None for fewer than two samples."""
+    """Return half the interquartile range over the median; None for fewer than two samples."""
     if len(samples) < 2:
         return None
     first, _, third = statistics.quantiles(samples, n=4, method="inclusive")
@@ -28,8 +28,8 @@ def spread_of(samples: Collection[float]) -> float | None:
 
 
 def median_ratio(own: Sequence[float], other: Sequence[float]) -> float:
-    """The median over the rounds of the ratio of two that were in all of them."""
-    return statistics.median(mine / theirs for mine, theirs in zip(own, other, strict=True))
+    """Return the median ratio of two contestants that took part in the same rounds."""
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
 @dataclass
@@ -46,18 +46,18 @@ class Contestant:
 
     @property
     def spread(self) -> float:
-        """Half of what lies between the quartiles, as a share of the median."""
+        """See `spread_of`; 0 for fewer than two rounds."""
         return spread_of(self.rates) or 0.0
 
     def speedup(self, over: Contestant) -> float:
-        """How many times as fast as another: the median over the rounds."""
+        """Return the speed relative to another contestant, median over the rounds."""
         return median_ratio(self.rates, over.rates)
 
 
 def in_turns(
     ways: Mapping[str, Callable[[], float]], repeats: int, progress: Progress, turns_after: int = 0
 ) -> dict[str, list[float]]:
-    """Call each way once a round; returns what each call measured. `turns_after` follow, for `progress` to count."""
+    """Call each way once per round; return the measurements. `progress` counts `turns_after` more turns."""
     measured: dict[str, list[float]] = {name: [] for name in ways}
     turns = [name for _ in range(repeats) for name in ways]
     for done, name in enumerate(turns):
@@ -67,22 +67,22 @@ def in_turns(
 
 
 class BenchReporter(Protocol):
-    """Whoever shows how a benchmark goes."""
+    """Shows the progress of a benchmark."""
 
     def note(self, message: str) -> None:
-        """Something has happened that is worth a line."""
+        """Show a line for the user."""
 
     def advance(self, what: str, done: int, total: int) -> None:
-        """`what` begins; `done` of `total` turns have been taken before."""
+        """`what` begins, after `done` of `total` turns."""
 
 
 @dataclass
 class Measurement:
-    """What was measured of the steps of one contestant; empty where it failed before.
+    """Measurement of one contestant's steps; fields stay empty after a failure.
 
-    `samples` are the seconds of a step by round. `first_step_s` is the first step and all later ones in which
-    torch.compile was at work; `only_sample_s` is the last step where no round gave a sample. `peak_bytes`, on CUDA, is
-    what a step needs beyond what was there before it.
+    `samples` are the seconds of a step by round. `first_step_s` is the time of the first step and of all later steps in
+    which torch.compile compiled; `only_sample_s` is the last step if no round gave a sample. `peak_bytes`, on CUDA, is
+    the memory that a step allocates beyond what was allocated before it.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Measurement:
 
     @property
     def step_samples_s(self) -> list[float]:
-        """The samples in order; where no round gave one, the last step."""
+        """The samples in order; the last step if no round gave one."""
         return list(self.samples.values()) or ([] if self.only_sample_s is None else [self.only_sample_s])
 
     @property
@@ -108,13 +108,13 @@ class Measurement:
 
     @property
     def spread(self) -> float | None:
-        """See `spread_of`; None where it failed."""
+        """See `spread_of`; None if it failed."""
         return None if self.failed else spread_of(self.samples.values())
 
     def ratio_to(self, other: Measurement) -> float | None:
-        """How many times longer a step takes than one of `other`: the median over the rounds that both were in.
+        """Return the step time relative to `other`, median over common rounds.
 
-        Where they share no round, the ratio of their medians.
+        Without common rounds, the ratio of the medians.
         """
         if self.median_s is None or other.median_s is None:
             return None
@@ -123,9 +123,9 @@ class Measurement:
 
 
 class Stepper(ABC):
-    """A contestant that takes one step a round, until `budget_s` seconds are spent or it fails.
+    """A contestant that takes one step per round, until it has used `budget_s` seconds or fails.
 
-    A step in which torch.compile is at work is no sample, but a part of the first, and is not paid from the budget.
+    A step in which torch.compile compiles is not a sample: it counts for the first step, and not against the budget.
     """
 
     def __init__(self, result: Measurement, budget_s: float, reporter: BenchReporter) -> None:
@@ -138,32 +138,34 @@ class Stepper(ABC):
 
     @abstractmethod
     def first_step(self) -> float:
-        """Build all that is needed, and take the first step; returns its seconds."""
+        """Build the contestant and take the first step; return its seconds."""
 
     @abstractmethod
     def step(self) -> float:
-        """Take a step; returns its seconds."""
+        """Take a step; return its seconds."""
 
     @abstractmethod
     def weigh(self) -> None:
-        """Complete the result with the memory that it takes."""
+        """Add the memory use to the result."""
 
     @abstractmethod
     def release(self) -> None:
-        """Give back all memory."""
+        """Release all memory."""
 
     def begin(self) -> None:
         """Take the first step."""
-        with self._failing_alone():
+        with self._failure_recorded():
             has_compiled = self._compiles(self.first_step)
             self.result.first_step_s = self.last_s
-            self.reporter.note(f"{self.result.name}: first step {self.last_s:.3g} s{' with compiling' * has_compiled}")
+            self.reporter.note(
+                f"{self.result.name}: first step {self.last_s:.3g} s{' with compilation' * has_compiled}"
+            )
             if not has_compiled:
                 self._spend()
 
     def take_turn(self, turn: int) -> None:
         """Take the step of a round."""
-        with self._failing_alone():
+        with self._failure_recorded():
             if self._compiles(self.step):
                 assert self.result.first_step_s is not None
                 self.result.first_step_s += self.last_s
@@ -188,13 +190,13 @@ class Stepper(ABC):
         self._left_s -= self.last_s
         if self._left_s <= 0 and self.is_going:
             self.is_going = False
-            self.reporter.note(f"{self.result.name}: its time is spent, after {len(self.result.samples)} rounds")
+            self.reporter.note(f"{self.result.name}: budget used up after {len(self.result.samples)} rounds")
 
     @contextlib.contextmanager
-    def _failing_alone(self) -> Iterator[None]:
+    def _failure_recorded(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever becomes of one, the others are measured
+        except Exception as error:  # one failure must not stop the others
             lines = str(error).strip().splitlines()
             self.result.failed = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
             self.is_going = False
@@ -204,7 +206,7 @@ class Stepper(ABC):
 
 
 def take_first_steps(steppers: Sequence[Stepper], reporter: BenchReporter) -> None:
-    """Let each build what it needs, and take its first step."""
+    """Build each contestant and take its first step."""
     for index, stepper in enumerate(steppers):
         reporter.advance(f"{stepper.result.name}: first step", index, len(steppers))
         stepper.begin()
@@ -213,7 +215,7 @@ def take_first_steps(steppers: Sequence[Stepper], reporter: BenchReporter) -> No
 def take_rounds(
     steppers: Sequence[Stepper], repeats: int, reporter: BenchReporter, prepare: Callable[[], None] = lambda: None
 ) -> None:
-    """Let each that is still going take a step a round; `prepare` is called before every round."""
+    """Take the rounds: a step of each active contestant, after a call of `prepare`."""
     for turn in range(repeats):
         prepare()
         for stepper in steppers:
@@ -223,19 +225,19 @@ def take_rounds(
 
 
 def require_one(steppers: Sequence[Stepper], none: str) -> None:
-    """Raise `AsgoError` if all have failed; `none` is the subject of its sentence."""
+    """Raise `AsgoError` if all have failed; `none` is the subject of the message, such as "no optimizer"."""
     if all(stepper.result.failed for stepper in steppers):
         raise AsgoError(f"{none} could take a step: {steppers[0].result.failed}")
 
 
 def compiled_graphs() -> int:
-    """How many graphs torch.compile has captured in this process."""
-    utils = sys.modules.get("torch._dynamo.utils")  # not imported means that nothing was compiled
+    """Return the number of graphs that torch.compile has captured in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")  # not imported: nothing was compiled
     return utils.counters["stats"]["unique_graphs"] if utils is not None else 0
 
 
 def begin_peak(device: torch.device) -> int | None:
-    """Begin to watch the memory of a GPU; returns the bytes there are, None for other devices."""
+    """Reset the peak memory of a GPU; return the allocated bytes. None for other devices."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -243,15 +245,15 @@ def begin_peak(device: torch.device) -> int | None:
 
 
 def peak_since(device: torch.device, before: int | None) -> list[int]:
-    """The most bytes beyond those that `begin_peak` returned, in a list; nothing for other devices."""
+    """Return a list with the peak bytes above those from `begin_peak`; an empty list for other devices."""
     return [] if before is None else [torch.cuda.max_memory_allocated(device) - before]
 
 
 def state_bytes(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Bytes of all storages that the states of the optimizers hold.
+    """Return the bytes of all storages in the states of the optimizers.
 
-    Tensors that share a storage count once, and weights and gradients that a state refers to not at all. Counts of
-    steps that are tensors are counted.
+    Tensors that share a storage count once. Weights and gradients in a state do not count; step counters that are
+    tensors do.
     """
     params = [param for each in optimizers for group in each.param_groups for param in group["params"]]
     grads = [param.grad for param in params if param.grad is not None]
@@ -270,7 +272,7 @@ def _key(tensor: Tensor) -> tuple[torch.device, int]:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a state, whatever it nests them in."""
+    """Yield the tensors in a state, through nested containers."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

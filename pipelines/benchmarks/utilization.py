@@ -1,4 +1,4 @@
-"""Model FLOP utilization: the share of a device's peak that the arithmetic of the model itself makes up."""
+"""Model FLOP utilization: FLOP per second of the model over the device's peak."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _PEAKS = (
     (r"RTX 4090$", 165e12),
     (r"RTX 3090$", 71e12),
 )
-# A slice of a GPU, and one that is held to less power, go by names that contain the whole one's.
+# Names of GPU slices and of GPUs with reduced power contain the full GPU's name.
 _LESS_THAN_ITS_NAME = re.compile(r"\bMIG\b|Laptop|Max-Q")
 
 
 def peak_flops(device: str) -> float | None:
-    """FLOP a second of a GPU, by the name that CUDA gives it, or None for one that is not in the table.
+    """Return the peak FLOP per second of a GPU by its CUDA name, or None if it is not in the table.
 
-    Those of dense bfloat16 products that accumulate in float32, as NVIDIA's data sheets have them.
+    For dense bfloat16 products with float32 accumulation, from NVIDIA's data sheets.
     """
     if _LESS_THAN_ITS_NAME.search(device):
         return None
@@ -35,11 +35,11 @@ def peak_flops(device: str) -> float | None:
 
 
 def flops_per_token(model: GPT, settings: GPTSettings) -> int:
-    """FLOP of a forward and a backward pass for one token: 6 N + 12 L d T (PaLM, arXiv 2204.02311, appendix B).
+    """Return the FLOP of forward and backward for one token: 6 N + 12 L d T (PaLM, arXiv 2204.02311, appendix B).
 
-    L layers of width d see T tokens of context; that attention looks back only is not deducted. N are the parameters
-    that take part in products: all but the positions, and but the token embedding where the head has its own weight.
-    nanoGPT counts the same.
+    L layers of width d see T tokens of context; causal masking is not deducted. N counts the parameters in matrix
+    products: all except position embeddings and, if the head has its own weight, token embeddings. nanoGPT counts the
+    same.
     """
     looked_up = model.position_embedding.weight.numel()
     if not settings.tied_head:

@@ -103,7 +103,7 @@ def test_a_report_with_something_of_the_users_in_it_is_not_replaced(
 ) -> None:
     note = folder / "report/figures/mine.png"
     note.touch()
-    with pytest.raises(UsageError, match=r"report: holds figures/mine.png beside a report; move it away, or"):
+    with pytest.raises(UsageError, match=r"report: contains figures/mine.png beside a report; move it away, or"):
         check_report_folder(folder / "report")
     note.unlink()
     check_report_folder(folder / "report")

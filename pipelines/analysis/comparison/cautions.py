@@ -1,4 +1,4 @@
-"""Why runs may not be comparable: plain sentences, each naming whom it is about."""
+"""Warnings that runs may not be comparable: sentences that name the runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHOWN = 4
 def cautions_of(
     runs: Sequence[Run], entries: Sequence[Entry], contenders: Sequence[Entry], sensitivities: Sequence[Sensitivity]
 ) -> list[str]:
-    """What to know before believing the comparison, the gravest first."""
+    """Return the warnings about the comparison, the most severe first."""
     results = [run for run in runs if not run.is_trial]
     return [
         *_no_results(results),
@@ -33,23 +33,23 @@ def cautions_of(
 
 
 def _some(names: Iterable[str]) -> str:
-    """The names, or the first of many."""
+    """Join the distinct names; of many, only the first."""
     return ", ".join(_first(list(dict.fromkeys(names))))
 
 
 def _first(items: Sequence[str]) -> list[str]:
-    """The first of many, with the number of the others at the end; all of a few."""
+    """Return a few items, or the first of many and the number of the others."""
     more = len(items) - _SHOWN
     return list(items) if more < 2 else [*items[: _SHOWN - 1], f"{items[_SHOWN - 1]} and {more} more"]
 
 
-def _together(found: Sequence[str], so: str) -> list[str]:
-    """What was found of one or more, and what follows, in one caution; nothing where nothing was found."""
-    return [f"{', '.join(_first(found))}{so}"] if found else []
+def _together(found: Sequence[str], consequence: str) -> list[str]:
+    """Return one warning with all findings and their consequence; an empty list without findings."""
+    return [f"{', '.join(_first(found))}{consequence}"] if found else []
 
 
 def _owners(entries: Sequence[Entry], shown: Callable[[Run], str]) -> dict[str, list[str]]:
-    """The labels of the entries by what is shown of their runs."""
+    """Group the labels of entries by the text `shown(run)` of their runs."""
     owners: dict[str, list[str]] = defaultdict(list)
     for entry in entries:
         for run in entry.runs:
@@ -57,22 +57,22 @@ def _owners(entries: Sequence[Entry], shown: Callable[[Run], str]) -> dict[str, 
     return owners
 
 
-def _sentence(what: str, owners: dict[str, list[str]], so: str) -> list[str]:
-    """Who has which value, and what follows; nothing where all have the same."""
+def _sentence(what: str, owners: dict[str, list[str]], consequence: str) -> list[str]:
+    """Return a warning with the owners of each value and the consequence; an empty list if all values are equal."""
     if len(owners) < 2:
         return []
     parts = _some(f"{value or 'unknown'} ({_some(names)})" for value, names in owners.items())
-    return [f"{what}: {parts}; {so}."]
+    return [f"{what}: {parts}; {consequence}."]
 
 
 def _no_results(results: Sequence[Run]) -> list[str]:
     if results:
         return []
-    return ["All runs are trials of a search: they show what a learning rate does, and are no results."]
+    return ["All runs are trials of a search: they show the effect of learning rates, but are not results."]
 
 
 def _different_work(entries: Sequence[Entry]) -> list[str]:
-    """Differences after which losses are not of the same thing."""
+    """Warn about differences that make losses incomparable."""
 
     def owners(prefix: str) -> dict[str, list[str]]:
         keys = [
@@ -85,7 +85,7 @@ def _different_work(entries: Sequence[Entry]) -> list[str]:
     return [
         *_sentence("Different data", owners("data"), "their losses do not compare"),
         *_sentence(
-            "Validated on different amounts of data", _owners(entries, _validated_on), "losses differ for that too"
+            "Validated on different amounts of data", _owners(entries, _validated_on), "this changes losses too"
         ),
         *_sentence("Different models", owners("model."), "a difference may be the model's, not the optimizer's"),
         *_sentence("Different batch sizes", owners("training.batch_size"), "equal steps are not equal work"),
@@ -115,11 +115,11 @@ def _not_finished(results: Sequence[Run]) -> list[str]:
     decaying = [run for run in unfinished if run.config.schedule.kind != "constant"]
     found = []
     if diverged:
-        found.append(f"Diverged, and so without a final loss: {_some(run.name for run in diverged)}.")
+        found.append(f"Diverged, so without a final loss: {_some(run.name for run in diverged)}.")
     if unfinished:
         names = _some(f"{run.name} ({run.reason})" for run in unfinished)
-        curves = "their curves are drawn only where no seed is finished"
-        found.append(f"Not finished, and so without a final loss: {names}; {curves}.")
+        curves = "their curves are drawn only if no seed has finished"
+        found.append(f"Not finished, so without a final loss: {names}; {curves}.")
     if decaying:
         names = _some(run.name for run in decaying)
         found.append(f"Stopped before the learning rate had decayed, which brings losses down: {names}.")
@@ -133,9 +133,9 @@ def _odd_rows(runs: Sequence[Run]) -> list[str]:
     lost = [run.name for run in runs if run.lost_rows and run.state != "diverged"]
     found = []
     if repeated:
-        found.append(f"Steps recorded more than once, of which the last record counts: {_some(repeated)}.")
+        found.append(f"Steps recorded more than once; the last record counts: {_some(repeated)}.")
     if lost:
-        found.append(f"Losses that are not finite, which are gaps in the curves: {_some(lost)}.")
+        found.append(f"Losses that are not finite, shown as gaps in the curves: {_some(lost)}.")
     return found
 
 
@@ -144,11 +144,11 @@ def _seeds(contenders: Sequence[Entry]) -> list[str]:
     single = [entry.label for entry in ended if finished(entry) == 1]
     found = []
     if single:
-        found.append(f"One finished seed alone: {_some(single)}; how much of a difference is chance cannot be told.")
+        found.append(f"Only one finished seed: {_some(single)}; a difference may be chance.")
     counts: dict[str, list[str]] = defaultdict(list)
     for entry in ended:
         counts[str(finished(entry))].append(entry.label)
-    return found + _sentence("Unequal numbers of finished seeds", counts, "the means are not equally sure")
+    return found + _sentence("Unequal numbers of finished seeds", counts, "the means are not equally precise")
 
 
 def _repeated_seeds(entries: Sequence[Entry]) -> list[str]:
@@ -167,7 +167,7 @@ def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry]) -> 
         rivals = [entry for entry in entries if entry.family == chosen.family and finished(entry) == finished(chosen)]
         if chosen.final is not None and len(rivals) > 1:
             found.append(f"{chosen.label} was chosen among {len(rivals)} learning rates")
-    return _together(found, " by the same runs that it is judged by: its final loss is a little flattered.")
+    return _together(found, " by the same runs that give its final loss, which is therefore slightly too low.")
 
 
 def _best_at_an_end(sensitivities: Sequence[Sensitivity]) -> list[str]:
@@ -185,12 +185,12 @@ def _best_at_an_end(sensitivities: Sequence[Sensitivity]) -> list[str]:
 
 
 def _unequal_trials(trials: Sequence[Run]) -> list[str]:
-    """By contender: the trials of several workers of one search lie in several folders."""
+    """Compare the numbers of trials by contender, over the folders of all workers of a search."""
     counts = Counter(run.path.resolve().name.rpartition("-t")[0] for run in trials if run.state != "empty")
     contenders: dict[str, list[str]] = defaultdict(list)
     for contender, count in counts.items():
         contenders[str(count)].append(contender)
-    return _sentence("Unequal numbers of trials", contenders, "the search was kinder to some")
+    return _sentence("Unequal numbers of trials", contenders, "contenders with more trials had an advantage")
 
 
 def _machine(run: Run) -> str:

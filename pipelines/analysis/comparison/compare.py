@@ -1,4 +1,4 @@
-"""Comparing training runs from their folders alone."""
+"""Compare training runs, from their folders only."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from pipelines.tasks import TASKS
 
 
 def compare_runs(paths: Sequence[Path], target: float | None = None, confidence: float = 0.95) -> Comparison:
-    """Compare runs, or all runs in folders of runs; a run that is still being written counts as far as it has come.
+    """Compare runs, or all runs in folders of runs. A run in progress counts up to its last record.
 
-    `target` is a validation loss to come to, in nats; `confidence` is that of intervals and verdicts, between 0 and 1.
+    `target` is a validation loss to reach, in nats; `confidence` is that of intervals and verdicts, between 0 and 1.
 
     Raises:
-        UsageError: a path is no run and holds none, the runs are of different tasks, or a number is out of its range.
+        UsageError: a path contains no run, the runs have different tasks, or a number is out of range.
         AsgoError: no run can be read.
     """
     _check_numbers(target, confidence)
@@ -61,13 +61,13 @@ def compare_runs(paths: Sequence[Path], target: float | None = None, confidence:
 
 def _check_numbers(target: float | None, confidence: float) -> None:
     if target is not None and not math.isfinite(target):
-        raise UsageError(f"the target should be a loss, not {target}")
+        raise UsageError(f"the target must be a finite loss, not {target}")
     if not 0 < confidence < 1:
-        raise UsageError(f"the confidence should be between 0 and 1, not {confidence}; 0.95 is usual")
+        raise UsageError(f"the confidence must be between 0 and 1, not {confidence}; 0.95 is usual")
 
 
 def _common_task(runs: Sequence[Run]) -> str:
-    """The task of all runs; `UsageError` where there are two."""
+    """Return the task of all runs. Raise `UsageError` if they differ."""
     first = runs[0]
     for run in runs:
         if run.config.task != first.config.task:

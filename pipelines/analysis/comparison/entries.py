@@ -1,4 +1,4 @@
-"""Runs brought together: those that differ in their seeds alone, in the learning rate too, or in another setting."""
+"""Group runs: those that differ only in the seed, also in the learning rate, or also in one other setting."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from pipelines.analysis.comparison.settings import LR, Settings, differing_keys,
 from pipelines.analysis.comparison.verdicts import interval
 
 _OF_THE_OPTIMIZER = ("optimizer.", "schedule.")
-"""Settings in which optimizers differ by their nature: they tell apart entries of one optimizer only."""
+"""Settings that always differ between optimizers: labels show them only to distinguish entries of one optimizer."""
 
 _WIDTH = "model.d_model"
-"""Says most about a model."""
+"""The setting that describes a model best."""
 
 _REFERENCES = ("adamw", "adam")
-"""Whose final loss is the target, where none is asked for."""
+"""Optimizers whose final loss is the default target."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Runs that differ in seed and learning rate alone, trials among them."""
+    """Runs that differ only in seed and learning rate, trials included."""
 
     optimizer: str
     settings: Settings
@@ -46,7 +46,7 @@ class Family:
 
     @property
     def results(self) -> tuple[Run, ...]:
-        """Without the trials."""
+        """The runs without the trials."""
         return tuple(run for run in self.runs if not run.is_trial)
 
     @property
@@ -56,7 +56,7 @@ class Family:
 
 
 def families_of(runs: Sequence[Run]) -> list[Family]:
-    """All runs by family; of the families of trials alone, those with several learning rates."""
+    """Group runs into families. Families of trials only are kept if they have several learning rates."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=_order):
         groups[identity(without_lr(run))].append(run)
@@ -69,7 +69,7 @@ def _order(run: Run) -> tuple[float, int, str]:
 
 
 def without_lr(run: Run) -> Settings:
-    """All that makes a run different for more than chance, but for the learning rate."""
+    """Return the settings that affect a run's result by more than chance, except the learning rate."""
     return {key: value for key, value in settings_of(run).items() if key != LR}
 
 
@@ -77,35 +77,35 @@ class Labels:
     """Names for families and entries: the optimizer, and the settings in which they differ."""
 
     def __init__(self, families: Sequence[Family]) -> None:
-        general = _telling_keys(families, of_the_optimizer=False)
+        general = _distinguishing_keys(families, of_the_optimizer=False)
         self._keys: dict[str, list[str]] = {}
-        """What the labels of an optimizer's families say."""
+        """The settings in the labels of an optimizer's families."""
         self._says_lr: dict[str, bool] = {}
         for optimizer in {family.optimizer for family in families}:
             same = [family for family in families if family.optimizer == optimizer]
-            self._keys[optimizer] = _telling_keys(same, of_the_optimizer=True) + general
+            self._keys[optimizer] = _distinguishing_keys(same, of_the_optimizer=True) + general
             lrs = {run.config.optimizer.lr for family in same for run in family.results}
             self._says_lr[optimizer] = len(lrs) > 1
 
     def family(self, family: Family) -> str:
-        """Such as `adamw d_model=256`."""
+        """Return the label of a family, such as `adamw d_model=256`."""
         return self.without(family.optimizer, family.settings, None)
 
     def without(self, optimizer: str, settings: Settings, left_out: str | None) -> str:
-        """The label of the family with these settings, without one of them."""
+        """Return the label of the family with these settings, without the setting `left_out`."""
         keys = [key for key in self._keys[optimizer] if key != left_out]
         return f"{optimizer} {in_words(settings, keys)}".strip()
 
     def entry(self, family: Family, lr: float) -> str:
-        """Such as `adamw lr=0.001 d_model=256`."""
+        """Return the label of an entry, such as `adamw lr=0.001 d_model=256`."""
         if not self._says_lr[family.optimizer]:
             return self.family(family)
         keys = [LR, *self._keys[family.optimizer]]
         return f"{family.optimizer} {in_words({**family.settings, LR: lr}, keys)}"
 
 
-def _telling_keys(families: Sequence[Family], *, of_the_optimizer: bool) -> list[str]:
-    """The settings in which families differ; of those that change together, such as width and heads, one."""
+def _distinguishing_keys(families: Sequence[Family], *, of_the_optimizer: bool) -> list[str]:
+    """Return the settings in which families differ; one of those that change together, such as width and heads."""
     tables = [family.settings for family in families]
     keys = [key for key in differing_keys(tables) if key.startswith(_OF_THE_OPTIMIZER) == of_the_optimizer]
     telling: dict[str, str] = {}
@@ -116,7 +116,7 @@ def _telling_keys(families: Sequence[Family], *, of_the_optimizer: bool) -> list
 
 
 def entries_of(families: Sequence[Family], labels: Labels, confidence: float) -> list[Entry]:
-    """One for each learning rate of each family; by final loss, ascending, then those without one."""
+    """Return an entry per learning rate of each family, sorted by final loss; entries without one come last."""
     entries = []
     for family in families:
         groups: dict[float, list[Run]] = defaultdict(list)
@@ -124,11 +124,11 @@ def entries_of(families: Sequence[Family], labels: Labels, confidence: float) ->
             groups[run.config.optimizer.lr].append(run)
         for lr, group in groups.items():
             entries.append(_entry(labels.entry(family, lr), labels.family(family), group, confidence))
-    return sorted(entries, key=lambda entry: (entry.final is None, _standing(entry), entry.label))
+    return sorted(entries, key=lambda entry: (entry.final is None, _loss_to_rank_by(entry), entry.label))
 
 
 def contenders_of(entries: Sequence[Entry]) -> list[Entry]:
-    """The entry of each family that has the most finished seeds, then the lowest loss; in the order of `entries`."""
+    """Return each family's entry with the most finished seeds, then the lowest loss, in the order of `entries`."""
     best: dict[str, Entry] = {}
     for entry in entries:  # ascending in the loss
         if entry.family not in best or finished(entry) > finished(best[entry.family]):
@@ -137,11 +137,11 @@ def contenders_of(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def finished(entry: Entry) -> int:
-    """How many of its seeds have a final loss."""
+    """Return the number of seeds with a final loss."""
     return 0 if entry.final is None else entry.final.count
 
 
-def _standing(entry: Entry) -> float:
+def _loss_to_rank_by(entry: Entry) -> float:
     if entry.final is not None:
         return entry.final.mean
     return min((run.best_loss for run in entry.runs if run.best_loss is not None), default=float("inf"))
@@ -167,13 +167,13 @@ def _entry(label: str, family: str, runs: Sequence[Run], confidence: float) -> E
     )
 
 
-def _median(figures: Sequence[float | None]) -> float | None:
-    known = [figure for figure in figures if figure is not None]
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
     return median(known) if known else None
 
 
 def _band(curves: Sequence[Curve]) -> Band | None:
-    """Over the steps that all curves have; None where there are none."""
+    """Return the band of curves over their common steps; None without common steps."""
     if not curves:
         return None
     steps = reduce(np.intersect1d, [curve.steps for curve in curves])
@@ -193,7 +193,7 @@ def _band(curves: Sequence[Curve]) -> Band | None:
 
 
 def target_of(contenders: Sequence[Entry], asked: float | None) -> Target | None:
-    """The loss asked for, else the final one of the reference: adamw, adam, or whoever ends highest."""
+    """Return the given target, or else the final loss of the reference: adamw, adam, or the worst contender."""
     if asked is not None:
         return Target(asked, "asked for")
     ended = [entry for entry in contenders if entry.final is not None]
@@ -206,7 +206,7 @@ def target_of(contenders: Sequence[Entry], asked: float | None) -> Target | None
 
 
 def with_reach(entry: Entry, target: Target | None) -> Entry:
-    """The entry with its runs timed to the target."""
+    """Return the entry with the times at which its runs reached the target."""
     if target is None:
         return entry
     places = [_first_at_most(run, target.loss) for run in entry.runs]
@@ -222,13 +222,13 @@ def with_reach(entry: Entry, target: Target | None) -> Entry:
 
 
 def _first_at_most(run: Run, loss: float) -> int | None:
-    """The place of the first validation with such a loss."""
+    """Return the index of the first validation with this loss or a lower one; None if there is none."""
     places = np.flatnonzero(run.val.losses <= loss)
     return int(places[0]) if len(places) else None
 
 
 def sensitivities_of(families: Sequence[Family], labels: Labels) -> list[Sensitivity]:
-    """Of the families with two learning rates of which there is anything to say."""
+    """Return the sensitivities of families with results at two or more learning rates."""
     found = []
     for family in families:
         runs = [run for run in family.runs if run.state != "empty"]
@@ -250,7 +250,7 @@ def _point(lr: float, runs: Sequence[Run]) -> SensitivityPoint:
 
 
 def setting_effects_of(contenders: Sequence[Entry], labels: Labels) -> list[SettingEffect]:
-    """One for each number, and each group of contenders that differ in it alone; in the order of the configuration."""
+    """Return the effects of numeric settings: one per setting and group of contenders that differ only in it."""
     tables = [without_lr(entry.runs[0]) for entry in contenders]
     effects = []
     for key in differing_keys(tables):

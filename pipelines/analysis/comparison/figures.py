@@ -24,7 +24,7 @@ from pipelines.analysis.figure_style import (
     MOST_STYLES,
     NEUTRAL_COLOUR,
     TARGET,
-    as_they_are,
+    disable_math,
     figure_style,
     legend_below,
     line_style,
@@ -38,20 +38,20 @@ from pipelines.training.statistics_file import STATISTICS
 Abscissa = Literal["steps", "tokens", "seconds"]
 
 MOST_SHOWN = MOST_STYLES
-"""Contenders in a figure: there are no more kinds of lines that can be told apart."""
+"""Contenders in a figure: more lines could not be distinguished."""
 
 _ROW_LETTERS = 44
-_BEGINNING = 0.2  # of the run: losses fall so far there that nothing else would be seen beside them
+_BEGINNING = 0.2  # of the run: losses fall so much there that they would hide everything else
 
 _PANELS_IN_A_ROW = 3
 _LABEL_WIDTH = 28
-"""Letters in a line of a legend: what is below a panel is no wider than the panel."""
+"""Characters in a legend line, so the legend below a panel is no wider than the panel."""
 
 LAYERS_FOLDER = "layers"
-"""Inside the folder of figures."""
+"""Subfolder of the figures' folder."""
 
 MOST_WITH_LAYERS = 6
-"""Contenders; each has up to four figures."""
+"""Contenders with layer figures; each has up to four."""
 
 _LAYER_WORDS = {
     "layer-updates": "How far an update moves the weights, as a share of their norm",
@@ -62,12 +62,12 @@ _LAYER_WORDS = {
 
 
 def shown(comparison: Comparison) -> tuple[Entry, ...]:
-    """The contenders that figures have room for, the best first."""
+    """Return the contenders that fit into figures, the best first."""
     return comparison.contenders[:MOST_SHOWN]
 
 
 def write_figures(comparison: Comparison, folder: Path) -> tuple[str, ...]:
-    """Write what can be drawn, each as PNG and PDF; the names, without their endings, in the order of `FIGURES`."""
+    """Write all figures that have data, as PNG and PDF; return their names, in the order of `FIGURES`."""
     names = []
     with figure_style():
         for name, draw in _DRAWERS.items():
@@ -80,7 +80,7 @@ def write_figures(comparison: Comparison, folder: Path) -> tuple[str, ...]:
 
 
 def axis_title(abscissa: Abscissa, unit: str) -> str:
-    """What is on the axis, in words."""
+    """Return the axis label."""
     return {"steps": "step", "tokens": unit, "seconds": "seconds of training, without validation"}[abscissa]
 
 
@@ -135,7 +135,7 @@ def _leave_out_beginning(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> N
 
 
 def without_outliers(low: float, highs: Sequence[float]) -> float:
-    """The highest of the values, but for those of many so far off that they would press the others into a line."""
+    """Return the highest value; if there are many, without outliers that would compress the rest of the scale."""
     middle = statistics.median(highs)
     return max(high for high in highs if len(highs) < 5 or high <= middle + 3 * (middle - low))
 
@@ -165,7 +165,7 @@ def _draw_finals(comparison: Comparison) -> Figure | None:
 
 
 def _row_labels(entries: Sequence[Entry]) -> tuple[list[str], float]:
-    """Labels for rows, in lines that leave the axes more than half of the figure, and the height of all, in inches."""
+    """Return row labels, wrapped to less than half of the width, and the height of all rows in inches."""
     labels = [literal(textwrap.fill(entry.label, _ROW_LETTERS)) for entry in entries]
     lines = max(label.count("\n") for label in labels) + 1
     return labels, len(entries) * (0.1 + 0.13 * lines)
@@ -213,7 +213,7 @@ def _draw_sensitivity(comparison: Comparison) -> Figure | None:
 
 
 def _family_styles(comparison: Comparison, families: Sequence[Sensitivity]) -> list[dict[str, Any]]:
-    """A family looks like its contender in the other figures; one without a contender has a look of its own."""
+    """Return the line styles: a family has its contender's style in all figures; others have their own."""
     known = [entry.family for entry in comparison.contenders]
     known += [family.family for family in families if family.family not in known]
     return [line_style(known.index(family.family)) for family in families]
@@ -229,7 +229,7 @@ def _draw_family(axes: Axes, family: Sensitivity, style: dict[str, Any], row: in
         stopped = [point.lr] * len(point.unfinished)
         axes.plot(stopped, point.unfinished, "o", markersize=4, markerfacecolor="none", color=colour)
         if point.diverged:
-            height = 0.985 - 0.028 * (row % 8)  # as a share of the axes, so that families lie below each other
+            height = 0.985 - 0.028 * (row % 8)  # fraction of the axes: one row per family
             axes.plot(point.lr, height, "x", markersize=4, color=colour, transform=axes.get_xaxis_transform())
 
 
@@ -266,7 +266,7 @@ def _handles(drawn: Sequence[tuple[dict[str, Any], Entry]]) -> list[Line2D]:
 
 
 def _target_handle(comparison: Comparison) -> list[Line2D]:
-    """The legend's entry for the target, if there is one."""
+    """Return the legend's handle for the target, if there is a target."""
     target = comparison.target
     return [] if target is None else [Line2D([], [], label=f"target, {target.loss:.4f}", **TARGET)]
 
@@ -276,7 +276,7 @@ def _mark(marker: str, label: str, **more: Any) -> Line2D:
 
 
 def draw_setting_effects(comparison: Comparison) -> Figure | None:
-    """A panel for each setting, a line for each group of contenders that differ in it alone; None without any."""
+    """Draw a panel per setting with a line per group of contenders that differ only in it; None without settings."""
     settings = list(dict.fromkeys(effect.setting for effect in comparison.setting_effects))
     if not settings:
         return None
@@ -305,7 +305,7 @@ def _draw_panel(axes: Axes, effects: Sequence[SettingEffect]) -> None:
     axes.set(xlabel=effects[0].setting, xlim=(-0.4, len(values) - 0.6))
     plain_axes(axes)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "borderaxespad": 0}
-    as_they_are(axes.legend(handles=handles, fontsize=6.5, handlelength=2.6, **place))
+    disable_math(axes.legend(handles=handles, fontsize=6.5, handlelength=2.6, **place))
 
 
 def _draw_effect(axes: Axes, places: Sequence[int], entries: Sequence[Entry], style: dict[str, Any]) -> None:
@@ -332,7 +332,7 @@ _DRAWERS: dict[str, Callable[[Comparison], Figure | None]] = {
     "optimizer-cost": _draw_cost,
 }
 FIGURES = tuple(_DRAWERS)
-"""The names of all figures that there may be."""
+"""The names of all possible figures."""
 
 
 @dataclass(frozen=True)
@@ -341,13 +341,13 @@ class LayerFigures:
 
     run: str
     images: tuple[tuple[str, bytes], ...]
-    """What each shows, and its PNG file."""
+    """Description and PNG file of each figure."""
 
 
 def write_layers(contenders: Sequence[Entry], figures: Path) -> list[LayerFigures]:
-    """Draw those that have statistics, as PNG and PDF, into `figures/layers/NAME-OF-THE-RUN`.
+    """Draw the layer statistics of contenders that have them, as PNG and PDF, into `figures/layers/RUN-NAME`.
 
-    Raises `AsgoError` for a file of statistics that cannot be read.
+    Raises `AsgoError` for an unreadable statistics file.
     """
     runs = [next((run for run in entry.runs if _has_statistics(run.path)), None) for entry in contenders]
     drawn = []
@@ -360,7 +360,7 @@ def write_layers(contenders: Sequence[Entry], figures: Path) -> list[LayerFigure
 
 
 def _has_statistics(run: Path) -> bool:
-    """Whether there is a record behind the first line, which says what was measured."""
+    """Return whether a record follows the header line."""
     try:
         with (run / STATISTICS).open("rb") as file:
             return sum(line.endswith(b"\n") for line, _ in zip(file, range(2), strict=False)) == 2

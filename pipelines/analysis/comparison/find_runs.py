@@ -1,4 +1,4 @@
-"""The run folders that a user names, one by one or by a folder that holds them."""
+"""Find run folders, given directly or inside other folders."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
-    """Every run, once, by its path below the folder that all share; `UsageError` for a path without any.
+    """Return every run once, by its path relative to the common folder. Raise `UsageError` for a path without runs.
 
-    Links are followed, and a run that is not there itself goes by the name of its link. One that leads nowhere counts
-    as a run, to be named when it cannot be read.
+    Follows links; a run that is found only through a link has the link's name. A dangling link counts as a run, so
+    that the error names it.
     """
     found: dict[Path, Path] = {}
     for run in (run for path in paths for run in _runs_of(path)):
@@ -27,12 +27,12 @@ def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
 
 
 def _absolute(path: Path) -> Path:
-    """Without `..`, and with links as they are named."""
+    """Return the absolute path without `..`, with links unresolved."""
     return Path(os.path.normpath(path.absolute()))
 
 
 def is_trial(path: Path) -> bool:
-    """Whether a search made the run, to find its settings."""
+    """Return whether the run is a trial of a search."""
     parent = path.resolve().parent
     return parent.name == TRIALS and (parent / SEARCH_RECORD).is_file()
 
@@ -48,18 +48,18 @@ def _runs_of(path: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    # A model exported for other programs has a `config.json` too.
+    # `config.json` alone is not enough: a model exported for other programs has one too.
     folder = RunFolder(path)
     return folder.exists() and (folder.metrics_path.is_file() or folder.checkpoints.is_dir())
 
 
 def runs_below(path: Path) -> list[Path]:
-    """The runs in a folder and its folders, linked ones too, in the order of their names."""
+    """Return the runs in a folder and its subfolders, linked ones included, sorted by path."""
     return sorted(_walk(path))
 
 
 def _walk(path: Path) -> Iterator[Path]:
-    entered: set[Path] = set()  # a link may lead back to where it was met
+    entered: set[Path] = set()  # a link may lead back to a parent folder: an endless loop
     for place, folders, files in os.walk(path, followlinks=True):
         here = Path(place)
         if here.resolve() in entered:
@@ -67,7 +67,7 @@ def _walk(path: Path) -> Iterator[Path]:
             continue
         entered.add(here.resolve())
         if _is_run(here):
-            folders.clear()  # what a run holds is its own
+            folders.clear()  # do not search inside a run
             yield here
         else:
             folders.sort()

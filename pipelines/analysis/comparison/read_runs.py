@@ -1,4 +1,4 @@
-"""What run folders tell, read side by side and fast: a hundred runs of 50,000 steps take seconds."""
+"""Read run folders in parallel and fast: a hundred runs of 50,000 steps take seconds."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from pipelines.training.run_folder import RunFolder, checkpoint_folders
 Columns = dict[str, np.ndarray[Any, Any]]
 
 _NAMES = ("step", "tokens", "elapsed_s", "loss", "accuracy", "step_ms", "optimizer_ms")
-"""What a comparison reads, besides `split`; the other metrics are passed over."""
+"""Metrics that a comparison reads, besides `split`; others are ignored."""
 _ARROW_TYPES = {int: pa.int64(), float: pa.float64()}
 _TYPES = {"split": pa.string(), **{name: _ARROW_TYPES[metric_types()[name]] for name in _NAMES}}
 _NEEDED = ("split", "step", "tokens", "elapsed_s", "loss")
 _PARSING = pyarrow.json.ParseOptions(explicit_schema=pa.schema(_TYPES), unexpected_field_behavior="ignore")
-_READING = pyarrow.json.ReadOptions(use_threads=False)  # runs are read side by side instead
+_READING = pyarrow.json.ReadOptions(use_threads=False)  # whole runs are read in parallel instead
 
-_AT_ONCE = 4  # runs in memory as they are on disk
+_AT_ONCE = 4  # runs whose whole files are in memory at once
 _FAILURES_SHOWN = 4
 _READ = ("fingerprint", "device", "git_commit", "versions", "torch")
 _POINTS = 2000
 _SMOOTHED_POINTS = 1000
-_SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this share of the run
+_SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this fraction of the run
 
 
 def read_runs(paths: Mapping[str, Path]) -> tuple[list[Run], list[str]]:
-    """The runs by name, and a sentence for each that cannot be read. Raises `AsgoError` where that leaves none."""
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parser works outside of Python's lock
+    """Return the runs, and a sentence for each that cannot be read. Raise `AsgoError` if no run can be read."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parser releases Python's lock
         results = list(pool.map(_try_to_read, paths, paths.values()))
     runs = [result for result in results if isinstance(result, Run)]
     failures = [result for result in results if isinstance(result, str)]
@@ -51,7 +51,9 @@ def read_runs(paths: Mapping[str, Path]) -> tuple[list[Run], list[str]]:
         raise AsgoError(f"none of the runs can be read: {failures[0]}")
     if len(failures) > _FAILURES_SHOWN + 1:
         more = len(failures) - _FAILURES_SHOWN
-        failures[_FAILURES_SHOWN:] = [f"{more} more runs that cannot be read are left out; compare one alone for why."]
+        failures[_FAILURES_SHOWN:] = [
+            f"{more} more unreadable runs are left out; compare one of them alone to see why."
+        ]
     return runs, failures
 
 
@@ -101,7 +103,7 @@ def read_run(name: str, path: Path) -> Run:
 
 
 def _texts(record: Any) -> dict[str, Any]:
-    """A table of `config.json` that nothing depends on, which may be a stranger's: texts, and tables of texts."""
+    """Return the known keys of a table in `config.json` as text: for display only, so any content is accepted."""
     table = record if isinstance(record, dict) else {}
     return {
         key: _texts(value) if isinstance(value, dict) else None if value is None else printable(str(value))
@@ -120,7 +122,7 @@ def _curve(columns: Columns, split: Split) -> Curve:
 
 
 def _finite(curve: Curve) -> Curve:
-    """A loss that is not finite leaves a gap: in a mean it would spoil its neighbours."""
+    """Drop losses that are not finite: they would spoil the moving mean of their neighbours."""
     return _take(curve, np.flatnonzero(np.isfinite(curve.losses)))
 
 
@@ -134,17 +136,17 @@ def _smoothed(train: Curve, config: RunConfig) -> Curve:
     return _take(means, keep_evenly(train.steps, config.training.steps, _SMOOTHED_POINTS))
 
 
-def _known(figures: Array) -> Array:
-    return figures if np.isfinite(figures).all() else np.empty(0)
+def _known(values: Array) -> Array:
+    return values if np.isfinite(values).all() else np.empty(0)
 
 
-def _median(figures: Array) -> float | None:
-    known = figures[np.isfinite(figures)]
+def _median(values: Array) -> float | None:
+    known = values[np.isfinite(values)]
     return float(np.median(known)) if len(known) else None
 
 
 def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tuple[State, str | None]:
-    """What has become of the run, and why it is not finished."""
+    """Return the state of the run, and why it is not finished."""
     steps = config.training.steps
     divergence = folder.divergence()
     if divergence is not None:
@@ -163,14 +165,14 @@ def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tu
 
 
 def _is_no_better_than_untrained(val: Curve, steps: int) -> bool:
-    """Whether training has brought nothing, when half of the steps or more are done."""
+    """Return whether, after half of the steps or more, the loss is not below the untrained model's."""
     return (
         len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and not val.losses[-1] < val.losses[0]
     )
 
 
 def read_columns(path: Path) -> Columns:
-    """The columns of a metrics file as `rows_to_columns` makes them; a torn last line is dropped.
+    """Return the columns of a metrics file like `rows_to_columns`; drop an incomplete last line.
 
     Raises `AsgoError` for a line that is not a row.
     """
@@ -189,7 +191,7 @@ def read_columns(path: Path) -> Columns:
 
 
 def _read_slowly(path: Path) -> Columns:
-    """A line at a time, which can say what is wrong with which."""
+    """Read line by line, for an error that names the line."""
     try:
         return rows_to_columns(read_lines(path))
     except (ValueError, KeyError, TypeError, OverflowError):
@@ -197,7 +199,7 @@ def _read_slowly(path: Path) -> Columns:
 
 
 def require_sound(path: Path, columns: Columns) -> None:
-    """Raise `AsgoError` with the line that has a count, or seconds, below 0 or not finite."""
+    """Raise `AsgoError` that names the line if a count or a time is negative or not finite."""
     for name in ("step", "tokens", "elapsed_s"):
         bad = ~(np.isfinite(columns[name]) & (columns[name] >= 0))
         if bad.any():
@@ -206,7 +208,7 @@ def require_sound(path: Path, columns: Columns) -> None:
 
 
 def last_of_each_step(columns: Columns) -> Columns:
-    """Ascending in the steps, each with the last of its rows of a split: a later one was made in place of others."""
+    """Return the rows sorted by step, only the last one per step and split: a resumed run repeats steps."""
     if not len(columns["step"]):
         return columns
     places = np.stack([columns["split"], columns["step"]])
@@ -217,7 +219,7 @@ def last_of_each_step(columns: Columns) -> Columns:
 
 
 def optimizer_state_bytes(checkpoints: Path) -> int | None:
-    """Bytes of the optimizer's tensors in the newest checkpoint; None where there is none, or it is damaged.
+    """Return the bytes of the optimizer's tensors in the newest checkpoint; None without one, or if it is damaged.
 
     A safetensors file is the header's length (8 bytes, little-endian), the header in JSON, and the tensors.
     """

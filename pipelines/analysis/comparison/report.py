@@ -1,4 +1,4 @@
-"""The report of a comparison as a folder: the page, which needs no network, the figures and the tables."""
+"""The report of a comparison: a folder with a self-contained page, figures and tables."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from pipelines.errors import UsageError
 from pipelines.storage import staged_folder
 
 GENERATOR = '<meta name="generator" content="asgo compare">'
-"""Stands in every page, so that one can be told from other files."""
+"""A tag in every page, by which `check_report_folder` recognizes it."""
 
 MOST_RUNS = 30
 """Single runs in the curves; each has up to about 2,000 points."""
 
 MOST_NUMBERS = 14
-"""Contenders whose differences fit the page as numbers; of more, the signs alone are shown."""
+"""Contenders whose differences fit the page as numbers; for more, only the signs are shown."""
 
 _DASH_WIDTH = 1.5
-"""Pixels, of the line that dashes are made for; the page's lines are 0.8 to 2.5 wide."""
+"""Line width, in pixels, for which dashes are computed; the page's lines are 0.8 to 2.5 wide."""
 _ABSCISSAS: tuple[Abscissa, ...] = ("steps", "tokens", "seconds")
 
 PAGE = "index.html"
@@ -59,7 +59,7 @@ _LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))
 
 
 def check_report_folder(out: Path) -> None:
-    """`UsageError` unless there is nothing at `out`, an empty folder, or a report alone, which may be replaced."""
+    """Raise `UsageError` unless `out` does not exist, is an empty folder, or contains only a report, to be replaced."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -69,7 +69,7 @@ def check_report_folder(out: Path) -> None:
         raise UsageError(f"{out}: exists and is not a report; choose another --out")
     others = {name for name in found - _OURS if not _LAYERS.fullmatch(name)}
     if others:
-        raise UsageError(f"{out}: holds {min(others)} beside a report; move it away, or choose another --out")
+        raise UsageError(f"{out}: contains {min(others)} beside a report; move it away, or choose another --out")
 
 
 def _is_report(page: Path) -> bool:
@@ -81,9 +81,9 @@ def _is_report(page: Path) -> bool:
 
 
 def write_report(comparison: Comparison, out: Path, command: str) -> Path:
-    """Write the folder, as a whole or not at all, in the place of an earlier report; returns the page's path.
+    """Write the folder atomically, replacing an earlier report; return the page's path.
 
-    Raises `UsageError` if something else is there. `command` is how the comparison was asked for.
+    Raises `UsageError` like `check_report_folder`. `command` is the command line that the page shows.
     """
     check_report_folder(out)
     with staged_folder(out.resolve(), replace=True) as staged:
@@ -102,7 +102,7 @@ def write_report(comparison: Comparison, out: Path, command: str) -> Path:
 
 
 def summary(comparison: Comparison) -> dict[str, Any]:
-    """The numbers as plain values, for programs."""
+    """Return the results as plain values for JSON."""
     target = comparison.target
     return {
         "headline": headline(comparison),
@@ -138,7 +138,7 @@ def _torch(run: Run) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """A row's contender against a column's: what is seen, and what is told when pointed at."""
+    """A row's contender compared with a column's: visible text and tooltip."""
 
     text: str
     outcome: Outcome | None
@@ -151,7 +151,7 @@ def render_page(
     layers: Sequence[LayerFigures],
     origin: Sequence[tuple[str, str]],
 ) -> str:
-    """The whole page; `images` are PNG files by the names of `figures.FIGURES`, `origin` says how it was made."""
+    """Return the page as HTML. `images` are PNG files by names of `figures.FIGURES`; `origin` says how it was made."""
     contenders = shown(comparison)
     runs = [run for entry in comparison.entries for run in entry.runs]
     return render(
@@ -184,7 +184,7 @@ def _other_entries(comparison: Comparison) -> Table | None:
 
 
 def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
-    """The contenders that have a final loss against each other; nothing for one alone."""
+    """Return the pairwise differences of contenders with a final loss; an empty list for fewer than two."""
     labels = [entry.label for entry in shown(comparison) if entry.final is not None]
     verdicts = by_pair(comparison)
     rows = []
@@ -206,22 +206,21 @@ def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
 
 
 def _left_out(comparison: Comparison) -> list[str]:
-    """What the curves do not show, a sentence each."""
+    """Return sentences about what the curves leave out."""
     sentences = []
     contenders = shown(comparison)
     if len(contenders) < len(comparison.contenders):
         sentences.append(
-            f"The curves, as the figures and the differences, are of the first {MOST_SHOWN} of "
-            f"{len(comparison.contenders)} contenders."
+            f"Curves, figures and differences show the first {MOST_SHOWN} of {len(comparison.contenders)} contenders."
         )
     runs = sum(len(entry.runs) for entry in contenders)
     if runs > MOST_RUNS:
-        sentences.append(f"{MOST_RUNS} of the contenders' {runs} single runs are here, diverged ones first.")
+        sentences.append(f"{MOST_RUNS} of the contenders' {runs} single runs are shown, diverged ones first.")
     return sentences
 
 
 def _curves(comparison: Comparison) -> dict[str, Any]:
-    """What the page's script draws; see `template/page.js`."""
+    """Return the data that the page's script draws; see `template/page.js`."""
     contenders = shown(comparison)
     singles = _single_runs(contenders)
     return {
@@ -229,7 +228,7 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
         "target": None if comparison.target is None else comparison.target.loss,
         "contenders": [
             {
-                # Plotly reads labels as a kind of HTML.
+                # Plotly interprets labels as HTML.
                 "label": html.escape(entry.label),
                 "line": plotly_line(index, _DASH_WIDTH),
                 "train": _band(entry.train),
@@ -270,7 +269,7 @@ def _abscissas(curve: Band | Curve) -> dict[str, list[float | None]]:
 
 
 def _numbers(values: Array) -> list[float | None]:
-    """With seven digits, more than can be seen; steps and tokens are whole and stay exact."""
+    """Round to seven digits, to keep the page small; whole numbers (steps, tokens) stay exact. None if not finite."""
     return [_number(value) for value in np.asarray(values, np.float64).tolist()]
 
 

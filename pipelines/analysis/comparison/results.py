@@ -1,4 +1,4 @@
-"""What a comparison of runs finds: plain values, of which the figures, the tables and the page are made."""
+"""Results of a comparison: plain values from which figures, tables and the page are made."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pipelines.config import RunConfig
 Array = npt.NDArray[np.float64]
 
 State = Literal["finished", "unfinished", "diverged", "empty"]
-"""Validated after its last step; stopped, or still training; a loss that was not finite, or never below the untrained
-model's; nothing recorded yet."""
+"""finished: validated after the last step; unfinished: stopped, or still training; diverged: a loss that is not finite,
+or not below the untrained model's; empty: nothing recorded yet."""
 
 Outcome = Literal["better", "worse", "cannot tell"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses in nats a token (or an image) of one split, ascending in steps; four arrays of equal length."""
+    """Losses of one split in nats per token (or image), ascending in steps; four arrays of equal length."""
 
     steps: Array
     tokens: Array
-    """Images, where the run trains on images."""
+    """Images, if the run trains on images."""
     seconds: Array
-    """Spent in training steps: without validation and saving."""
+    """Time of training steps, without validation and saving."""
     losses: Array
 
 
 @dataclass(frozen=True)
 class Band:
-    """A curve over seeds: the mean, and the lowest and highest of them, at the steps that all of them have."""
+    """Mean, lowest and highest loss over seeds, at their common steps."""
 
     steps: Array
     tokens: Array
@@ -48,10 +48,10 @@ class Band:
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder tells."""
+    """The contents of one run folder."""
 
     name: str
-    """Its path below the folder that all compared runs share."""
+    """Its path relative to the common folder of all compared runs."""
     path: Path
     config: RunConfig
     data: Mapping[str, Any]
@@ -59,56 +59,56 @@ class Run:
     environment: Mapping[str, Any]
     state: State
     is_trial: bool
-    """Whether it was made by a search: it shows what a learning rate does, but is no result."""
+    """Whether it is a trial of a search: it shows the effect of a learning rate, but is not a result."""
     train: Curve
-    """Thinned for display: spikes stay."""
+    """Thinned for display, with all spikes."""
     smoothed: Curve
-    """Training losses as means over a window, at steps that the runs of an entry share."""
+    """Moving mean of the training loss, at the same steps for all runs of an entry."""
     val: Curve
     """Every validation."""
     val_accuracy: Array
-    """Top-1 share at each validation; empty where there is none."""
+    """Top-1 accuracy at each validation; empty if not recorded."""
     final_loss: float | None
-    """Of the validation after the last step; None unless finished."""
+    """Validation loss after the last step; None unless finished."""
     final_train_loss: float | None
-    """Mean over the last 2 % of the steps; None unless finished."""
+    """Mean training loss over the last 2 % of the steps; None unless finished."""
     best_loss: float | None
-    """Lowest validation loss, whatever the state; None where there is no validation."""
+    """Lowest validation loss in any state; None without validation."""
     step_ms: float | None
     """Median over the recorded training steps."""
     optimizer_ms: float | None
-    """Median; the optimizer's part of it."""
+    """Median time of the optimizer in a step."""
     state_bytes: int | None
-    """Of the optimizer's tensors in the newest checkpoint; None without one."""
+    """Bytes of the optimizer's tensors in the newest checkpoint; None without one."""
     reason: str | None
-    """Why it is not finished, in a few words; None where it is."""
+    """Why it is not finished, in a few words; None if it is."""
     lost_rows: int = 0
     """Rows whose loss is not finite: gaps in the curves."""
     repeated_rows: int = 0
-    """Rows that were left out, because a later one is of the same step."""
+    """Rows left out because a later row has the same step."""
 
     @property
     def last_step(self) -> int:
-        """The last step of which there is any record; 0 for an empty run."""
+        """The last recorded step; 0 for an empty run."""
         return int(max((curve.steps[-1] for curve in (self.train, self.val) if len(curve.steps)), default=0))
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds, and where the true mean lies with the comparison's confidence (Student's t)."""
+    """A mean over seeds and its confidence interval (Student's t)."""
 
     mean: float
     low: float | None
-    """None for one value alone."""
+    """None for a single value."""
     high: float | None
     std: float | None
-    """Of the values, with n - 1."""
+    """Standard deviation of the values, with n - 1."""
     count: int
 
 
 @dataclass(frozen=True)
 class Reach:
-    """When the runs of an entry first came to the target; in the order of its runs, None for a miss."""
+    """When the runs of an entry first reached the target, in the order of its runs; None for a miss."""
 
     steps: tuple[int | None, ...]
     tokens: tuple[int | None, ...]
@@ -116,25 +116,25 @@ class Reach:
 
     @property
     def misses(self) -> int:
-        """How many never came to it."""
+        """Number of runs that never reached it."""
         return self.steps.count(None)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The runs that differ in their seeds alone."""
+    """Runs that differ only in the seed."""
 
     label: str
-    """Short, and no other entry's: the optimizer, and the settings in which the entries differ."""
+    """Short and unique: the optimizer, and the settings in which the entries differ."""
     optimizer: str
     family: str
-    """Common to the entries that differ in the learning rate alone: their label without it."""
+    """Label of the entries that differ only in the learning rate, without the learning rate."""
     lr: float
     runs: tuple[Run, ...]
     final: Interval | None
-    """Of the final validation losses of the finished runs; None where there is none."""
+    """Interval of the finished runs' final validation losses; None without finished runs."""
     final_train: Interval | None
-    """Of their final training losses."""
+    """Interval of their final training losses."""
     train: Band | None
     val: Band | None
     reach: Reach | None
@@ -146,7 +146,7 @@ class Entry:
 
     @property
     def diverged(self) -> int:
-        """How many of its runs diverged."""
+        """Number of its runs that diverged."""
         return sum(run.state == "diverged" for run in self.runs)
 
 
@@ -160,28 +160,28 @@ class Verdict:
     difference: Interval | None
     """First minus second, mean and Welch's interval (`std` is None, `count` the smaller number of seeds)."""
     p: float | None
-    """Of Welch's test, after Holm's correction over all pairs; None where there are too few seeds."""
+    """p-value of Welch's test after Holm's correction over all pairs; None with too few seeds."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A validation loss to come to."""
+    """A validation loss to reach."""
 
     loss: float
     origin: str
-    """Who set it, in words."""
+    """Where it is from, as text."""
 
 
 @dataclass(frozen=True)
 class SensitivityPoint:
-    """What became of the runs with one learning rate."""
+    """Results of the runs with one learning rate."""
 
     lr: float
     losses: tuple[float, ...]
-    """Final validation losses of the finished ones."""
+    """Final validation losses of the finished runs."""
     diverged: int
     unfinished: tuple[float, ...]
-    """Best validation losses of those that were stopped or pruned."""
+    """Best validation losses of runs that were stopped or pruned."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class SettingEffect:
-    """Contenders that differ in one number of their settings, and in the learning rate, which was chosen for each."""
+    """Contenders that differ in one numeric setting, and in the learning rate, which was chosen for each."""
 
     setting: str
     """Its dotted key."""
@@ -209,24 +209,24 @@ class SettingEffect:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that is shown."""
+    """All results of a comparison."""
 
     task: str
     unit: str
     """tokens or images"""
     entries: tuple[Entry, ...]
-    """By final loss, ascending; then those without one. Trials are in the sensitivities alone."""
+    """Sorted by final loss, then entries without one. Trials are only in the sensitivities."""
     contenders: tuple[Entry, ...]
-    """One entry a family, the one that stands for it, in the same order: figures and verdicts are of these."""
+    """The representative entry of each family, in the same order. Figures and verdicts are about these."""
     verdicts: tuple[Verdict, ...]
-    """Every pair of contenders that have a final loss."""
+    """One verdict per pair of contenders with a final loss."""
     rule: str
     """How verdicts are made, in a sentence or two."""
     confidence: float
     target: Target | None
     sensitivities: tuple[Sensitivity, ...]
-    """Of families with two learning rates or more."""
+    """Sensitivities of families with two or more learning rates."""
     setting_effects: tuple[SettingEffect, ...]
-    """Of the numbers in which contenders differ."""
+    """Effects of the numeric settings in which contenders differ."""
     cautions: tuple[str, ...]
-    """Why the runs, or some of them, may not be comparable; a sentence each."""
+    """Sentences that say why runs may not be comparable."""

@@ -1,4 +1,4 @@
-"""In which settings runs differ, in few words."""
+"""Settings in which runs differ, as short texts."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ Settings = Mapping[str, Any]
 LR = "optimizer.lr"
 _DATA = "data"
 _NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", *MAY_CHANGE_ON_RESUME)
-"""Settings, or prefixes of settings, that do not change what a run learns, but for chance."""
+"""Settings, or prefixes of settings, that change a run's result only by chance."""
 _VAGUE = ("every", "kind", "name", "batches")
-"""Last parts of keys that say nothing without the first."""
+"""Last parts of keys that are not clear without the first part."""
 
 
 def settings_of(run: Run) -> Settings:
-    """By dotted key, all that makes runs different for more than chance; the data by their fingerprint, as `data`."""
+    """Return the settings that affect the result by more than chance, by dotted key; `data` is the fingerprint."""
     flat = flatten(run.config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
     return {**kept, _DATA: run.data.get("fingerprint")}
 
 
 def identity(settings: Settings) -> str:
-    """Equal for equal settings alone."""
+    """Return a text that is equal only for equal settings."""
     return json.dumps(settings, sort_keys=True)
 
 
 def differing_keys(tables: Sequence[Settings]) -> list[str]:
-    """The keys whose values are not the same in all tables, in the order of the configuration."""
+    """Return the keys whose values differ between tables, in the order of the configuration."""
     keys = dict.fromkeys(key for table in tables for key in table)
     return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]
 
 
 def in_words(settings: Settings, keys: Iterable[str]) -> str:
-    """Such as `lr=0.01 d_model=256`; different values never read the same."""
+    """Return a text such as `lr=0.01 d_model=256`; different values give different texts."""
     return " ".join(f"{_short(key)}={_shown(key, settings.get(key))}" for key in keys)
 
 

@@ -1,4 +1,4 @@
-"""The tables of a comparison: rounded texts for people, exact records for programs."""
+"""Tables of a comparison: rounded texts for people, exact records for programs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Record = dict[str, str | int | float | None]
 
 @dataclass(frozen=True)
 class Table:
-    """One table: `texts` are cells below `heads`; `records` hold the same, and more, as numbers, None where unknown.
+    """A table: `texts` are the cells below `heads`; `records` have the same values and more as numbers or None.
 
-    One that is too long to be read has records alone.
+    A table that is too long to read has only records.
     """
 
     name: str
@@ -31,13 +31,13 @@ class Table:
     records: tuple[Record, ...]
 
     def markdown(self) -> str:
-        """The texts as a Markdown table: the first column to the left, the others to the right."""
+        """Return the texts as a Markdown table: first column left-aligned, others right-aligned."""
         rule = ("---", *("---:" for _ in self.heads[1:]))
         lines = [self.heads, rule, *([_escaped(text) for text in row] for row in self.texts)]
         return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
     def csv(self) -> str:
-        """The records with a header; floats read back as the same floats."""
+        """Return the records as CSV with a header; floats read back exactly."""
         text = io.StringIO()
         writer = csv.DictWriter(text, self.records[0] if self.records else [], lineterminator="\n")
         writer.writeheader()
@@ -48,7 +48,7 @@ class Table:
 def _table(
     name: str, heads: Iterable[str], texts: Iterable[tuple[str, ...]], records: Iterable[dict[str, Any]]
 ) -> Table:
-    """A table without figures that are not finite, which JSON has no word for."""
+    """Return a table in which None replaces NaN and infinities, which JSON cannot represent."""
     finite = (
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
         for record in records
@@ -57,7 +57,7 @@ def _table(
 
 
 def make_tables(comparison: Comparison) -> tuple[Table, ...]:
-    """Entries, verdicts, runs, sensitivity, settings and curves; those that have rows."""
+    """Return the tables of entries, verdicts, runs, sensitivity, settings and curves that have rows."""
     made = (
         entry_table(comparison, comparison.entries),
         _verdict_table(comparison),
@@ -70,11 +70,11 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
 
 
 TABLES = ("entries", "verdicts", "runs", "sensitivity", "settings", "curves")
-"""The names that `make_tables` gives."""
+"""The names of the tables of `make_tables`."""
 
 
 def entry_table(comparison: Comparison, entries: Sequence[Entry]) -> Table:
-    """Some entries of a comparison, a row each; without texts that are empty in all of them."""
+    """Return a table with a row per entry, without columns that are empty in all rows."""
     columns: list[tuple[str, Callable[[Entry], str]]] = [
         ("", lambda entry: entry.label),
         ("seeds", _seeds),
@@ -142,7 +142,7 @@ def _verdict_table(comparison: Comparison) -> Table:
 
 
 def run_table(comparison: Comparison) -> Table:
-    """All runs but a search's trials."""
+    """Return the table of all runs except trials of a search."""
     runs = [(entry, index, run) for entry in comparison.entries for index, run in enumerate(entry.runs)]
     heads = ("run", "entry", "seed", "state", "step", "final loss", "best loss", "why not finished")
     texts = tuple(
@@ -237,7 +237,7 @@ def _setting_table(comparison: Comparison) -> Table:
 
 
 def _curve_table(comparison: Comparison) -> Table:
-    """Every validation of every run but a search's trials."""
+    """Return the table of all validations of all runs except trials of a search."""
     records = [
         {"run": run.name, "entry": entry.label, "seed": run.config.seed, **point}
         for entry in comparison.entries
@@ -248,7 +248,7 @@ def _curve_table(comparison: Comparison) -> Table:
 
 
 def _validations(run: Run, unit: str) -> list[Record]:
-    """With the smoothed training loss at the same step, or the last one before it."""
+    """Return a run's validations, each with the smoothed training loss at the same step or the last one before it."""
     val, train = run.val, run.smoothed
     places = np.searchsorted(train.steps, val.steps, side="right") - 1
     return [
@@ -264,23 +264,23 @@ def _validations(run: Run, unit: str) -> list[Record]:
 
 
 def median_with_misses(values: Iterable[float | None]) -> float | None:
-    """The median where a miss counts as never: None if half of the values, or more, are misses."""
+    """Return the median, where a miss counts as infinite: None if half of the values or more are misses."""
     median = statistics.median(math.inf if value is None else value for value in values)
     return None if math.isinf(median) else median
 
 
 def loss(value: float | None) -> str:
-    """Four decimals."""
+    """Format a loss with four decimals."""
     return "" if value is None else f"{value:.4f}"
 
 
 def percent(share: float | None) -> str:
-    """A share, with one decimal."""
+    """Format a fraction as a percentage with one decimal."""
     return "" if share is None else f"{share:.1%}"
 
 
 def digits(value: float | None) -> str:
-    """Three digits, or all that are before the point; millions and billions with their letter."""
+    """Format a number with three digits, or all digits before the point; M and B for millions and billions."""
     if value is None:
         return ""
     for size, letter in ((1e9, " B"), (1e6, " M")):
@@ -290,7 +290,7 @@ def digits(value: float | None) -> str:
 
 
 def with_margin(interval: Interval | None, sign: str = "") -> str:
-    """A mean and half of its interval."""
+    """Format a mean and half of its interval."""
     if interval is None:
         return ""
     mean = f"{interval.mean:{sign}.4f}"
@@ -324,7 +324,7 @@ def _best(entry: Entry) -> float | None:
 
 
 def _accuracy(entry: Entry) -> float | None:
-    """Mean top-1 share of the finished runs' last validations."""
+    """Return the mean top-1 accuracy of the finished runs' last validations."""
     found = [_last_accuracy(run) for run in entry.runs if run.final_loss is not None]
     known = [accuracy for accuracy in found if accuracy is not None]
     return statistics.fmean(known) if known else None
@@ -341,6 +341,6 @@ def _interval_record(name: str, interval: Interval | None) -> Record:
 
 
 def _escaped(text: str) -> str:
-    """As Markdown: a folder's name may hold anything."""
+    """Escape Markdown and HTML: a folder's name may contain anything."""
     safe = text.replace("\\", "\\\\").replace("|", "\\|").replace("&", "&amp;").replace("<", "&lt;")
     return " ".join(safe.split())

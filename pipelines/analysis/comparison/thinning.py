@@ -1,4 +1,4 @@
-"""Fewer points of a curve: for display with every spike, or smoothed."""
+"""Thin and smooth curves."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ Indices = npt.NDArray[np.intp]
 
 
 def keep_spikes(values: Array, points: int) -> Indices:
-    """Which values to keep, ascending, at most `points` of them (4 or more).
+    """Return the indices of at most `points` (4 or more) values to keep, ascending.
 
-    The first, the last, and the lowest and the highest of each of many stretches of equal length.
+    Keeps the first, the last, and the lowest and highest of each of many sections of equal length.
     """
     count = len(values)
     if count <= points:
         return np.arange(count)
     length = -(-count // ((points - 2) // 2))
-    stretches = -(-count // length)
-    # Repeating the last value changes no minimum or maximum, and its first place is the true one.
-    padded = np.pad(values, (0, stretches * length - count), mode="edge").reshape(stretches, length)
-    begins = np.arange(stretches) * length
+    sections = -(-count // length)
+    # Padding with the last value changes no minimum or maximum, and argmin and argmax return the first index.
+    padded = np.pad(values, (0, sections * length - count), mode="edge").reshape(sections, length)
+    begins = np.arange(sections) * length
     return np.unique(np.concatenate([begins + padded.argmin(axis=1), begins + padded.argmax(axis=1), [0, count - 1]]))
 
 
 def keep_evenly(steps: Array, last_step: int, points: int) -> Indices:
-    """Which of a curve's `steps` to keep: at most `points`, from the first to `last_step`, where the run shall end.
+    """Return the indices of at most `points` of a curve's `steps` to keep, evenly spaced up to `last_step` of the run.
 
-    Runs that record at the same steps keep the same ones, however far each has come.
+    Runs that record the same steps keep the same steps, also if they are unfinished.
     """
     if not len(steps):
         return np.arange(0)
@@ -40,10 +40,12 @@ def keep_evenly(steps: Array, last_step: int, points: int) -> Indices:
 
 
 def moving_mean(values: Array, half: int) -> Array:
-    """The mean of each value and the `half` before and after it; at the beginning of fewer, as many on both sides."""
+    """Return the mean of each value and `half` values on each side; near the ends, the window is smaller."""
     sums: npt.NDArray[Any] = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(index, half)  # where the loss falls fast, a window that is not centred would mislead
+    reach = np.minimum(
+        index, half
+    )  # keep the window centred at the start, where losses fall fast: otherwise the mean is biased
     first, end = index - reach, np.minimum(index + reach + 1, len(values))
     means: Array = (sums[end] - sums[first]) / (end - first)
     return means

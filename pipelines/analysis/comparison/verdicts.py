@@ -1,4 +1,4 @@
-"""Intervals over seeds, whether a difference is more than chance, and both in words."""
+"""Intervals over seeds, significance of differences, and both as text."""
 
 from __future__ import annotations
 
@@ -14,22 +14,21 @@ _OPPOSITE: Mapping[Outcome, Outcome] = {"better": "worse", "worse": "better", "c
 
 
 def interval(values: Sequence[float], confidence: float) -> Interval | None:
-    """The mean of one value or more, with Student's t interval where there are two; None without any."""
+    """Return the mean of the values, with Student's t interval for two or more; None without values."""
     if not values:
         return None
     middle, count = mean(values), len(values)
     if count < 2:
         return Interval(middle, None, None, None, count)
-    std = stdev(values)  # exact: equal values have none at all
+    std = stdev(values)  # computed exactly: equal values give 0
     half = _quantile(count - 1, confidence) * std / math.sqrt(count)
     return Interval(middle, middle - half, middle + half, std, count)
 
 
 def welch(first: Interval, second: Interval, confidence: float) -> tuple[Interval, float | None]:
-    """The difference of two means, first minus second, and p of Welch's test for its being 0.
+    """Return the difference of two means, first minus second, and p of Welch's test that it is 0.
 
-    There is no test, and the difference has a mean only, where a side has fewer than two values, or no value
-    differs from the others on its side: such values do not tell how far chance reaches.
+    Without two values on each side, or without any variance, there is no test, and the difference has no interval.
     """
     middle, count = first.mean - second.mean, min(first.count, second.count)
     parts = [(each.std or 0.0) ** 2 / each.count for each in (first, second)]
@@ -44,7 +43,7 @@ def welch(first: Interval, second: Interval, confidence: float) -> tuple[Interva
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: the chance that any of the tests errs stays below the level asked of each."""
+    """Return p-values after Holm's step-down correction, which bounds the family-wise error rate."""
     corrected = [0.0] * len(ps)
     largest = 0.0
     for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
@@ -54,7 +53,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def verdicts(contenders: Sequence[Entry], confidence: float) -> tuple[Verdict, ...]:
-    """Of every pair of contenders with a final loss, in their order."""
+    """Return the verdicts of all pairs of contenders with a final loss, in their order."""
     finals = [(entry.label, entry.final) for entry in contenders if entry.final is not None]
     pairs = [(a, b, *welch(first, second, confidence)) for (a, first), (b, second) in combinations(finals, 2)]
     corrected = iter(holm([p for *_, p in pairs if p is not None]))
@@ -66,7 +65,7 @@ def verdicts(contenders: Sequence[Entry], confidence: float) -> tuple[Verdict, .
 
 
 def rule(confidence: float) -> str:
-    """How `verdicts` decides, in words."""
+    """Describe the rule of `verdicts`."""
     return (
         f"Better or worse is said only where Welch's t-test on the final validation losses over seeds gives "
         f"p < {1 - confidence:.3g} after Holm's correction over all pairs. Fewer than two seeds on a side, or seeds "
@@ -81,8 +80,8 @@ def _outcome(difference: Interval, p: float | None, confidence: float) -> Outcom
 
 
 def _quantile(degrees: float, confidence: float) -> float:
-    """How many standard errors to each side hold `confidence` of Student's t distribution."""
-    # Not scipy.stats: it takes a second to import, and its `ttest_ind` loses digits, and warns, where seeds end alike.
+    """Return the half width, in standard errors, of the central `confidence` of Student's t distribution."""
+    # Not scipy.stats: its import takes a second, and `ttest_ind` loses digits and warns if seeds end almost equal.
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, (1 + confidence) / 2))
@@ -95,12 +94,12 @@ def _two_sided_p(t: float, degrees: float) -> float:
 
 
 def by_pair(comparison: Comparison) -> dict[tuple[str, str], Verdict]:
-    """Every verdict by its two labels, in both orders."""
-    both = [*comparison.verdicts, *map(_turned, comparison.verdicts)]
+    """Return the verdicts by pairs of labels, in both orders."""
+    both = [*comparison.verdicts, *map(_reversed, comparison.verdicts)]
     return {(verdict.first, verdict.second): verdict for verdict in both}
 
 
-def _turned(verdict: Verdict) -> Verdict:
+def _reversed(verdict: Verdict) -> Verdict:
     difference = verdict.difference
     if difference is not None:
         low = None if difference.high is None else -difference.high
@@ -111,7 +110,7 @@ def _turned(verdict: Verdict) -> Verdict:
 
 
 def headline(comparison: Comparison) -> str:
-    """Which contender ends lowest, by how much, and whether that is certain."""
+    """Say which contender ends lowest, by how much, and whether that is certain."""
     ranked = [entry for entry in comparison.contenders if entry.final is not None]
     if not ranked:
         return "No run has finished: there is no final loss to compare."
@@ -128,7 +127,7 @@ def headline(comparison: Comparison) -> str:
             f"{best.label} wins: it ends at {_loss(best)}, {below}, which is certain at {comparison.confidence:.0%}{p}."
         )
         return won + _over(beaten, len(others))
-    doubt = f"{best.label} ends lowest, at {_loss(best)}, {below}; whether it is truly better cannot be told."
+    doubt = f"{best.label} ends lowest, at {_loss(best)}, {below}; whether it is truly better is uncertain."
     return doubt + _over(beaten, len(others))
 
 
@@ -138,7 +137,7 @@ def _loss(entry: Entry) -> str:
 
 
 def _margin(verdict: Verdict, confidence: float) -> str:
-    """How far the second is above the first."""
+    """Format the difference and its interval."""
     difference = verdict.difference
     assert difference is not None
     return f"{abs(difference.mean):.4f}{_interval(difference, confidence)}"
@@ -151,7 +150,7 @@ def _interval(difference: Interval, confidence: float) -> str:
 
 
 def _over(beaten: int, others: int) -> str:
-    """How many of several others are certainly worse than the best."""
+    """Say how many of the others are certainly worse than the best."""
     if others == 1 or not beaten:
         return ""
     if beaten == others:

@@ -13,14 +13,14 @@ const NARROW = 700; // pixels, of a plot
 for (const section of document.querySelectorAll("section")) {
   const panel = JSON.parse(section.querySelector(".data").textContent);
   const plot = section.querySelector(".plot");
-  // Plotly's own set of buttons has one that uploads the plot.
+  // Plotly's default buttons include one that uploads the plot.
   Plotly.newPlot(plot, panel.traces, fitted(panel, plot.clientWidth), {
     responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
   });
   if (panel.frames.length) addPlayer(section, plot, panel);
 }
 
-// On a narrow screen the second axes go below the first, and the legend has a row for each name.
+// On a narrow screen, put the second axes below the first, and each name on its own legend row.
 function fitted(panel, width) {
   const layout = { ...COMMON, ...panel.layout };
   if (width >= NARROW) return layout;
@@ -39,7 +39,7 @@ function fitted(panel, width) {
   return layout;
 }
 
-// Shows the lines up to the step that the slider is at; the button moves it.
+// Show the lines up to the slider's step; the button plays the steps.
 function addPlayer(section, plot, panel) {
   const [button, slider, label] = ["button", "input", "output"].map((name) => section.querySelector(name));
   const moving = panel.traces.flatMap((trace, index) => (trace.customdata ? [index] : []));
@@ -84,7 +84,7 @@ function addPlayer(section, plot, panel) {
   show();
 }
 
-// How many points, each with its step first, are there up to this step; they ascend.
+// Return the number of points up to a step, by binary search; points are [step, value], ascending.
 function countUntil(points, step) {
   let [low, high] = [0, points.length];
   while (low < high) {

@@ -41,7 +41,7 @@ def test_rates_lie_evenly_on_a_log_scale() -> None:
     ],
 )
 def test_other_grids_are_refused_in_one_line(text: str) -> None:
-    with pytest.raises(UsageError, match=re.escape(f"--lr-grid {text}: it takes LOW:HIGH:COUNT, as in")):
+    with pytest.raises(UsageError, match=re.escape(f"--lr-grid {text}: must be LOW:HIGH:COUNT, as in")):
         parse_rates(text)
 
 

@@ -59,9 +59,9 @@ def test_what_is_no_photograph_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UsageError, match="no photographs"):
         bench_loader([tmp_path], 0, 1, silent)
     (tmp_path / "text.jpg").write_text("text")
-    with pytest.raises(UsageError, match=r"text.jpg: not a photograph that can be read"):
+    with pytest.raises(UsageError, match=r"text.jpg: not a readable photograph"):
         bench_loader([tmp_path], 0, 1, silent)
-    with pytest.raises(UsageError, match=r"missing.jpg: not a photograph that can be read: No such file"):
+    with pytest.raises(UsageError, match=r"missing.jpg: not a readable photograph: No such file"):
         bench_loader([tmp_path / "missing.jpg"], 0, 1, silent)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install torchvision"):

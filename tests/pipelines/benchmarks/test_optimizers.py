@@ -93,7 +93,7 @@ def test_one_whose_budget_is_spent_stops_and_the_others_go_on(stage: Stage) -> N
     assert len(results["slow"].samples) == 2  # 8 s, 16 s, 24 s
     assert len(results["fast"].samples) == 6
     assert stage.steps == ["slow", "fast"] * 3 + ["fast"] * 4
-    assert "slow: its time is spent, after 2 rounds" in stage.notes
+    assert "slow: budget used up after 2 rounds" in stage.notes
 
 
 def test_a_first_step_as_long_as_the_budget_is_the_only_sample(stage: Stage) -> None:
@@ -130,7 +130,7 @@ def test_steps_that_compile_belong_to_the_first_and_not_to_the_budget(stage: Sta
     assert result.first_step_s == 120.0
     assert list(result.samples.values()) == [2.0, 2.0, 2.0]
     assert result.only_sample_s is None
-    assert "compiled: first step 60 s with compiling" in stage.notes
+    assert "compiled: first step 60 s with compilation" in stage.notes
 
 
 @pytest.mark.parametrize("failing_step", [1, 3])
@@ -178,7 +178,7 @@ def test_too_little_memory_fails_that_optimizer_with_advice(stage: Stage, monkey
     monkeypatch.setattr(module, "free_bytes", lambda _: next(free))
     results = run(stage, actor(stage, "a"), actor(stage, "b"))
     assert results["a"].failed is None
-    assert "of memory are needed" in str(results["b"].failed)
+    assert "GB of memory, but" in str(results["b"].failed)
     assert "choose fewer optimizers with --optimizer" in str(results["b"].failed)
 
 

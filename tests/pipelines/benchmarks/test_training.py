@@ -114,7 +114,7 @@ def test_all_take_their_first_step_and_then_one_in_each_round(stage: Stage, act:
 def test_one_whose_budget_is_spent_stops_and_the_others_go_on(stage: Stage, act: Act) -> None:
     results = act(repeats=6, budget_s=20.0, slow=lambda _: 8.0, fast=lambda _: 1.0)
     assert [len(each.samples) for each in results.values()] == [2, 6]  # 8 s, 16 s, 24 s
-    assert "slow: its time is spent, after 2 rounds" in stage.notes
+    assert "slow: budget used up after 2 rounds" in stage.notes
 
 
 def test_a_first_step_as_long_as_the_budget_is_the_only_sample(act: Act) -> None:

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the curves. A contender has a line of its mean, a band from its lowest to its highest seed, and its single runs.
+// Draw the curves. A contender has a line of its mean, a band from its lowest to its highest seed, and its single runs.
 (function () {
   const data = JSON.parse(document.getElementById("curve-data").textContent);
   const place = document.getElementById("curves");
@@ -48,7 +48,7 @@
         customdata: run.train.steps, text: run.name,
         hovertemplate: "%{text}<br>training loss %{y:.4f}<br>step %{customdata:,}",
       };
-      // A diverged run is in no band: it is drawn as it is.
+      // A diverged run is in no band, so show it with the training curves too.
       if (run.diverged) trace.visible = (chosen.train || chosen.runs) && !hidden.has(contender.label);
       return trace;
     });
@@ -85,21 +85,21 @@
       ["train", "val"].filter((layer) => visible(contender, layer)).map((layer) => contender[layer])
     ).filter((curve) => curve !== null);
     const last = Math.max(0, ...curves.map((curve) => curve[chosen.x].at(-1)));
-    // Losses fall so far at the beginning that nothing else would be seen beside them.
+    // Exclude the beginning: losses fall so much there that they would hide everything else.
     const begin = last * (chosen.span === "half" ? 0.5 : 0.2);
     const late = curves.map((curve) => curve.mean.filter((loss, i) => loss !== null && curve[chosen.x][i] >= begin))
       .filter((losses) => losses.length > 0);
     if (last === 0 || late.length === 0) return {};
     const low = Math.min(...late.map((losses) => Math.min(...losses)));
     const highs = late.map((losses) => Math.max(...losses)).sort((a, b) => a - b);
-    // One of many that is far off would press the others into a line.
+    // Exclude outliers: they would compress the rest of the scale.
     const middle = highs[Math.floor(highs.length / 2)];
     const high = highs.filter((loss) => highs.length < 5 || loss <= middle + 3 * (middle - low)).at(-1);
     const margin = 0.06 * Math.max(high - low, 1e-3);
     return { x: [chosen.span === "half" ? begin : 0, last * 1.01], y: [low - margin, high + margin] };
   }
 
-  // On a narrow screen a legend has a row for each name. Plotly takes its height from the plot's, if it is not given room.
+  // On a narrow screen a legend has a row for each name. Without this room, plotly would shrink the plot.
   function legendHeight() {
     const longest = Math.max(...data.contenders.map((contender) => contender.label.length));
     const columns = Math.max(1, Math.floor((place.clientWidth - 72) / (60 + 7 * longest)));
@@ -130,7 +130,7 @@
     if (!hidden.delete(label)) hidden.add(label);
   }
 
-  // Shows one contender alone, or all again.
+  // Show one contender alone, or all again.
   function isolate(label) {
     const others = data.contenders.map((contender) => contender.label).filter((name) => name !== label);
     const alone = !hidden.has(label) && others.every((name) => hidden.has(name));
@@ -139,7 +139,7 @@
   }
 
   draw().then(() => {
-    // A double click is two clicks first, which undo each other.
+    // A double click also fires two clicks, which cancel each other.
     for (const [name, act] of [["plotly_legendclick", toggle], ["plotly_legenddoubleclick", isolate]]) {
       place.on(name, (event) => {
         act(event.data[event.curveNumber].name);

@@ -43,7 +43,7 @@ def test_a_fair_comparison_has_none(runs: Path) -> None:
         (
             {"evaluation__batches": 2},
             ["Validated on different amounts of data: 128 samples (asgo evaluation.batches=8), "
-             "32 samples (adamw evaluation.batches=2); losses differ for that too."],
+             "32 samples (adamw evaluation.batches=2); this changes losses too."],
         ),
         (
             {"model__d_ff": 256},
@@ -80,8 +80,8 @@ def test_runs_without_a_final_loss_are_told(runs: Path) -> None:
     record_divergence(write_run(runs / "asgo-s6", {0: 5.0}, optimizer="asgo", seed=6), 1, "nan")
     write_run(runs / "asgo-s7", {}, optimizer="asgo", seed=7)
     assert compare_runs([runs]).cautions == (
-        "Diverged, and so without a final loss: asgo-s5, asgo-s6.",
-        "Not finished, and so without a final loss: asgo-s4 (at step 80 of 160); their curves are drawn only "
+        "Diverged, so without a final loss: asgo-s5, asgo-s6.",
+        "Not finished, so without a final loss: asgo-s4 (at step 80 of 160); their curves are drawn only "
         "where no seed is finished.",
         "Stopped before the learning rate had decayed, which brings losses down: asgo-s4.",
         "Nothing recorded yet: asgo-s7.",
@@ -96,8 +96,8 @@ def test_a_constant_learning_rate_has_no_decay_to_wait_for(runs: Path) -> None:
 def test_few_and_unequal_seeds_are_told(runs: Path) -> None:
     write_run(runs / "muon", falling_to(3.1), optimizer="muon")
     assert compare_runs([runs]).cautions == (
-        "One finished seed alone: muon; how much of a difference is chance cannot be told.",
-        "Unequal numbers of finished seeds: 3 (asgo), 1 (muon); the means are not equally sure.",
+        "Only one finished seed: muon; a difference may be chance.",
+        "Unequal numbers of finished seeds: 3 (asgo), 1 (muon); the means are not equally precise.",
     )
 
 
@@ -114,8 +114,8 @@ def test_a_learning_rate_chosen_by_its_own_result_is_told(runs: Path) -> None:
     for lr in (0.003, 0.03):
         three_seeds(runs / str(lr), "asgo", 3.3, optimizer__lr=lr)
     assert compare_runs([runs]).cautions == (
-        "asgo lr=0.01 was chosen among 3 learning rates by the same runs that it is judged by: its final loss is a "
-        "little flattered.",
+        "asgo lr=0.01 was chosen among 3 learning rates by the same runs that give its final loss, which is "
+        "therefore slightly too low.",
     )
 
 
@@ -145,7 +145,7 @@ def test_unequal_searches_are_told(runs: Path) -> None:
             write_run(runs / place / "trials" / name, falling_to(3.0), optimizer=optimizer, seed=9)
         (runs / place / "trials" / "search.json").write_text("{}")
     assert compare_runs([runs]).cautions == (
-        "Unequal numbers of trials: 2 (asgo), 1 (muon); the search was kinder to some.",
+        "Unequal numbers of trials: 2 (asgo), 1 (muon); contenders with more trials had an advantage.",
     )
 
 
@@ -158,7 +158,7 @@ def test_trials_alone_are_no_results(tmp_path: Path) -> None:
     assert (comparison.entries, comparison.contenders, comparison.target) == ((), (), None)
     assert len(comparison.sensitivities[0].points) == 3
     assert comparison.cautions == (
-        "All runs are trials of a search: they show what a learning rate does, and are no results.",
+        "All runs are trials of a search: they show the effect of learning rates, but are not results.",
     )
 
 

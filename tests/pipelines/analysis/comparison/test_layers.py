@@ -38,5 +38,5 @@ def test_each_contender_that_recorded_its_layers_shows_them(
     assert "What happened in the layers" not in page.read_text(encoding="utf-8")
     layers.mkdir()
     (layers / "mine.txt").write_text("not a figure")
-    with pytest.raises(UsageError, match=r"holds figures/layers/mine.txt beside a report"):
+    with pytest.raises(UsageError, match=r"contains figures/layers/mine.txt beside a report"):
         write_report(compare_runs([tmp_path / "runs"]), tmp_path / "report", "asgo compare")

@@ -171,7 +171,7 @@ def test_a_page_of_many_runs_says_what_it_leaves_out(tmp_path: Path, monkeypatch
         write_run(tmp_path / str(index), falling_to(3 + decay), [5.0] * 160, optimizer__weight_decay=decay)
     write_run(tmp_path / "lost", {0: 5.0, 160: 6.0}, [5.0] * 160, optimizer__weight_decay=0.0, seed=1)
     content = html.unescape(render_page(compare_runs([tmp_path]), {}, [], []))
-    assert "are of the first 24 of 26 contenders" in content
+    assert "show the first 24 of 26 contenders" in content
     assert "4 of the contenders' 25 single runs" in content
     assert "<summary>2 other settings</summary>" in content
     contenders = json.loads(Text(content).scripts[0])["contenders"]

@@ -221,7 +221,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_named(tmp_path: Path) -> None:
     assert (run.state, run.final_loss, run.lost_rows) == ("finished", 3.0, 1)
     assert 101 not in run.train.steps
     assert np.isfinite(run.smoothed.losses).all()
-    assert "Losses that are not finite, which are gaps in the curves: gap." in compare_runs([tmp_path]).cautions
+    assert "Losses that are not finite, shown as gaps in the curves: gap." in compare_runs([tmp_path]).cautions
 
 
 def test_of_a_step_that_was_recorded_twice_the_last_record_counts(tmp_path: Path) -> None:

@@ -167,16 +167,16 @@ def test_the_headline_names_a_winner_only_where_it_is_certain(tmp_path: Path) ->
     )
     close = ended(tmp_path / "close", {"asgo": (3.0, 3.2, 3.1), "adamw": (3.1, 3.0, 3.3)})
     assert close.startswith("asgo ends lowest, at 3.1000, 0.0333 (95% interval -")
-    assert close.endswith("whether it is truly better cannot be told.")
+    assert close.endswith("whether it is truly better is uncertain.")
     single = ended(tmp_path / "single", {"asgo": (3.0,), "adamw": (3.5,)})
     assert single == (
-        "asgo ends lowest, at 3.0000, 0.5000 below adamw, the next; whether it is truly better cannot be told."
+        "asgo ends lowest, at 3.0000, 0.5000 below adamw, the next; whether it is truly better is uncertain."
     )
 
 
 def test_the_headline_counts_whom_the_best_is_certainly_better_than(comparison: Comparison, tmp_path: Path) -> None:
     finals: dict[str, Sequence[float]] = {"asgo": (3.0, 3.02), "muon": (3.01, 3.02), "adam": (4.0, 4.02)}
-    assert ended(tmp_path, finals).endswith("cannot be told. 1 of 2 others is certainly worse.")
+    assert ended(tmp_path, finals).endswith("is uncertain. 1 of 2 others is certainly worse.")
     assert headline(comparison).startswith("muon wins: ")
 
 
