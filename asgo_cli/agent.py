@@ -73,9 +73,8 @@ def run_workers(arguments: Sequence[str]) -> int:
         logger.propagate = False
         logger.addHandler(logging.NullHandler())
     options = torchrun.parse_args(list(arguments))  # type: ignore[no-untyped-call]
-    options.rdzv_endpoint = (
-        options.rdzv_endpoint or _LOOPBACK
-    )  # without an endpoint, torch warns about options that were not given
+    # Without an endpoint, torch warns about options that were not given.
+    options.rdzv_endpoint = options.rdzv_endpoint or _LOOPBACK
     with _scratch_folder() as folder, _signals_handled() as signals:
         options.log_dir = str(folder / "logs")
         config, command, command_arguments = torchrun.config_from_args(options)

@@ -24,7 +24,7 @@ def demo(
         Path, typer.Option(metavar="FOLDER", help="Folder for data, runs and figures; finished parts are kept.")
     ] = Path("runs/demo"),
 ) -> None:
-    """Run the whole program on a small example, in three minutes.
+    """Try the whole program in three minutes.
 
     Tokenizes the Python sources of the standard library, trains a small GPT with three optimizers from one seed,
     exports the metrics, and draws losses and trajectories. Needs no network. A second call shows the same results.

@@ -138,7 +138,7 @@ def _options_of(task: TaskDescription) -> list[_Option]:
         autocompletion=names.completing(task.presets),
     )
     data = typer.Option(metavar="FOLDER", help=f"{task.data}.", show_default="the preset's")
-    batch_size = typer.Option(metavar="N", help=f"{task.samples} a step, over all processes.")
+    batch_size = typer.Option(metavar="N", help=f"{task.samples} per step, over all processes.")
     options = [
         _Option("preset", Annotated[str | None, preset]),
         _Option("optimizer", OptimizerOption, "optimizer.name"),

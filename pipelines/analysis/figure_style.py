@@ -51,12 +51,8 @@ TARGET: dict[str, Any] = {"color": NEUTRAL_COLOUR, "linewidth": 0.9, "linestyle"
 
 _EDGE = 0.05  # inches between a legend and the figure's edge
 _LETTERS = (8.0, 7.0, 6.5)  # font sizes of a legend, in points
-_HANDLE, _PADDING, _SPACING, _BORDER = (
-    3.2,
-    0.8,
-    1.5,
-    0.4,
-)  # of a legend, in em; the handle is long enough for every dash pattern
+# Of a legend, in em. The handle is long enough for every dash pattern.
+_HANDLE, _PADDING, _SPACING, _BORDER = 3.2, 0.8, 1.5, 0.4
 _SHORTEST = 8.0  # em: minimum line length of a wrapped label
 _USUAL_LINES = 3
 _GAP = 3.0  # pixels around a tick label

@@ -40,12 +40,11 @@ def keep_evenly(steps: Array, last_step: int, points: int) -> Indices:
 
 
 def moving_mean(values: Array, half: int) -> Array:
-    """Return the mean of each value and `half` values on each side; near the ends, the window is smaller."""
+    """Return the mean of each value and `half` on each side: fewer on both sides at the start, on one at the end."""
     sums: npt.NDArray[Any] = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
-    reach = np.minimum(
-        index, half
-    )  # keep the window centred at the start, where losses fall fast: otherwise the mean is biased
+    # Keep the window centred at the start, where losses fall fast: otherwise the mean is biased.
+    reach = np.minimum(index, half)
     first, end = index - reach, np.minimum(index + reach + 1, len(values))
     means: Array = (sums[end] - sums[first]) / (end - first)
     return means

@@ -82,7 +82,7 @@ def test_runs_without_a_final_loss_are_told(runs: Path) -> None:
     assert compare_runs([runs]).cautions == (
         "Diverged, so without a final loss: asgo-s5, asgo-s6.",
         "Not finished, so without a final loss: asgo-s4 (at step 80 of 160); their curves are drawn only "
-        "where no seed is finished.",
+        "if no seed has finished.",
         "Stopped before the learning rate had decayed, which brings losses down: asgo-s4.",
         "Nothing recorded yet: asgo-s7.",
     )

@@ -215,7 +215,7 @@ def test_runs_of_different_tasks_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("numbers", [{"target": float("nan")}, {"confidence": 1.0}, {"confidence": 0.0}])
 def test_numbers_out_of_range_are_refused(tmp_path: Path, numbers: dict[str, float]) -> None:
     write_run(tmp_path / "run", falling_to(3.0))
-    with pytest.raises(UsageError, match="should be"):
+    with pytest.raises(UsageError, match="must be"):
         compare_runs([tmp_path], **numbers)
 
 
