@@ -202,7 +202,7 @@ def test_a_path_without_runs_is_refused(tmp_path: Path) -> None:
         find_runs([tmp_path / "run", tmp_path / "none"])
     with pytest.raises(UsageError, match="missing: no such folder"):
         find_runs([tmp_path / "missing"])
-    with pytest.raises(UsageError, match=r"config\.json: no such folder"):
+    with pytest.raises(UsageError, match=r"config\.json: this is a file"):
         find_runs([tmp_path / "run" / "config.json"])
 
 
@@ -256,7 +256,7 @@ def test_many_runs_that_cannot_be_read_are_told_in_few_lines(tmp_path: Path) -> 
     found = find_runs([tmp_path]) | {f"gone{number}": tmp_path / f"gone{number}" for number in range(40)}
     _, left_out = read_runs(found)
     assert len(left_out) == 5
-    assert left_out[-1].startswith("36 more runs")
+    assert left_out[-1].startswith("36 more unreadable runs")
 
 
 def test_nesting_too_deep_is_one_line(tmp_path: Path) -> None:
