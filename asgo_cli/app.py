@@ -108,8 +108,8 @@ def _root(
 
 def main() -> None:
     """Run the command line and turn every error into one line and an exit code."""
-    # OpenMP threads that wait for each other spin, by default 300,000 times: with other work on the same two cores,
-    # training fell from 11,000 tokens a second to 500. With 10,000 it keeps 3,000, and alone it loses nothing.
+    # Waiting OpenMP threads spin, 300,000 times by default: with other work on the same two cores, training fell from
+    # 11,000 tokens per second to 500. With 10,000 spins it keeps 3,000, and without other work it is not slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     console.guard_streams()
     # A notebook passes on its own backend; where that is not installed, importing matplotlib fails.

@@ -67,9 +67,9 @@ def verdicts(contenders: Sequence[Entry], confidence: float) -> tuple[Verdict, .
 def rule(confidence: float) -> str:
     """Describe the rule of `verdicts`."""
     return (
-        f"Better or worse is said only where Welch's t-test on the final validation losses over seeds gives "
-        f"p < {1 - confidence:.3g} after Holm's correction over all pairs. Fewer than two seeds on a side, or seeds "
-        "that all end alike, cannot tell."
+        "The verdict is better or worse only if Welch's t-test on the final validation losses over seeds gives "
+        f"p < {1 - confidence:.3g} after Holm's correction over all pairs. With fewer than two seeds on a side, or "
+        "if all seeds of each side end alike, it is cannot tell."
     )
 
 
