@@ -1,4 +1,4 @@
-"""Addresses as they may be shown and written down."""
+"""Remove secrets from addresses before they are shown or stored."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ _ADDRESS = re.compile(r"(\w+://)(?:[^\s/]*@)?([^\s?#\"'<>)]*)(\?[^\s\"'<>)]*)?")
 
 
 def without_secrets(text: str) -> str:
-    """`text` with no login and no query in its addresses: a password, the signature of a signed address."""
+    """Return `text` without the login and the query of its addresses: passwords, and signatures of signed URLs."""
     return _ADDRESS.sub(lambda found: f"{found[1]}{found[2]}{'?...' if found[3] else ''}", text)

@@ -28,7 +28,7 @@ _TOKENS_AT_ONCE = 1 << 12
 class TokenData:
     """A folder of token shards, open for reading.
 
-    `tokenizer` is what `build_tokenizer` takes. Equal data has an equal `fingerprint`, wherever the folder lies.
+    `tokenizer` is the argument of `build_tokenizer`. The `fingerprint` depends on the data, not on the folder's path.
     """
 
     folder: Path
@@ -40,7 +40,7 @@ class TokenData:
 
 
 def open_token_data(folder: Path) -> TokenData:
-    """Open a folder that `asgo data`, llm.c, modded-nanogpt or nanoGPT made.
+    """Open a folder that `asgo data`, llm.c, modded-nanogpt or nanoGPT wrote.
 
     Raises `UsageError` if it does not exist, and `AsgoError` if it is unfinished, or if the manifest or a shard is
     missing or damaged.
@@ -79,18 +79,18 @@ def _open_without_manifest(folder: Path) -> TokenData:
 
 
 class TrainingBatches:
-    """The training windows in an order that depends on nothing but `seed`, the batch size and the data.
+    """The training windows, in an order that depends only on `seed`, the batch size and the data.
 
-    A window is `context_length` inputs and one more target inside one shard; inputs do not overlap. Each epoch
-    goes through all windows once, in its own order. Global batch `step` (0-based) holds the windows at the places
-    `step * batch_size` up to `(step + 1) * batch_size` of that stream, across the end of an epoch too. Processes and
-    micro-batches take slices of the same global batch, so their number does not change what is learned from.
+    A window is `context_length + 1` consecutive tokens of one shard: the inputs, and the targets one token later.
+    Inputs do not overlap. Each epoch contains all windows once, in its own order. Global batch `step` (0-based) holds
+    the windows `step * batch_size` up to `(step + 1) * batch_size` of that stream, also across the end of an epoch.
+    Ranks and micro-batches take slices of the same global batch, so their number does not change the training data.
     """
 
     def __init__(
         self, data: TokenData, context_length: int, batch_size: int, seed: int, *, pinned: bool = False
     ) -> None:
-        """With `pinned`, batches are in memory that a CUDA device can fetch them from while the program goes on.
+        """With `pinned`, batches are in pinned memory, so copies to a CUDA device can be asynchronous.
 
         Raises `AsgoError` if no shard is long enough for one window.
         """
@@ -102,21 +102,21 @@ class TrainingBatches:
             raise _too_short(data.folder, data.train, context_length, "training")
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some rows of global batch `step`: int64 tensors, (rows, context_length)."""
+        """Return inputs and targets of the given rows of global batch `step`: int64 tensors, (rows, context_length)."""
         first = step * self._batch_size
         _, windows = self._stream.at(np.arange(first, first + self._batch_size)[rows])
         return self._windows.read(windows)
 
     def epoch_at(self, step: int) -> float:
-        """How many times the data has been gone through before global batch `step`."""
+        """Return the epochs completed before global batch `step`, with a fraction."""
         return step * self._batch_size / self.windows_per_epoch
 
 
 class ValidationBatches:
-    """The same windows each time, evenly spaced over the validation shards; its length is their number."""
+    """A fixed set of windows, evenly spaced over the validation shards; `len` is the number of windows."""
 
     def __init__(self, data: TokenData, context_length: int, count: int | None, *, pinned: bool = False) -> None:
-        """`count` windows; all if there are fewer, or if `count` is None.
+        """Choose `count` windows, or all if there are fewer or `count` is None.
 
         Raises `AsgoError` if no shard is long enough for one window.
         """
@@ -130,12 +130,12 @@ class ValidationBatches:
         return len(self._chosen)
 
     def read(self, places: range) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the windows at some places of their order, as in `TrainingBatches`."""
+        """Return inputs and targets of the windows with these indices, shaped as in `TrainingBatches.batch`."""
         return self._windows.read(self._chosen[places.start : places.stop])
 
 
 class _Windows:
-    """The windows of some shards, numbered from the first shard's beginning to the last one's end."""
+    """The windows of several shards, numbered from the start of the first shard to the end of the last."""
 
     def __init__(self, shards: Sequence[TokenFile], context_length: int, pinned: bool) -> None:
         self._shards = shards
@@ -146,30 +146,28 @@ class _Windows:
         self.count = int(self._first[-1])
 
     def read(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of the windows (rows,): int64 tensors (rows, context_length).
-
-        A few windows at a time go from their files to their two places.
-        """
+        """Return inputs and targets of the windows (rows,): int64 tensors, (rows, context_length)."""
         shards = np.searchsorted(self._first, windows, side="right") - 1
         starts = (windows - self._first[shards]) * self._context_length
         places = list(zip(shards.tolist(), starts.tolist(), strict=True))
         shape = (len(windows), self._context_length)
         inputs, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=self._pinned) for _ in range(2))
+        # A few windows at a time: the uint16 buffer stays in the CPU cache.
         tokens = np.empty((self._at_once, self._context_length + 1), dtype=np.uint16)
         for first in range(0, len(places), self._at_once):
-            some = places[first : first + self._at_once]
-            for row, (shard, start) in zip(tokens, some, strict=False):
+            chunk = places[first : first + self._at_once]
+            for row, (shard, start) in zip(tokens, chunk, strict=False):
                 self._shards[shard].read_into(row, start)
-            rows = slice(first, first + len(some))
-            inputs.numpy()[rows] = tokens[: len(some), :-1]
-            targets.numpy()[rows] = tokens[: len(some), 1:]
+            rows = slice(first, first + len(chunk))
+            inputs.numpy()[rows] = tokens[: len(chunk), :-1]
+            targets.numpy()[rows] = tokens[: len(chunk), 1:]
         return inputs, targets
 
 
 def _advice_on_file(file: Path) -> str:
     if file.suffix == ".bin":
-        return f"give the folder that it is in: {command('--data', file.parent)}"
-    return f"make tokens of its text with: {command('asgo', 'data', 'text', file, '--out', 'FOLDER')}"
+        return f"pass its folder: {command('--data', file.parent)}"
+    return f"tokenize its text with: {command('asgo', 'data', 'text', file, '--out', 'FOLDER')}"
 
 
 def _command_that_makes(folder: Path) -> str:
@@ -193,5 +191,5 @@ def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> TokenFile:
 def _too_short(folder: Path, shards: Sequence[TokenFile], context_length: int, part: str) -> AsgoError:
     return AsgoError(
         f"{folder}: the longest {part} shard has {max(map(len, shards)):,} tokens, and one window of context length "
-        f"{context_length:,} takes {context_length + 1:,}; give more text, or a shorter context"
+        f"{context_length:,} needs {context_length + 1:,}; use more text or a shorter context"
     )

@@ -1,4 +1,4 @@
-"""Processes that a preparation or a loader starts."""
+"""Start and end the child processes of data preparation and of loaders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 def start_child(
     work: Callable[..., None], *arguments: object, duplex: bool = True, hold_back: Sequence[signal.Signals] = ()
 ) -> tuple[BaseProcess, Connection[Any, Any]]:
-    """Start a process that runs `work(connection, *arguments)`; returns it and the other end of its connection."""
+    """Start a process that runs `work(connection, *arguments)`; return it and the parent's end of the connection."""
     context = multiprocessing.get_context("spawn")
     connection, other_end = context.Pipe(duplex)
     process = context.Process(target=work, args=(other_end, *arguments), daemon=True)
@@ -29,11 +29,13 @@ def start_child(
 
 @contextlib.contextmanager
 def signals_held_back(*more: signal.Signals) -> Iterator[None]:
-    """A process started in here meets no Ctrl-C, no closed terminal, and none of the signals `more`.
+    """Context manager: processes started in it block SIGINT, SIGHUP and the signals `more`.
 
-    They go to all processes at once. Before `begin_child`, Ctrl-C would end it with a traceback.
+    A terminal sends these signals to all its processes. Ctrl-C would end a child with a traceback until it has called
+    `begin_child`.
     """
-    resource_tracker.ensure_running()  # comes before the first process, and would let Ctrl-C through again
+    # The first start of a process also starts the resource tracker, which unblocks SIGINT: start the tracker before.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, *more})
     try:
         yield
@@ -42,7 +44,7 @@ def signals_held_back(*more: signal.Signals) -> Iterator[None]:
 
 
 def begin_child() -> None:
-    """Leave Ctrl-C to the parent, which ends its children; and end when the parent is killed and cannot do that."""
+    """Ignore Ctrl-C, because the parent ends its children, and exit if the parent is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Where `asgo data text` writes: beside the folder, to exchange it as a whole, or in it where that cannot be."""
+"""Where `asgo data text` writes: to a staging folder that replaces the output folder at the end, or in place."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pipelines.errors import UsageError
 from pipelines.storage import staged_folder, write_atomically
 
 _MARK = b'{"command": "data text"}\n'
-"""The content of `unfinished.json` in a folder that is written in place. Such work is begun anew, not resumed."""
+"""The content of `unfinished.json` in a folder that is written in place. Such work restarts; it is not resumed."""
 
 
 def check_destination(out: Path, *, overwrite: bool) -> None:
-    """Raise `UsageError` unless a data folder may be made at `out`.
+    """Raise `UsageError` unless a data folder may be created at `out`.
 
-    Free is what does not exist, is an empty folder, or was left by this command when it was killed; with `overwrite`
-    also a folder of token shards that holds nothing else, so that no other work is ever deleted.
+    `out` may be missing, an empty folder, or left by this command when it was killed. With `overwrite` it may also be
+    a folder that holds token shards and nothing else, so other files are never deleted.
     """
     if not out.exists():
         return
@@ -37,14 +37,14 @@ def check_destination(out: Path, *, overwrite: bool) -> None:
     expected = {MANIFEST, UNFINISHED, *(shard.file for shard in load_manifest(out).shards)}
     others = [name for name in names if name not in expected]
     if others:
-        raise UsageError(f"{out}: it also holds {others[0]}, so it is not overwritten; move that away first")
+        raise UsageError(f"{out}: it also holds {others[0]}, so it is not overwritten; move that file away first")
     _require_exchangeable(out)
 
 
 @contextlib.contextmanager
 def held_destination(out: Path, *, overwrite: bool) -> Iterator[None]:
-    """Keep other processes from preparing `out`; raises as `check_destination` does, and while another one is at it."""
-    target = out.resolve()  # through a link, which stays
+    """Lock `out` against other processes. Raises as `check_destination` does, and if another process holds the lock."""
+    target = out.resolve()  # replace the target of a symbolic link, not the link
     with held_folder(target) if _is_written_in_place(target) else held_name(target):
         check_destination(out, overwrite=overwrite)
         yield
@@ -52,9 +52,9 @@ def held_destination(out: Path, *, overwrite: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged_data(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write a data folder to, which becomes `out` at the end, or goes away on an error.
+    """Yield a folder to write to. It becomes `out` at the end; on an error it is removed.
 
-    Raises as `check_destination` does if `out` is no longer free at the end.
+    Raises as `check_destination` does if `out` is occupied at the end.
     """
     target = out.resolve()
     if _is_written_in_place(target):
@@ -72,12 +72,12 @@ def staged_data(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_written_in_place(target: Path) -> bool:
-    """An empty folder may be a mount point, or in a parent that is not the user's: no other can take its place."""
+    """Whether to write in place. A given empty folder may be a mount point or in a read-only parent: keep it."""
     return target.is_dir() and (_is_left_over(target) or not any(target.iterdir()))
 
 
 def _is_left_over(folder: Path) -> bool:
-    """Whether a folder holds what a killed process has left there, and nothing else."""
+    """Whether a folder holds only the files of a killed process."""
     mark = folder / UNFINISHED
     is_begun = mark.is_file() and not (folder / MANIFEST).exists() and mark.read_bytes() == _MARK
     return is_begun and not foreign_names(folder)

@@ -1,4 +1,4 @@
-"""Documents out of files, one at a time: plain text, JSON lines, and Parquet."""
+"""Read documents from plain text, JSON lines and Parquet files, one at a time."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json
 
 Document = str | Iterator[str]
-"""A document's text, or its pieces where it is long; they are to be used up before the next document is asked for."""
+"""A document's text, or the pieces of a long one. Consume the pieces before you request the next document."""
 
 PIECE_BYTES = 1 << 20
 LONGEST_WORD = 1 << 22
-"""Characters that may follow each other without a place to cut: to encode them takes a hundred times their memory."""
+"""Maximum number of characters without a place to cut. Encoding takes about 100 times their memory."""
 
 _LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PLAIN_SUFFIXES = (".txt", *_LINE_SUFFIXES)
@@ -39,13 +39,13 @@ _FOLDER_SUFFIXES = (
 
 
 def find_files(inputs: Sequence[Path], column: str = "text", left_out: Counter[str] | None = None) -> list[Path]:
-    """The files that `inputs` name: a file is itself, a folder is its text files, sorted, links followed.
+    """Return the files that `inputs` name. A folder stands for its text files, sorted; links are followed.
 
-    `left_out` counts, by its kind, what a folder holds besides: hidden files, other ones, and `.json` that is not lines
-    with the text under `column`.
+    `left_out` counts the skipped files of folders by kind: hidden files, other files, and `.json` files that are not
+    JSON lines with the text under `column`.
 
     Raises `UsageError` for a path that does not exist, a dangling link, a folder without a text file, and a file named
-    twice (its text could be in the training and the validation part at once).
+    twice (its text could be in both training and validation data).
     """
     left_out = Counter() if left_out is None else left_out
     files = [file for path in inputs for file in _expand(path, column, left_out)]
@@ -61,11 +61,11 @@ def find_files(inputs: Sequence[Path], column: str = "text", left_out: Counter[s
 def read_documents(
     files: Iterable[Path], column: str = "text", last_cut: Callable[[str], int] = len
 ) -> Iterator[Document]:
-    """Every document of `files`, in order; a blank one comes as "", so that a document's number is its place.
+    """Yield every document of `files`, in order. A blank document is "", so documents keep their numbers.
 
-    JSON lines hold one document a line and Parquet one a row, under the name `column`; any other file is one document.
-    gzip and zstd are unpacked, whatever a file's name. A long document is cut where `last_cut` says (see `Tokenizer`).
-    Raises `AsgoError` with file and line or row for what is not text, and for one that cannot be cut.
+    JSON lines hold one document per line and Parquet one per row, under the name `column`; any other file is one
+    document. gzip and zstd are decompressed, whatever a file's name. A long document is cut where `last_cut` says (see
+    `Tokenizer`). Raises `AsgoError` with file and line or row for content that is not text or cannot be cut.
     """
     for file in files:
         for document, where in _documents_of(file, column):
@@ -78,12 +78,12 @@ def read_documents(
 
 
 def pieces_of(document: Document) -> Iterable[str]:
-    """A document's text in one or more pieces."""
+    """Return a document's text in one or more pieces."""
     return (document,) if isinstance(document, str) else document
 
 
 def in_pieces(text: str, where: str, last_cut: Callable[[str], int]) -> Document:
-    """A text, cut if it is long, as in `read_documents`."""
+    """Return a text as a document: cut into pieces if it is long, as in `read_documents`."""
     if len(text) <= PIECE_BYTES:
         return text
     slices = (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
@@ -91,14 +91,14 @@ def in_pieces(text: str, where: str, last_cut: Callable[[str], int]) -> Document
 
 
 def decode_utf8(raw: bytes, where: str) -> str:
-    """`raw` as text, without a byte order mark. Raises `AsgoError` with `where` and the first bad byte's offset."""
+    """Decode `raw` and drop a byte order mark. Raises `AsgoError` with `where` and the first invalid byte's offset."""
     return "".join(_decode([raw], where))
 
 
 def walk_files(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str] | None = None) -> Iterator[Path]:
-    """The files below `folder` that end so, sorted by folder and name, each once; `left_out` counts the others.
+    """Yield the files below `folder` with these suffixes once each, sorted by folder and name.
 
-    Links are followed. Raises `UsageError` for a dangling one.
+    `left_out` counts the others. Links are followed. Raises `UsageError` for a dangling link.
     """
     left_out = Counter() if left_out is None else left_out
     seen: set[tuple[int, int]] = set()
@@ -116,7 +116,7 @@ def walk_files(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str] |
         return True
 
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if not is_new(Path(parent)):  # two links, or one that leads back: without this, a walk would never end
+        if not is_new(Path(parent)):  # a link to a parent folder would make the walk endless
             folders.clear()
             continue
         left_out["hidden"] += sum(name.startswith(".") for name in (*folders, *names))
@@ -131,14 +131,14 @@ def walk_files(folder: Path, suffixes: tuple[str, ...], left_out: Counter[str] |
 
 
 def _kind_left_out(path: Path, suffixes: tuple[str, ...]) -> str | None:
-    """Why a file of a folder is no input, or None if it is one."""
+    """Return why a file of a folder is not an input, or None if it is one."""
     try:
         path.stat()
     except OSError as error:
         if error.errno == errno.ELOOP:
             return "linked to itself"
         if path.is_symlink():
-            raise UsageError(f"{path}: a dangling link to {path.readlink()}; mend it or remove it") from None
+            raise UsageError(f"{path}: a dangling link to {path.readlink()}; repair it or remove it") from None
         raise
     if not path.name.lower().endswith(suffixes):
         return f"ending in {path.suffix.lower()}" if path.suffix else "without an ending"
@@ -164,7 +164,7 @@ def _expand(path: Path, column: str, left_out: Counter[str]) -> list[Path]:
 
 
 def _is_other_json(file: Path, column: str) -> bool:
-    """Whether a file named .json holds anything but JSON lines of text: a configuration, an array."""
+    """Whether a file named .json is not JSON lines of text, but for example a configuration or an array."""
     if not without_packing(file.name).endswith(".json"):
         return False
     with unpacked(file) as stream:
@@ -177,7 +177,7 @@ def _is_other_json(file: Path, column: str) -> bool:
 
 
 def _cut_anew(pieces: Iterable[str], where: str, last_cut: Callable[[str], int]) -> Iterator[str]:
-    """The same text in pieces that can be encoded each for itself."""
+    """Yield the same text in pieces that can be encoded independently."""
     rest = ""
     for piece in pieces:
         text = rest + piece
@@ -187,21 +187,21 @@ def _cut_anew(pieces: Iterable[str], where: str, last_cut: Callable[[str], int])
         rest = text[cut:]
         if len(rest) > LONGEST_WORD:
             raise AsgoError(
-                f"{where}: {len(rest):,} characters without a blank or another place to cut them, too many for gpt2; "
-                "put line breaks into the text, or pass --tokenizer bytes"
+                f"{where}: {len(rest):,} characters without whitespace or another place to cut, too many for gpt2; "
+                "insert line breaks into the text, or pass --tokenizer bytes"
             )
     if rest:
         yield rest
 
 
 def _documents_of(file: Path, column: str) -> Iterator[tuple[Document, str]]:
-    """The documents of a file, and where each of them is."""
+    """Yield the documents of a file, each with its location."""
     name = without_packing(file.name)
     if name.endswith(_LINE_SUFFIXES):
         if _is_other_json(file, column):
             raise AsgoError(
-                f'{file}: not JSON lines, one object a line with its text under "{column}" (--text-column names '
-                "another); to take the file itself for text, give it a name that ends in .txt"
+                f'{file}: not JSON lines, one object per line with its text under "{column}" (choose another with '
+                "--text-column); to read the file itself as text, rename it to end in .txt"
             )
         return _read_json_lines(file, column)
     with naming_damage(file), file.open("rb") as opened:
@@ -216,7 +216,7 @@ def _read_text(file: Path) -> Iterator[tuple[Document, str]]:
     if is_short:
         yield decode_utf8(start, str(file)), str(file)
     else:
-        blank = all(piece.isspace() for piece in _pieces(file))  # no more is read than up to the first text
+        blank = all(piece.isspace() for piece in _pieces(file))  # stops at the first text
         yield "" if blank else _pieces(file), str(file)
 
 
@@ -226,7 +226,7 @@ def _pieces(file: Path) -> Iterator[str]:
 
 
 def _decode(chunks: Iterable[bytes], where: str) -> Iterator[str]:
-    """Chunks of bytes as text, as in `decode_utf8`; a character may be cut by their ends."""
+    """Decode chunks of bytes as `decode_utf8` does; a character may span two chunks."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done, is_first = 0, True
     for chunk in itertools.chain(chunks, (b"",)):
@@ -246,7 +246,7 @@ def _decode(chunks: Iterable[bytes], where: str) -> Iterator[str]:
 
 def _read_json_lines(file: Path, column: str) -> Iterator[tuple[str, str]]:
     with unpacked(file) as stream:
-        # Lines are cut as bytes: in text, U+2028 and its like would end a line too.
+        # Split bytes, not text: in text, U+2028 and similar characters would also end a line.
         for where, line in bounded_lines(stream, str(file)):
             text = decode_utf8(line, where)
             if text.strip():
@@ -276,9 +276,9 @@ def _text_of_row(row: object, where: str, column: str) -> str:
 
 
 def _hint(row: object) -> str:
-    """The names of the strings that a row has instead."""
+    """Return a hint with the names of the strings that the row has."""
     names = [name for name, value in row.items() if isinstance(value, str)] if isinstance(row, dict) else []
-    return f"; it has {', '.join(names[:8])}: name one of them by --text-column" if names else ""
+    return f"; it has {', '.join(names[:8])}: choose one with --text-column" if names else ""
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""One file over HTTP(S), resumed whatever happens to the connection or to this process on the way.
+"""Download one file over HTTP(S); resume after a lost connection or a killed process.
 
-By the standard library's client: it needs nothing that another package may stop bringing along (huggingface_hub has
-changed its own), asks for no compressed answers, and reads a body in pieces as large as the socket has them.
+Uses the standard library's client: it depends on no other package (huggingface_hub has changed its HTTP library), does
+not request compressed responses, and returns body data as soon as the socket has some.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pipelines.storage import parse_json, refusing_links, sync, write_atomically
 
 _PIECE = 1 << 20
 _SMALL = 1 << 20
-_CHANGED = "the file on the server is another now"
+_CHANGED = "the file on the server has changed"
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What an error says to do: after HTTP 401 and 403, with another server, and without a download."""
+    """Advice in error messages: after HTTP 401 or 403, on another server, and on a manual download."""
 
     no_access: str
     elsewhere: str
@@ -50,7 +50,7 @@ class Advice:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server says before the body. `length` is that of the whole file, in bytes, where it is known."""
+    """Headers of a response. `length` is the whole file's, in bytes; None if unknown."""
 
     start: int
     length: int | None
@@ -60,7 +60,7 @@ class Answer:
 
 
 def check_url(url: str) -> str:
-    """The base URL with a slash at its end. Raises `UsageError` for anything but http and https with a host."""
+    """Return the base URL with a slash at its end. Raises `UsageError` unless it is http or https with a host."""
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -72,18 +72,21 @@ def check_url(url: str) -> str:
 
 
 def without_login(url: str) -> str:
-    """A URL as people and files may see it."""
+    """Return the URL without user name and password, fit for messages and files."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
 
 
 def get(url: str, headers: Mapping[str, str], advice: Advice, send: Send[Answer | bytes]) -> None:
-    """Send the `Answer` and then the body in pieces; it may end too early. Raises `Failed`."""
+    """Request `url` and pass the `Answer`, then the pieces of the body, to `send`.
+
+    The body may end too early. Raises `Failed`.
+    """
     request = urllib.request.Request(quote(without_login(url), safe="%/:=&?~#+!$,;'@()*[]"), headers=dict(headers))
     parts = urlsplit(url)
     if parts.username is not None:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
-        # Not for the hosts that the server may send us on to.
+        # Unredirected: the hosts of redirects must not get the password.
         request.add_unredirected_header("Authorization", f"Basic {base64.b64encode(login).decode()}")
     try:
         with urllib.request.urlopen(request, timeout=limits.STALL_S) as response:
@@ -94,7 +97,7 @@ def get(url: str, headers: Mapping[str, str], advice: Advice, send: Send[Answer 
                 left = None if left is None else left - len(piece)
     except (OSError, http.client.HTTPException) as error:
         raise _failed(error, advice) from error
-    except ValueError as error:  # what the library makes of some host names
+    except ValueError as error:  # http.client raises it for some host names
         raise Failed(Failure(f"no usable address ({error})", "lasting")) from error
 
 
@@ -103,7 +106,7 @@ def _answer(response: http.client.HTTPResponse) -> Answer:
     if response.status == 206:
         match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
         if match is None:
-            raise http.client.HTTPException("a part came without saying which")
+            raise http.client.HTTPException("a partial response without a Content-Range")
         start, length = int(match[1]), None if match[2] == "*" else int(match[2])
     return Answer(
         start=start,
@@ -121,7 +124,7 @@ def _failed(error: Exception, advice: Advice) -> Failed:
     if isinstance(reason, ssl.SSLCertVerificationError):
         return Failed(Failure(f"the server's certificate is not trusted ({reason.verify_message})", "lasting"))
     if isinstance(reason, TimeoutError):
-        return Failed(Failure(f"nothing came for {limits.STALL_S:.0f} s", "unreachable"))
+        return Failed(Failure(f"no data for {limits.STALL_S:.0f} s", "unreachable"))
     text = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
     return Failed(Failure(" ".join(text.split()), "unreachable"))
 
@@ -135,14 +138,14 @@ def _refused(error: urllib.error.HTTPError, advice: Advice) -> Failed:
         text += f" at {without_login(error.url)}: {advice.elsewhere}, or {advice.by_hand}"
         return Failed(Failure(text, "lasting"), status=error.code)
     if error.code == 416:
-        return Failed(Failure("the file on the server is shorter now; it begins again", "refused for now"), status=416)
+        return Failed(Failure("the file on the server is shorter now; restarting", "refused for now"), status=416)
     if error.code in (408, 429) or error.code >= 500:
         return Failed(Failure(text, "refused for now"), _retry_after(error.headers.get("Retry-After")))
     return Failed(Failure(text, "lasting"))
 
 
 def _retry_after(value: str | None) -> float:
-    """Seconds: the header gives them, or a date."""
+    """Return the seconds of a `Retry-After` header, which gives seconds or a date."""
     if value is None:
         return 0.0
     if value.strip().isdigit():
@@ -154,7 +157,7 @@ def _retry_after(value: str | None) -> float:
 
 @dataclass(frozen=True)
 class _Note:
-    """What is known of the file whose beginning is there, kept beside it for the next process."""
+    """What the server said about a partial file; stored beside it for the next process."""
 
     url: str
     length: int | None = None
@@ -163,17 +166,17 @@ class _Note:
 
     @property
     def condition(self) -> str | None:
-        """The value of `If-Range`, for which weak entity tags may not be taken."""
+        """The value of `If-Range`. HTTP does not allow weak entity tags there."""
         return self.etag if self.etag and not self.etag.startswith("W/") else self.modified
 
 
 def partial_path(target: Path) -> Path:
-    """Where the beginning of a file is kept until the whole of it is there and right."""
+    """Return the path of the partial file, which is renamed to `target` when it is complete and verified."""
     return target.with_name(f"{target.name}.partial")
 
 
 def fetch_small(url: str, advice: Advice, retries: Retries) -> bytes | None:
-    """A file of at most 1 MiB; None if the server has none. Raises as `Retries.call` does."""
+    """Return a file of at most 1 MiB; None if the server does not have it. Raises as `Retries.call` does."""
 
     def attempt() -> bytes | None:
         body = bytearray()
@@ -194,20 +197,20 @@ def fetch_small(url: str, advice: Advice, retries: Retries) -> bytes | None:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raise `AsgoError` unless the disk of `folder` has room for `needed` bytes more."""
+    """Raise `AsgoError` unless the disk of `folder` has `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise AsgoError(
-            f"{folder}: {needed / 1e9:,.1f} GB are still to come and {free / 1e9:,.1f} GB are free; "
-            f"make room for {(needed - free) / 1e9:,.1f} GB more, or choose another --archives"
+            f"{folder}: {needed / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are free; "
+            f"free {(needed - free) / 1e9:,.1f} GB more, or choose another --archives"
         )
 
 
 class Download:
-    """Brings the file at `url` to `target`, by way of `target.partial`, whose bytes are never asked for twice.
+    """Download `url` to `target`, by way of `target.partial`, whose bytes are never requested again.
 
-    Raises from `run`: `AsgoError` as `Retries.call` does, for another length (in bytes) or MD5 than the one
-    given, and for a disk that fails; `RunInterrupted`, also when `progress` raises it. What has come is kept in all
+    `run` raises `AsgoError` as `Retries.call` does, if the length (in bytes) or the MD5 is not the one given, and for
+    a disk error. It raises `RunInterrupted` on a signal, and if `progress` raises it. The partial file is kept in all
     cases but a wrong MD5.
     """
 
@@ -239,7 +242,7 @@ class Download:
         self._farthest = 0
 
     def run(self) -> None:
-        """Download, check and rename."""
+        """Download the file, verify it and rename it."""
         try:
             with open(self._partial, "ab", buffering=0, opener=refusing_links) as file:
                 self._read_beginning()
@@ -249,16 +252,16 @@ class Download:
         except OSError as error:
             raise AsgoError(
                 f"{error.filename or self._partial}: {error.strerror}; "
-                "what is here is kept: the same command goes on when that is put right"
+                "the partial file is kept: fix the problem, then run the same command again to resume"
             ) from None
         finally:
             self._remove_if_empty()
 
     def _read_beginning(self) -> None:
-        """Compute the digest of what is there."""
+        """Compute the digest of the partial file."""
         size = self._partial.stat().st_size
         if self._length is not None and size > self._length:
-            self._retries.notify(f"{self._partial.name}: longer than {self._target.name} may be; it begins again")
+            self._retries.notify(f"{self._partial.name}: longer than the whole {self._target.name}; restarting")
             self._discard()
             return
         with self._partial.open("rb") as file:
@@ -292,22 +295,23 @@ class Download:
     def _range_headers(self) -> dict[str, str]:
         if self._position == 0:
             return {}
-        # Another server may have another tag for the same bytes; of these the digest decides.
+        # Two servers may use different tags for the same bytes, so only a tag of this server is a condition. The
+        # digest at the end detects other bytes.
         condition = self._note.condition if self._note.url == self._place else None
         return {"Range": f"bytes={self._position}-"} | ({"If-Range": condition} if condition else {})
 
     def _accept(self, answer: Answer) -> None:
-        """Check that the answer is the rest of the file, or the whole of it, in which case what is there goes."""
+        """Check that the response is the rest of the file, or the whole file; then discard the partial file."""
         self._check_kind(answer)
         if answer.start == 0 and self._position > 0:
-            why = "the server cannot go on in the middle" if self._is_noted(answer) else _CHANGED
-            self._retries.notify(f"{self._target.name}: {why}; it begins again")
+            why = "the server cannot resume a download" if self._is_noted(answer) else _CHANGED
+            self._retries.notify(f"{self._target.name}: {why}; restarting")
             self._discard()
         elif answer.start != self._position:
-            raise Failed(Failure("the server sends another part than was asked for", "refused for now"))
+            raise Failed(Failure("the server sent another range than requested", "refused for now"))
         elif self._position > 0 and self._has_changed(answer):
             self._discard()
-            raise Failed(Failure(f"{_CHANGED}; it begins again", "refused for now"))
+            raise Failed(Failure(f"{_CHANGED}; restarting", "refused for now"))
         self._length = self._expected or answer.length
         require_space(self._target.parent, (self._length or 0) - self._position)
         note = _Note(self._place, answer.length, answer.etag, answer.modified)
@@ -319,17 +323,17 @@ class Download:
         expected = self._expected
         if answer.is_page:
             raise AsgoError(
-                f"{self._place}: the server sends a web page and not the file; it may ask for a login: "
+                f"{self._place}: the server sent a web page instead of the file; it may require a login: "
                 f"{self._advice.by_hand}"
             )
         if expected is not None and answer.length not in (None, expected):
             raise AsgoError(
-                f"{self._place}: {answer.length:,} bytes long, and the right file has {expected:,}; "
+                f"{self._place}: {answer.length:,} bytes long, but the right file has {expected:,}; "
                 f"{self._advice.elsewhere}"
             )
 
     def _has_changed(self, answer: Answer) -> bool:
-        """Whether a server that was told a condition goes on with another file all the same."""
+        """Whether the file on the server has changed; some servers ignore `If-Range`."""
         if self._length is not None and answer.length not in (None, self._length):
             return True
         is_same_place = self._note.url == self._place
@@ -353,7 +357,7 @@ class Download:
         self._progress(f"downloading {self._target.name}", self._position, self._length or self._position)
 
     def _discard(self) -> None:
-        """Begin again. The file goes before its note does, so that no note is ever taken for that of other bytes."""
+        """Empty the partial file and remove its note; in this order, so a note never describes other bytes."""
         open(self._partial, "wb", opener=refusing_links).close()
         self._note_path.unlink(missing_ok=True)
         self._note = _Note(self._place)
@@ -366,8 +370,8 @@ class Download:
             self._partial.unlink()
             self._note_path.unlink(missing_ok=True)
             raise AsgoError(
-                f"{self._target.name}: what came from {self._place} has the MD5 {self._digest.hexdigest()}, not "
-                f"{self._md5}, and is removed; run the same command again, or {self._advice.elsewhere}"
+                f"{self._target.name}: the file from {self._place} has the MD5 {self._digest.hexdigest()}, not "
+                f"{self._md5}, and was removed; run the same command again, or {self._advice.elsewhere}"
             )
         sync(self._partial)
         self._partial.replace(self._target)

@@ -1,4 +1,4 @@
-"""What an error met while reading means for whoever waits: try again, or tell the user."""
+"""Classify read errors: retry or fail."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pipelines.errors import AsgoError, UsageError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-_LOG_IN = "Whoever has access logs in with `hf auth login`, or sets HF_TOKEN"
+_LOG_IN = "If you have access, log in with `hf auth login` or set HF_TOKEN"
 _NO_CONTENT = (pyarrow.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why reading ended, and in which file, if in one.
+    """Why a read failed, and the file, if known.
 
-    What is `lasting` would be the same if tried again, and `usage` too until the options are others; `damaged` content
-    may yet arrive whole.
+    Kinds "usage" and "lasting": a retry would fail in the same way ("usage" needs other options). Kind "damaged": a
+    retry may bring intact content. The others: the server or the network may recover.
     """
 
     text: str
@@ -35,7 +35,7 @@ class Failure:
 
 
 def failure_of(error: Exception, *, file: str | None, remote: bool) -> Failure:
-    """What `error`, met in `file`, is to the one who waits for the batches of a remote or a local source."""
+    """Classify an `error` raised while reading `file` from a remote or a local source."""
     if isinstance(error, UsageError):
         failure = Failure(str(error), "usage")
     else:
@@ -57,7 +57,7 @@ def _remote_failure(error: Exception) -> Failure:
         return Failure(str(error), "lasting")
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
-            return Failure("HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or pass --source", "lasting")
+            return Failure("HF_HUB_OFFLINE is set, so the hub is not used; unset it, or pass --source", "lasting")
         if isinstance(cause, HfHubHTTPError):
             return _answered(cause)
         if _is_unknown_dataset(cause):
@@ -65,13 +65,13 @@ def _remote_failure(error: Exception) -> Failure:
         if isinstance(cause, (ConnectionError, TimeoutError)) or _is_transport_error(cause):
             return Failure(_first_line(cause) or type(cause).__name__, "unreachable")
     if isinstance(error, FileNotFoundError):
-        # What datasets makes of any answer but a good one, as long as it looks for the files.
+        # While `datasets` lists the files, it raises this for any HTTP error.
         return Failure(_described(error), "refused for now")
     return Failure(_described(error), "damaged" if isinstance(error, (*_NO_CONTENT, OSError)) else "lasting")
 
 
 def _is_unknown_dataset(error: BaseException) -> bool:
-    """Whether datasets raised it; importing that takes seconds, and where nobody has, it raised nothing."""
+    """Whether the error is datasets' own. The import takes seconds; if nobody imported it, it raised nothing."""
     module = sys.modules.get("datasets.exceptions")
     return module is not None and isinstance(error, module.DatasetNotFoundError)
 
@@ -98,7 +98,7 @@ def _advice_on_access(error: HfHubHTTPError) -> str:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and those that it came from; the first one, of the network, says most."""
+    """Return the chain of causes, the root cause first: a network error says most."""
     found = []
     while error is not None:
         found.append(error)

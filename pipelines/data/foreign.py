@@ -1,4 +1,4 @@
-"""Token files that other programs made: shards of llm.c and modded-nanogpt, and nanoGPT's files without a header."""
+"""Read token files of other programs: shards of llm.c and modded-nanogpt, and nanoGPT's files without a header."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from pipelines.data.tokenizers import Gpt2Tokenizer
 from pipelines.errors import AsgoError
 
 _LLAMA_3_MAGIC = 20240801
-_HEADERLESS = ("train.bin", "val.bin")  # what nanoGPT writes
+_HEADERLESS = ("train.bin", "val.bin")  # nanoGPT's names
 _PICKLED_TABLE = "meta.pkl"
-_PIECE_BYTES = 1 << 28  # nanoGPT's only training file would keep one core busy; the fingerprint depends on it
+# Pieces, so all cores share nanoGPT's single training file. The fingerprint depends on this size: do not change it.
+_PIECE_BYTES = 1 << 28
 _TOKENS_LOOKED_AT, _FEWEST_TOKENS = 1 << 16, 8
-_BYTES_AT_ONCE = 1 << 20  # stays in a core's cache between the digest and the maximum
+_BYTES_AT_ONCE = 1 << 20  # fits the CPU cache, so digest and maximum read memory once
 
 
 @dataclass(frozen=True, eq=False)
 class ForeignTokens:
-    """GPT-2 tokens in the files of another program, and a digest of them all."""
+    """GPT-2 tokens in the files of another program, and the digest of all of them."""
 
     train: tuple[TokenFile, ...]
     validation: tuple[TokenFile, ...]
@@ -35,13 +36,13 @@ class ForeignTokens:
 
 
 def open_foreign_tokens(folder: Path) -> ForeignTokens:
-    """Open a folder without a manifest, taking its tokens for GPT-2's.
+    """Open a folder without a manifest; its tokens are taken for GPT-2's.
 
-    A `.bin` file validates or trains as the last word "val" or "train" in its name says; others are left alone. Shards
-    follow each other in the natural order of their names. All files are read through once, by all cores, to find tokens
-    beyond the vocabulary and for the fingerprint, a digest of all tokens that does not depend on the names.
+    The last word "val" or "train" in the name of a `.bin` file says which part it belongs to; other files are ignored.
+    Shards are in the natural order of their names. All files are read once, by all cores, to find tokens beyond the
+    vocabulary and to compute the fingerprint, a digest of all tokens that does not depend on the names.
 
-    Raises `AsgoError` when there is no file of a kind, and for one that is damaged or holds other tokens.
+    Raises `AsgoError` if one part has no file, and for a file that is damaged or holds other tokens.
     """
     train, validation = (_files(folder, part) for part in ("train", "val"))
     offsets = {path: _first_token_at(path) for path in (*train, *validation)}
@@ -56,7 +57,7 @@ def open_foreign_tokens(folder: Path) -> ForeignTokens:
 
 
 def _files(folder: Path, part: str) -> list[Path]:
-    """The files of a part, "train" or "val", in natural order: 2 comes before 10."""
+    """Return the files of a part, "train" or "val", in natural order: 2 before 10."""
     paths = [path for path in folder.glob("*.bin") if _part_of(path.stem) == part]
     if not paths:
         raise AsgoError(
@@ -72,18 +73,18 @@ def _natural_order(path: Path) -> tuple[list[int | str], str]:
 
 
 def _part_of(stem: str) -> str | None:
-    # Whole words: "train_retrieval_000001" does not validate.
+    # Whole words: "train_retrieval_000001" is a training file.
     words = re.findall(r"(?<![A-Za-z])(train|val)(?![A-Za-z])", stem)
     return words[-1] if words else None
 
 
 def _first_token_at(path: Path) -> int:
-    """The byte where the tokens of a file begin. Raises `AsgoError` if this is not a whole file of 16-bit tokens."""
+    """Return the byte offset of the first token. Raises `AsgoError` if this is not a whole file of 16-bit tokens."""
     with path.open("rb") as file:
         magic = int.from_bytes(file.read(4), "little")
     if magic == _LLAMA_3_MAGIC:
-        raise AsgoError(f"{path}: llm.c's tokens of Llama 3, 32 bits each; only shards of GPT-2 tokens can be read")
-    # No mistake is possible: the first half of either magic number is no token of GPT-2.
+        raise AsgoError(f"{path}: 32-bit Llama 3 tokens of llm.c; only shards of GPT-2 tokens can be read")
+    # Unambiguous: the first 16 bits of either magic number are not a GPT-2 token.
     if path.name in _HEADERLESS and magic != MAGIC:
         _require_headerless_gpt2(path)
         return 0
@@ -96,24 +97,27 @@ def _first_token_at(path: Path) -> int:
 def _require_headerless_gpt2(path: Path) -> None:
     if path.with_name(_PICKLED_TABLE).exists():
         raise AsgoError(
-            f"{path}: the table of its tokens is in {_PICKLED_TABLE}, and pickles are not loaded, as they may run "
-            "code; make the folder from its text by `asgo data shakespeare` or `asgo data text --tokenizer chars`"
+            f"{path}: its vocabulary is in {_PICKLED_TABLE}, and pickles are not loaded, because they may run code; "
+            "make the folder from its text with `asgo data shakespeare` or `asgo data text --tokenizer chars`"
         )
     size = path.stat().st_size
     if size % 2 or not size:
         raise _bad(path, f"{size:,} bytes are not a whole number of 16-bit tokens" if size else "it is empty")
-    # Of wider tokens the upper halves are 0, or 1 in a vocabulary of 100,000. Of 16-bit tokens every second one is not
-    # one of the four rarest signs.
+    # In wider tokens, every second 16-bit value is an upper half: 0, or 1 in a vocabulary of 100,000. In 16-bit text it
+    # is any token, and tokens 0 to 3 are rare.
     upper_halves = np.fromfile(path, dtype="<u2", count=_TOKENS_LOOKED_AT)[1::2]
     if len(upper_halves) >= _FEWEST_TOKENS and upper_halves.max() < 4:
         raise AsgoError(
-            f"{path}: tokens of 32 or 64 bits, as it seems, and only 16-bit ones can be read; write them anew with "
-            "numpy's .astype(np.uint16), or make the folder from its text by `asgo data text`"
+            f"{path}: probably 32-bit or 64-bit tokens, and only 16-bit ones can be read; convert them with "
+            "numpy's .astype(np.uint16), or make the folder from its text with `asgo data text`"
         )
 
 
 def _checked_digests(offsets: dict[Path, int]) -> dict[Path, list[str]]:
-    """SHA-256 of each piece of the files, whose tokens begin at these bytes and are all in the vocabulary."""
+    """Return the SHA-256 of each piece of each file. Tokens start at the given offsets.
+
+    Raises `AsgoError` for a token beyond the vocabulary.
+    """
     sizes = {path: path.stat().st_size for path in offsets}
     pieces = [(path, start) for path in offsets for start in range(offsets[path], sizes[path], _PIECE_BYTES)]
     digests: dict[Path, list[str]] = {path: [] for path in offsets}
@@ -124,7 +128,7 @@ def _checked_digests(offsets: dict[Path, int]) -> dict[Path, list[str]]:
 
 
 def _checked_digest(path: Path, start: int) -> str:
-    """The digest of one piece, in one pass, most of it without the interpreter's lock."""
+    """Return the digest of one piece, in one pass; most of it runs without the GIL."""
     buffer = memoryview(bytearray(_BYTES_AT_ONCE))
     digest, largest, left = hashlib.sha256(), 0, _PIECE_BYTES
     with path.open("rb") as file:
@@ -140,4 +144,4 @@ def _checked_digest(path: Path, start: int) -> str:
 
 
 def _bad(path: Path, problem: str) -> AsgoError:
-    return AsgoError(f"{path}: {problem}; copy this file again, or take it out of the folder")
+    return AsgoError(f"{path}: {problem}; copy this file again, or remove it from the folder")

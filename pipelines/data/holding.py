@@ -1,4 +1,4 @@
-"""The folder that a command prepares data in: one process's at a time, and what may be deleted in it."""
+"""Lock the folder that a command prepares data in, and delete only the command's own files there."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OURS = re.compile(rf"\.?(shard_\d{{6}}\.bin|{re.escape(MANIFEST)}|{re.escape(UN
 
 @contextlib.contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """Make `folder` and keep other processes out of it; if it was made and stays empty, it is taken away again.
+    """Create `folder` if needed and lock it; at the end, remove it again if it was created here and is empty.
 
-    Raises `UsageError` when a file is in the way or another process is at work.
+    Raises `UsageError` if a file has that name or another process holds the lock.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: a file is in the way; choose another --out")
@@ -43,15 +43,16 @@ def held_folder(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_name(folder: Path) -> Iterator[None]:
-    """Keep other processes from making `folder`, by a hidden file beside it; raises as `held_folder` does.
+    """Lock the name of `folder` with a hidden file beside it. Raises as `held_folder` does.
 
-    The file goes away at the end. A process that is killed leaves it, but not its lock.
+    The file is removed at the end. A killed process leaves the file, but not the lock.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     descriptor = -1
     try:
-        while not _is_at(path, descriptor):  # the process that held the last file took it away
+        # Between open and lock, the previous holder may remove the file: its lock is then worth nothing. Open again.
+        while not _is_at(path, descriptor):
             if descriptor >= 0:
                 os.close(descriptor)
             with naming(folder):
@@ -68,7 +69,7 @@ def held_name(folder: Path) -> Iterator[None]:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether an open file is the one at `path`."""
+    """Whether `path` still names the open file."""
     try:
         return descriptor >= 0 and os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -87,25 +88,25 @@ def require_same_options(
     now: Mapping[str, T],
     describe: Callable[[str, T | None, T | None], str],
 ) -> None:
-    """Raise `UsageError` that names every option that differs; `describe` gets its name and both values."""
+    """Raise `UsageError` with every option that differs. `describe` gets the option's name and both values."""
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
         changes = ", ".join(describe(name, before.get(name), now.get(name)) for name in names)
         raise UsageError(
-            f"{folder}: {state}, made with {changes}; give the same options, another --out, or --overwrite"
+            f"{folder}: {state}, made with {changes}; pass the same options, another --out, or --overwrite"
         )
 
 
 def foreign_names(folder: Path) -> list[str]:
-    """What `folder` holds besides shards, their manifest and their journal, finished or not."""
+    """Return the names in `folder` that are not shards, their manifest or their journal, finished or not."""
     return sorted(path.name for path in folder.iterdir() if not _OURS.fullmatch(path.name))
 
 
 def clear(folder: Path) -> None:
     """Remove shards, manifest and journal, and nothing else.
 
-    The manifest goes first, so that no half of it is taken for good, and the journal last, so that what is left by a
-    kill is still known as such.
+    The manifest goes first, so half a folder never looks complete. The journal goes last, so a folder left by a kill is
+    still recognized.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name == UNFINISHED):

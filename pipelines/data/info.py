@@ -1,4 +1,4 @@
-"""What a data folder holds, without reading more of it than is shown."""
+"""Describe a data folder; reads only what is shown."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pipelines.data.tokenizers import Tokenizer, Tokens, build_tokenizer
 from pipelines.errors import AsgoError
 
 CHARACTERS = 400
-"""How much of a document is decoded at most."""
+"""Maximum number of characters decoded of a document."""
 
-_TOKENS_LOOKED_THROUGH = 1 << 20  # for the first documents of a shard: 2 MB, whatever the shard's size
+_TOKENS_LOOKED_THROUGH = 1 << 20  # searched for the first documents of a shard: 2 MB, whatever the shard's size
 
 
 @dataclass(frozen=True)
 class FolderInfo:
-    """A data folder at a glance.
+    """Summary of a data folder.
 
-    `sizes` gives the bytes of each shard file, None for one that is missing; `training` and `validation` the
-    beginnings of documents as text, control characters and all.
+    `sizes` are the bytes of each shard file; None for a missing one. `training` and `validation` are the beginnings of
+    documents as text, including control characters.
     """
 
     manifest: Manifest
@@ -35,10 +35,10 @@ class FolderInfo:
 
 
 def describe(folder: Path, lines: int) -> FolderInfo:
-    """What `folder` holds, with the beginnings of `lines` documents that train and of one that validates.
+    """Describe `folder`, with the beginnings of `lines` training documents and of one validation document.
 
-    Takes the manifest's word for the shards: `verify` checks them. Raises what `load_manifest` raises, and `AsgoError`
-    for a token that no document can hold.
+    Trusts the manifest; `verify` checks the shards. Raises as `load_manifest` does, and `AsgoError` for a token outside
+    the vocabulary.
     """
     manifest = load_manifest(folder)
     tokenizer = build_tokenizer(manifest.tokenizer)
@@ -60,14 +60,14 @@ def _size(path: Path) -> int | None:
 
 
 def _beginnings(path: Path, tokenizer: Tokenizer, documents: int) -> tuple[str, ...]:
-    """How the first documents of a shard begin; a shard without any begins in the middle of one, and so does this."""
+    """Return the beginnings of a shard's first documents; of a shard inside one document, its own beginning."""
     if not path.exists():
         return ()
     tokens: Tokens = np.fromfile(path, dtype="<u2", count=_TOKENS_LOOKED_THROUGH, offset=HEADER_BYTES)
     ends: NDArray[np.int64] = np.append(np.flatnonzero(tokens == tokenizer.end_of_text), len(tokens))
     starts = ends[:-1] + 1 if len(ends) > 1 else np.zeros(1, dtype=np.int64)
     stops = ends[-len(starts) :]
-    # A character is at most four bytes, and a token at least one: no more tokens are needed, and none is cut in two.
+    # A character has at most four bytes and a token at least one: this many tokens are enough.
     places = [(start, min(stop, start + 4 * CHARACTERS)) for start, stop in zip(starts, stops, strict=True)]
     pieces = [tokens[start:stop].tolist() for start, stop in places if start < stop]
     try:

@@ -15,13 +15,13 @@ from pipelines.storage import parse_json, write_atomically
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"
-"""Stands in for the manifest as long as a resumable command has not finished the folder."""
+"""The journal of a folder that a command has not finished; the manifest replaces it."""
 
 _REMAKE = "remove the folder and make it again"
 
 
 def shard_name(index: int) -> str:
-    """File name of a shard; 0 validates, the others train."""
+    """Return the file name of a shard: 0 is the validation shard, the others are training shards."""
     return f"shard_{index:06d}.bin"
 
 
@@ -29,20 +29,20 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Frozen(BaseModel):
-    """Plain facts as JSON: unknown keys and other types are refused."""
+    """An immutable record stored as JSON; rejects unknown keys and other types."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class SourcePosition(Frozen):
-    """A place in the source: a document's number, and how many of its tokens (end-of-text included) come before."""
+    """A position in the source: a document's number, and the number of its tokens before it (with end-of-text)."""
 
     document: NonNegativeInt
     token: NonNegativeInt
 
 
 class ShardEntry(Frozen):
-    """One shard file. `documents` counts those that start in it, `next_start` is where the next shard starts."""
+    """One shard file. `documents` counts the documents that start in it; the next shard starts at `next_start`."""
 
     file: str
     sha256: Sha256
@@ -52,10 +52,11 @@ class ShardEntry(Frozen):
 
 
 class DocumentCounts(Frozen):
-    """What was met in the source: every row or file, and among them those that are not plain text.
+    """Number of documents in the source: all rows or files (`read`), and the special ones among them.
 
-    `empty` (blank counts too) and `not_text` ones were left out. Of `repaired` ones each lone surrogate or invalid
-    byte became U+FFFD. A literal "<|endoftext|>" is ordinary text, and `literal_end_of_text` counts who holds one.
+    `empty` (or blank) and `not_text` documents are skipped. In `repaired` documents, each lone surrogate or invalid
+    byte is replaced with U+FFFD. A literal "<|endoftext|>" is ordinary text; `literal_end_of_text` counts the documents
+    that contain one.
     """
 
     read: NonNegativeInt = 0
@@ -70,11 +71,11 @@ class DocumentCounts(Frozen):
 
 
 class Manifest(Frozen):
-    """A folder of shards: the first one validates, the rest train.
+    """A folder of shards: shard 0 for validation, the rest for training.
 
-    `tokenizer` is what `build_tokenizer` takes. `revision` says which state of the source this is; of text files
-    it is the digest of their documents. `recipe` holds the options of a command that can tell by them that its work
-    is done already; it is empty for others.
+    `tokenizer` is the argument of `build_tokenizer`. `revision` is the version of the source; for text files, the
+    digest of their documents. `recipe` holds the options of a resumable command, which compares them to see whether its
+    work is done; it is empty for other commands.
     """
 
     format_version: Literal[2] = 2
@@ -94,21 +95,21 @@ class Manifest(Frozen):
 
 
 def fingerprint(manifest: Manifest) -> str:
-    """SHA-256 over the shards' digests and the tokenizer: equal for equal data, wherever the folder lies."""
+    """Return the SHA-256 of the shards' digests and the tokenizer. It does not depend on the folder's path."""
     content = [manifest.tokenizer, [shard.sha256 for shard in manifest.shards]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` into `folder`; to be called when all shards are there."""
+    """Write `manifest.json` into `folder`. Call it after all shards are written: it marks the folder as complete."""
     write_atomically(folder / MANIFEST, sealed_json(manifest.model_dump(mode="json")))
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """The manifest of `folder`.
+    """Return the manifest of `folder`.
 
-    Raises `UsageError` when there is no such folder, and `AsgoError` when the folder is unfinished, or its manifest
-    missing, malformed, or not as it was written.
+    Raises `UsageError` if the folder does not exist, and `AsgoError` if it is unfinished, or its manifest is missing,
+    malformed or altered.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder")
@@ -117,7 +118,7 @@ def load_manifest(folder: Path) -> Manifest:
         raw = path.read_bytes()
     except FileNotFoundError:
         if (folder / UNFINISHED).exists():
-            raise AsgoError(f"{folder}: unfinished; the command that began it, given again, goes on") from None
+            raise AsgoError(f"{folder}: unfinished; run the command that started it again to resume") from None
         raise AsgoError(f"{folder}: no {MANIFEST}, so this is not a folder of token shards") from None
     try:
         fields = parse_json(raw)
@@ -135,6 +136,6 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def sealed_json(fields: Mapping[str, Any]) -> bytes:
-    """JSON text with a checksum of itself: an altered alphabet would change every text without any other sign."""
+    """Return JSON text with its own checksum. Without it, an altered alphabet would change all texts unnoticed."""
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
     return (json.dumps({**fields, "manifest_sha256": digest}, indent=2) + "\n").encode()

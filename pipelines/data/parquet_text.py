@@ -1,4 +1,4 @@
-"""The text column of Parquet files, a few rows at a time; what a file claims of its sizes is checked before."""
+"""Read the text column of Parquet files, a few rows at a time. Checks the sizes that a file declares first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow.compute
 from pyarrow import parquet
 
 MAX_PAGE_BYTES = 256 << 20
-"""A page is unpacked as a whole. Most writers end one at 1 MB, some only after 1,024 rows."""
+"""Pages are decompressed as a whole. Most writers end a page at 1 MB, some only after 1,024 rows."""
 
 _ROWS_AT_ONCE = 256
 _BYTES_AT_ONCE = 256 << 20
@@ -22,11 +22,11 @@ _DEEPEST_HEADER = 8
 
 
 class UnreadableColumn(ValueError):
-    """There is no such column, or it would take more memory than a file may."""
+    """The column does not exist, or would take too much memory."""
 
 
 class Part(NamedTuple):
-    """Some rows, (rows,): part `number` of a row group; `first` is the first one's number in the file."""
+    """Part `number` of row group `group`: `rows`, shape (rows,). `first` is the index in the file of its first row."""
 
     group: int
     number: int
@@ -37,11 +37,11 @@ class Part(NamedTuple):
 def read_column(
     file: BinaryIO, column: str, *, first_group: int = 0, only_strings: bool = False, look_ahead: bool = True
 ) -> Iterator[Part]:
-    """Read a column of text: 256 rows and 32 MB at once at most, or one row.
+    """Yield a text column in parts of at most 256 rows and 32 MB, or of one row.
 
-    With `look_ahead` the pages of a row group are looked at before they are unpacked, so that reading takes less than
-    a gigabyte; that reads the file at many places. Raises `UnreadableColumn`; with `only_strings` also for a column of
-    other values than strings (and dictionaries of strings).
+    With `look_ahead`, reads the page headers of a row group before it decompresses the pages: reading then takes less
+    than 1 GB of memory, but needs random access. Raises `UnreadableColumn`; with `only_strings` also for a column of
+    values other than strings (or dictionaries of strings).
     """
     with parquet.ParquetFile(file, buffer_size=_READ_BYTES) as table:
         _require_column(table.schema_arrow, column, only_strings)
@@ -58,16 +58,14 @@ def read_column(
 
 def _require_column(schema: pyarrow.Schema, column: str, only_strings: bool) -> None:
     if column not in schema.names:
-        raise UnreadableColumn(
-            f'no column "{column}"; it has {", ".join(schema.names)}: name one of them by --text-column'
-        )
-    kind = schema.field(schema.names.index(column)).type  # of several of that name, the first counts
+        raise UnreadableColumn(f'no column "{column}"; it has {", ".join(schema.names)}: choose one with --text-column')
+    kind = schema.field(schema.names.index(column)).type  # the first, if several have this name
     if only_strings and (kind.value_type if pyarrow.types.is_dictionary(kind) else kind) not in _STRINGS:
         raise UnreadableColumn(f'no column "{column}" of strings; it has {", ".join(map(str, schema))}')
 
 
 def _parts(rows: pyarrow.Array) -> Iterator[pyarrow.Array]:
-    """Cut rows where they are too long to be handed on together."""
+    """Split rows into parts of at most `_PART_BYTES`, or of one row."""
     if pyarrow.types.is_dictionary(rows.type):
         rows = rows.dictionary_decode()
     if rows.nbytes <= _PART_BYTES or rows.type not in _STRINGS:
@@ -83,35 +81,35 @@ def _parts(rows: pyarrow.Array) -> Iterator[pyarrow.Array]:
 
 
 def rows_at_once(file: BinaryIO, group: parquet.RowGroupMetaData, column: str, most: int) -> int:
-    """How many rows may be read at once, `most` or fewer: those of whole pages have `_BYTES_AT_ONCE` bytes at most.
+    """Return how many rows to read at once, at most `most`, so they take about `_BYTES_AT_ONCE` bytes at most.
 
-    The footer's totals do not tell: the pages are looked at, in the file itself. Raises `UnreadableColumn`, and
-    `ValueError` for pages that are damaged.
+    Reads the page headers, because the footer has only totals. Raises `UnreadableColumn`, and `ValueError` for damaged
+    pages.
     """
     columns = [group.column(index) for index in range(group.num_columns)]
     chunk = next((each for each in columns if each.path_in_schema == column), None)
     if chunk is None:
         return most
     start = min(offset for offset in (chunk.dictionary_page_offset, chunk.data_page_offset) if offset)
-    longest = 1  # bytes of a row, in the mean of its page
+    longest = 1  # bytes of a row, as the mean of its page
     for page in _pages(file, start, start + chunk.total_compressed_size):
         if page.size > MAX_PAGE_BYTES:
             raise UnreadableColumn(
-                f"a page of {page.size:,} bytes, and at most {MAX_PAGE_BYTES:,} are read; write it with smaller pages"
+                f"a page has {page.size:,} bytes, more than {MAX_PAGE_BYTES:,}; write the file with smaller pages"
             )
         longest = max(longest, page.size // page.values)
     return max(1, min(most, _BYTES_AT_ONCE // longest))
 
 
 class _Page(NamedTuple):
-    """The unpacked size of a page, and how many values share it: 1 where each of them may repeat all of it."""
+    """Uncompressed size of a page, and its number of values; 1 if one value may take the whole size (dictionaries)."""
 
     size: int
     values: int
 
 
 def _pages(file: BinaryIO, start: int, end: int) -> Iterator[_Page]:
-    """The pages between two places of a file."""
+    """Yield the pages between two byte offsets of a file."""
     while start < end:
         file.seek(start)
         header = _Header(file).fields()
@@ -126,13 +124,13 @@ def _pages(file: BinaryIO, start: int, end: int) -> Iterator[_Page]:
 
 
 class _Header:
-    """Reads a page's header, which is in Thrift's compact form, from where the file is."""
+    """Reader of a page header in Thrift's compact protocol, at the file's current position."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
 
     def fields(self, depth: int = 0) -> dict[int, object]:
-        """The integers of a struct and the structs in it, by their numbers."""
+        """Return the integers and structs of a struct, by field number."""
         if depth > _DEEPEST_HEADER:
             raise ValueError("a page header nested too deeply")
         found: dict[int, object] = {}
@@ -144,7 +142,7 @@ class _Header:
 
     def _value(self, kind: int, depth: int) -> object:
         match kind:
-            case 1 | 2:  # a boolean is its own kind
+            case 1 | 2:  # a boolean's value is in its type
                 return None
             case 3:
                 return self._byte()

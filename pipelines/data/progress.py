@@ -1,4 +1,4 @@
-"""Progress of long work: what reports it, threads that share it, and digests of large files."""
+"""Progress reports of long work, in threads and while hashing large files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from pipelines.errors import RunInterrupted
 
 Progress = Callable[[str, int, int], None]
-"""Called with (phase, done, total), often; what it raises ends the work."""
+"""Called often as (phase, done, total). An exception that it raises ends the work."""
 
 _POLL_S = 0.1
 _BLOCK = 4 << 20
@@ -21,14 +21,14 @@ _BLOCK = 4 << 20
 
 @dataclass
 class Tally:
-    """How much the threads have done, and whether they are to stop."""
+    """Counts the work of several threads, and tells them to stop."""
 
     done: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def advance(self, by: int) -> None:
-        """Count what was done, in any unit. Raises `RunInterrupted` when the work is stopped."""
+        """Add to `done`, in any unit. Raises `RunInterrupted` if the work is stopped."""
         if self.stop.is_set():
             raise RunInterrupted("stopped")
         with self._lock:
@@ -36,30 +36,30 @@ class Tally:
 
 
 def in_threads(
-    jobs: Iterable[Callable[[], None]], workers: int, tally: Tally, tell: Callable[[int], None] = lambda done: None
+    jobs: Iterable[Callable[[], None]], workers: int, tally: Tally, report: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Run all `jobs` in `workers` threads, and `tell` many times a second, in this thread, how much is done.
+    """Run all `jobs` in `workers` threads; call `report` with `tally.done` several times a second, in this thread.
 
-    What a job raises is raised here, and ends the others as what `tell` raises does, at their next `tally.advance`.
+    Raises what a job or `report` raises; the other jobs then end at their next `tally.advance`.
     """
     with ThreadPoolExecutor(workers) as pool:
-        tell(0)
+        report(0)
         try:
             pending = {pool.submit(job) for job in jobs}
             while pending:
                 done, pending = wait(pending, _POLL_S, FIRST_EXCEPTION)
                 for future in done:
                     future.result()
-                tell(tally.done)
+                report(tally.done)
         finally:
             tally.stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def digest_of(path: Path, algorithm: str, tell: Callable[[int, int], None]) -> str:
+def digest_of(path: Path, algorithm: str, report: Callable[[int, int], None]) -> str:
     """Return the hexadecimal digest of a file.
 
-    `tell` is called often with (bytes done, bytes in total). Raises `OSError`.
+    Calls `report` often as (bytes done, bytes in total). Raises `OSError`.
     """
     digest, done, block = hashlib.new(algorithm, usedforsecurity=False), 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -67,5 +67,5 @@ def digest_of(path: Path, algorithm: str, tell: Callable[[int, int], None]) -> s
         while count := file.readinto(block):
             digest.update(block[:count])
             done += count
-            tell(done, size)
+            report(done, size)
     return digest.hexdigest()

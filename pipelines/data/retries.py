@@ -1,4 +1,4 @@
-"""Retries of a network: how often, how long to pause, when to give up; and work in a thread that may hang."""
+"""Retries of network requests: how often, with which pauses, and in threads that may hang."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ T = TypeVar("T")
 Send = Callable[[T], None]
 
 ATTEMPTS = 8
-"""Failures in a row, without new data between them, after which a source is given up."""
+"""Maximum number of failures in a row, without new data between them."""
 DAMAGED_ATTEMPTS = 3
-"""The same for content that arrives, and is damaged."""
+"""The same for damaged content."""
 PAUSES_S = (1, 2, 4, 8, 16, 32, 60)
 NO_NETWORK_S = 8.0
-"""How long a network that has never answered is waited for."""
+"""Timeout for a network that has never answered."""
 STALL_S = 120.0
-"""How long a reader may bring nothing before it counts as stuck."""
+"""Timeout for a reader that returns no data."""
 LONGEST_WAIT_S = 300.0
-"""How much longer than that it may take when the server has asked to wait."""
+"""Maximum time added to `STALL_S` if the server asks the client to wait."""
 
 _POLL_S = 0.1
 _MESSAGES_AHEAD = 8
@@ -38,7 +38,7 @@ _MESSAGES_AHEAD = 8
 class Failed(Exception):
     """An attempt failed.
 
-    `wait_s` is how long the server asks to be left alone, `status` what it answered, where that matters.
+    `wait_s` is the pause that the server requests, `status` its HTTP status, where that matters.
     """
 
     def __init__(self, failure: Failure, wait_s: float = 0.0, *, status: int | None = None) -> None:
@@ -49,10 +49,10 @@ class Failed(Exception):
 
 
 class RetryPolicy:
-    """Counts failures in a row, and bounds pauses, stalls and the wait for a network that never answers.
+    """Counts failures in a row; limits pauses, stalls and the wait for a network that never answers.
 
-    `no_network` makes the error message for the latter from its cause (None: silence); `kept` says what an error
-    leaves. It never waits: the caller does.
+    `no_network` returns the error message for a network that never answers from the cause (None: no response). `kept`
+    says in errors what is kept. The policy never waits; the caller does.
     """
 
     def __init__(self, no_network: Callable[[str | None], str], notify: Notify, kept: str) -> None:
@@ -65,44 +65,46 @@ class RetryPolicy:
         self._stalls_at = math.inf
 
     def asked(self) -> None:
-        """Note that the network is asked from now on."""
+        """Record the time of the first request."""
         self._asked_at = min(self._asked_at, time.monotonic())
 
     def answered(self) -> None:
-        """Note that the network is there."""
+        """Record that the network answered."""
         self._has_answered = True
 
     def advanced(self) -> None:
-        """Note that new data came."""
+        """Record that new data arrived; the count of failures starts again."""
         self._has_answered = True
         self._failures = 0
 
     def expect_message(self, wait_s: float = 0.0) -> None:
-        """Start the clock of a stall anew; the server has asked to wait so long."""
+        """Restart the stall timeout; the server has asked to wait `wait_s` seconds."""
         self._stalls_at = time.monotonic() + min(wait_s, LONGEST_WAIT_S) + STALL_S
 
     def check(self) -> None:
-        """Raise `AsgoError` if the network has never answered, and `Failed` if nothing came for too long."""
+        """Raise `AsgoError` if the network has never answered, and `Failed` if the reader has stalled."""
         now = time.monotonic()
         self._check_network(None, now)
         if now > self._stalls_at:
-            raise Failed(Failure(f"nothing came for {STALL_S:.0f} s", "unreachable"))
+            raise Failed(Failure(f"no data for {STALL_S:.0f} s", "unreachable"))
 
     def pause_after(self, place: str, error: Failed, shown: str | None = None) -> float:
-        """Seconds to wait before another attempt; says what failed in `shown` (without it, `place`).
+        """Return the seconds to wait before the next attempt, and notify the user of the failure.
 
-        Raises `AsgoError` or `UsageError` if no other attempt is to be made.
+        `shown` replaces `place` at the start of the notice. Raises `AsgoError` or `UsageError` if there is no retry.
         """
         failure, shown = error.failure, f"{place}: " if shown is None else shown
         if failure.kind in ("usage", "lasting"):
-            text = failure.text if failure.text.startswith(place) else f"{place}: {failure.text}"  # it may name a row
+            # The text may already name the place, with a row.
+            text = failure.text if failure.text.startswith(place) else f"{place}: {failure.text}"
             raise (UsageError if failure.kind == "usage" else AsgoError)(text)
         self._failures += 1
         self._has_answered |= failure.kind in ("refused for now", "damaged")
         allowed = DAMAGED_ATTEMPTS if failure.kind == "damaged" else ATTEMPTS
         if self._failures >= allowed:
             raise AsgoError(
-                f"{place}: given up after {allowed} attempts ({failure.text}); {self._kept}: the same command goes on"
+                f"{place}: gave up after {allowed} attempts ({failure.text}); {self._kept}: "
+                "run the same command again to resume"
             )
         pause = max(PAUSES_S[min(self._failures, len(PAUSES_S)) - 1], min(error.wait_s, LONGEST_WAIT_S))
         self._check_network(failure.text, time.monotonic() + pause)
@@ -110,39 +112,41 @@ class RetryPolicy:
         return pause
 
     def _check_network(self, why: str | None, then: float) -> None:
-        """Raise `AsgoError` if the network has never answered, and will have had its time `then`."""
+        """Raise `AsgoError` if the network has never answered and its timeout ends before `then`."""
         if not self._has_answered and then - self._asked_at > NO_NETWORK_S:
             raise AsgoError(self._no_network(why))
 
 
 class Retries(RetryPolicy):
-    """A policy with work in threads of its own: what waits here raises `RunInterrupted` when `stop` is asked for."""
+    """Retries work in background threads. All waits raise `RunInterrupted` on a `stop` request."""
 
     def __init__(self, advice: str, notify: Notify, stop: StopRequest) -> None:
-        """`advice` says what to do about a network that never answers."""
+        """`advice` says in errors what to do about a network that never answers."""
 
         def no_network(why: str | None) -> str:
-            return f"no answer from the network ({why or 'nothing came'}); {advice}"
+            return f"no answer from the network ({why or 'no data'}); {advice}"
 
-        super().__init__(no_network, notify, "what is here is kept")
+        super().__init__(no_network, notify, "partial files are kept")
         self._stop = stop
 
     def check_stop(self) -> None:
-        """Raise `RunInterrupted` if a signal has asked to stop."""
+        """Raise `RunInterrupted` if a signal has requested a stop."""
         if self._stop:
-            raise RunInterrupted(f"{self._stop.signal_name}: what is here is kept, the same command goes on")
+            raise RunInterrupted(
+                f"{self._stop.signal_name}: partial files are kept; run the same command again to resume"
+            )
 
     def stoppable(self, progress: Progress) -> Progress:
-        """`progress`, after `check_stop`."""
+        """Return `progress` with `check_stop` before each call."""
 
-        def tell(phase: str, done: int, total: int) -> None:
+        def report(phase: str, done: int, total: int) -> None:
             self.check_stop()
             progress(phase, done, total)
 
-        return tell
+        return report
 
     def call(self, place: str, attempt: Callable[[], T]) -> T:
-        """What `attempt` returns; while it raises `Failed`, report that, wait, and try again.
+        """Call `attempt` until it does not raise `Failed`, with pauses, and return its result.
 
         Raises as `pause_after` does.
         """
@@ -159,10 +163,10 @@ class Retries(RetryPolicy):
             time.sleep(min(_POLL_S, left))
 
     def messages(self, work: Callable[[Send[T]], None]) -> Iterator[T]:
-        """What `work` sends from a thread of its own, while it runs; the errors that end it are raised here.
+        """Run `work` in a background thread; yield what it sends and raise what it raises.
 
-        Raises `Failed` when nothing comes for too long. The thread is then left to itself: a library that hangs in a
-        socket cannot be ended.
+        Raises `Failed` if no message arrives in time. The thread is then abandoned: Python cannot end a thread that
+        hangs in a socket.
         """
         self.asked()
         background = _Background(work)
@@ -179,7 +183,7 @@ class Retries(RetryPolicy):
 
 
 class _Abandoned(BaseException):
-    """Nobody waits for this thread any more; no library is to take it for an error of its own."""
+    """Ends an abandoned thread. A `BaseException`, so libraries do not handle it as an error."""
 
 
 class _Background(Generic[T]):
@@ -190,7 +194,7 @@ class _Background(Generic[T]):
         threading.Thread(target=self._run, args=(work,), daemon=True).start()
 
     def receive(self, timeout: float) -> Iterator[T]:
-        """One message or none; raises what ended the thread."""
+        """Yield one message or none; raise the error that ended the thread."""
         with contextlib.suppress(queue.Empty):
             message = self._messages.get(timeout=timeout)
             if not isinstance(message, _End):

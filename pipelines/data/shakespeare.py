@@ -1,4 +1,4 @@
-"""The well-known text of tinyshakespeare, by characters."""
+"""Prepare the tinyshakespeare text as characters."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MOST_BYTES = 64 << 20
 def prepare_shakespeare(
     text: str | None, out: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> Manifest:
-    """Prepare `text`, a file or an http(s) URL, by characters: the last tenth validates, as in nanoGPT.
+    """Prepare `text`, a file or an http(s) URL, as characters; the last tenth is the validation data, as in nanoGPT.
 
-    Without `text`, the well-known file is downloaded and its digest checked. Raises as `prepare_text` does, and
-    `AsgoError` when the download fails.
+    Without `text`, downloads the tinyshakespeare file and checks its digest. Raises as `prepare_text` does, and
+    `AsgoError` if the download fails.
     """
     if text is not None and not text.startswith(("http://", "https://")):
         return prepare_text(
@@ -38,7 +38,7 @@ def prepare_shakespeare(
     url = text or URL
     raw = _download(url)
     if text is None and hashlib.sha256(raw).hexdigest() != SHA256:
-        raise AsgoError(f"{url}: not the expected text (its SHA-256 is another); pass --input FILE with the text")
+        raise AsgoError(f"{url}: not the expected text (its SHA-256 differs); pass --input FILE with the text")
     shown = without_secrets(url)
     document = decode_utf8(raw, shown)
     return prepare_documents(
@@ -55,7 +55,7 @@ def _download(url: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
             content: bytes = response.read(_MOST_BYTES + 1)
-            # A read of so many bytes does not notice that the connection ended early.
+            # `read` with a size does not raise `IncompleteRead` if the connection ends early.
             missing = int(response.headers.get("Content-Length", 0)) - len(content)
             if missing > 0 and len(content) <= _MOST_BYTES:
                 raise http.client.IncompleteRead(content, missing)
@@ -64,5 +64,5 @@ def _download(url: str) -> bytes:
         problem = without_secrets(f"could not download {url} ({reason})")
         raise AsgoError(f"{problem}; pass --input FILE with the text") from None
     if len(content) > _MOST_BYTES:
-        raise AsgoError(f"{without_secrets(url)}: more than {_MOST_BYTES:,} bytes; download it, and pass --input FILE")
+        raise AsgoError(f"{without_secrets(url)}: more than {_MOST_BYTES:,} bytes; download it and pass --input FILE")
     return content

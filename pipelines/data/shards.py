@@ -1,6 +1,6 @@
 """Token shards: 256 little-endian int32 (20240520, 1, token count, zeros), then uint16 tokens.
 
-The format that llm.c, modded-nanogpt and dion read.
+llm.c, modded-nanogpt and dion read the same format.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OTHER_FILES = 512
 
 
 class OpenShardState(Frozen):
-    """A shard that is not full yet: how much of its hidden file counts, and the digest of that much."""
+    """Checkpoint of a shard that is not full: its length, and the digest of its hidden file up to there."""
 
     file: str
     tokens: NonNegativeInt
@@ -43,7 +43,7 @@ class OpenShardState(Frozen):
 
 
 class WriterState(Frozen):
-    """How far a `ShardWriter` has come, for another one to go on from."""
+    """Checkpoint of a `ShardWriter`, from which another one resumes."""
 
     entries: Annotated[tuple[ShardEntry, ...], Field(strict=False)] = ()
     open_shard: OpenShardState | None = None
@@ -54,20 +54,20 @@ _BEGINNING = WriterState()
 
 
 class ShardWriter:
-    """Streams documents into shard files of exactly `shard_tokens` tokens; the last one may be shorter.
+    """Writes documents to shard files of exactly `shard_tokens` tokens; the last file may be shorter.
 
-    A document that does not fit goes on in the next file. `files` gives the paths in order; when they run out, no
-    more is taken. A shard has a hidden name until it is complete; leaving the context without `finish` leaves it so,
-    and with the `state` that `checkpoint` gave, another writer goes on from there.
+    A document that does not fit continues in the next file. `files` gives the paths in order; after the last one, the
+    writer takes no more tokens. A shard has a hidden name until it is complete, and keeps it if the context ends
+    without `finish`. Another writer resumes from the `state` that `checkpoint` returned.
     """
 
     def __init__(self, files: Iterable[Path], *, shard_tokens: int, state: WriterState = _BEGINNING) -> None:
-        """Raises `AsgoError` when what `state` tells of is not on the disk any more."""
+        """Raises `AsgoError` if the files do not match `state`."""
         self._files = iter(files)
         self._shard_tokens = shard_tokens
         self._entries = list(state.entries)
         self.end = state.end
-        """Where the source goes on after what is written."""
+        """The position in the source after the tokens written."""
         for entry in state.entries:
             _require_size(next(self._files).with_name(entry.file), entry.tokens)
         self._shard: _OpenShard | None = None
@@ -81,18 +81,17 @@ class ShardWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens written so far, into complete shards and the one that is open."""
+        """Tokens written so far, to complete shards and the open one."""
         return sum(entry.tokens for entry in self._entries) + (self._shard.tokens if self._shard else 0)
 
     def write(
         self, tokens: Tokens, starts: NDArray[np.int64], documents: NDArray[np.int64], *, complete: bool = True
     ) -> int:
-        """Append documents, `tokens` (tokens,); each begins with its end-of-text token.
+        """Append documents, `tokens` (tokens,), and return the number of tokens taken: fewer after the last file.
 
-        `starts` (documents,) are the places in `tokens` where they begin, ascending from 0, or from a negative place
-        where the first one began in earlier calls; `documents` (documents,) are their numbers in the source. The last
-        one goes on in the next call unless it is `complete`. Returns how many tokens were taken: fewer when the files
-        are used up.
+        Each document begins with its end-of-text token. `starts` (documents,) are the ascending indices in `tokens`
+        where documents begin: the first is 0, or negative if that document began in an earlier call. `documents`
+        (documents,) are their numbers in the source. The last document continues in the next call unless `complete`.
         """
         taken = 0
         while taken < len(tokens):
@@ -109,12 +108,12 @@ class ShardWriter:
         return taken
 
     def checkpoint(self) -> WriterState:
-        """Flush to disk all that was written, and say how far that is."""
+        """Flush everything written to disk and return the state."""
         open_shard = None if self._shard is None else self._shard.checkpoint()
         return WriterState(entries=tuple(self._entries), open_shard=open_shard, end=self.end)
 
     def finish(self) -> list[ShardEntry]:
-        """Complete the last shard and return one entry for each file."""
+        """Complete the last shard and return one entry per file."""
         if self._shard is not None:
             self._close(self._shard)
         return self._entries
@@ -148,17 +147,17 @@ class _OpenShard:
 
     @classmethod
     def create(cls, path: Path, capacity: int) -> _OpenShard:
-        """Begin an empty shard."""
+        """Create an empty shard."""
         with naming(path):
-            _staged(path).unlink(missing_ok=True)  # and a link that somebody has put there is not followed
+            _staged(path).unlink(missing_ok=True)  # also a symbolic link, which must not be followed
             shard = cls(path, _staged(path).open("xb"), hashlib.sha256(), capacity)
-        # The header of a full shard: the running digest is then right for every shard but a shorter last one.
+        # The header of a full shard: only the shorter last shard needs another header and a new digest.
         shard._put(_header(capacity))
         return shard
 
     @classmethod
     def reopen(cls, path: Path, capacity: int, state: OpenShardState) -> _OpenShard:
-        """Go on with a shard as it was at a checkpoint; what was written after it is dropped."""
+        """Reopen a shard at a checkpoint; drop what was written after it."""
         staged = _staged(path)
         if path.exists():  # it was completed after the checkpoint
             path.replace(staged)
@@ -173,7 +172,7 @@ class _OpenShard:
                 shard = cls(path, staged.open("ab"), digest, capacity)
                 shard.tokens, shard._documents = state.tokens, state.documents
                 return shard
-        raise AsgoError(f"{staged}: not what was written there; pass --overwrite to start again")
+        raise AsgoError(f"{staged}: missing or changed since the checkpoint; pass --overwrite to start again")
 
     @property
     def room(self) -> int:
@@ -223,7 +222,7 @@ def _staged(path: Path) -> Path:
 
 
 def _correct_header(path: Path, tokens: int) -> str:
-    """Write the true count of a shorter shard, and return the file's digest."""
+    """Write the token count of a shorter shard into its header, and return the file's digest."""
     with naming(path), path.open("r+b") as file:
         file.write(_header(tokens))
         file.flush()
@@ -232,7 +231,7 @@ def _correct_header(path: Path, tokens: int) -> str:
 
 
 def _position(taken: int, end: int | None, starts: NDArray[np.int64], documents: NDArray[np.int64]) -> SourcePosition:
-    """The place in the source after `taken` tokens; the last document ends at `end`, if it does."""
+    """Return the position in the source after `taken` tokens. The last document ends at `end`; None: not yet."""
     if taken == end:
         return SourcePosition(document=int(documents[-1]) + 1, token=0)
     inside = int(np.searchsorted(starts, taken, side="right")) - 1
@@ -246,15 +245,15 @@ def _require_size(path: Path, tokens: int) -> None:
 
 
 class TokenFile:
-    """The tokens of a file from byte `offset` to its end, read when they are asked for; its length is their number.
+    """The tokens of a file from byte `offset` to its end, read on request; `len` is their number.
 
-    They are not mapped into memory: where a mapped file has become shorter, the system ends the process without a word.
+    Not memory-mapped: if a mapped file becomes shorter, the system kills the process with SIGBUS.
     """
 
     def __init__(self, path: Path, offset: int) -> None:
         self.path = path
         self._offset = offset
-        # It stays open as long as this is in use: the same tokens, whatever becomes of the name.
+        # Stays open, so the tokens stay the same if the file is replaced or removed.
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         self._tokens = (os.fstat(self._descriptor).st_size - offset) // _TOKEN.itemsize
@@ -263,11 +262,11 @@ class TokenFile:
         return self._tokens
 
     def read_into(self, tokens: Tokens, start: int) -> None:
-        """Fill `tokens` (tokens,) from place `start` on. Raises `AsgoError` if the file has become shorter."""
+        """Fill `tokens` (tokens,) from index `start` on. Raises `AsgoError` if the file has become shorter."""
         place, size = self._offset + start * _TOKEN.itemsize, tokens.nbytes
         try:
             count = os.preadv(self._descriptor, [tokens.data], place)
-            while 0 < count < size:  # seldom: a signal, a network's file system
+            while 0 < count < size:  # a short read: rare, after a signal or on a network file system
                 more = os.preadv(self._descriptor, [tokens.view(np.uint8)[count:].data], place + count)
                 count = count + more if more else 0
         except OSError as error:
@@ -277,14 +276,14 @@ class TokenFile:
             raise AsgoError(f"{self.path}: it has become shorter while in use; copy it again, and resume")
 
     def read(self) -> Tokens:
-        """All tokens, (tokens,)."""
+        """Return all tokens, (tokens,)."""
         tokens = np.empty(self._tokens, dtype=_TOKEN)
-        for start in range(0, self._tokens, _TOKENS_AT_ONCE):  # the system reads two gigabytes at once at most
+        for start in range(0, self._tokens, _TOKENS_AT_ONCE):  # one system call reads at most 2 GB
             self.read_into(tokens[start : start + _TOKENS_AT_ONCE], start)
         return tokens
 
     def largest(self) -> int:
-        """The largest token; 0 of none."""
+        """Return the largest token; 0 if there is none."""
         buffer, largest = np.empty(_TOKENS_AT_ONCE, dtype=_TOKEN), 0
         for start in range(0, self._tokens, _TOKENS_AT_ONCE):
             part = buffer[: self._tokens - start]
@@ -294,7 +293,7 @@ class TokenFile:
 
 
 def allow_open_files(count: int) -> None:
-    """Let this process have `count` files open besides its others, as far as the system lets it."""
+    """Raise this process's limit of open files by `count`, as far as the system permits."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -303,9 +302,9 @@ def allow_open_files(count: int) -> None:
 
 
 def open_shard(path: Path, vocab_size: int) -> TokenFile:
-    """The tokens of a shard.
+    """Open a shard and check its content.
 
-    Raises `AsgoError` for a wrong magic number, version or size and for a token beyond the vocabulary.
+    Raises `AsgoError` for a wrong magic number, version or size, and for a token beyond the vocabulary.
     """
     problem = shard_problem(path, vocab_size)
     if problem is not None:
@@ -314,12 +313,12 @@ def open_shard(path: Path, vocab_size: int) -> TokenFile:
 
 
 def shard_problem(path: Path, vocab_size: int) -> str | None:
-    """What is wrong with a shard file, or None. A file that cannot be opened raises `OSError`."""
+    """Return what is wrong with a shard file, or None. Raises `OSError` if it cannot be opened."""
     return header_problem(path) or vocabulary_problem(TokenFile(path, HEADER_BYTES).largest(), vocab_size)
 
 
 def header_problem(path: Path) -> str | None:
-    """What is wrong with the header of a shard file or, by the header, with its size; the tokens are not read."""
+    """Return what is wrong with a shard file's header or size, or None. Does not read the tokens."""
     with path.open("rb") as file:
         raw = file.read(HEADER_BYTES)
         size = os.fstat(file.fileno()).st_size
@@ -329,19 +328,19 @@ def header_problem(path: Path) -> str | None:
     if magic != MAGIC:
         return f"not a token shard: it starts with {magic}, not {MAGIC}"
     if version != VERSION:
-        return f"token shard of version {version}, and only {VERSION} can be read"
+        return f"token shard of version {version}; only version {VERSION} can be read"
     if tokens <= 0:
         return f"the header claims {tokens:,} tokens"
     if size != HEADER_BYTES + tokens * _TOKEN.itemsize:
         return (
-            f"{size:,} bytes, but {tokens:,} tokens with the header take "
+            f"{size:,} bytes, but the header and {tokens:,} tokens take "
             f"{HEADER_BYTES + tokens * _TOKEN.itemsize:,}: truncated or altered"
         )
     return None
 
 
 def vocabulary_problem(largest: int, vocab_size: int) -> str | None:
-    """What is wrong with a shard whose largest token this is, or None."""
+    """Return what is wrong with a shard with this largest token, or None."""
     return f"token {largest:,} is beyond the vocabulary of {vocab_size:,}" if largest >= vocab_size else None
 
 

@@ -1,4 +1,4 @@
-"""Documents into a folder of token shards, in two passes: look at everything first, then write."""
+"""Convert documents to a folder of token shards, in two passes: check everything first, then write."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from pipelines.data.tokenizers import (
 from pipelines.errors import AsgoError, UsageError
 
 Progress = Callable[[str, int, int | None], None]
-"""Called as (what is being done, characters done, characters in total or None if not known yet)."""
+"""Called as (phase, characters done, characters in total or None if not known yet)."""
 
 Notify = Callable[[str], None]
 
@@ -41,7 +41,7 @@ _BATCH_CHARACTERS = 1 << 22
 
 @dataclass(frozen=True)
 class TextSource:
-    """Text to prepare: `read` gives every document, the same ones each time; `name` goes into the manifest."""
+    """Text to prepare: `read` returns all documents, the same on every call; the manifest stores `name`."""
 
     name: str
     read: Callable[[], Iterable[Document]]
@@ -56,7 +56,7 @@ class _Scan:
 
 
 class _Piece(NamedTuple):
-    """Some of a document, on one side of the split; whether that side of the document begins or ends with it."""
+    """Part of a document, on one side of the split; whether it begins and ends that side of the document."""
 
     text: str
     document: int
@@ -80,9 +80,9 @@ def prepare_text(
 ) -> Manifest:
     """Tokenize text files, JSON lines, Parquet files, or folders of them into the folder `out`.
 
-    See `prepare_documents` for the options; `notify` is told how many files are read, and what is left out of folders.
-    Raises `UsageError` for inputs that are not there and a folder that is in the way, `AsgoError` for text that cannot
-    be read; nothing is written in either case.
+    See `prepare_documents` for the options. Calls `notify` with the number of files read and skipped. Raises
+    `UsageError` for missing inputs and if `out` is occupied, and `AsgoError` for text that cannot be read; writes
+    nothing in either case.
     """
     check_destination(out, overwrite=overwrite)
     left_out: Counter[str] = Counter()
@@ -115,11 +115,11 @@ def prepare_documents(
 ) -> Manifest:
     """Tokenize `source` into the folder `out`, which appears only when it is complete.
 
-    Documents drawn at random (by `seed`) validate until they hold exactly `val_fraction` of all characters, rounded
-    up; the tail of the last one drawn validates and its head trains. Every piece starts with the end-of-text
-    token. Training shards hold `shard_tokens` tokens, the last one what is left. An existing `out` is replaced
-    only with `overwrite`, and only if it holds token shards and nothing else. Raises `UsageError` while another
-    process prepares the same folder.
+    Documents drawn at random (with `seed`) become validation data until they have exactly `val_fraction` of all
+    characters, rounded up. The last one drawn is split: its tail is validation data, its head training data. Every
+    piece starts with the end-of-text token. Training shards have `shard_tokens` tokens, the last one the rest. An
+    existing `out` is replaced only with `overwrite`, and only if it holds token shards and nothing else. Raises
+    `UsageError` while another process prepares the same folder.
     """
     _check_options(val_fraction, shard_tokens)
     report = progress or _silent
@@ -134,17 +134,17 @@ def prepare_documents(
 
 
 def split_documents(lengths: NDArray[np.int64], val_fraction: float, seed: int) -> NDArray[np.int64]:
-    """How many leading characters of each document train; the others validate. Shapes (documents,).
+    """Return the number of leading training characters of each document; the rest is validation. Shapes (documents,).
 
     Raises `AsgoError` if one of the two parts would be empty.
     """
     total = int(lengths.sum())
-    # The fraction as the decimal that was typed: 0.1 is a tenth, not 0.1000000000000000055.
+    # Exactly the decimal that the user typed: 0.1 is a tenth, not 0.1000000000000000055.
     validating = math.ceil(total * Fraction(repr(val_fraction)))
     if validating >= total:
         raise AsgoError(
-            f"{total:,} characters of text are too few to split: with a validation fraction of {val_fraction} "
-            f"{validating:,} would validate and none train; give more text"
+            f"{total:,} characters of text are too few to split: a validation fraction of {val_fraction} takes "
+            f"{validating:,} of them and leaves none for training; use more text"
         )
     order = frozen_permutation(len(lengths), seed)
     drawn = np.cumsum(lengths[order])
@@ -183,12 +183,12 @@ def _tokenizer(name: TokenizerName, alphabet: str) -> Tokenizer:
 
 def _found(files: Sequence[Path], left_out: Counter[str]) -> str:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common() if count)
-    return f"reading {len(files):,} file{'s' * (len(files) != 1)}{f'; left out: {kinds}' if kinds else ''}"
+    return f"reading {len(files):,} file{'s' * (len(files) != 1)}{f'; skipped: {kinds}' if kinds else ''}"
 
 
 def _scan(source: TextSource, progress: Progress, *, with_alphabet: bool) -> _Scan:
-    """The first pass: meets every error that the input can cause, before anything is written."""
-    lengths = array("q")  # a list would take five times as much, and documents may be many
+    """First pass: read everything, so errors of the input are raised before anything is written."""
+    lengths = array("q")  # a list takes five times the memory, and there may be many documents
     alphabet: set[str] = set()
     digest = _Digest()
     done = reported = literals = 0
@@ -208,7 +208,7 @@ def _scan(source: TextSource, progress: Progress, *, with_alphabet: bool) -> _Sc
         lengths.append(done - before)
         literals += has_literal
     if not done:
-        raise AsgoError(f"{source.name}: there is no text in it")
+        raise AsgoError(f"{source.name}: contains no text")
     counts = DocumentCounts(read=len(lengths), empty=lengths.count(0), literal_end_of_text=literals)
     return _Scan(np.array(lengths, dtype=np.int64), counts, "".join(sorted(alphabet)), digest.hexdigest())
 
@@ -226,7 +226,7 @@ class _Digest:
         self._bytes += len(content)
 
     def end_document(self) -> None:
-        self._sha256.update(self._bytes.to_bytes(8, "little"))  # so that moving a boundary changes the digest
+        self._sha256.update(self._bytes.to_bytes(8, "little"))  # moving a boundary must change the digest
         self._bytes = 0
 
     def hexdigest(self) -> str:
@@ -242,7 +242,7 @@ def _write_shards(
     shard_tokens: int,
     progress: Progress,
 ) -> Manifest:
-    """The second pass: encode and write what the first one saw."""
+    """Second pass: encode and write the documents."""
     training_files = (folder / shard_name(index) for index in range(1, 1_000_000))
     total = int(scan.lengths.sum())
     done = 0
@@ -271,7 +271,7 @@ def _write_shards(
 
 
 class _Side:
-    """One side of the split: its shards, and how much of a document is in them already."""
+    """One side of the split: its shards, and the number of tokens written of the current document."""
 
     def __init__(self, writer: ShardWriter, end_of_text: int) -> None:
         self._writer = writer
@@ -289,7 +289,7 @@ class _Side:
 
 
 def _pieces(source: TextSource, scan: _Scan, heads: NDArray[np.int64]) -> Iterator[_Piece]:
-    """What trains and what validates of each document. Raises `AsgoError` if the source is no longer as scanned."""
+    """Yield the training and validation pieces of each document. Raises `AsgoError` if the source has changed."""
     digest = _Digest()
     for number, document in enumerate(source.read()):
         if number >= len(heads):
@@ -309,7 +309,7 @@ def _pieces(source: TextSource, scan: _Scan, heads: NDArray[np.int64]) -> Iterat
 
 
 def _changed(source: TextSource) -> AsgoError:
-    return AsgoError(f"{source.name}: the text changed while it was being read; start again when it is at rest")
+    return AsgoError(f"{source.name}: the text changed while it was being read; run again when it no longer changes")
 
 
 def _batches(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:

@@ -1,4 +1,4 @@
-"""Text to tokens and back: GPT-2's byte pairs, plain bytes, and the characters of one text."""
+"""Tokenizers: GPT-2's byte pairs, plain bytes, and the characters of one text."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Tokens = NDArray[np.uint16]
 TokenizerName = Literal["gpt2", "bytes", "chars"]
 
 END_OF_TEXT = "<|endoftext|>"
-# The first step of GPT-2's byte pairs takes blanks, letters, numbers and the rest apart, and a single blank goes with
-# what follows it. The places below are ends of its pieces in any text. Letters are only those that are letters in every
-# version of Unicode: the library's need not be Python's.
+# GPT-2's tokenizer first splits text into whitespace, letters, numbers and the rest; a single blank belongs to what
+# follows it. `_CUT` matches only where such a piece ends in any text. Its letters are letters in every version of
+# Unicode, because tiktoken's version may differ from Python's.
 _BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _CUT = re.compile(
     rf"(?<=[^{_BLANK}])(?=[{_BLANK}])"
@@ -53,14 +53,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> Tokens:
-        """Token ids of `text`, shape (tokens,). Raises `AsgoError` for text that cannot be encoded."""
+        """Return the token ids of `text`, shape (tokens,). Raises `AsgoError` for text that cannot be encoded."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """Token ids of each text, in the same order."""
+        """Return the token ids of each text, in the same order."""
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`; bytes that are not UTF-8 become U+FFFD, end-of-text is "<|endoftext|>".
+        """Return the text of `tokens`. Invalid UTF-8 becomes U+FFFD, end-of-text becomes "<|endoftext|>".
 
         Raises `ValueError` for an id outside the vocabulary.
         """
@@ -71,19 +71,19 @@ class Tokenizer(ABC):
         return self._decode(ids)
 
     def last_cut(self, text: str) -> int:
-        """The last place where any text that begins with `text` can be cut and keep its tokens; 0 if nowhere."""
+        """Return the last index where every text that starts with `text` can be cut without other tokens; 0 if none."""
         return len(text)
 
     @abstractmethod
     def _decode(self, tokens: list[int]) -> str: ...
 
     def describe(self) -> dict[str, str]:
-        """What `build_tokenizer` needs to build the same tokenizer again; plain JSON."""
+        """Return the argument of `build_tokenizer` for the same tokenizer; plain JSON."""
         return {"name": self.name}
 
 
 class Gpt2Tokenizer(Tokenizer):
-    """The byte pairs of GPT-2, from the table shipped with this package: no network is used."""
+    """The byte pairs of GPT-2, from a table in this package; needs no network."""
 
     name = "gpt2"
     vocab_size = 50_257
@@ -94,7 +94,7 @@ class Gpt2Tokenizer(Tokenizer):
             return gpt2_encoding().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError as error:
             raise _not_unicode(error) from None
-        except ValueError:  # the regular expression ran out of its stack
+        except ValueError:  # a stack overflow in tiktoken's regular expression, on very long whitespace
             parts = [part for part in _LONG_BLANK.split(text) if part]
             if len(parts) == 1:
                 raise
@@ -108,7 +108,7 @@ class Gpt2Tokenizer(Tokenizer):
         return 0
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        # The encoder is Rust that lets go of the interpreter's lock: threads are enough, and copy nothing.
+        # The encoder is Rust code that releases the GIL: threads are enough, and need no copies.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return list(pool.map(self.encode, texts))
 
@@ -117,7 +117,7 @@ class Gpt2Tokenizer(Tokenizer):
 
 
 class BytesTokenizer(Tokenizer):
-    """The bytes of the text's UTF-8 form."""
+    """The bytes of the text in UTF-8."""
 
     name = "bytes"
     vocab_size = 257
@@ -135,13 +135,13 @@ _BYTE_SYMBOLS = [*(bytes([value]) for value in range(256)), END_OF_TEXT.encode()
 
 
 class CharsTokenizer(Tokenizer):
-    """One token for each character of `alphabet`, numbered in the order of their code points."""
+    """One token per character of `alphabet`, in the order of the code points."""
 
     name = "chars"
 
     def __init__(self, alphabet: str) -> None:
         if list(alphabet) != sorted(set(alphabet)):
-            raise AsgoError("the alphabet of a chars tokenizer must be sorted and without repetition")
+            raise AsgoError("the alphabet of a chars tokenizer must be sorted and without duplicates")
         if len(alphabet) > np.iinfo(np.uint16).max:
             raise AsgoError(f"{len(alphabet):,} different characters do not fit in 16-bit tokens: use bytes or gpt2")
         self.alphabet = alphabet
@@ -170,7 +170,7 @@ class CharsTokenizer(Tokenizer):
 
 
 def build_tokenizer(description: Mapping[str, object]) -> Tokenizer:
-    """The tokenizer that `Tokenizer.describe` described. Raises `AsgoError` for anything else."""
+    """Build a tokenizer from the result of `Tokenizer.describe`. Raises `AsgoError` for anything else."""
     match dict(description):
         case {"name": "gpt2", **rest} if not rest:
             return Gpt2Tokenizer()
@@ -180,11 +180,11 @@ def build_tokenizer(description: Mapping[str, object]) -> Tokenizer:
             return CharsTokenizer(alphabet)
     shown = repr(dict(description))
     shown = shown if len(shown) <= 100 else f"{shown[:100]}..."
-    raise AsgoError(f'not a tokenizer: {shown}; known are the names gpt2, bytes, and chars with its "alphabet"')
+    raise AsgoError(f'not a tokenizer: {shown}; valid names are gpt2, bytes, and chars with its "alphabet"')
 
 
 def _id_by_code_point(alphabet: str) -> Tokens:
-    """Token id of every code point up to the largest in use plus one; end-of-text stands for an unknown one."""
+    """Return the token id of every code point up to the largest plus one; end-of-text marks an unknown one."""
     codes = [ord(character) for character in alphabet]
     ids = np.full(max(codes, default=-1) + 2, len(alphabet), dtype=np.uint16)
     ids[codes] = np.arange(len(codes))
@@ -204,7 +204,7 @@ def _not_unicode(error: UnicodeEncodeError) -> AsgoError:
 
 
 def gpt2_table() -> bytes:
-    """GPT-2's symbols and their ranks, in tiktoken's text form. Raises `AsgoError` if the package's file is damaged."""
+    """Return GPT-2's symbols and ranks in tiktoken's text format. Raises `AsgoError` if the file is damaged."""
     table = lzma.decompress(_GPT2_TABLE.read_bytes())
     if hashlib.sha256(table).hexdigest() != _GPT2_SHA256:
         raise AsgoError(f"{_GPT2_TABLE}: the vocabulary is damaged; install asgo again")
@@ -213,7 +213,7 @@ def gpt2_table() -> bytes:
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """GPT-2's encoding; built once a process, because decompressing and indexing the table takes 0.2 s."""
+    """Return GPT-2's encoding. Built once per process: decompressing and indexing the table takes 0.2 s."""
     import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
 

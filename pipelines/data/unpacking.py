@@ -1,4 +1,4 @@
-"""Files of bytes and lines, unpacked where they are compressed, in bounded memory."""
+"""Read files of bytes and lines, decompressed if needed, in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.errors import AsgoError
 from pipelines.storage import naming
 
 MAX_ROW_BYTES = 64 << 20
-"""The longest line or row that is read: a few kilobytes of a compressed file can unpack to gigabytes."""
+"""Maximum size of a line or row: a few kilobytes of a compressed file can decompress to gigabytes."""
 
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -28,16 +28,16 @@ PACKED_SUFFIXES = tuple(_SUFFIXES)
 
 
 def without_packing(name: str) -> str:
-    """A file's name in lower case, without the ending that says how it is compressed."""
+    """Return a file name in lower case, without the suffix of its compression."""
     name = name.lower()
     return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
 
 
 @contextlib.contextmanager
 def unpacked(file: Path) -> Iterator[BinaryIO]:
-    """A file's bytes; gzip and zstd, known by their first bytes under any name, are unpacked on the way.
+    """Open a file for reading; decompress gzip and zstd, recognized by their first bytes under any name.
 
-    Raises `AsgoError` for a damaged file, and one compressed in another way.
+    Raises `AsgoError` for a damaged file and for other compressions.
     """
     with naming_damage(file), file.open("rb") as raw, unpack(raw, str(file)) as stream:
         yield stream
@@ -45,7 +45,7 @@ def unpacked(file: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def unpack(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
-    """The same for an open file."""
+    """Decompress an open file as `unpacked` does."""
     start = raw.read(max(map(len, _MAGIC)))
     raw.seek(0)
     by_name = next((kind for suffix, kind in _SUFFIXES.items() if name.lower().endswith(suffix)), None)
@@ -61,12 +61,12 @@ def unpack(raw: BinaryIO, name: str) -> Iterator[BinaryIO]:
     elif kind is None:
         yield raw
     else:
-        raise AsgoError(f"{name}: compressed by {kind}; unpack it first (gzip and zstd are read as they are)")
+        raise AsgoError(f"{name}: compressed with {kind}; decompress it first (gzip and zstd can be read directly)")
 
 
 @contextlib.contextmanager
 def naming_damage(file: Path) -> Iterator[None]:
-    """Name the file in an error of the disk and of unpacking."""
+    """Add the file's name to errors of the disk and of decompression."""
     try:
         with naming(file):
             yield
@@ -79,7 +79,7 @@ def naming_damage(file: Path) -> Iterator[None]:
 
 
 def bounded_lines(stream: BinaryIO, where: str) -> Iterator[tuple[str, bytes]]:
-    """Each line, and where it is. Raises `AsgoError` for one that is too long."""
+    """Yield the location and the bytes of each line. Raises `AsgoError` for a line that is too long."""
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -89,5 +89,5 @@ def bounded_lines(stream: BinaryIO, where: str) -> Iterator[tuple[str, bytes]]:
 
 
 def too_long(where: str) -> AsgoError:
-    """The error for a line or a row that is too long."""
-    return AsgoError(f"{where}: longer than {MAX_ROW_BYTES:,} bytes; cut it, or give its text as a file of its own")
+    """Return the error for a line or row that is too long."""
+    return AsgoError(f"{where}: longer than {MAX_ROW_BYTES:,} bytes; split it, or pass its text as a separate file")

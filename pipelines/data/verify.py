@@ -1,4 +1,4 @@
-"""Does a data folder still hold what was written?"""
+"""Verify that a data folder still holds what was written."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pipelines.data.tokenizers import build_tokenizer
 Progress = Callable[[int, int], None]
 """Called as (bytes checked, bytes in total)."""
 
-_BYTES_AT_ONCE = 1 << 20  # stays in a core's cache between the digest and the maximum
+_BYTES_AT_ONCE = 1 << 20  # fits the CPU cache, so digest and maximum read memory once
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """One shard file as the manifest has it, and what is wrong with it, if anything."""
+    """One shard file, with the counts of the manifest and what is wrong with it, or None."""
 
     file: str
     tokens: int
@@ -34,30 +34,30 @@ class ShardResult:
 
 
 def verify(folder: Path, progress: Progress | None = None) -> list[ShardResult]:
-    """Check each shard of `folder` against the manifest: header, size, largest token, digest, presence.
+    """Check each shard of `folder` against the manifest: presence, header, size, largest token, digest.
 
-    Shards are read once each, several at a time; results come in the manifest's order. After them, as problems too,
-    come files that look like shards and are not in the manifest, and the hidden remains of an interrupted writer.
-    Raises `AsgoError` when the folder is unfinished or the manifest itself is missing or was altered, `UsageError`
-    when there is no such folder.
+    Reads each shard once, several in parallel; results are in the manifest's order. After them come other problems:
+    files that look like shards and are not in the manifest, and hidden files of an interrupted writer. Raises
+    `AsgoError` if the folder is unfinished or the manifest is missing or altered, `UsageError` if the folder does not
+    exist.
     """
     manifest = load_manifest(folder)
     vocab_size = build_tokenizer(manifest.tokenizer).vocab_size
-    tally, told = Tally(), 0
+    tally, reported = Tally(), 0
     results: dict[str, ShardResult] = {}
 
     def check(shard: ShardEntry) -> None:
         problem = _problem(folder, shard, vocab_size, tally)
         results[shard.file] = ShardResult(shard.file, shard.tokens, shard.documents, problem)
 
-    def tell(done: int) -> None:
-        nonlocal told
-        if progress is not None and done > told:
-            told = done
+    def report(done: int) -> None:
+        nonlocal reported
+        if progress is not None and done > reported:
+            reported = done
             progress(done, sum(_file_bytes(shard) for shard in manifest.shards))
 
     workers = min(os.cpu_count() or 1, len(manifest.shards))
-    in_threads([partial(check, shard) for shard in manifest.shards], workers, tally, tell)
+    in_threads([partial(check, shard) for shard in manifest.shards], workers, tally, report)
     return [results[shard.file] for shard in manifest.shards] + _foreign(folder, results)
 
 
@@ -74,19 +74,19 @@ def _file_bytes(shard: ShardEntry) -> int:
 def _problem(folder: Path, shard: ShardEntry, vocab_size: int, tally: Tally) -> str | None:
     path = folder / shard.file
     try:
-        # Of another size it is bad, however long the reading would take: only its own header has to say why.
+        # A file of the wrong size is not read: its header is enough to name the problem.
         right_size = path.stat().st_size == _file_bytes(shard)
         if right_size and _is_sound(_read(path, tally), shard, vocab_size):
             return None
         return shard_problem(path, vocab_size) or _difference(path, shard)
     except FileNotFoundError:
         return "missing"
-    except OSError as error:  # a bad sector or a missing permission; the other shards are checked all the same
+    except OSError as error:  # a bad sector or a missing permission: a result, so the other shards are still checked
         return f"cannot be read: {error.strerror}"
 
 
 def _read(path: Path, tally: Tally) -> _Content:
-    """Header, digest and largest token of a shard, in one pass over its bytes."""
+    """Return header, digest and largest token of a shard, in one pass over its bytes."""
     buffer = memoryview(bytearray(_BYTES_AT_ONCE))
     largest = 0
     with path.open("rb") as file:
@@ -102,7 +102,7 @@ def _read(path: Path, tally: Tally) -> _Content:
 
 
 def _is_sound(content: _Content, shard: ShardEntry, vocab_size: int) -> bool:
-    # The digest says that these are the bytes which were written, and the rest that what was written was right.
+    # The digest proves that the bytes are unchanged; the other checks prove that they were valid when written.
     return (
         content.sha256 == shard.sha256
         and np.frombuffer(content.header, dtype="<i4")[:3].tolist() == [MAGIC, VERSION, shard.tokens]
@@ -111,10 +111,10 @@ def _is_sound(content: _Content, shard: ShardEntry, vocab_size: int) -> bool:
 
 
 def _difference(path: Path, shard: ShardEntry) -> str:
-    """What is wrong with a file that is a proper shard, though not the one in the manifest."""
+    """Return how a valid shard differs from the one in the manifest."""
     tokens = (path.stat().st_size - HEADER_BYTES) // 2
     if tokens != shard.tokens:
-        return f"another shard: it has {tokens:,} tokens"
+        return f"another shard: {tokens:,} tokens"
     return "altered: its SHA-256 is not the one in the manifest"
 
 
@@ -123,5 +123,5 @@ def _foreign(folder: Path, known: Collection[str]) -> list[ShardResult]:
     remains = sorted(path.name for path in folder.glob(".*.bin.partial"))
     return [
         *(ShardResult(name, 0, 0, "not in the manifest") for name in unknown),
-        *(ShardResult(name, 0, 0, "left by an interrupted run: remove it") for name in remains),
+        *(ShardResult(name, 0, 0, "left by an interrupted run; remove it") for name in remains),
     ]

@@ -1,4 +1,4 @@
-"""A corpus of the hub into a folder of token shards: read, tokenized and written side by side, and resumable."""
+"""Convert a corpus of the hub to a folder of token shards; reads, tokenizes and writes in parallel, and resumes."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ _OPENING_POLL_S = 0.2
 class CorpusOptions:
     """`shards` training shards of `shard_tokens` tokens each; `source` is "hub" or a folder.
 
-    Without `subset`, the corpus's own; without `workers`, a tokenizer for each processor; without `backend`, gigatoken
-    where it is installed.
+    Defaults: `subset`, the corpus's own; `workers`, one tokenizer per CPU core; `backend`, gigatoken if installed.
     """
 
     shards: int = 10
@@ -47,7 +46,7 @@ class CorpusOptions:
     text_column: str = "text"
 
     def check(self) -> None:
-        """Raise `UsageError` for figures out of range."""
+        """Raise `UsageError` for values out of range."""
         if self.shards < 1:
             raise UsageError(f"--shards must be at least 1, not {self.shards}")
         if not 1 <= self.shard_tokens <= MAX_SHARD_TOKENS:
@@ -65,16 +64,16 @@ def prepare_corpus(
     report: Callable[[Status], None],
     notify: Callable[[str], None],
 ) -> Manifest:
-    """Tokenize a corpus into the folder `out`, or go on where an earlier call with the same options was ended.
+    """Tokenize a corpus into the folder `out`, or resume an earlier call with the same options.
 
-    The shards depend on the source and on `shards`, `shard_tokens` and `subset` alone. `report` is called many times a
-    second with how far it is, `notify` with a line for each failure that is survived.
+    The shards depend only on the source and on `shards`, `shard_tokens` and `subset`. Calls `report` several times a
+    second with the status, and `notify` with one line per failure that is retried.
 
     Raises:
         UsageError: wrong options, or `out` was made with others and `overwrite` is false.
-        RunInterrupted: SIGTERM or SIGINT; the same call goes on.
-        AsgoError: no network, a source that fails again and again or is damaged, a full disk, a lost process. What is
-            written is kept, and the same call goes on.
+        RunInterrupted: SIGTERM or SIGINT; the same call resumes.
+        AsgoError: no network, a source that keeps failing or is damaged, a full disk, a lost process. The written
+            tokens are kept, and the same call resumes.
     """
     options.check()
     source = build_source(corpus, options.source, options.subset, options.text_column)
@@ -92,12 +91,14 @@ def prepare_corpus(
         ):
             revision = _open(feed, stop, out)
             if journal is None:
-                require_replaceable(out)  # it may have come while the source was being opened
+                require_replaceable(out)  # again: opening the source takes time, and files may have appeared
                 clear(out)
                 journal = Journal(recipe=recipe, revision=revision)
                 save_journal(out, journal)
             elif journal.revision != revision:
-                raise UsageError(f"{source.name}: the files are not those that {out} was begun with; pass --overwrite")
+                raise UsageError(
+                    f"{source.name}: the files have changed since {out} was started; pass --overwrite to start again"
+                )
             return _complete(feed, pool, out, options, journal, report, stop)
 
 
@@ -110,18 +111,18 @@ def _recipe(source: CorpusSource, options: CorpusOptions) -> dict[str, str | int
     }
     if source.subset is not None:
         recipe["subset"] = source.subset
-    if source.text_column != "text":  # a folder that was begun without this option can be finished with it
+    if source.text_column != "text":  # folders from before this option existed must still compare equal
         recipe["text_column"] = source.text_column
     return recipe
 
 
 def _pinned(source: CorpusSource, journal: Journal | None) -> CorpusSource:
-    """The hub's files may change; what was begun goes on from the commit that it was begun with."""
+    """Return the source at the journal's commit: the hub's files may change, and the work must resume with the same."""
     return source if journal is None or source.folder is not None else replace(source, revision=journal.revision)
 
 
 def _start(journal: Journal | None) -> Position:
-    """The last batch that is written: read once more, it shows whether the source is still the same."""
+    """Return the position of the last batch written: read again, it shows whether the source has changed."""
     last = journal and journal.last_batch
     return last.position if last else Position(0, 0, 0)
 
@@ -130,7 +131,7 @@ def _open(feed: Feed, stop: StopRequest, out: Path) -> str:
     while (opened := feed.open(_OPENING_POLL_S)) is None:
         if stop:
             raise RunInterrupted(
-                f"{stop.signal_name} while {feed.source.name} was being opened; the same command goes on"
+                f"{stop.signal_name} while opening {feed.source.name}; run the same command again to resume"
             )
     return opened.revision
 
@@ -160,7 +161,8 @@ def _complete(
         write_manifest(out, manifest)
     except OSError as error:
         raise AsgoError(
-            f"{error.filename or out}: {error.strerror}; what is written is kept: the same command goes on"
+            f"{error.filename or out}: {error.strerror}; the written tokens are kept: "
+            "run the same command again to resume"
         ) from None
     with contextlib.suppress(OSError):
         (out / UNFINISHED).unlink()

@@ -1,4 +1,4 @@
-"""Rows of text to tokens, a batch at a time, in a process of its own."""
+"""Encode batches of text rows as tokens. Runs in the tokenizer processes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from pipelines.storage import parse_json
 
 Backend = Literal["tiktoken", "gigatoken"]
 Encode = Callable[[list[str]], tuple[NDArray[np.unsignedinteger[Any]], NDArray[np.int64]]]
-"""Texts to all their tokens in a row, (tokens,), and how many each has, (texts,)."""
+"""Returns the concatenated tokens of the texts, (tokens,), and the number of each text's tokens, (texts,)."""
 
 _TOKENS_PER_CACHE = 100_000_000
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """The documents of a batch as tokens, (tokens,), each beginning with end-of-text.
+    """The documents of a batch as tokens, (tokens,); each begins with end-of-text.
 
-    `starts` (documents,) are the places where they begin; `documents` (documents,) their numbers among all that were
-    read, left-out ones included, of which `counts` tells.
+    `starts` (documents,) are the indices where documents begin. `documents` (documents,) are their numbers among all
+    rows of the batch, including skipped ones; `counts` counts those.
     """
 
     tokens: Tokens
@@ -43,27 +43,27 @@ class EncodedBatch:
 
 
 def best_backend() -> Backend:
-    """gigatoken where it is installed: several times as fast, with the same tokens."""
+    """Return gigatoken if it is installed: it is several times faster and returns the same tokens."""
     return "gigatoken" if importlib.util.find_spec("gigatoken") else "tiktoken"
 
 
 class BatchEncoder:
-    """Encodes with GPT-2's byte pairs. What gigatoken gives is compared with tiktoken, one document of every batch."""
+    """Encodes with GPT-2's byte pairs. Compares gigatoken with tiktoken on one document per batch."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._encode: Encode = _tiktoken_encode
-        self._room = 0  # tokens until the cache of gigatoken, which has no bound, is thrown away
+        self._room = 0  # tokens until gigatoken is rebuilt, because its cache grows without limit
         self._batches = 0
 
     def encode(self, batch: TextBatch) -> EncodedBatch:
-        """Raises `AsgoError` for a line that is not JSON, and when gigatoken gives other tokens than tiktoken."""
+        """Encode a batch. Raises `AsgoError` for a line that is not JSON, and if gigatoken and tiktoken disagree."""
         texts, numbers, counts = _plain_texts(_rows(batch))
         if not texts:
             return EncodedBatch(np.empty(0, np.uint16), np.empty(0, np.int64), np.empty(0, np.int64), counts)
         if self._backend == "gigatoken" and self._room <= 0:
             self._encode, self._room = _gigatoken_encode(), _TOKENS_PER_CACHE
-        pieces, firsts = _in_pieces(texts, f"{batch.file}, at row {batch.first_row + 1} or one after it")
+        pieces, firsts = _in_pieces(texts, f"{batch.file}, at or after row {batch.first_row + 1}")
         flat, lengths = self._encode(pieces)
         self._room -= len(flat)
         starts = np.cumsum(lengths) - lengths
@@ -76,17 +76,17 @@ class BatchEncoder:
         self, texts: list[str], flat: NDArray[Any], starts: NDArray[np.int64], lengths: NDArray[np.int64]
     ) -> None:
         self._batches += 1
-        chosen = self._batches * 7919 % len(texts)  # a prime, so that every place in a batch has its turn
+        chosen = self._batches * 7919 % len(texts)  # a prime, so every index of a batch is compared at some time
         got = flat[starts[chosen] : starts[chosen] + lengths[chosen]]
         if not np.array_equal(got, Gpt2Tokenizer().encode(texts[chosen])):
             raise AsgoError(
-                f"gigatoken {version('gigatoken')} gives other tokens than tiktoken for a text that begins with "
-                f"{texts[chosen][:40]!r}; uninstall it, and start again with --overwrite"
+                f"gigatoken {version('gigatoken')} returns other tokens than tiktoken for a text that begins with "
+                f"{texts[chosen][:40]!r}; uninstall it and start again with --overwrite"
             )
 
 
 def _in_pieces(texts: list[str], where: str) -> tuple[list[str], list[int]]:
-    """The texts, long ones cut where their tokens stay the same, and which piece is the first of each text."""
+    """Return the texts, with long ones cut where that does not change the tokens, and each text's first piece."""
     last_cut = Gpt2Tokenizer().last_cut
     pieces: list[str] = []
     firsts = []
@@ -113,12 +113,12 @@ def _text_of_line(line: bytes, column: str, where: str) -> object:
     try:
         row = parse_json(line)
     except ValueError as error:  # UnicodeDecodeError is a ValueError
-        raise AsgoError(f"{where}: not valid JSON ({error}); mend it, and start again with --overwrite") from None
+        raise AsgoError(f"{where}: not valid JSON ({error}); correct it and start again with --overwrite") from None
     return row.get(column) if isinstance(row, dict) else None
 
 
 def _plain_texts(rows: Sequence[object]) -> tuple[list[str], NDArray[np.int64], DocumentCounts]:
-    """The texts to encode, their numbers among the rows, and what was met."""
+    """Return the texts to encode, their row numbers, and the counts of all rows."""
     texts, numbers = [], []
     empty = not_text = repaired = literal = 0
     for number, row in enumerate(rows):
@@ -140,9 +140,9 @@ def _plain_texts(rows: Sequence[object]) -> tuple[list[str], NDArray[np.int64], 
 
 
 def _repair(row: str | bytes) -> tuple[str, bool]:
-    """The text with U+FFFD for each lone surrogate or invalid byte, and whether it was valid as it came.
+    """Return the text with U+FFFD for each lone surrogate or invalid byte, and whether it was valid before.
 
-    Surrogates fare as in `tiktoken.Encoding.encode`: a pair of them becomes the character that it stands for.
+    A pair of surrogates becomes the character that it encodes, as in `tiktoken.Encoding.encode`.
     """
     try:
         text = row.decode("utf-8", "surrogatepass") if isinstance(row, bytes) else row
@@ -168,7 +168,7 @@ def _gigatoken_encode() -> Encode:
     with tempfile.TemporaryDirectory(prefix="asgo-") as folder:
         table = Path(folder, "gpt2.tiktoken")
         table.write_bytes(gpt2_table())
-        # With special tokens of its own it would take a literal "<|endoftext|>" for the end of the text.
+        # With its default special tokens, it would encode a literal "<|endoftext|>" as end-of-text.
         tokenizer = Tokenizer.from_tiktoken(table, pretokenizer="gpt2", special_tokens={})
 
     def encode(texts: list[str]) -> tuple[NDArray[np.uint32], NDArray[np.int64]]:
@@ -180,7 +180,7 @@ def _gigatoken_encode() -> Encode:
 
 
 def _with_end_of_text(flat: NDArray[np.unsignedinteger[Any]], starts: NDArray[np.int64]) -> Tokens:
-    """`flat` (tokens,) as uint16 with the end-of-text token put in at `starts` (documents,)."""
+    """Return `flat` (tokens,) as uint16 with an end-of-text token inserted at each of `starts` (documents,)."""
     tokens = np.empty(len(flat) + len(starts), dtype=np.uint16)
     of_text = np.ones(len(tokens), dtype=bool)
     of_text[starts + np.arange(len(starts))] = False

@@ -1,4 +1,4 @@
-"""The batches of a source, from a reader process that is started again, after a pause, when it fails."""
+"""Receive the batches of a source from a reader process; restart the process, after a pause, if it fails."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _ASKED_TO_WAIT = re.compile(r"Rate limited\. Waiting ([\d.]+)s")
 
 
 class Feed:
-    """Reads ahead in a process of its own; a context manager that ends it.
+    """Prefetches in a reader process; a context manager that ends the process.
 
-    `poll` gives the batches from `start` on, each once and in order, whatever happens to the connection; `notify` is
-    told of every failure and of the pause before the next attempt.
+    `poll` returns the batches from `start` on, each once and in order, also after failures. Each failure calls `notify`
+    with its cause and the pause before the next attempt.
     """
 
     def __init__(self, source: CorpusSource, start: Position, notify: Callable[[str], None]) -> None:
@@ -42,7 +42,7 @@ class Feed:
         self.opened: OpenSource | None = None
         self.ended = False
         self._next = start
-        self._retries = RetryPolicy(_no_network, notify, "what is written is kept")
+        self._retries = RetryPolicy(_no_network, notify, "the written tokens are kept")
         self._reader: BaseProcess | None = None
         self._connection: Connection | None = None
         self._start_at = 0.0
@@ -50,16 +50,16 @@ class Feed:
             self._retries.answered()
 
     def open(self, timeout: float) -> OpenSource | None:
-        """The files of the source, or None if they are not known within `timeout` seconds. Raises as `poll` does."""
+        """Return the files of the source, or None if unknown after `timeout` seconds. Raises as `poll` does."""
         deadline = time.monotonic() + timeout
         while self.opened is None and time.monotonic() < deadline:
             self._receive(max(0.0, deadline - time.monotonic()))
         return self.opened
 
     def poll(self, timeout: float) -> TextBatch | None:
-        """The next batch, or None if none came within `timeout` seconds or `ended` is set.
+        """Return the next batch, or None if there is none after `timeout` seconds or `ended` is set.
 
-        Raises `AsgoError` when the source is given up.
+        Raises `AsgoError` after too many failures.
         """
         deadline = time.monotonic() + timeout
         while not self.ended:
@@ -71,7 +71,7 @@ class Feed:
         return None
 
     def close(self) -> None:
-        """End the reader at once, wherever it is."""
+        """Kill the reader process."""
         if self._reader is not None:
             assert self._connection is not None
             self._reader.kill()
@@ -86,7 +86,7 @@ class Feed:
         self.close()
 
     def _receive(self, timeout: float) -> Message | None:
-        """Wait for one message and take note of it."""
+        """Wait for one message and handle it."""
         if self._reader is None:
             pause = self._start_at - time.monotonic()
             if pause > 0:
@@ -99,8 +99,8 @@ class Feed:
             if self._connection.poll(timeout):
                 message = self._connection.recv()
         except (EOFError, OSError):
-            message = Failure("the process that reads was lost (killed, perhaps for want of memory)", "unreachable")
-            self._retries.answered()  # it is not the network that is missing
+            message = Failure("the reader process was killed (perhaps out of memory)", "unreachable")
+            self._retries.answered()  # the cause is not the network: do not apply its shorter timeout
         self._handle(message)
         return message
 
@@ -139,11 +139,11 @@ class Feed:
         if self.opened is not None and opened != self.opened:
             raise AsgoError(f"{self.source.name}: the files changed while they were being read")
         self.opened = opened
-        if self.source.folder is None:  # the hub's files may change; the next attempt takes these
+        if self.source.folder is None:  # the hub's files may change: pin the revision for the next attempt
             self.source = replace(self.source, revision=opened.revision)
 
     def _restart_after(self, failure: Failure) -> None:
-        """Schedule another attempt, or give up."""
+        """Schedule another attempt, or raise."""
         self.close()
         shown = f"{failure.file.rpartition('/')[2]}: " if failure.file else ""
         pause = self._retries.pause_after(failure.file or self.source.name, Failed(failure), shown)

@@ -1,4 +1,4 @@
-"""The folder that a corpus is prepared in: free, complete, or unfinished, with a journal of how far it is."""
+"""State of the folder that a corpus is prepared in: free, complete, or unfinished with a journal to resume from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Recipe = Mapping[str, str | int]
 
 
 class LastBatch(Frozen):
-    """The last batch of the source that is written: which one, and the CRC-32 of its tokens."""
+    """Position of the last batch written, and the CRC-32 of its tokens."""
 
     file: NonNegativeInt
     group: NonNegativeInt
@@ -28,14 +28,14 @@ class LastBatch(Frozen):
 
     @property
     def position(self) -> Position:
-        """Where it is."""
+        """The batch's position in the source."""
         return Position(self.file, self.group, self.batch)
 
 
 class Journal(Frozen):
-    """A consistent cut: the shards hold exactly the documents up to and with `last_batch`.
+    """A consistent checkpoint: the shards hold exactly the documents up to and including `last_batch`.
 
-    `recipe` holds the options of the command, `revision` the state of the source that is being read.
+    `recipe` holds the options of the command, `revision` the version of the source.
     """
 
     format_version: Literal[1] = 1
@@ -47,12 +47,12 @@ class Journal(Frozen):
 
 
 def save_journal(folder: Path, journal: Journal) -> None:
-    """Replace the journal of `folder` as a whole."""
+    """Replace the journal of `folder` atomically."""
     write_atomically(folder / UNFINISHED, journal.model_dump_json(indent=2).encode())
 
 
 def load_journal(folder: Path) -> Journal | None:
-    """The journal of `folder`, if it has one. Raises `AsgoError` when it cannot be read."""
+    """Return the journal of `folder`, or None. Raises `AsgoError` if it is damaged."""
     path = folder / UNFINISHED
     try:
         return Journal.model_validate_json(path.read_bytes())
@@ -63,7 +63,7 @@ def load_journal(folder: Path) -> Journal | None:
 
 
 def finished_manifest(folder: Path, recipe: Recipe) -> Manifest | None:
-    """The manifest if `folder` is complete. Raises `UsageError` when it was made with other options."""
+    """Return the manifest if `folder` is complete, or None. Raises `UsageError` if it was made with other options."""
     if not (folder / MANIFEST).exists():
         return None
     manifest = load_manifest(folder)
@@ -72,14 +72,15 @@ def finished_manifest(folder: Path, recipe: Recipe) -> Manifest | None:
 
 
 def unfinished_journal(folder: Path, recipe: Recipe) -> Journal | None:
-    """The journal if the work in `folder` can go on.
+    """Return the journal if the work in `folder` can be resumed, or None if the folder is empty.
 
-    Raises `UsageError` when it was begun with other options, or the folder holds something else.
+    Raises `UsageError` if it was started with other options, or the folder holds other files.
     """
     journal = load_journal(folder)
     if journal is not None:
         require_same_options(folder, "unfinished", journal.recipe, recipe, _difference)
-    elif any(path.name != f".{UNFINISHED}.partial" for path in folder.iterdir()):  # the first one, never finished
+    # A kill during the first write of the journal leaves only its partial file.
+    elif any(path.name != f".{UNFINISHED}.partial" for path in folder.iterdir()):
         raise UsageError(f"{folder}: this folder is not empty; choose another --out, or pass --overwrite")
     return journal
 
@@ -89,7 +90,7 @@ def require_replaceable(folder: Path) -> None:
     foreign = foreign_names(folder)
     if foreign:
         raise UsageError(
-            f"{folder}: {foreign[0]} is no part of a corpus, so nothing is overwritten; choose another --out"
+            f"{folder}: {foreign[0]} is not part of a corpus, so nothing is overwritten; choose another --out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Batches from the reader to the tokenizers to the shards, with a bounded number of them on the way."""
+"""Pass batches from the reader to the tokenizers to the shards; limits the number of batches in flight."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pipelines.stopping import StopRequest
 
 _SECONDS_BETWEEN_JOURNALS = 10.0
 _POLL_S = 0.05
-_BYTES_ON_THE_WAY = 128 << 20
+_BYTES_IN_FLIGHT = 128 << 20
 
 
 @dataclass(frozen=True)
 class Status:
-    """How far a preparation is. `tokens` of `tokens_wanted` include earlier sessions, as do `documents` and `shards`.
+    """Progress of a preparation. `documents`, `tokens` and `finished_shards` include earlier sessions.
 
-    `tokens_per_s` is this session's rate; `reading_share` and `tokenizing_share` are the shares of its time in which
-    there was nothing to write because of the one or of the other; `seconds_left` is unknown at first.
+    `tokens_per_s` is the rate of this session. `reading_share` and `tokenizing_share` are the fractions of its time
+    that the writer waited for the source and for the tokenizers. `seconds_left` is None at first.
     """
 
     documents: int
@@ -46,7 +46,7 @@ class Status:
 
 
 class Pipeline:
-    """Hands batches to the tokenizers and writes what they give, in the order of the source."""
+    """Submits batches to the tokenizers and writes the results in the order of the source."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Pipeline:
         self._saved_shards = writer.finished_shards
 
     def run(self, stop: StopRequest) -> None:
-        """Go on until the training shards are full or the source ends. Raises as `prepare_corpus` says."""
+        """Run until the training shards are full or the source ends. Raises as `prepare_corpus` does."""
         try:
             while not self._writer.is_full:
                 if stop:
@@ -81,10 +81,10 @@ class Pipeline:
                     break
         except BrokenExecutor:
             self._save()
-            if stop:  # it was sent to all processes, as some schedulers do
+            if stop:  # some schedulers send the signal to all processes, also to the tokenizers
                 raise RunInterrupted(f"{stop.signal_name}: {self._kept()}") from None
             raise AsgoError(
-                f"a tokenizer process was lost (killed, perhaps for want of memory; fewer --workers need less): "
+                f"a tokenizer process was killed (perhaps out of memory; fewer --workers need less memory): "
                 f"{self._kept()}"
             ) from None
         except AsgoError:
@@ -93,16 +93,17 @@ class Pipeline:
         self._save()
 
     def _kept(self) -> str:
-        return f"{self._writer.tokens:,} of {self._writer.tokens_wanted:,} tokens are written; the same command goes on"
+        written = f"{self._writer.tokens:,} of {self._writer.tokens_wanted:,} tokens are written"
+        return f"{written}; run the same command again to resume"
 
     def _submit_one(self) -> bool:
-        """Hand a batch to the tokenizers if there is one and room for it."""
-        on_the_way = sum(len(batch.column) for batch, _ in self._pending)
-        if len(self._pending) >= self._window or on_the_way >= _BYTES_ON_THE_WAY or self._feed.ended:
+        """Submit a batch to the tokenizers, if there is one and the limit of batches in flight permits it."""
+        in_flight = sum(len(batch.column) for batch, _ in self._pending)
+        if len(self._pending) >= self._window or in_flight >= _BYTES_IN_FLIGHT or self._feed.ended:
             return False
         with self._clock.waiting_for("reading"):
             batch = self._feed.poll(0 if self._pending else _POLL_S)
-        self._tell()
+        self._report_status()
         if batch is None:
             return False
         self._clock.begin()
@@ -110,11 +111,11 @@ class Pipeline:
         return True
 
     def _write_one(self) -> bool:
-        """Write the oldest batch. False when there is none on the way."""
+        """Write the oldest batch, once it is encoded. Return False if no batch is in flight."""
         if not self._pending:
             return False
         batch, future = self._pending[0]
-        # With fewer batches on the way than tokenizers, it is the source that keeps the writer waiting.
+        # With fewer batches in flight than tokenizers, the writer waits for the source.
         cause = "tokenizing" if len(self._pending) >= self._pool.size else "reading"
         try:
             with self._clock.waiting_for(cause):
@@ -129,14 +130,17 @@ class Pipeline:
         last = LastBatch(**batch.position._asdict(), crc32=zlib.crc32(encoded.tokens.data))
         before = self._journal.last_batch
         if before is not None and batch.position == before.position:
-            if last != before:  # it is read again for this comparison, and is written already
-                raise AsgoError(f"{batch.file}: not the text that the shards were begun with; pass --overwrite")
+            # After a resume, the last batch is read again only for this comparison; it is already written.
+            if last != before:
+                raise AsgoError(
+                    f"{batch.file}: the text has changed since the shards were started; pass --overwrite to start again"
+                )
             return
         self._writer.write(encoded, first_document=self.documents.read)
         self.documents += encoded.counts
         self._last = last
-        a_while = time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_JOURNALS
-        if a_while or self._writer.finished_shards > self._saved_shards:
+        is_due = time.monotonic() - self._saved_at >= _SECONDS_BETWEEN_JOURNALS
+        if is_due or self._writer.finished_shards > self._saved_shards:
             self._save()
 
     def _save(self) -> None:
@@ -144,9 +148,9 @@ class Pipeline:
         save_journal(self._folder, self._journal.model_copy(update=journal))
         self._saved_at = time.monotonic()
         self._saved_shards = self._writer.finished_shards
-        self._tell()
+        self._report_status()
 
-    def _tell(self) -> None:
+    def _report_status(self) -> None:
         writer, clock = self._writer, self._clock
         rate = clock.tokens_per_s(writer.tokens)
         self._report(
@@ -164,7 +168,7 @@ class Pipeline:
 
 
 class _Clock:
-    """Where the time goes, counted from the first batch on: what comes before it is starting up."""
+    """Measures rates and waiting times from the first batch on, without the startup."""
 
     def __init__(self, tokens: int) -> None:
         self._first_tokens = tokens
@@ -178,7 +182,7 @@ class _Clock:
         return self._waited[of] / self._elapsed
 
     def begin(self) -> None:
-        """Start counting, unless it has begun."""
+        """Start the clock, unless it is running."""
         if self._began_at is None:
             self._began_at = time.monotonic()
 

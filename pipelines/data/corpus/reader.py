@@ -1,6 +1,6 @@
-"""The process that reads a source and sends its batches through a pipe; whoever started it may kill it at any time.
+"""The process that reads a source and sends its batches through a pipe. Its parent may kill it at any time.
 
-A process and not a thread, because a library that hangs in a socket can only be ended with its process.
+A process, not a thread: a library that hangs in a socket can only be ended with its process.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from pipelines.data.failure import Failure, failure_of
 
 _FOLDERS_OF_URL = re.compile(r"https?://\S*/")
 _ENVIRONMENT = {
-    "USE_TORCH": "0",  # datasets would import every framework it finds, only to look: 3 s and half a gigabyte
+    "USE_TORCH": "0",  # else datasets imports every framework that it finds: 3 s and 0.5 GB
     "USE_TF": "0",
     "USE_JAX": "0",
-    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # nothing is sent that was not asked for
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # send no statistics
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Rows of a file on their way to a tokenizer: `column` is an Arrow stream of one column.
+    """Rows of a file for a tokenizer; `column` is an Arrow stream of one column.
 
-    `are_lines` says whether they are lines of JSON, with the text under `text_column`; `first_row` counts from 0 in the
-    file.
+    With `are_lines`, the rows are lines of JSON with the text under `text_column`. `first_row` is the index in the file
+    of the first row, from 0.
     """
 
     position: Position
@@ -58,7 +58,7 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class Ready:
-    """The client library is imported: from now on it is the network that is waited for."""
+    """The client library is imported: the network timeout starts now."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +68,30 @@ class Contact:
 
 @dataclass(frozen=True)
 class Notice:
-    """What the client library has to say about its connection."""
+    """A warning of the client library about its connection."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class End:
-    """All files were read."""
+    """All files have been read."""
 
 
 Message = OpenSource | Ready | Contact | TextBatch | Notice | Failure | End
 
 
 def read_source(connection: Connection, source: CorpusSource, start: Position) -> None:
-    """The process's work: send how far it is, each `TextBatch` from `start` on, and `End` or a `Failure`."""
+    """Main function of the process: send the status, each `TextBatch` from `start` on, and `End` or a `Failure`."""
     begin_child()
     os.environ.update(_ENVIRONMENT)
-    # The lock that tqdm would make is shared between processes, and outlives one that is killed.
+    # tqdm's default lock is shared between processes, and a killed process never releases it.
     tqdm.tqdm.set_lock(threading.RLock())
     try:
         for message in _messages(connection, source, start):
             connection.send(message)
     except BrokenPipeError:
-        pass  # nobody listens any more
+        pass  # the parent has ended
     except Exception as error:
         if os.environ.get("ASGO_DEBUG") == "1":
             logging.getLogger(__name__).exception("reading failed")
@@ -122,7 +122,7 @@ def _messages(connection: Connection, source: CorpusSource, start: Position) -> 
 
 
 def _take_notices(connection: Connection) -> None:
-    """Send what huggingface_hub says: it tries again, five times, and tells of its pauses."""
+    """Send the warnings of huggingface_hub, which retries five times and logs its pauses."""
     from huggingface_hub.utils import logging as hub_logging
 
     logger = hub_logging.get_logger()
@@ -131,7 +131,7 @@ def _take_notices(connection: Connection) -> None:
 
 
 def _set_up_datasets() -> None:
-    """Let it neither try again around huggingface_hub nor say that it does."""
+    """Turn off the retries and log messages of datasets: huggingface_hub and `Feed` retry already."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -145,7 +145,7 @@ def _set_up_datasets() -> None:
 
 
 class _Notices(logging.Handler):
-    """Sends the library's warnings, which tell of its pauses, along with the batches."""
+    """Sends the library's warnings, which announce its pauses, between the batches."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__(logging.WARNING)
@@ -155,7 +155,7 @@ class _Notices(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = " ".join(record.getMessage().split())
         if "thrown while requesting" in text:
-            # The next record tells of the pause; if none comes, this was the last attempt.
+            # The next record announces the pause; without one, this was the last attempt.
             self._cause = f"{_FOLDERS_OF_URL.sub('', text)}; "
             return
         self._connection.send(Notice(without_secrets(self._cause + text)))

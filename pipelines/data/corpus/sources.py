@@ -1,4 +1,4 @@
-"""Where the large corpora lie, and which of their files hold the text that was asked for."""
+"""Find and read the files of the large corpora, on the hub or in a local folder."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _BATCH_BYTES = 32 << 20
 class Corpus:
     """A text collection of the Hugging Face hub.
 
-    Without `validate_every` the first shard of the stream validates; with it, the documents do whose number it divides,
-    counting from 0.
+    Without `validate_every`, the first shard of the stream is the validation data; with it, every document whose number
+    (from 0) is a multiple of it.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Corpus:
 
 FINEWEB = Corpus("fineweb", "HuggingFaceFW/fineweb-edu", subset="sample-10BT", validate_every=None)
 OPENWEBTEXT = Corpus("openwebtext", "Skylion007/openwebtext", subset=None, validate_every=2000)
-"""ASGO's experiments validate on a fraction of 0.0005 of the documents: one in 2,000."""
+"""ASGO's experiments use a fraction of 0.0005 of the documents for validation: one in 2,000."""
 
 
 @dataclass(frozen=True)
 class CorpusSource:
-    """What to read: a repository of the hub at a revision (None: its newest), or a local folder of the same files."""
+    """A repository of the hub at a revision (None: the newest), or a local folder with the same files."""
 
     corpus: Corpus
     folder: Path | None
@@ -58,47 +58,47 @@ class CorpusSource:
 
     @property
     def name(self) -> str:
-        """For people, and for the manifest."""
+        """Name for messages and for the manifest."""
         parts = [str(self.folder or self.corpus.repository), self.subset or ""]
         return ", ".join(filter(None, parts))
 
 
 def build_source(corpus: Corpus, source: str, subset: str | None, text_column: str) -> CorpusSource:
-    """The source that the options `--source`, `--subset` and `--text-column` name.
+    """Return the source for the options `--source`, `--subset` and `--text-column`.
 
-    Raises `UsageError` for a folder that is not there, and for a subset of a folder that has none.
+    Raises `UsageError` for a missing folder, and for a subset of a folder without subsets.
     """
     if source == HUB:
         return CorpusSource(corpus, None, subset or corpus.subset, None, text_column)
     folder = Path(source).resolve()
     if not folder.is_dir():
-        raise UsageError(f'--source {source}: no such folder; give "{HUB}" or a folder of .parquet or .jsonl files')
+        raise UsageError(f'--source {source}: no such folder; pass "{HUB}" or a folder of .parquet or .jsonl files')
     if _lists_subsets(folder):
         return CorpusSource(corpus, folder, subset or corpus.subset, None, text_column)
     if subset is not None:
         raise UsageError(
-            f"--subset {subset}: {folder} is a plain folder of files; leave --subset out, "
-            "or copy the repository's README.md, which lists the subsets, into it"
+            f"--subset {subset}: {folder} is a plain folder of files; omit --subset, "
+            "or copy the repository's README.md, which lists the subsets, into the folder"
         )
     return CorpusSource(corpus, folder, None, None, text_column)
 
 
 def _lists_subsets(folder: Path) -> bool:
-    """Whether this is a copy of a repository of the hub, with the page that says which files belong to which subset."""
+    """Whether this is a copy of a hub repository, with the README.md that assigns files to subsets."""
     page = folder / "README.md"
     return page.exists() and b"config_name:" in page.read_bytes()
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """The files of a source, in order, and which state of them this is."""
+    """The files of a source, in order, and their revision."""
 
     revision: str
     files: tuple[str, ...]
 
 
 def current_revision(source: CorpusSource) -> str:
-    """The commit of the hub's repository. Raises whatever the client raises; the first contact with the network."""
+    """Return the commit of the hub's repository: the first network request. Raises what the client raises."""
     from huggingface_hub import HfApi
 
     info = HfApi().dataset_info(source.corpus.repository, revision=source.revision, timeout=_CONTACT_TIMEOUT_S)
@@ -106,7 +106,7 @@ def current_revision(source: CorpusSource) -> str:
 
 
 def open_source(source: CorpusSource) -> OpenSource:
-    """Find the files. Raises `UsageError` for an unknown subset and a folder without files."""
+    """Find the files of a source. Raises `UsageError` for an unknown subset and for a folder without files."""
     if source.folder is None:
         revision = source.revision or current_revision(source)
         return OpenSource(revision, _files_of_subset(source.corpus.repository, source.subset, revision))
@@ -121,13 +121,13 @@ def _files_of_subset(location: str, subset: str | None, revision: str | None) ->
     from datasets import load_dataset_builder
 
     try:
-        # When the hub fails, datasets takes what it once stored of a dataset, and that has no list of files.
+        # If the hub fails, datasets falls back to its cache, which has no list of files: use an empty cache.
         with tempfile.TemporaryDirectory(prefix="asgo-") as no_cache:
             builder = load_dataset_builder(location, name=subset, revision=revision, cache_dir=no_cache)
     except ValueError as error:
         if "BuilderConfig" not in str(error):
             raise
-        raise UsageError(f"no subset {subset}; {_after('Available:', str(error))}") from None
+        raise UsageError(f"no such subset: {subset}; {_after('Available:', str(error))}") from None
     files = [str(file) for file in (builder.config.data_files or {}).get("train", [])]
     if revision is None:
         _require_inside(Path(location), files)
@@ -135,16 +135,16 @@ def _files_of_subset(location: str, subset: str | None, revision: str | None) ->
 
 
 def _require_inside(folder: Path, files: Iterable[str]) -> None:
-    """The page of a local copy says which files to read, and whoever wrote it may be a stranger."""
+    """Raise `UsageError` for a file outside the folder: a local copy's README.md is not trusted."""
     for file in files:
         if not Path(os.path.abspath(file)).is_relative_to(folder):  # noqa: PTH100  (links may lead out; the user made them)
-            raise UsageError(f"README.md there names {file}, which is not in the folder; take that line out of it")
+            raise UsageError(f"its README.md names {file}, which is not in the folder; remove that line")
 
 
 def _require_some(files: Iterable[str]) -> tuple[str, ...]:
     found = tuple(files)
     if not found:
-        raise UsageError("there is no file that ends in .parquet, .jsonl, .jsonl.gz, .json.gz or the like")
+        raise UsageError(f"no file ends in one of {', '.join(_SUFFIXES)}")
     return found
 
 
@@ -153,13 +153,13 @@ def _after(mark: str, message: str) -> str:
 
 
 def _digest_of_listing(folder: Path, files: Sequence[str]) -> str:
-    """Names and sizes: to read gigabytes only to see whether they have changed would take too long."""
+    """Return a digest of the names and sizes. A digest of the content would take too long."""
     listing = [(Path(file).relative_to(folder).as_posix(), Path(file).stat().st_size) for file in files]
     return "files:" + hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 class Position(NamedTuple):
-    """A batch in a source: the file, its row group (0 in files of lines), and the batch in that."""
+    """Position of a batch in a source: the file, its row group (0 in files of lines), and the batch in the group."""
 
     file: int
     group: int
@@ -168,7 +168,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the text column, or of the lines of a JSON lines file: (rows,), the first of them number `first`."""
+    """Rows of the text column, or lines of a JSON lines file: (rows,). `first` is the index of the first row."""
 
     position: Position
     first: int
@@ -176,17 +176,17 @@ class Rows:
 
 
 def holds_lines(file: str) -> bool:
-    """Whether a file is one of JSON lines, and not Parquet."""
+    """Whether a file holds JSON lines, not Parquet."""
     return file.lower().endswith(_LINE_SUFFIXES)
 
 
 def read_file(file: str, start: Position, column: str) -> Iterator[Rows]:
-    """The rows of a file, `ROWS_IN_BATCH` and 32 MB at once at most (or one row), from the batch `start` of it on.
+    """Yield the rows of a file from batch `start` on, at most `ROWS_IN_BATCH` rows and 32 MB (or one row) at a time.
 
-    `file` is a path or an hf:// address, opened as `datasets` opens what it streams. Of Parquet only `column` is read,
-    from the row group of `start` on and a few megabytes at a time, whatever the size of the groups: the library's own
-    way to go on inside a file is to read that again from its beginning. Raises `UsageError` when there is no such
-    column of strings, and `AsgoError` for a line or row that is too long.
+    `file` is a path or an hf:// address, opened as `datasets` opens streams. Of Parquet, reads only `column`, from the
+    row group of `start` on, a few megabytes at a time; `datasets` itself resumes by reading the file again from the
+    start. Raises `UsageError` if there is no such column of strings, and `AsgoError` for a line or row that is too
+    long.
     """
     from datasets.utils.file_utils import xopen
 
@@ -199,7 +199,7 @@ def _read_parquet(file: str, opened: BinaryIO, start: Position, column: str) -> 
     try:
         for part in read_column(opened, column, first_group=start.group, only_strings=True, look_ahead=is_local):
             position = Position(start.file, part.group, part.number)
-            if part.rows.nbytes > MAX_ROW_BYTES:  # it is a single row
+            if part.rows.nbytes > MAX_ROW_BYTES:  # always a single row: `read_column` splits larger parts
                 raise too_long(f"{file}, row {part.first + 1}")
             if position >= start:
                 yield Rows(position, part.first, part.rows)

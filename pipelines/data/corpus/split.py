@@ -1,4 +1,4 @@
-"""Which documents of a stream validate and which train, and the shards that they are written to."""
+"""Split a stream of documents into validation and training data, and write both to shards."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from pipelines.errors import AsgoError
 
 
 class SplitWriter:
-    """Writes batches of documents to the validation shard 0 and to `shards` training shards; a context manager.
+    """Writes batches of documents to validation shard 0 and to `shards` training shards; a context manager.
 
-    Without `validate_every` the first `shard_tokens` tokens validate. With it, the documents do whose number it
-    divides, up to where the last training shard is full.
+    Without `validate_every`, the first `shard_tokens` tokens are validation data. With it, the documents whose number
+    is a multiple of it are, until the last training shard is full.
     """
 
     def __init__(
         self, folder: Path, shards: int, shard_tokens: int, validate_every: int | None, states: Sequence[WriterState]
     ) -> None:
-        """`states` is what `checkpoint` gave, or empty. Raises `AsgoError` when the disk does not agree with it."""
+        """Resume from `states`, the result of `checkpoint`, if not empty. Raises `AsgoError` if the files differ."""
         files = [folder / shard_name(index) for index in range(shards + 1)]
         parts = [(files, shard_tokens)]
         if validate_every is not None:
@@ -43,7 +43,7 @@ class SplitWriter:
 
     @property
     def tokens(self) -> int:
-        """Tokens written towards `tokens_wanted`, after which nothing more is taken."""
+        """Tokens written, of `tokens_wanted`."""
         return self._writers[-1].tokens
 
     @property
@@ -53,11 +53,11 @@ class SplitWriter:
 
     @property
     def finished_shards(self) -> int:
-        """Shards that are complete."""
+        """Number of complete shards."""
         return sum(len(writer.entries) for writer in self._writers)
 
     def write(self, batch: EncodedBatch, first_document: int) -> None:
-        """Append the documents of a batch, the first of which has the number `first_document` in the source."""
+        """Append the documents of a batch. `first_document` is the number in the source of the batch's first row."""
         documents = batch.documents + first_document
         if self._validate_every is None:
             self._writers[0].write(batch.tokens, batch.starts, documents)
@@ -70,16 +70,16 @@ class SplitWriter:
         _write_chosen(validation, batch, documents, validates)
 
     def checkpoint(self) -> tuple[WriterState, ...]:
-        """Flush to disk all that was written, and say how far that is."""
+        """Flush everything written to disk and return the states."""
         return tuple(writer.checkpoint() for writer in self._writers)
 
     def finish(self) -> tuple[ShardEntry, ...]:
-        """Complete the last shards. Raises `AsgoError` when the source was too short for one of each part."""
+        """Complete the last shards. Raises `AsgoError` if the source is too short for one shard of each part."""
         entries = [entry for writer in self._writers for entry in writer.finish()]
         if len(entries) < 2 or not all(writer.entries for writer in self._writers):
             raise AsgoError(
                 f"the source has {sum(entry.tokens for entry in entries):,} tokens, too few for a validation and a "
-                "training shard; choose a smaller --shard-tokens, and pass --overwrite to start again"
+                "training shard; choose a smaller --shard-tokens and pass --overwrite to start again"
             )
         if self._validate_every is not None:
             entries[0] = entries[0].model_copy(update={"next_start": SourcePosition(document=1, token=0)})
@@ -95,7 +95,7 @@ class SplitWriter:
 def _write_chosen(
     writer: ShardWriter, batch: EncodedBatch, documents: NDArray[np.int64], chosen: NDArray[np.bool_]
 ) -> None:
-    """Write those of a batch's documents that are chosen; `documents` and `chosen` are (documents,)."""
+    """Write the chosen documents of a batch; `documents` and `chosen` have the shape (documents,)."""
     if not chosen.any():
         return
     lengths = np.diff(batch.starts, append=len(batch.tokens))

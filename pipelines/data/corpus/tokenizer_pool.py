@@ -1,4 +1,4 @@
-"""The tokenizer processes."""
+"""Pool of tokenizer processes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipelines.data.corpus.reader import TextBatch
 
 
 class TokenizerPool:
-    """`size` processes that encode batches; a context manager that ends them. They start at once, in the background.
+    """`size` processes that encode batches; a context manager that ends them. Does not wait until they have started.
 
-    Without `workers`, one a processor; without `backend`, gigatoken where it is installed. Each process has a pipe and
-    a thread that waits at it. In the pipe that the processes of the standard library's pool share, one that is killed
-    while it sends leaves half a message, of which nobody can ever read the rest.
+    Defaults: `workers`, one per CPU core; `backend`, gigatoken if installed. Each process has its own pipe, and a
+    thread that waits for the result. The processes of `ProcessPoolExecutor` share one pipe: one that is killed while it
+    sends leaves half a message, and the pool hangs.
     """
 
     def __init__(self, workers: int | None, backend: Backend | None) -> None:
@@ -32,7 +32,7 @@ class TokenizerPool:
         self._threads = ThreadPoolExecutor(self.size)
 
     def submit(self, batch: TextBatch) -> Future[EncodedBatch]:
-        """Have a batch encoded. The future raises what `BatchEncoder.encode` raises, or `BrokenExecutor`."""
+        """Encode a batch in a process. The future raises as `BatchEncoder.encode` does, or `BrokenExecutor`."""
         return self._threads.submit(self._encode, batch)
 
     def _encode(self, batch: TextBatch) -> EncodedBatch:
@@ -63,7 +63,8 @@ class _Tokenizer:
             self._connection.send(batch)
             reply = self._connection.recv()
         except (EOFError, OSError):
-            # Raised below, or the error would keep the frames of `send`, whose buffers complain as Python 3.13 ends.
+            # Raised below, outside `except`: else it keeps the frames of `send`, whose buffers cause errors when
+            # Python 3.13 exits.
             reply = BrokenExecutor()
         if isinstance(reply, Exception):
             raise reply
@@ -76,7 +77,7 @@ class _Tokenizer:
 
 
 def _work(connection: Connection, backend: Backend) -> None:
-    """The process's work: a batch in, its tokens or an error out, until nobody is at the other end."""
+    """Main function of a process: receive batches and send their tokens, or an error, until the pipe is closed."""
     begin_child()
     encoder = BatchEncoder(backend)
     with contextlib.suppress(EOFError, OSError):
