@@ -1,4 +1,4 @@
-"""Where every image lies in the archives of ImageNet."""
+"""Index the images in the archives of ImageNet."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pipelines.data.progress import Progress
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
 _READERS = 8
-"""Threads, where headers come from a disk: there one alone takes two to four times as long. Where they come from the
-cache, several take twice as long as one, because they wait for the interpreter's lock at every header."""
+"""Threads that read headers from a disk; one thread takes two to four times as long. For headers in the page cache,
+several threads take twice as long as one, because they wait for the GIL at every header."""
 
 _SLOW_S = 50e-6
-"""Seconds a header from which on it came from a disk; one from the cache takes 10 µs."""
+"""Slower headers, in seconds per header, come from a disk; one in the page cache takes 10 µs."""
 _NOTE = "._"
 
 
 def build_train_index(tar: Tar, labels: Labels, progress: Progress) -> Index:
-    """The index of the archive of training images, which holds a tar archive a class.
+    """Return the index of the archive of training images, which holds one tar archive per class.
 
-    Raises `AsgoError` for a class too many or too few, and what `read_members` refuses.
+    Raises `AsgoError` for an unknown or missing class, and as `read_members` does.
     """
     archives = [tar.inside(member) for member in _class_archives(tar, labels)]
     began = time.perf_counter()
@@ -39,7 +39,7 @@ def build_train_index(tar: Tar, labels: Labels, progress: Progress) -> Index:
                 progress("indexing the training images", len(parts), len(archives))
         finally:
             pool.shutdown(cancel_futures=True)
-    _tell_skipped(skipped, progress)
+    _report_skipped(skipped, progress)
     return joined(parts)
 
 
@@ -51,14 +51,14 @@ def _index_class(tar: Tar, label: int, skipped: list[str]) -> Index:
 
 
 def build_validation_index(tar: Tar, labels: Labels, progress: Progress) -> Index:
-    """The index of the archive of validation images, which are numbered from 1 on.
+    """Return the index of the archive of validation images, which are numbered from 1.
 
-    Raises `AsgoError` when they are not those that the development kit has labels for, and what `read_members` refuses.
+    Raises `AsgoError` if the images differ from those in the development kit, and as `read_members` does.
     """
     progress("indexing the validation images", 0, 1)
     skipped: list[str] = []
     members = {member.name: member for member in _read_files(tar, skipped)}
-    _tell_skipped(skipped, progress)
+    _report_skipped(skipped, progress)
     names = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, len(labels.validation) + 1)]
     _require_same(tar, members, names, "image")
     places = {each.id: label for label, each in enumerate(labels.classes)}
@@ -73,22 +73,22 @@ def _class_archives(tar: Tar, labels: Labels) -> list[Member]:
 
 
 def _read_files(tar: Tar, skipped: list[str]) -> list[Member]:
-    """The members, without macOS's notes on others (AppleDouble), such as `._n01440764_10026.JPEG`: to `skipped`."""
+    """Return the members without AppleDouble files of macOS, such as `._n01440764_10026.JPEG`; add these to `skipped`."""
     members = read_members(tar)
     skipped += [member.name for member in members if member.name.startswith(_NOTE)]
     return [member for member in members if not member.name.startswith(_NOTE)]
 
 
-def _tell_skipped(skipped: Sequence[str], progress: Progress) -> None:
+def _report_skipped(skipped: Sequence[str], progress: Progress) -> None:
     if skipped:
-        progress(f"skipping {len(skipped):,} files of macOS, such as {skipped[0]}", 1, 1)
+        progress(f"skipping {len(skipped):,} metadata files of macOS, such as {skipped[0]}", 1, 1)
 
 
 def _require_same(tar: Tar, found: Mapping[str, Member], wanted: Sequence[str], what: str) -> None:
     expected = set(wanted)
     for name in found:
         if name not in expected:
-            tar.refuse(f"{name} is no {what} that the development kit knows")
+            tar.refuse(f"{name} is not an {what} of the development kit")
     for name in wanted:
         if name not in found:
             tar.refuse(f"the {what} {name} is missing")
@@ -97,6 +97,6 @@ def _require_same(tar: Tar, found: Mapping[str, Member], wanted: Sequence[str], 
 def _index(tar: Tar, members: Sequence[Member], labels: Iterable[int]) -> Index:
     for member in members:
         if not member.name.lower().endswith(_SUFFIXES):
-            tar.refuse(f"member {member.name} is not named as an image")
+            tar.refuse(f"the name of member {member.name} is not that of an image")
     names, sizes = [member.name for member in members], [member.size for member in members]
     return build_index(labels, names, sizes, [member.offset for member in members])

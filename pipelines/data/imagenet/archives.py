@@ -1,4 +1,4 @@
-"""The three archives that ILSVRC2012 comes in: extracted, or indexed to be read in place."""
+"""Extract the three archives of ILSVRC2012, or index them to read images in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.errors import AsgoError, UsageError
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive's file name, its length if that is known, and its hexadecimal MD5."""
+    """An archive's file name, its length in bytes if known, and its hexadecimal MD5."""
 
     file: str
     bytes: int | None
@@ -32,18 +32,18 @@ ARCHIVES: Mapping[str, Archive] = {
     "val": Archive("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d5413ddabcf34fc5622"),
     "devkit": Archive("ILSVRC2012_devkit_t12.tar.gz", None, "fa75699e90414af021442c21a62c3abf"),
 }
-"""The official ones."""
+"""The official archives."""
 
 MD5SUMS = "md5sums.txt"
-"""Beside the archives, in the format of `md5sum`: what they must be where they are not the official ones."""
+"""File beside the archives, in the format of `md5sum`, with the digests of archives that are not the official ones."""
 
 _MD5SUM_LINE = re.compile(r"([0-9a-fA-F]{32}) [ *](?:\./)?(.+)")
 
 
 def parse_md5sums(text: str, origin: str) -> dict[str, Archive]:
-    """The archives as an `md5sums.txt` describes them, by the keys of `ARCHIVES`; lines of other files are passed over.
+    """Return the archives that an `md5sums.txt` describes, by the keys of `ARCHIVES`. Ignores lines of other files.
 
-    Raises `AsgoError` that names `origin` when a line is malformed or an archive is not listed.
+    Raises `AsgoError` with `origin` if a line is malformed or an archive is not listed.
     """
     digests = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -51,7 +51,7 @@ def parse_md5sums(text: str, origin: str) -> dict[str, Archive]:
             continue
         match = _MD5SUM_LINE.fullmatch(line.strip())
         if match is None:
-            raise AsgoError(f"{origin}: line {number} is not as md5sum writes it (a digest, two spaces, a file's name)")
+            raise AsgoError(f"{origin}: line {number} is not in md5sum's format (a digest, two spaces, a file name)")
         digests[match[2]] = match[1].lower()
     for archive in ARCHIVES.values():
         if archive.file not in digests:
@@ -60,9 +60,9 @@ def parse_md5sums(text: str, origin: str) -> dict[str, Archive]:
 
 
 def expected_archives(folder: Path) -> Mapping[str, Archive]:
-    """What the archives in `folder` must be: as its `md5sums.txt` says, or else the official ones.
+    """Return the archives that `folder` must hold: those of its `md5sums.txt`, or else the official ones.
 
-    Raises `AsgoError` when `md5sums.txt` cannot be read or is malformed.
+    Raises `AsgoError` if `md5sums.txt` cannot be read or is malformed.
     """
     path = folder / MD5SUMS
     try:
@@ -74,7 +74,7 @@ def expected_archives(folder: Path) -> Mapping[str, Archive]:
 
 
 def check_archive(path: Path, archive: Archive, progress: Progress) -> None:
-    """Read `path` through. Raises `AsgoError` unless it has the length and the MD5 of `archive`."""
+    """Read all of `path`. Raises `AsgoError` unless it has the length and the MD5 of `archive`."""
     remedy = f"download it again, or list it in {path.parent / MD5SUMS} if it is another edition"
     try:
         size = path.stat().st_size
@@ -88,7 +88,7 @@ def check_archive(path: Path, archive: Archive, progress: Progress) -> None:
 
 
 class ArchiveImporter:
-    """The archives in a folder; see `ImageImporter`."""
+    """Imports the archives in a folder; see `ImageImporter`."""
 
     dataset = "ImageNet"
     command = "imagenet"
@@ -104,7 +104,7 @@ class ArchiveImporter:
         if missing:
             raise UsageError(
                 f"{self.folder}: {_other_layout(self.folder)}no {', no '.join(missing)}; "
-                "name the folder of the archives with --archives, or get them with --download"
+                "pass the folder of the archives with --archives, or get them with --download"
             )
         self._expected = {archive.file: archive for archive in expected_archives(self.folder).values()}
         return [self.folder / file for file in self._expected]
@@ -140,16 +140,16 @@ class ArchiveImporter:
 
 
 def _other_layout(folder: Path) -> str:
-    """What lies in the folder in the place of archives, if it is known, in words to begin with."""
+    """Return the start of an error message about another known layout of ImageNet in the folder, or ""."""
     if (folder / "ILSVRC").is_dir() or (folder / "LOC_synset_mapping.txt").is_file():
-        return "holds ImageNet as Kaggle gives it, which cannot be taken; the archives of image-net.org are wanted: "
+        return "holds Kaggle's layout of ImageNet, which is not supported; use the archives of image-net.org: "
     if (folder / "train").is_dir():
-        return "holds a folder of image files, which cannot be taken; the archives of image-net.org are wanted: "
+        return "holds a folder of image files, which is not supported; use the archives of image-net.org: "
     return ""
 
 
 def _require_room(out: Path, indices: Mapping[str, Index]) -> None:
-    if any((out / split).exists() for split in indices):  # of an earlier call, and not counted
+    if any((out / split).exists() for split in indices):  # a resumed call: what it still needs is unknown
         return
     needed = sum(on_disk(int(index.sizes.sum()), len(index)) for index in indices.values())
-    require_room(out, needed, "leave them in the archives with --no-extract")
+    require_room(out, needed, "read them from the archives with --no-extract")

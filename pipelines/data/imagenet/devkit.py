@@ -1,4 +1,4 @@
-"""The classes of ImageNet and the labels of its validation images, from the development kit."""
+"""Read the classes of ImageNet and the labels of its validation images from the development kit."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ _MAP_LINE = re.compile(r"(n\d{8}) +(\d+) +(\S+)", re.ASCII)
 
 @dataclass(frozen=True)
 class Labels:
-    """All classes in the order of their ids, and the ids of the validation images in the order of their numbers."""
+    """All classes, sorted by id, and the class ids of the validation images, in the order of the images' numbers."""
 
     classes: tuple[ImageClass, ...]
     validation: tuple[str, ...]
 
 
 def read_devkit(path: Path) -> Labels:
-    """Read the development kit, of which nothing is unpacked to the disk.
+    """Read the development kit; extracts nothing to the disk.
 
-    The ground truth counts classes by ILSVRC2012_ID, which is not the order of the WordNet ids. `map_clsloc.txt`, in
-    the kit or beside it, says which is which; without one it is the kit's `meta.mat`.
+    The ground truth gives classes by ILSVRC2012_ID, which is not the order of the WordNet ids. `map_clsloc.txt`, in the
+    kit or beside it, maps one to the other; without it, the kit's `meta.mat` does.
 
-    Raises `AsgoError` when the kit cannot be read or lacks one of them, or the numbers do not fit.
+    Raises `AsgoError` if the kit cannot be read or lacks a file, or a number has no class.
     """
     files = _read_files(path)
     beside = path.parent / MAP
@@ -72,7 +72,7 @@ def _read_files(path: Path) -> dict[str, bytes]:
 
 
 def _parse_map(content: bytes, origin: str) -> dict[int, ImageClass]:
-    """Lines such as "n02119789 1 kit_fox"."""
+    """Parse lines such as "n02119789 1 kit_fox"."""
     rows = []
     for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
         match = _MAP_LINE.fullmatch(line.strip())
@@ -83,7 +83,7 @@ def _parse_map(content: bytes, origin: str) -> dict[int, ImageClass]:
 
 
 def _parse_meta(content: bytes, path: Path) -> dict[int, ImageClass]:
-    import scipy.io  # not needed by those who have the table
+    import scipy.io  # not needed with map_clsloc.txt
 
     try:
         synsets = scipy.io.loadmat(io.BytesIO(content), squeeze_me=True)["synsets"]
@@ -92,7 +92,7 @@ def _parse_meta(content: bytes, path: Path) -> dict[int, ImageClass]:
             for each in synsets
             if int(each["num_children"]) == 0  # the others are groups of classes
         ]
-    except Exception as error:  # scipy raises whatever its parser stumbles over
+    except Exception as error:  # scipy's parser raises many kinds of errors on damaged files
         raise AsgoError(f"{path}: {_META} cannot be read ({type(error).__name__})") from None
     return _numbered(rows, f"{path}: {_META}")
 
@@ -100,7 +100,7 @@ def _parse_meta(content: bytes, path: Path) -> dict[int, ImageClass]:
 def _numbered(rows: list[tuple[int, str, str]], origin: str) -> dict[int, ImageClass]:
     classes = {number: ImageClass(wnid, name) for number, wnid, name in rows}
     if not rows or len({wnid for _, wnid, _ in rows}) != len(rows) or len(classes) != len(rows):
-        raise AsgoError(f"{origin}: a class or a number comes twice, or there is none")
+        raise AsgoError(f"{origin}: a class or a number occurs twice, or there are none")
     for wnid in (wnid for _, wnid, _ in rows if not WNID.fullmatch(wnid)):
         raise AsgoError(f"{origin}: {wnid!r} is not a WordNet id")
     return classes
@@ -112,5 +112,5 @@ def _parse_ground_truth(content: bytes, numbered: Mapping[int, ImageClass], path
         try:
             wnids.append(numbered[int(line)].id)
         except (ValueError, KeyError):
-            raise AsgoError(f"{path}: {_GROUND_TRUTH}: line {number} is {line!r}, the number of no class") from None
+            raise AsgoError(f"{path}: {_GROUND_TRUTH}: line {number} is {line!r}, not the number of a class") from None
     return tuple(wnids)

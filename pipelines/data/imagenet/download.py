@@ -1,4 +1,4 @@
-"""The archives of ImageNet from its own server or a mirror into a folder, checked as they come, and resumable."""
+"""Download the archives of ImageNet from its own server or a mirror; verifies and resumes."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from pipelines.storage import write_atomically
 
 BASE_URL = "https://image-net.org/data/ILSVRC/2012/"
 LICENCE_TERMS = """\
-ImageNet is not free for every use. Whoever downloads it agrees with Princeton and Stanford Universities to its terms
-of access, in short:
-  - for research without commercial aims, and for teaching, only;
-  - the pictures belong to their makers; no right in them is given, and nothing is warranted;
-  - whoever uses it answers for that use, and for claims that come of it;
-  - colleagues may have access when they have agreed to the same terms; it is not passed on otherwise;
-  - who works for a company binds that company too; access may be ended at any time.
-The terms themselves, which alone are binding: https://image-net.org/download.php
+ImageNet is not free for every use. By downloading it you agree with Princeton and Stanford Universities to its terms
+of access. In short:
+  - use it only for non-commercial research and for teaching;
+  - the universities own no copyright of the images, give no rights in them, and give no warranty;
+  - you are responsible for your use, and for claims that arise from it;
+  - give access only to colleagues who have agreed to the same terms;
+  - if you work for a company, you bind the company too; access may be ended at any time.
+Only the full terms are binding: https://image-net.org/download.php
 """
-"""For people, before anything is downloaded."""
+"""Shown before anything is downloaded."""
 
 _BY_HAND = (
-    "ask for access at https://image-net.org/download-images.php and download the archives by hand: "
-    "those that lie in --archives are used as they are"
+    "request access at https://image-net.org/download-images.php and download the archives by hand "
+    "to the folder of --archives"
 )
 _ADVICE = Advice(
-    no_access=f"ImageNet is given to those who agree to its terms; {_BY_HAND}",
-    elsewhere="give another --base-url",
+    no_access=f"ImageNet requires agreement to its terms; {_BY_HAND}",
+    elsewhere="pass another --base-url",
     by_hand=_BY_HAND,
 )
 
@@ -62,17 +62,17 @@ def download_archives(
     progress: Progress,
     notify: Notify,
 ) -> None:
-    """Bring the archives `names` (keys of `ARCHIVES`) into `folder`, or go on where an earlier call was ended.
+    """Download the archives `names` (keys of `ARCHIVES`) to `folder`, or resume an earlier call.
 
-    Those that are there are checked and left alone. A mirror that has an `md5sums.txt` may serve other archives than
-    the official ones; it is kept in the folder. `progress` is called often, `notify` with a line for each archive that
-    is there and each failure that is survived.
+    Existing archives are verified and kept. A mirror with an `md5sums.txt` may serve other archives than the official
+    ones; that file is stored in the folder. Calls `progress` often, and `notify` with one line per existing archive and
+    per failure that is retried.
 
     Raises:
-        UsageError: `base_url` is no address, a file is in the place of `folder`, or another process works in it.
-        RunInterrupted: SIGTERM or SIGINT; the same call goes on.
-        AsgoError: no network, a server that refuses or fails again and again, another length or MD5, a full disk. What
-            has come is kept in `NAME.partial`, unless its MD5 is wrong, and the same call goes on.
+        UsageError: `base_url` is not an address, `folder` is a file, or another process works in it.
+        RunInterrupted: SIGTERM or SIGINT; the same call resumes.
+        AsgoError: no network, a server that refuses or keeps failing, another length or MD5, a full disk. The partial
+            file is kept in `NAME.partial`, unless its MD5 is wrong, and the same call resumes.
     """
     base_url = check_url(base_url)
     if folder.exists() and not folder.is_dir():
@@ -87,7 +87,7 @@ def download_archives(
         for archive in archives:
             if archive not in missing:
                 check_archive(folder / archive.file, archive, progress)
-                notify(f"{archive.file}: there already, and right")
+                notify(f"{archive.file}: already downloaded and verified")
         for archive in missing:
             url = urljoin(base_url, archive.file)
             Download(
@@ -113,7 +113,7 @@ def _lacks_any(folder: Path, names: Sequence[str]) -> bool:
 
 
 def _served_archives(folder: Path, base_url: str, retries: Retries) -> Mapping[str, Archive]:
-    """What a mirror says of its archives; without a list of its own it has the official ones."""
+    """Return the archives of a mirror's `md5sums.txt`; without that file, the official ones."""
     url = urljoin(base_url, MD5SUMS)
     content = fetch_small(url, _ADVICE, retries)
     if content is None:
@@ -127,7 +127,7 @@ def _served_archives(folder: Path, base_url: str, retries: Retries) -> Mapping[s
 
 
 def _still_to_come(folder: Path, archive: Archive) -> int:
-    """Bytes; 0 where the length is not known yet."""
-    begun = partial_path(folder / archive.file)
-    here = begun.stat().st_size if begun.exists() else 0
-    return max(0, (archive.bytes or 0) - here)
+    """Return the bytes left to download; 0 if the length is unknown."""
+    partial_file = partial_path(folder / archive.file)
+    done = partial_file.stat().st_size if partial_file.exists() else 0
+    return max(0, (archive.bytes or 0) - done)

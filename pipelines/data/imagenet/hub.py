@@ -1,4 +1,4 @@
-"""The gated copy of ImageNet on the Hugging Face hub: Parquet files, fetched with the user's own token."""
+"""Download the gated copy of ImageNet on the Hugging Face hub, Parquet files, with the user's own token."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from pipelines.storage import write_atomically
 REPOSITORY = "ILSVRC/imagenet-1k"
 Split = Literal["train", "validation"]
 LISTING = "hub.json"
-"""Beside the hub's files: what the hub said of them when they were fetched."""
+"""File beside the hub's files: their listing on the hub when they were downloaded."""
 
 _FOLDER = "data"
 _NAME = re.compile(r"(train|validation)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
 _CONTACT_TIMEOUT_S = 5
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 _ENVIRONMENT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",  # nothing is sent that was not asked for
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # send no statistics
     "HF_XET_TELEMETRY_ENABLED": "0",
-    "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",  # else, in some releases, everything lies on the disk twice
+    "HF_XET_CHUNK_CACHE_SIZE_BYTES": "0",  # else, in some releases, the disk holds all data twice
 }
 
 
 class HubFile(Frozen):
-    """A file of the repository: its path there, its length, and its SHA-256 if the hub tells it."""
+    """A file of the repository: its path there, its length in bytes, and its SHA-256 if the hub lists it."""
 
     path: str
     bytes: NonNegativeInt
@@ -48,22 +48,21 @@ class HubFile(Frozen):
 
 
 class Listing(Frozen):
-    """What the hub said of its files, and at which commit."""
+    """The files of the repository at a commit, as the hub lists them."""
 
     revision: str
     files: Annotated[tuple[HubFile, ...], Field(strict=False)]
 
 
 def download_hub_copy(folder: Path, *, progress: Progress, notify: Notify) -> str:
-    """Bring the hub's Parquet files of both splits into `folder`/data, or go on with those that are still missing.
+    """Download the hub's Parquet files of both splits to `folder`/data, or resume; return the repository's commit.
 
-    Files that are there and have the right SHA-256 are left alone. What the hub says of them is kept in `hub.json`.
-    Gives the commit of the hub's repository.
+    Existing files with the right SHA-256 are kept. The hub's listing is stored in `hub.json`.
 
     Raises:
-        UsageError: a file is in the place of `folder`, or another process works in it.
-        RunInterrupted: SIGTERM or SIGINT; the same call goes on with the file that was being fetched.
-        AsgoError: no network, no access, a hub that fails again and again, damaged files, a full disk.
+        UsageError: `folder` is a file, or another process works in it.
+        RunInterrupted: SIGTERM or SIGINT; the same call resumes with the same file.
+        AsgoError: no network, no access, a hub that keeps failing, damaged files, a full disk.
     """
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -86,7 +85,7 @@ def download_hub_copy(folder: Path, *, progress: Progress, notify: Notify) -> st
 
 
 def load_listing(folder: Path) -> Listing | None:
-    """What the hub said when files were last fetched into `folder`; None if nobody did. Raises `AsgoError`."""
+    """Return the listing of the last download to `folder`, or None. Raises `AsgoError` if it is damaged."""
     path = folder / LISTING
     try:
         return Listing.model_validate_json(path.read_bytes())
@@ -97,18 +96,18 @@ def load_listing(folder: Path) -> Listing | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether everything that the hub was last heard to have is in `folder`, as far as lengths tell."""
+    """Whether `folder` holds all files of the last listing; compares only lengths."""
     listing = load_listing(folder)
     return listing is not None and all(_is_there(folder, file) for file in listing.files)
 
 
 def hub_files(folder: Path, split: Split) -> tuple[Path, ...]:
-    """The files of a split in `folder`/data, in order. Raises `AsgoError` that names the first one missing."""
+    """Return the files of a split in `folder`/data, in order. Raises `AsgoError` with the first missing one."""
     found = {match[0]: match for path in (folder / _FOLDER).glob("*") if (match := _NAME.fullmatch(path.name))}
     names = sorted(name for name, match in found.items() if match[1] == split)
     counts = {int(found[name][3]) for name in names}
     if len(counts) > 1:
-        raise AsgoError(f"{folder / _FOLDER}: {split} files of two editions; keep those of one of them")
+        raise AsgoError(f"{folder / _FOLDER}: {split} files of two editions; keep the files of one edition")
     present = {int(found[name][2]) for name in names}
     for index in range(counts.pop() if counts else 1):
         if index not in present:
@@ -124,7 +123,7 @@ def _is_there(folder: Path, file: HubFile) -> bool:
 
 
 def _clear_leftovers(folder: Path) -> None:
-    """Files that a killed process was fetching: their names are made up anew each time, so they would pile up."""
+    """Remove partial files of killed processes: their names are random, so they are never resumed."""
     for path in (folder / ".cache" / "huggingface" / "download").rglob("*.incomplete"):
         path.unlink()
 
@@ -133,7 +132,7 @@ def _list(retries: Retries) -> Listing:
     listing = next(retries.messages(_ask_for_listing))
     retries.answered()
     if not listing.files:
-        raise AsgoError(f"{REPOSITORY}: the hub has no Parquet files of it any more; download the archives instead")
+        raise AsgoError(f"{REPOSITORY}: the hub no longer has its Parquet files; download the archives instead")
     return listing
 
 
@@ -145,17 +144,17 @@ def _ask_for_listing(send: Send[Listing]) -> None:
         revision = str(api.dataset_info(REPOSITORY, timeout=_CONTACT_TIMEOUT_S).sha)
         entries = api.list_repo_tree(REPOSITORY, _FOLDER, repo_type="dataset", revision=revision)
         files = [entry for entry in entries if isinstance(entry, RepoFile) and _NAME.fullmatch(Path(entry.path).name)]
-        made = [
+        listed = [
             HubFile(path=each.path, bytes=each.size, sha256=each.lfs.sha256 if each.lfs else None) for each in files
         ]
-        send(Listing(revision=revision, files=tuple(sorted(made, key=lambda file: file.path))))
+        send(Listing(revision=revision, files=tuple(sorted(listed, key=lambda file: file.path))))
     except Exception as error:
         raise Failed(failure_of(error, file=None, remote=True)) from error
 
 
 @dataclass(frozen=True)
 class _FileDownload:
-    """Brings one file to its place under `folder`; `label` is for the progress."""
+    """Downloads one file to its path under `folder`; progress reports show `label`."""
 
     folder: Path
     file: HubFile
@@ -172,7 +171,7 @@ class _FileDownload:
         if self.target.exists():
             if self._is_right():
                 return
-            self.retries.notify(f"{self.target}: not as the hub has it; it is fetched again")
+            self.retries.notify(f"{self.target}: differs from the hub's file; downloading it again")
             self.target.unlink()
         self.retries.call(self.target.name, self._attempt)
 
@@ -187,7 +186,7 @@ class _FileDownload:
                 self.progress(f"downloading {self.label}", min(done, self.file.bytes), self.file.bytes)
         if not self._is_right():
             self.target.unlink()
-            raise Failed(Failure("not the bytes that the hub lists", "damaged"))
+            raise Failed(Failure("the bytes differ from the hub's listing", "damaged"))
         self.retries.advanced()
 
     def _is_right(self) -> bool:
@@ -195,12 +194,12 @@ class _FileDownload:
             return False
         if self.file.sha256 is None:
             return True
-        tell = partial(self.progress, f"checking {self.label}")
-        return digest_of(self.target, "sha256", tell) == self.file.sha256
+        report = partial(self.progress, f"checking {self.label}")
+        return digest_of(self.target, "sha256", report) == self.file.sha256
 
 
 def _fetch(folder: Path, path: str, revision: str, send: Send[int | str]) -> None:
-    """Send how many bytes have come, again and again, and what the library has to say."""
+    """Download a file; send the number of bytes of each piece, and the library's warnings."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import logging as hub_logging
     from tqdm import tqdm
@@ -218,7 +217,7 @@ def _fetch(folder: Path, path: str, revision: str, send: Send[int | str]) -> Non
         hf_hub_download(REPOSITORY, path, repo_type="dataset", revision=revision, local_dir=folder, tqdm_class=Meter)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK:
-            raise Failed(Failure(f"{error.strerror}; the same command goes on", "lasting")) from error
+            raise Failed(Failure(f"{error.strerror}; run the same command again to resume", "lasting")) from error
         raise Failed(failure_of(error, file=None, remote=True)) from error
 
 

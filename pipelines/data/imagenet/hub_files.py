@@ -1,7 +1,7 @@
-"""The Parquet files of the hub's copy of ImageNet: pictures as they came, named with their class.
+"""Read the Parquet files of the hub's copy of ImageNet, which hold the original image files.
 
-Its columns are `image`, a struct of `bytes` and `path`, and `label`, the class's place among the sorted WordNet ids.
-The paths are the official names with the class once more at the end: `n01440764_10026_n01440764.JPEG` and
+Their columns are `image`, a struct of `bytes` and `path`, and `label`, the index of the class in the sorted WordNet
+ids. A path is the official name with the class at the end: `n01440764_10026_n01440764.JPEG` or
 `ILSVRC2012_val_00000293_n01440764.JPEG`.
 """
 
@@ -29,20 +29,20 @@ from pipelines.storage import parse_json
 
 _HUB_SPLITS: dict[str, Split] = {"train": "train", "val": "validation"}
 _PATH = re.compile(r"((?:(n\d{8})_\d+|ILSVRC2012_val_\d{8}))_(n\d{8})\.JPEG")
-_PICTURES_AT_ONCE = 32
+_IMAGES_AT_ONCE = 32
 _NAMES_AT_ONCE = 1024
 _READ_BYTES = 2 << 20
 
 
 def read_hub_file(path: Path) -> Iterator[StreamedImage]:
-    """The pictures of a Parquet file in their order, a few megabytes in memory at once.
+    """Yield the images of a Parquet file in order, with a few megabytes in memory at a time.
 
-    Raises `AsgoError` for a damaged file, other columns, a page that is too large, a picture without bytes, a path of
-    another form, and two pictures of one name.
+    Raises `AsgoError` for a damaged file, other columns, a page that is too large, an image without bytes, a path of
+    another form, and two images with the same name.
     """
     seen: set[str] = set()
     with _opened(path) as table:
-        for batch in _batches(path, table, _PICTURES_AT_ONCE, "image.bytes", "image.path"):
+        for batch in _batches(path, table, _IMAGES_AT_ONCE, "image.bytes", "image.path"):
             for image in batch.column(0).to_pylist():
                 wnid, name = _parse(path, image and image["path"], seen)
                 if not image["bytes"]:
@@ -51,16 +51,16 @@ def read_hub_file(path: Path) -> Iterator[StreamedImage]:
 
 
 def count_images(path: Path) -> int:
-    """How many pictures a file has. Raises as `read_hub_file` does."""
+    """Return the number of images of a file. Raises as `read_hub_file` does."""
     with _opened(path) as table:
         return int(table.metadata.num_rows)
 
 
 def read_hub_classes(paths: Iterable[Path]) -> dict[str, str]:
-    """What the classes are called, by WordNet id, in the order of their labels; read without the pictures.
+    """Return the names of the classes by WordNet id, in the order of the labels. Does not read the images.
 
-    Raises as `read_hub_file` does, and `AsgoError` when two classes have one label, the names are not given, or a class
-    has no picture in all the files.
+    Raises as `read_hub_file` does, and `AsgoError` if two classes have the same label, the files give no names, or a
+    class has no image in any file.
     """
     wnids: dict[int, str] = {}
     names: list[str] = []
@@ -72,15 +72,15 @@ def read_hub_classes(paths: Iterable[Path]) -> dict[str, str]:
                 for image, label in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
                     wnid = _parse(path, image and image["path"], seen)[0]
                     if wnids.setdefault(label, wnid) != wnid or not 0 <= label < len(names):
-                        raise AsgoError(f"{path}: label {label} is that of {wnids[label]} and of {wnid}")
+                        raise AsgoError(f"{path}: label {label} belongs to both {wnids[label]} and {wnid}")
     for label, name in enumerate(names):
         if label not in wnids:
-            raise AsgoError(f"{path.parent}: no picture of the class {label}, {name}; download the files again")
+            raise AsgoError(f"{path.parent}: no image of class {label}, {name}; download the files again")
     return {wnids[label]: name for label, name in enumerate(names)}
 
 
 def _batches(path: Path, table: parquet.ParquetFile, most: int, *columns: str) -> Iterator[pyarrow.RecordBatch]:
-    """At most so many rows at a time. The pages are looked at before: a kilobyte can claim to unpack to gigabytes."""
+    """Yield at most `most` rows at a time. Checks page sizes first: a kilobyte can decompress to gigabytes."""
     with path.open("rb") as file:
         for number in range(table.num_row_groups):
             group = table.metadata.row_group(number)
@@ -91,14 +91,15 @@ def _batches(path: Path, table: parquet.ParquetFile, most: int, *columns: str) -
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[parquet.ParquetFile]:
     try:
-        # Without its read-ahead, which would end with the whole file in memory.
+        # Without pre_buffer, which would load the whole file into memory.
         with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
             _require_columns(path, table.schema_arrow)
             yield table
     except UnreadableColumn as error:
         raise AsgoError(f"{path}: {error}") from None
     except (pyarrow.ArrowException, ValueError) as error:
-        raise AsgoError(f"{path}: damaged file ({' '.join(str(error).split())}); remove it and get it again") from None
+        reason = " ".join(str(error).split())
+        raise AsgoError(f"{path}: damaged file ({reason}); remove it and download it again") from None
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror or ' '.join(str(error).split())}") from None
 
@@ -111,20 +112,20 @@ def _require_columns(path: Path, schema: pyarrow.Schema) -> None:
 
 
 def _label_names(path: Path, schema: pyarrow.Schema) -> list[str]:
-    """From the note that `datasets` leaves in its files."""
+    """Return the class names from the metadata that `datasets` writes to its files."""
     with contextlib.suppress(KeyError, ValueError, TypeError):
         note: dict[str, Any] = parse_json((schema.metadata or {})[b"huggingface"])
         return [str(name) for name in note["info"]["features"]["label"]["names"]]
-    raise AsgoError(f"{path}: it does not say what the classes are called")
+    raise AsgoError(f"{path}: the names of the classes are missing")
 
 
 def _parse(path: Path, name: str | None, seen: set[str]) -> tuple[str, str]:
-    """The class and the official name of a picture whose name is not among those `seen`, to which it is added."""
+    """Return the class and the official name of an image, and add the name to `seen`, where it must not be yet."""
     match = _PATH.fullmatch(name or "")
     if match is None or match[2] not in (None, match[3]):
-        raise AsgoError(f"{path}: {name!r} is not as the hub names the pictures of ImageNet")
-    if match[1] in seen:  # at once: a kilobyte can repeat a picture without end
-        raise AsgoError(f"{path}: two pictures are named {match[1]}.JPEG")
+        raise AsgoError(f"{path}: {name!r} is not a name of an ImageNet image on the hub")
+    if match[1] in seen:  # checked here, not at the end: a small file can repeat an image almost without end
+        raise AsgoError(f"{path}: two images are named {match[1]}.JPEG")
     seen.add(match[1])
     return match[3], f"{match[1]}.JPEG"
 
@@ -133,7 +134,7 @@ _READER = SourceReader(read_hub_file, count_images)
 
 
 class HubImporter:
-    """The hub's files in a folder; see `ImageImporter`."""
+    """Imports the hub's files in a folder; see `ImageImporter`."""
 
     dataset = "ImageNet"
     command = "imagenet"
@@ -163,8 +164,8 @@ class HubImporter:
         expected = self.expected(path)
         if expected is not None and digest != expected:
             raise AsgoError(
-                f"{path}: its SHA-256 is not the one that the hub told; remove it and get it again with --download, "
-                f"or remove {self.folder / LISTING} if it is of another edition"
+                f"{path}: its SHA-256 is not the one that the hub lists; remove it and get it again with --download, "
+                f"or remove {self.folder / LISTING} if the file is of another edition"
             )
         return digest
 
@@ -172,7 +173,7 @@ class HubImporter:
         return import_streams(self._files, _READER, self._classes(report), out, layout, workers, report)
 
     def _classes(self, report: Progress) -> tuple[ImageClass, ...]:
-        """Sorted by their ids, and called by the first of their names, as those of the development kit."""
+        """Return the classes sorted by id, each with its first name, as the development kit gives them."""
         paths = self._files["train"]
 
         def read() -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""ImageNet from its archives or from the hub's copy, checked, into a folder to train from."""
+"""Prepare a folder to train from, from ImageNet's archives or the hub's copy; verifies the source."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Origin = Literal["archives", "hub"]
 
 
 def prepare_imagenet(folder: Path, out: Path, *, origin: Origin = "archives", **options: Any) -> ImageManifest:
-    """Make `out` from the files in `folder`: the three archives, or what `download_hub_copy` brought.
+    """Create `out` from the files in `folder`: the three archives, or the files of `download_hub_copy`.
 
-    Packed images stay in the archives, or are copied from the hub's files into one file a split. `options` and errors
+    Packed images stay in the archives, or are copied from the hub's files to one file per split. `options` and errors
     are those of `import_images`.
     """
     importer: ImageImporter = ArchiveImporter(folder) if origin == "archives" else HubImporter(folder)

@@ -1,4 +1,4 @@
-"""The members of a tar archive, and of the tar archives inside it, found by reading their headers in place."""
+"""Find the members of a tar archive, and of the tar archives inside it, from their headers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LONGEST_EXTENSION = 1 << 20
 
 
 class Member(NamedTuple):
-    """A file in an archive: its name, the offset of its content in the outermost archive, and its bytes."""
+    """A file in an archive: its name, the offset of its content in the outermost archive, and its size in bytes."""
 
     name: str
     offset: int
@@ -41,7 +41,7 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar archive between `start` and `end` of an open file; `name` is what messages call it."""
+    """A tar archive between the offsets `start` and `end` of an open file; error messages use `name`."""
 
     descriptor: int
     start: int
@@ -49,7 +49,7 @@ class Tar:
     name: str
 
     def inside(self, member: Member) -> Tar:
-        """The archive that `member` is."""
+        """Return the member as an archive."""
         return Tar(self.descriptor, member.offset, member.offset + member.size, f"{self.name}: {member.name}")
 
     def refuse(self, problem: str) -> NoReturn:
@@ -59,7 +59,7 @@ class Tar:
 
 @contextlib.contextmanager
 def open_tar(path: Path) -> Iterator[Tar]:
-    """The archive at `path`. Raises `AsgoError` when it cannot be read."""
+    """Open the archive at `path`. Raises `AsgoError` if it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
@@ -71,11 +71,11 @@ def open_tar(path: Path) -> Iterator[Tar]:
 
 
 def read_members(tar: Tar) -> list[Member]:
-    """The files of `tar` in the order they lie there.
+    """Return the files of `tar` in the order of the archive.
 
-    Only plain files with plain names are let through: a member that is a link, a device or a folder, or whose name
-    has a slash (so every absolute path and every "..") or cannot be printed, raises `AsgoError`, and so do two of one
-    name, an archive that ends too early, and what is not a tar archive. The long names of GNU tar and pax are read.
+    Only plain files with plain names are accepted. Raises `AsgoError` for a member that is a link, a device or a
+    folder, a name with a slash (so every absolute path and every "..") or unprintable characters, two members with the
+    same name, a truncated archive, and a file that is not a tar archive. Reads the long names of GNU tar and pax.
     """
     members: dict[str, Member] = {}
     position, extended = tar.start, None
@@ -108,22 +108,22 @@ def _read_header(tar: Tar, position: int) -> bytes:
         _refuse_truncated(tar, position + _BLOCK)
     header = os.pread(tar.descriptor, _BLOCK, position)
     if len(header) < _BLOCK:
-        tar.refuse("was cut while it was read")
+        tar.refuse("was truncated while it was read")
     return header
 
 
 def _is_sound(header: bytes, checksum: bytes) -> bool:
-    """Whether the checksum is right: the sum of the header's bytes, where its own field counts as spaces."""
+    """Whether the checksum is right: the sum of the header's bytes, with its own field as spaces."""
     try:
         stated = _octal(checksum)
     except ValueError:
         return False
-    # The low half of an Adler-32 is the sum plus one, modulo 65521: the same test, at a tenth of the time of sum().
+    # The low half of an Adler-32 is the sum plus one, modulo 65521: the same test in a tenth of the time of sum().
     return (1 + stated + sum(checksum) - 8 * ord(" ")) % 65521 == zlib.adler32(header) & 0xFFFF
 
 
 def _refuse_truncated(tar: Tar, end: int) -> NoReturn:
-    tar.refuse(f"truncated: {tar.end - tar.start:,} bytes are there, and at least {end - tar.start:,} should be")
+    tar.refuse(f"truncated: it has {tar.end - tar.start:,} bytes instead of at least {end - tar.start:,}")
 
 
 def _size(tar: Tar, field: bytes, position: int) -> int:
@@ -137,13 +137,13 @@ def _size(tar: Tar, field: bytes, position: int) -> int:
 
 def _octal(field: bytes) -> int:
     digits = field.strip(b" \0") or b"0"
-    if not digits.isdigit():  # int() takes signs too, and a negative size would lead the reading backwards
+    if not digits.isdigit():  # int() accepts signs, and a negative size would make the reader go backwards
         raise ValueError("not a number")
     return int(digits, 8)
 
 
 def _plain_name(tar: Tar, kind: bytes, raw: bytes) -> str:
-    """The name, without a leading "./"; empty for the folder "./" itself, which `tar -C folder .` puts first."""
+    """Return the name without a leading "./"; "" for the folder "./" itself, which `tar -C folder .` writes first."""
     name = raw.decode("utf-8", errors="replace").removeprefix("./")
     if kind == b"5" and name in ("", "."):
         return ""
@@ -156,7 +156,7 @@ def _plain_name(tar: Tar, kind: bytes, raw: bytes) -> str:
 
 @dataclass(frozen=True)
 class _Extended:
-    """What an extension header says of the member that follows."""
+    """Name and size of the next member, from an extension header."""
 
     name: bytes | None = None
     size: int | None = None
@@ -178,12 +178,12 @@ def _extend(tar: Tar, kind: bytes, offset: int, size: int, before: _Extended) ->
         tar.refuse(f"damaged at byte {offset:,}: a pax header cannot be read")
     sparse = any(key.startswith(b"GNU.sparse") for key in records)
     if sparse or (found.size or 0) < 0 or (kind == _PAX_OF_ALL and found != before):
-        tar.refuse(f"a pax header at byte {offset:,} asks for what is not supported here; pack it with plain GNU tar")
+        tar.refuse(f"a pax header at byte {offset:,} is not supported; create the archive with plain GNU tar")
     return found
 
 
 def _pax_records(body: bytes) -> dict[bytes, bytes]:
-    """Records of the form "length key=value\\n". Raises `ValueError` for others."""
+    """Parse records of the form "length key=value\\n". Raises `ValueError` for others."""
     records, position = {}, 0
     while position < len(body):
         length = int(body[position : body.index(b" ", position)])
