@@ -34,22 +34,22 @@ OPENWEBTEXT_EXAMPLES = examples(
     "asgo data openwebtext --source /data/openwebtext    # a copy of the files",
 )
 
-Shards = Annotated[int, typer.Option(metavar="N", help="Training shards; the validation shard comes on top.")]
-ShardTokens = Annotated[int, typer.Option(metavar="N", help="Tokens in a shard.")]
+Shards = Annotated[int, typer.Option(metavar="N", help="Training shards, in addition to the validation shard.")]
+ShardTokens = Annotated[int, typer.Option(metavar="N", help="Tokens per shard.")]
 Subset = Annotated[str | None, typer.Option(metavar="NAME", help="A subset (configuration) of the repository.")]
 SourceOption = Annotated[
     str,
     typer.Option(
         "--source",
         metavar="hub|FOLDER",
-        help="The hub (HF_ENDPOINT names a mirror of it), or a folder of the same files, .parquet or .jsonl.",
+        help="The hub (or its mirror HF_ENDPOINT), or a folder of the same files, .parquet or .jsonl.",
     ),
 ]
 TextColumnOption = Annotated[
-    str, typer.Option("--text-column", metavar="NAME", help="Where JSON lines and Parquet have the text.")
+    str, typer.Option("--text-column", metavar="NAME", help="Name of the text in JSON lines and Parquet files.")
 ]
-Workers = Annotated[int | None, typer.Option(metavar="N", help="Tokenizer processes.", show_default="one a processor")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, whatever is there.")]
+Workers = Annotated[int | None, typer.Option(metavar="N", help="Tokenizer processes.", show_default="one per core")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start again, and replace existing shards.")]
 
 
 def fineweb(
@@ -59,15 +59,15 @@ def fineweb(
         str | None, typer.Option(metavar="NAME", help="A subset of FineWeb-Edu.", show_default="sample-10BT")
     ] = None,
     source: SourceOption = "hub",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/fineweb"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")] = Path("data/fineweb"),
     workers: Workers = None,
     text_column: TextColumnOption = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Stream FineWeb-Edu into shards of GPT-2 tokens.
 
-    The first shard of the stream validates. Killed at any moment, the same command goes on where it was. A connection
-    that fails is tried again, eight times in a row with pauses of 1 to 60 seconds.
+    The first shard of the stream is the validation data. After an interruption, run the same command again to resume. A
+    failed connection is retried; the command gives up after eight failures in a row, with pauses of 1 to 60 seconds.
     """
     from pipelines.data.corpus.corpus_to_shards import CorpusOptions
     from pipelines.data.corpus.sources import FINEWEB
@@ -83,15 +83,16 @@ def openwebtext(
     shard_tokens: ShardTokens = 100_000_000,
     subset: Subset = None,
     source: SourceOption = "hub",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/openwebtext"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")] = Path("data/openwebtext"),
     workers: Workers = None,
     text_column: TextColumnOption = "text",
     overwrite: Overwrite = False,
 ) -> None:
     """Stream OpenWebText into shards of GPT-2 tokens.
 
-    Every 2,000th document validates, a fraction of 0.0005. Killed at any moment, the same command goes on where it
-    was. A connection that fails is tried again, eight times in a row with pauses of 1 to 60 seconds.
+    Every 2,000th document is validation data, a fraction of 0.0005. After an interruption, run the same command again
+    to resume. A failed connection is retried; the command gives up after eight failures in a row, with pauses of 1 to
+    60 seconds.
     """
     from pipelines.data.corpus.corpus_to_shards import CorpusOptions
     from pipelines.data.corpus.sources import OPENWEBTEXT
@@ -118,13 +119,13 @@ def _prepare(corpus: Corpus, out: Path, options: CorpusOptions, overwrite: bool)
             )
     except AsgoError:
         if overwrite and (out / UNFINISHED).exists():
-            console.say("to go on, and not to start again, leave --overwrite out")
+            console.say("to resume instead of starting again, omit --overwrite")
         raise
     summarize(manifest, out)
 
 
 class _CorpusProgress:
-    """Two live lines on a terminal, while `bar` is entered; a plain one a minute elsewhere."""
+    """Progress in two live lines on a terminal, while `bar` is entered; elsewhere, one plain line per minute."""
 
     def __init__(self, shards: int, medium: str) -> None:
         self._shards = shards
@@ -144,9 +145,9 @@ class _CorpusProgress:
         console.say(f"{self._medium}: {message}")
 
     def show(self, status: Status) -> None:
-        """Move the bar."""
+        """Update the bar."""
         shard = f"shard {min(status.finished_shards + 1, self._shards)} of {self._shards}"
-        self.bar.below = self._figures(status)
+        self.bar.below = self._metrics(status)
         self.bar.update(
             self._task,
             description=shard,
@@ -154,11 +155,11 @@ class _CorpusProgress:
             total=status.tokens_wanted,
             left=_time_left(status.seconds_left),
         )
-        share = f"{status.tokens / status.tokens_wanted:.1%}"
+        done = f"{status.tokens / status.tokens_wanted:.1%}"
         left = f"; {_time_left(status.seconds_left)}" if status.seconds_left is not None else ""
-        self._lines.say(f"{shard}, {share}: {self._figures(status)}{left}")
+        self._lines.say(f"{shard}, {done}: {self._metrics(status)}{left}")
 
-    def _figures(self, status: Status) -> str:
+    def _metrics(self, status: Status) -> str:
         return (
             f"{status.documents:,} documents, {status.tokens / 1e6:,.1f} M tokens, "
             f"{status.tokens_per_s / 1e6:.2f} M tokens/s; "
@@ -167,7 +168,7 @@ class _CorpusProgress:
 
 
 class _TwoLines(LiveProgress):
-    """A progress bar with a line of figures below it."""
+    """A progress bar with a line of metrics below it."""
 
     below = ""
 

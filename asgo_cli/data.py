@@ -1,4 +1,4 @@
-"""`asgo data`: text into token shards; what looks at them is in data_folder.py."""
+"""`asgo data`: convert text to token shards. data_folder.py has the commands that inspect data folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHAKESPEARE_EXAMPLES = examples(
     "asgo data shakespeare --input input.txt    # without a network",
 )
 
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace a data folder that is already there.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing data folder.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,17 +52,17 @@ def text(
             help="Files ending in .txt, .jsonl, .json, .parquet, also .gz and .zst, or folders of them.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")],
-    tokenizer: Annotated[Literal["gpt2", "bytes", "chars"], typer.Option(help="How text becomes tokens.")] = "gpt2",
-    val_fraction: Annotated[float, typer.Option(metavar="X", help="Share of the text that validates.")] = 0.0005,
-    shard_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens in a training shard.")] = 100_000_000,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")],
+    tokenizer: Annotated[Literal["gpt2", "bytes", "chars"], typer.Option(help="Tokenizer.")] = "gpt2",
+    val_fraction: Annotated[float, typer.Option(metavar="X", help="Fraction of the text for validation.")] = 0.0005,
+    shard_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens per training shard.")] = 100_000_000,
     text_column: corpus.TextColumnOption = "text",
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Turn text into token shards.
+    """Convert text to token shards.
 
-    A .txt file is one document, and so is a file of any other kind that is named; a line of .jsonl or .json or a row
-    of .parquet is one, under the name that --text-column gives. gzip and zstd are unpacked.
+    A .txt file is one document, and so is any other file that you pass; a line of .jsonl or .json and a row of
+    .parquet is one, with its text under --text-column. gzip and zstd are decompressed.
     """
     from pipelines.data.text_to_shards import prepare_text
 
@@ -86,15 +86,15 @@ def text(
 
 
 def _shorter_windows(manifest: Manifest) -> list[str]:
-    """What to add to the next command where a part is too short for the preset's windows, with a warning."""
+    """Return options for the next command if a part is too short for the preset's windows; warn in that case."""
     from pipelines.resolve import read_preset
 
     context_length = read_preset("tiny")["model"]["context_length"]
     validation, *training = (shard.tokens for shard in manifest.shards)
     if validation <= context_length:
         console.warn(
-            f"the validation part has {validation:,} tokens, too few for a window of {context_length:,} and one more, "
-            "and GPT-2's windows have 1,024; a larger --val-fraction, with --overwrite, gives it more"
+            f"the validation part has {validation:,} tokens, too few for a window of {context_length:,} and one more "
+            "(GPT-2's windows have 1,024); use a larger --val-fraction, with --overwrite"
         )
     shortest = min(validation, max(training))
     if shortest > context_length:
@@ -106,16 +106,16 @@ def _shorter_windows(manifest: Manifest) -> list[str]:
 def shakespeare(
     text_input: Annotated[
         str | None,
-        typer.Option("--input", metavar="FILE|URL", help="The text; without it the well-known one is downloaded."),
+        typer.Option("--input", metavar="FILE|URL", help="The text; by default, tinyshakespeare is downloaded."),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")] = Path(
         "data/shakespeare_char"
     ),
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Make shards of Shakespeare by characters.
+    """Convert Shakespeare's text to shards of characters.
 
-    The first nine tenths train, the last one validates.
+    The first nine tenths are training data, the last tenth is validation data.
     """
     from pipelines.data.shakespeare import prepare_shakespeare
 
@@ -127,13 +127,13 @@ def shakespeare(
 
 
 class _CharactersProgress(WorkProgress):
-    """How many characters are done of a phase."""
+    """Progress bar of the characters done in a phase."""
 
     def __init__(self) -> None:
         super().__init__(TaskProgressColumn(), TimeRemainingColumn())
 
     def show(self, phase: str, done: int, total: int | None) -> None:
-        """Show how far it is; `total` is None where nobody knows."""
+        """Update the bar; `total` is None if unknown."""
         line = f"{phase}: {done:,}{f' of {total:,}' if total else ''} characters"
         self._show(f"{phase} {done / 1e6:,.1f} M characters", done, total, line)
 

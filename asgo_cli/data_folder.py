@@ -1,4 +1,4 @@
-"""`asgo data info` and `asgo data verify`: what a data folder holds, and whether it still does."""
+"""`asgo data info` and `asgo data verify`: show and check the content of a data folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ VERIFY_EXAMPLES = examples(
     "asgo data verify data/imagenet --json",
 )
 
-_MOST_CLASSES, _FIRST_CLASSES = 40, 20  # of more than so many, the table has so many
+_MOST_CLASSES, _FIRST_CLASSES = 40, 20  # with more than 40 classes, the table shows the first 20
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data folder.")]
 
@@ -40,18 +40,18 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data f
 def info(
     folder: FolderArgument,
     lines: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Training documents to show a line of; ImageNet has none.")
+        int, typer.Option(min=0, metavar="N", help="Number of training documents to show a line of; not for ImageNet.")
     ] = 3,
     contact_sheet: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw some of ImageNet's labelled images to a .png, .pdf or .svg."),
+        typer.Option(metavar="FILE", help="Draw some of ImageNet's labelled images to a .png, .pdf or .svg file."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
 ) -> None:
     """Show what a data folder holds.
 
-    Where it came from, its shards, and how the first documents begin; of ImageNet, the images of each class. It takes
-    the manifest's word and reads no more than it shows, so that a large folder takes no longer.
+    Shows the source, the shards, and how the first documents begin; for ImageNet, the number of images of each class.
+    Trusts the manifest and reads only what it shows, so it is fast for large folders too.
     """
     from pipelines.data.images.manifest import holds_images
 
@@ -89,13 +89,13 @@ def _imagenet_facts(manifest: ImageManifest) -> Iterator[tuple[str, str]]:
     yield "source", f"{manifest.dataset}{commit}"
     places = "left in the archives" if manifest.containers else "in train.images and val.images"
     yield "images", "files in train and val" if extracted else places
-    needed = "they must stay there" if manifest.containers else "not needed any more"
+    needed = "they must stay there" if manifest.containers else "no longer needed"
     yield "archives", f"{manifest.source_folder} ({needed})"
     yield "classes", f"{len(manifest.classes):,}"
     for split in ("train", "validation"):
         counts = [getattr(each, split) for each in manifest.classes]
         spread = f"{min(counts):,}" if min(counts) == max(counts) else f"{min(counts):,} to {max(counts):,}"
-        yield split, f"{_count(sum(counts), 'image')}, {spread} a class"
+        yield split, f"{_count(sum(counts), 'image')}, {spread} per class"
     yield "fingerprint", manifest.fingerprint
 
 
@@ -105,7 +105,7 @@ def _show_classes(manifest: ImageManifest) -> None:
     rows = [(f"{each.id} {_visible(each.name)}", f"{each.train:,}", f"{each.validation:,}") for each in shown]
     console.show_table(("class", "train", "validation"), rows)
     if len(shown) < len(classes):
-        console.say(f"and {len(classes) - len(shown):,} more classes; --json has all")
+        console.say(f"and {len(classes) - len(shown):,} more classes; --json shows all")
 
 
 def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: bool) -> None:
@@ -114,7 +114,7 @@ def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: 
 
     found = describe(folder, lines)
     if contact_sheet is not None:
-        raise UsageError(f"{folder}: holds token shards; --contact-sheet draws the images of ImageNet")
+        raise UsageError(f"{folder}: holds token shards; --contact-sheet is only for ImageNet")
     if as_json:
         console.show_json(_as_json(found))
     else:
@@ -133,12 +133,12 @@ def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: 
 
 def verify(
     folder: FolderArgument,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Check a data folder against its manifest.
 
-    Of shards it finds any altered byte, and missing or foreign ones. Of ImageNet, extracted images must be there with
-    their sizes and none besides; in one file, or in the archives, every byte is checked.
+    Token shards: finds any altered byte, and missing or foreign files. ImageNet: checks the names and sizes of extracted
+    images, and every byte of packed images and archives.
     """
     from dataclasses import asdict
 
@@ -162,8 +162,8 @@ def verify(
     bad = [result.file for result in results if result.problem]
     if bad:
         raise AsgoError(
-            f"{folder}: {len(bad)} of {len(results)} shards are bad, the first is {bad[0]}; copy the bad ones again, "
-            "remove those that are not in the manifest, or make the folder again"
+            f"{folder}: {len(bad)} of {len(results)} shards are bad, the first is {bad[0]}; copy the bad shards again, "
+            "remove files that are not in the manifest, or make the folder again"
         )
     console.suggest_next(command("asgo", "train", "gpt", "--data", folder))
 
@@ -184,15 +184,15 @@ def _verify_imagenet(folder: Path, as_json: bool) -> None:
             console.data.print(_visible(f"{problem.file}: {problem.problem}"), markup=False, soft_wrap=True)
     if problems:
         raise AsgoError(
-            f"{folder}: {_count(len(problems), 'problem')}, the first with {problems[0].file}; remove what does not "
-            "belong there, or make the folder again with --overwrite"
+            f"{folder}: {_count(len(problems), 'problem')}, the first with {problems[0].file}; remove files that do "
+            "not belong there, or make the folder again with --overwrite"
         )
     console.say(f"{folder}: good")
     console.suggest_next(command("asgo", "train", "imagenet", "--data", folder))
 
 
 def summarize(manifest: Manifest, out: Path) -> None:
-    """Show what was made, and warn of documents that were not plain text."""
+    """Show the result, and warn of documents that were not plain text."""
     rows = []
     for part, shards in (("training", manifest.shards[1:]), ("validation", manifest.shards[:1])):
         tokens, documents = (sum(getattr(shard, what) for shard in shards) for what in ("tokens", "documents"))
@@ -233,14 +233,14 @@ def _count(number: int, what: str) -> str:
 
 
 def _met(documents: DocumentCounts) -> str:
-    """What was met in the source."""
-    return f"{documents.read:,} read, {', '.join(_odd_documents(documents)) or 'all of them plain text'}"
+    """Describe the documents of the source."""
+    return f"{documents.read:,} read, {', '.join(_odd_documents(documents)) or 'all plain text'}"
 
 
 def _odd_documents(documents: DocumentCounts) -> list[str]:
     kinds = {
-        "empty": "empty and left out",
-        "not_text": "not text and left out",
+        "empty": "empty and skipped",
+        "not_text": "not text and skipped",
         "repaired": "not valid Unicode and repaired",
         "literal_end_of_text": 'with a literal "<|endoftext|>", kept as text',
     }
@@ -248,14 +248,14 @@ def _odd_documents(documents: DocumentCounts) -> list[str]:
 
 
 def _place(position: SourcePosition) -> str:
-    """Where more shards would go on in the source. Documents are counted from 0, as in the manifest."""
+    """Describe the position in the source after the last shard. Documents count from 0, as in the manifest."""
     if position.token:
         return f"in document {position.document:,} of the source, after {position.token:,} of its tokens"
     return f"before document {position.document:,} of the source"
 
 
 def _show_lines(part: str, texts: Sequence[str]) -> None:
-    """How documents begin, each on one line of the terminal."""
+    """Print the beginnings of documents, each on one line of the terminal."""
     from rich.text import Text
 
     for number, text in enumerate(texts):
@@ -264,18 +264,18 @@ def _show_lines(part: str, texts: Sequence[str]) -> None:
 
 
 def _visible(text: str) -> str:
-    """`text` on one line, and nothing in it that a terminal would obey: control characters become escapes."""
+    """Return `text` as one line, with control characters escaped, so it cannot control the terminal."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
 
 
 class _BytesProgress(WorkProgress):
-    """How many bytes are checked."""
+    """Progress bar of the bytes checked."""
 
     def __init__(self) -> None:
         super().__init__(DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
     def show(self, done: int, total: int) -> None:
-        """Show how far it is."""
+        """Update the bar."""
         self._show("checking", done, total, f"checking: {decimal(done)} of {decimal(total)}")

@@ -1,4 +1,4 @@
-"""`asgo data imagenet`: ImageNet's archives or the hub's copy, fetched, checked, and extracted or not."""
+"""`asgo data imagenet`: download, verify, and extract or index ImageNet's archives or the hub's copy."""
 
 from __future__ import annotations
 
@@ -28,44 +28,43 @@ Source = Literal["archives", "hub"]
 
 
 def imagenet(
-    archives: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the archives, or the hub's files, are or are to be.")
-    ],
+    archives: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the archives, or of the hub's files.")],
     source: Annotated[
         Source, typer.Option(help="ILSVRC2012's three archives, or the hub's gated copy of the same images.")
     ] = "archives",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to make.")] = Path("data/imagenet"),
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")] = Path("data/imagenet"),
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch what is missing; ImageNet's terms apply.")
+        bool, typer.Option("--download", help="Download missing files; ImageNet's terms apply.")
     ] = False,
     base_url: Annotated[
         str | None,
         typer.Option(
             metavar="URL",
-            help="Where the archives are fetched from.",
+            help="Server to download the archives from.",
             show_default="https://image-net.org/data/ILSVRC/2012/",
         ),
     ] = None,
     extract: Annotated[
-        bool, typer.Option("--extract/--no-extract", help="Make files, or one for all (of archives: none).")
+        bool,
+        typer.Option(
+            "--extract/--no-extract", help="One file per image, or packed: in the archives, or one file per split."
+        ),
     ] = True,
     workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that extract.", show_default="one a processor")
+        int | None, typer.Option(metavar="N", help="Threads that extract.", show_default="one per core")
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a data folder that is already there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data folder.")] = False,
 ) -> None:
-    """Make a folder of ImageNet to train from.
+    """Prepare a folder of ImageNet to train from.
 
-    The archives are checked by their MD5, or by a file md5sums.txt beside them, and the hub's files by what the hub
-    told of them. Killed at any moment, the same command goes on where it was.
+    Checks the archives by the official MD5s, or by a file md5sums.txt beside them, and the hub's files by the hub's
+    listing. After an interruption, run the same command again to resume.
     """
     from pipelines.data.imagenet.importer import prepare_imagenet
     from pipelines.errors import UsageError
 
     if source == "hub" and base_url is not None:
-        raise UsageError("--base-url: it is for the archives; HF_ENDPOINT names a mirror of the hub")
+        raise UsageError("--base-url: only for the archives; set HF_ENDPOINT to use a mirror of the hub")
     progress = PhaseProgress()
     with progress.bar:
         checked: Collection[str] = ()
@@ -88,7 +87,7 @@ def imagenet(
 
 
 def _download_archives(folder: Path, base_url: str | None, progress: PhaseProgress) -> Collection[str]:
-    """Fetch what is missing; the files that were checked on the way."""
+    """Download missing archives; return the names of the verified ones."""
     from pipelines.data.imagenet.archives import ARCHIVES
     from pipelines.data.imagenet.download import BASE_URL, download_archives
 
@@ -100,7 +99,7 @@ def _download_archives(folder: Path, base_url: str | None, progress: PhaseProgre
 
 
 def _download_hub_copy(folder: Path, progress: PhaseProgress) -> Collection[str]:
-    """Fetch what is missing; the files that were checked on the way."""
+    """Download missing files of the hub; return the names of the verified ones."""
     from pipelines.data.imagenet.hub import download_hub_copy, is_whole, load_listing
 
     if is_whole(folder):

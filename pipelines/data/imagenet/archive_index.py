@@ -73,7 +73,7 @@ def _class_archives(tar: Tar, labels: Labels) -> list[Member]:
 
 
 def _read_files(tar: Tar, skipped: list[str]) -> list[Member]:
-    """Return the members without AppleDouble files of macOS, such as `._n01440764_10026.JPEG`; add these to `skipped`."""
+    """Return the members; add AppleDouble files of macOS, such as `._n01440764_10026.JPEG`, to `skipped` instead."""
     members = read_members(tar)
     skipped += [member.name for member in members if member.name.startswith(_NOTE)]
     return [member for member in members if not member.name.startswith(_NOTE)]

@@ -35,7 +35,7 @@ LICENCE_TERMS = """\
 ImageNet is not free for every use. By downloading it you agree with Princeton and Stanford Universities to its terms
 of access. In short:
   - use it only for non-commercial research and for teaching;
-  - the universities own no copyright of the images, give no rights in them, and give no warranty;
+  - the images belong to their makers; you get no rights in them, and no warranty;
   - you are responsible for your use, and for claims that arise from it;
   - give access only to colleagues who have agreed to the same terms;
   - if you work for a company, you bind the company too; access may be ended at any time.

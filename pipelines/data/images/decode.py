@@ -1,4 +1,4 @@
-"""The bytes of a JPEG, or of a PNG by that name, to pixels."""
+"""Decode JPEG files, and PNG files with a JPEG name, to pixels."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ except ImportError:
     simplejpeg = None
 
 Pixels = NDArray[np.uint8]
-"""(height, width, 3), red, green and blue."""
+"""(height, width, 3), RGB."""
 
-# By other factors (libjpeg knows all eighths) decoding takes longer than at full size, for want of vector code.
+# libjpeg supports all multiples of 1/8, but other factors have no SIMD code and are slower than full size.
 _SHRINKS = (8, 4, 2)
 MOST_PIXELS = 2**26
-"""Of an image: its header sizes the memory that decoding takes, at most about 0.8 GB then, whatever the file is."""
+"""Maximum size of an image. It limits the memory for decoding to about 0.8 GB, whatever the header claims."""
 
 
 class BadImageError(AsgoError):
-    """An image that cannot be decoded; the message is one line with its name."""
+    """An image cannot be decoded; the message is one line with its name."""
 
 
 class EncodedImage:
-    """An image of which nothing but the header has been decoded.
+    """An image with only its header decoded.
 
-    `height` and `width` are in pixels as they are stored: as for torchvision's `ImageFolder`, a note in the file that
-    the camera was held upright changes nothing. simplejpeg decodes where it is installed, and Pillow what it leaves
-    (CMYK, PNG, damaged files) or everything; both rest on libjpeg-turbo and give the same pixels.
+    `height` and `width` are in pixels as stored: the EXIF orientation is ignored, as in torchvision's `ImageFolder`.
+    simplejpeg decodes if it is installed; Pillow decodes what it cannot (CMYK, PNG, damaged files), or everything. Both
+    use libjpeg-turbo and return the same pixels.
     """
 
     def __init__(self, data: bytes, name: str) -> None:
-        """`name` is for messages. Raises `BadImageError` for what is no JPEG and no PNG, and for too many pixels."""
+        """Decode the header; errors quote `name`. Raises `BadImageError` for other formats and for too many pixels."""
         self._data = data
         self._name = name
         self._opened: Image.Image | None = None
@@ -52,16 +52,16 @@ class EncodedImage:
         self.height, self.width = size
         if self.height * self.width > MOST_PIXELS:
             sides = f"{self.width:,} x {self.height:,} pixels"
-            raise BadImageError(f"{name}: this image claims {sides}, and at most {MOST_PIXELS:,} are decoded")
+            raise BadImageError(f"{name}: this image has {sides}, more than the limit of {MOST_PIXELS:,}")
 
     def largest_shrink(self, wanted: float) -> int:
-        """The largest of 1, 2, 4 and 8 times, but at most `wanted` times, that it can be decoded smaller by."""
+        """Return the largest factor of 1, 2, 4 and 8, at most `wanted`, by which the decoder can reduce the image."""
         return next((shrink for shrink in _SHRINKS if self._is_jpeg and shrink <= wanted), 1)
 
     def pixels(self, shrink: int = 1) -> Pixels:
-        """All pixels, decoded `shrink` times smaller: (ceil(height / shrink), ceil(width / shrink), 3).
+        """Return all pixels, reduced by `shrink`: (ceil(height / shrink), ceil(width / shrink), 3).
 
-        Raises `BadImageError` when the file is damaged or ends too early.
+        Raises `BadImageError` if the file is damaged or truncated.
         """
         if self._is_fast:
             least = {"min_height": -(-self.height // shrink), "min_width": -(-self.width // shrink)}
@@ -69,13 +69,13 @@ class EncodedImage:
                 decoded: Pixels = simplejpeg.decode_jpeg(self._data, **least)
                 return decoded
             except ValueError:
-                pass  # it is stricter than Pillow, whose word counts
-        return np.array(self.picture(shrink))  # a copy: what Pillow lends cannot be written to, which torch warns of
+                pass  # simplejpeg is stricter than Pillow: Pillow decides
+        return np.array(self.picture(shrink))  # a copy: Pillow's array is read-only, and torch warns of that
 
     def picture(self, shrink: int = 1) -> Image.Image:
-        """As `pixels`, by Pillow."""
+        """Return the same as `pixels`, as a Pillow image."""
         image = self._opened or self._open()
-        self._opened = None  # once read, it cannot be read at another size
+        self._opened = None  # a Pillow image that was read cannot be read again at another size
         try:
             if shrink > 1:
                 image.draft(None, (self.width // shrink, self.height // shrink))
@@ -90,7 +90,7 @@ class EncodedImage:
             raise self._bad(error) from None
 
     def _bad(self, error: Exception) -> Exception:
-        """What to raise: on damaged bytes Pillow fails in every way there is, from OSError to IndexError."""
+        """Return the error to raise. On damaged bytes, Pillow raises many kinds, from OSError to IndexError."""
         if isinstance(error, MemoryError):
             return error
         why = "is empty" if not self._data else f"cannot be decoded: {' '.join(str(error).split()) or repr(error)}"
@@ -100,7 +100,7 @@ class EncodedImage:
 
 
 def _header(data: bytes) -> tuple[int, int] | None:
-    """Height and width of what simplejpeg is to decode; None for what Pillow is to."""
+    """Return height and width if simplejpeg can decode the image; None if Pillow must."""
     if simplejpeg is None:
         return None
     try:
@@ -113,7 +113,7 @@ def _header(data: bytes) -> tuple[int, int] | None:
 
 
 def _in_colour(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         grey: NDArray[Any] = np.asarray(image)
         image = Image.fromarray((grey >> 8).astype(np.uint8))
     return image.convert("RGB")

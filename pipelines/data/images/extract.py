@@ -1,4 +1,4 @@
-"""Images as files in a folder a class, which appears only when it is complete: a kill at any moment does no harm."""
+"""Write images as files, one folder per class. A folder appears only when it is complete, also after a kill."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pipelines.errors import AsgoError
 def extract_images(
     archive: Path, index: Index, target: Path, class_ids: Sequence[str], workers: int, progress: Progress
 ) -> None:
-    """Write the images of `index` to `target/<class id>/<name>`; what is there already is kept.
+    """Write the images of `index` to `target/<class id>/<name>`; keep existing ones.
 
-    A class is written to the hidden folder `.<class id>.partial`, which is renamed when it is whole: a class folder
-    that exists is complete. `progress` is called in this thread, many times a second, and ends the work by raising.
+    A class is written to the hidden folder `.<class id>.partial`, which is renamed when it is complete: a class folder
+    that exists is complete. Calls `progress` several times a second in this thread; if it raises, the work ends.
 
-    Raises `AsgoError` when the archive is shorter than its index says or a file is in the way, and `OSError` when the
-    disk refuses.
+    Raises `AsgoError` if the archive is shorter than its index says or another file is in the folder, and `OSError` for
+    disk errors.
     """
     target.mkdir(exist_ok=True)
     phase, total = f"extracting {archive.name}", int(index.sizes.sum())
@@ -39,9 +39,9 @@ def extract_images(
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Wait until everything in the file system of `folder` is on the disk. Raises `AsgoError` if some of it was lost.
+    """Flush the file system of `folder` to the disk. Raises `AsgoError` if data was lost.
 
-    One call for all files: an fsync for each of 1.3 million would take longer than writing them.
+    One call for all files: an fsync for each of 1.3 million files would take longer than writing them.
     """
     try:
         syncfs = ctypes.CDLL(None, use_errno=True).syncfs
@@ -52,14 +52,14 @@ def flush_to_disk(folder: Path) -> None:
     try:
         if syncfs(descriptor):
             problem = os.strerror(ctypes.get_errno())
-            raise AsgoError(f"{folder}: the disk lost what was written ({problem}); mend it, and pass --overwrite")
+            raise AsgoError(f"{folder}: the disk lost written data ({problem}); repair it and pass --overwrite")
     finally:
         os.close(descriptor)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What the threads share."""
+    """State that the threads share."""
 
     descriptor: int
     archive: Path
@@ -73,7 +73,7 @@ def _extract_class(work: _Work, folder: Path, images: Index) -> None:
         work.tally.advance(sum(expected.values()))
         return
     require_only(expected, folder, there)
-    if there:  # a power cut or a hand took from it
+    if there:  # a power failure or a user removed files from the folder
         reopen(folder)
     make_partial_folder(folder)
     _write_missing(work, partial_folder(folder), expected, images.offsets.tolist())
@@ -83,7 +83,7 @@ def _extract_class(work: _Work, folder: Path, images: Index) -> None:
 def _write_missing(work: _Work, folder: Path, expected: dict[str, int], offsets: Sequence[int]) -> None:
     there = sizes_in(folder)
     require_only(expected, folder, there)
-    # One buffer for all: to allocate one an image, and give it back to the system, would cost as much as the writing.
+    # One buffer for all images: allocating one per image takes as long as the writing.
     buffer = memoryview(bytearray(max(expected.values())))
     parent = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -97,17 +97,17 @@ def _write_missing(work: _Work, folder: Path, expected: dict[str, int], offsets:
 
 def _copy(work: _Work, content: memoryview, offset: int, path: Path, parent: int) -> None:
     if os.preadv(work.descriptor, [content], offset) < len(content):
-        raise AsgoError(f"{work.archive}: ends in {path.name}, so it was cut after it was checked")
+        raise AsgoError(f"{work.archive}: ends in {path.name}, so it was truncated after it was checked")
     write_image(path, content, parent)
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where `folder` is built: `.<name>.partial` beside it."""
+    """Return the hidden folder where `folder` is built: `.<name>.partial` beside it."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def make_partial_folder(folder: Path) -> None:
-    """Make the hidden folder, or go on with the one that is there; a link that somebody has put there is removed."""
+    """Create the hidden folder, or keep an existing one. Removes a symbolic link, which must not be followed."""
     partial = partial_folder(folder)
     if partial.is_symlink():
         partial.unlink()
@@ -115,23 +115,23 @@ def make_partial_folder(folder: Path) -> None:
 
 
 def reopen(folder: Path) -> None:
-    """Hide `folder` again, to complete it."""
+    """Rename `folder` to its hidden name, to complete it."""
     shutil.rmtree(partial_folder(folder), ignore_errors=True)
     folder.rename(partial_folder(folder))
 
 
 def publish(folder: Path, expected: dict[str, int]) -> None:
-    """Let `folder` appear. Raises `AsgoError` unless its hidden files have just the names and sizes `expected`."""
+    """Rename the hidden folder to `folder`. Raises `AsgoError` unless its files have the `expected` names and sizes."""
     partial = partial_folder(folder)
     there = sizes_in(partial)
     require_only(expected, partial, there)
     if there != expected:
-        raise AsgoError(f"{partial}: another program changes it; start again when that has ended")
+        raise AsgoError(f"{partial}: another program changes this folder; run again when that program has ended")
     partial.rename(folder)
 
 
 def sizes_in(folder: Path) -> dict[str, int]:
-    """The plain files of `folder`, and their sizes; others count as -1."""
+    """Return the sizes of the files of `folder` by name; -1 for what is not a plain file."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
         return {
             entry.name: entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
@@ -141,18 +141,18 @@ def sizes_in(folder: Path) -> dict[str, int]:
 
 
 def expected_sizes(images: Index) -> dict[str, int]:
-    """The files that images of one class become, and their sizes."""
+    """Return the sizes of the files of one class's images by name."""
     return dict(zip((name.decode() for name in images.names.tolist()), images.sizes.tolist(), strict=True))
 
 
 def require_only(expected: Iterable[str], folder: Path, there: dict[str, int]) -> None:
-    """Raise `AsgoError` that names a file in `folder` that nobody expects."""
+    """Raise `AsgoError` with a file in `folder` that is not expected."""
     for name in there.keys() - set(expected):
-        raise AsgoError(f"{folder / name}: no part of the archive; remove it")
+        raise AsgoError(f"{folder / name}: not part of the archive; remove it")
 
 
 def write_image(path: Path, content: memoryview | bytes, parent: int | None = None) -> None:
-    """Write a file from its beginning on, so that one with its full size is whole; `parent` is its folder, opened."""
+    """Write a file; `parent` is a descriptor of its folder. Writes in order: a file of the full size is complete."""
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
         descriptor = os.open(path if parent is None else path.name, flags, 0o666, dir_fd=parent)

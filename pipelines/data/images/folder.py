@@ -1,4 +1,4 @@
-"""The folder that a data set of images is made in: free, unfinished or complete, and whether it may be overwritten."""
+"""State of the folder that an image data set is prepared in: free, unfinished or complete; may it be overwritten."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pipelines.data.manifest import MANIFEST, UNFINISHED
 from pipelines.errors import UsageError
 
 PARTS = ".parts"
-"""A folder that is there until the work is done, with the indices of what is done."""
+"""Temporary folder with the indices of the source files that are done."""
 
 _FILES = (MANIFEST, UNFINISHED, *map(index_file, SPLITS), *map(packed_file, SPLITS))
 OURS = frozenset({*SPLITS, *_FILES, PARTS, *(f".{name}.partial" for name in _FILES)})
-"""What a folder may hold, complete or not."""
+"""Names that a data folder may hold, complete or not."""
 
 
 def finished_manifest(out: Path, new: Unfinished) -> ImageManifest | None:
-    """The manifest if `out` is complete. Raises `UsageError` when it was made with other options than `new`."""
+    """Return the manifest if `out` is complete, or None. Raises `UsageError` if its options differ from `new`."""
     if not (out / MANIFEST).exists():
         return None
     manifest = load_image_manifest(out)
@@ -38,17 +38,17 @@ def finished_manifest(out: Path, new: Unfinished) -> ImageManifest | None:
 
 
 def remove_notes(out: Path) -> None:
-    """Remove what is of no use any more when the manifest is there."""
+    """Remove the temporary files, which are not needed once the manifest exists."""
     with contextlib.suppress(OSError):
         (out / UNFINISHED).unlink(missing_ok=True)
         shutil.rmtree(out / PARTS, ignore_errors=True)
 
 
 def begin_or_resume(out: Path, new: Unfinished, overwrite: bool) -> Unfinished:
-    """The state that an earlier call with the same options left, or `new`, of which `out` then holds nothing else.
+    """Return the state of an earlier call with the same options; or clear `out` and return `new`.
 
-    Raises `UsageError` when the earlier call had other options or `out` holds something else, unless `overwrite` is
-    given and everything there is of a data set of images.
+    Raises `UsageError` if the earlier call had other options or `out` is not empty; with `overwrite`, only if `out`
+    holds files that are not part of an image data set.
     """
     state = None if overwrite else load_unfinished(out)
     if state is not None:
@@ -75,20 +75,21 @@ def _option(name: str, value: str | None) -> str:
 
 
 def _require_free(out: Path, new: Unfinished, overwrite: bool) -> None:
-    content = {path.name for path in out.iterdir()} - {f".{UNFINISHED}.partial"}  # the first one, never finished
+    # A kill during the first write of the state leaves only its partial file.
+    content = {path.name for path in out.iterdir()} - {f".{UNFINISHED}.partial"}
     if not content:
         return
     if not overwrite:
         raise UsageError(f"{out}: this folder is not empty; choose another --out, or pass --overwrite")
     foreign = sorted(content - OURS)
-    if foreign or not holds_images(out):  # folders named train and val could be anybody's
-        made = f"`asgo data {new.importer}` did not make it"
-        what = f"{foreign[0]} is no part of a prepared {new.dataset}" if foreign else made
+    if foreign or not holds_images(out):  # folders named train and val may be the user's own
+        not_ours = f"`asgo data {new.importer}` did not create this folder"
+        what = f"{foreign[0]} is not part of a prepared {new.dataset}" if foreign else not_ours
         raise UsageError(f"{out}: {what}, so nothing is overwritten; choose another --out")
 
 
 def _clear(out: Path) -> None:
-    """Remove an earlier data set: the manifest first, so that no half of it is taken for good."""
+    """Remove an earlier data set. The manifest goes first, so half a data set never looks complete."""
     (out / MANIFEST).unlink(missing_ok=True)
     for name in OURS - {UNFINISHED}:
         if (out / name).is_dir():

@@ -1,4 +1,4 @@
-"""A data set as two sets of labelled images, whether they are files or lie in one file."""
+"""Open a data set as two sets of labelled images, stored as separate files or in one file."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pipelines.errors import AsgoError
 
 
 class ImageSet(Protocol):
-    """Images of a split with their labels; may be read by several threads at once, and pickled for other processes."""
+    """Images of a split with their labels. Thread-safe, and picklable for other processes."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(images,): the class's place among the sorted ids."""
+        """(images,): the index of the class in the sorted class ids."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """Such as n01440764/n01440764_10026.JPEG."""
+        """Return the image's name, such as n01440764/n01440764_10026.JPEG."""
 
     def read(self, index: int) -> bytes:
-        """The bytes of the file. Raises `AsgoError` with its name when it cannot be read whole."""
+        """Return the bytes of the file. Raises `AsgoError` with its name if it cannot be read completely."""
 
 
 @dataclass(frozen=True)
 class ImageData:
-    """What `open_images` gives. Training images are ordered by (class, name), validation images by name."""
+    """An open data set. Training images are sorted by (class, name), validation images by name."""
 
     folder: Path
     classes: tuple[ImageClass, ...]
@@ -45,10 +45,10 @@ class ImageData:
 
 
 def open_images(folder: Path) -> ImageData:
-    """Open what `import_images` made.
+    """Open a folder that `import_images` made.
 
-    Raises `UsageError` when there is no such folder, and `AsgoError` when it is incomplete (with the command that goes
-    on), damaged, or the source files it reads from are gone.
+    Raises `UsageError` if the folder does not exist, and `AsgoError` if it is incomplete (with the command that
+    resumes), damaged, or the source files that it reads are missing.
     """
     manifest = load_image_manifest(folder)
     sets: dict[str, ImageSet] = {}
@@ -63,7 +63,7 @@ def open_images(folder: Path) -> ImageData:
 
 
 class _Images:
-    """What both kinds have in common."""
+    """Base class of the two kinds of image sets."""
 
     def __init__(self, index: Index, class_ids: Sequence[str]) -> None:
         self._index = index
@@ -92,19 +92,19 @@ class FolderImages(_Images):
         try:
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                # Before memory is taken for it: the size is the index's.
+                # `os.read` allocates `size` bytes, and a damaged index may say any size: compare first.
                 content = os.read(descriptor, size) if os.fstat(descriptor).st_size == size else b""
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise AsgoError(f"{path}: {error.strerror}") from None
         if len(content) != size:
-            raise AsgoError(f"{path}: {size:,} bytes long when it was extracted, and not now; make the folder again")
+            raise AsgoError(f"{path}: no longer {size:,} bytes, as when it was extracted; make the folder again")
         return content
 
 
 class PackedImages(_Images):
-    """Images read in place from the one file that holds all of a split.
+    """Images read in place from one file that holds all images of a split.
 
     Each process opens the file at its first read.
     """
@@ -125,7 +125,7 @@ class PackedImages(_Images):
         except OSError as error:
             raise AsgoError(f"{self._path}: {self.name(index)}: {error.strerror}") from None
         if len(content) != size:
-            raise AsgoError(f"{self._path}: ends in {self.name(index)}; it was cut since it was indexed")
+            raise AsgoError(f"{self._path}: ends in {self.name(index)}; it was truncated after it was indexed")
         return content
 
     def _open(self) -> int:
@@ -150,12 +150,12 @@ def _packed(folder: Path, manifest: ImageManifest, split: str, index: Index) -> 
         path = Path(manifest.source_folder) / manifest.containers[split]
         size = next((each.bytes for each in manifest.source_files if each.file == path.name), 0)
         moved = manifest.model_copy(update={"recipe": {**manifest.recipe, "archives": "FOLDER"}})
-        advice = f"put it back, or give its new folder with: {command(folder, moved)} --overwrite"
+        advice = f"restore it, or pass its new folder with: {command(folder, moved)} --overwrite"
     else:
         path, size = folder / packed_file(split), int(index.sizes.sum())
         advice = "make the folder again with --overwrite"
     if not path.is_file() or path.stat().st_size != size:
-        what = "not there any more" if not path.is_file() else f"{path.stat().st_size:,} bytes long, not {size:,}"
+        what = "missing" if not path.is_file() else f"{path.stat().st_size:,} bytes long, not {size:,}"
         raise AsgoError(f"{path}: {what}; {advice}")
     return PackedImages(path, index, manifest.class_ids)
 
@@ -163,5 +163,5 @@ def _packed(folder: Path, manifest: ImageManifest, split: str, index: Index) -> 
 def _extracted(folder: Path, index: Index, class_ids: Sequence[str]) -> FolderImages:
     for label in np.unique(index.labels):
         if not (folder / class_ids[label]).is_dir():
-            raise AsgoError(f"{folder / class_ids[label]}: not there any more; make the folder again with --overwrite")
+            raise AsgoError(f"{folder / class_ids[label]}: missing; make the data folder again with --overwrite")
     return FolderImages(folder, index, class_ids)

@@ -1,4 +1,4 @@
-"""A data set of images from where it comes, checked, into a folder to train from."""
+"""Import an image data set from its source files into a folder to train from; verifies the source files."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from pipelines.stopping import StopRequest, stop_on_signals
 from pipelines.storage import sha256_of
 
 WAITING = "waiting for the disk"
-"""The last phase that is reported, when all images are written."""
+"""The last reported phase, after all images are written."""
 
 _DISK_BLOCK = 4096
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What an importer made: the classes, sorted by their ids, and the index of each split.
+    """Result of an importer: the classes, sorted by id, and the index of each split.
 
-    Of packed images, either `pieces` says what the files consist of, or `containers` names the source file of each
-    split.
+    For packed images, either `pieces` lists the parts of the packed files, or `containers` gives the source file of
+    each split.
     """
 
     classes: tuple[ImageClass, ...]
@@ -51,32 +51,32 @@ class Contents:
 
 
 class ImageImporter(Protocol):
-    """What `import_images` asks of each place that images may come from."""
+    """A source of images for `import_images`."""
 
     dataset: str
-    """The data set's name, for people."""
+    """The data set's name in messages."""
     command: str
     """The subcommand of `asgo data` that imports it."""
     options: dict[str, str]
-    """The options of that command that decide what a folder holds, besides the layout."""
+    """The options of that command that determine the folder's content, without the layout."""
     folder: Path
-    """Where the source files are."""
+    """Folder of the source files."""
 
     @property
     def revision(self) -> str | None:
         """The commit of the source, if known."""
 
     def find(self) -> Sequence[Path]:
-        """All source files. Raises `UsageError` or `AsgoError` that names what is missing, and how to get it."""
+        """Return all source files. Raises `UsageError` or `AsgoError` with what is missing and how to get it."""
 
     def expected(self, path: Path) -> str | None:
-        """The digest, such as "md5:…", that a file must have, if that is known."""
+        """Return the digest, such as "md5:…", that a file must have; None if unknown."""
 
     def check(self, path: Path, report: Progress) -> str:
-        """Read a file through for its digest. Raises `AsgoError` when it is another than expected."""
+        """Read all of a file and return its digest. Raises `AsgoError` if it is not the expected one."""
 
     def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
-        """Write the index files and, as `layout` asks, the images into `out`, or resume that."""
+        """Write the index files and, depending on `layout`, the images to `out`, or resume that."""
 
 
 def import_images(
@@ -89,17 +89,16 @@ def import_images(
     checked: Collection[str] = (),
     report: Progress,
 ) -> ImageManifest:
-    """Make `out` from the files of `importer`, or resume an earlier call with the same options.
+    """Create `out` from the files of `importer`, or resume an earlier call with the same options.
 
     With `extract`, images become files in `train/<class id>` and `val/<class id>`, written by `workers` threads
-    (without it, one for each processor); else they are packed, see `ImageManifest`. `checked` names the source files
-    whose digest the caller has just seen to be right. `report` is called often with (phase, done, total), in a unit of
-    each phase's own.
+    (default: one per CPU core); else they are packed, see `ImageManifest`. `checked` names source files whose digest
+    the caller has just verified. Calls `report` often as (phase, done, total); the unit depends on the phase.
 
     Raises:
-        UsageError: a source file is missing, or `out` holds something else or was made with other options.
-        RunInterrupted: SIGTERM or SIGINT; the same call goes on.
-        AsgoError: a source file is not what it must be, or the disk is full. The same call goes on.
+        UsageError: a source file is missing, or `out` holds other files or was made with other options.
+        RunInterrupted: SIGTERM or SIGINT; the same call resumes.
+        AsgoError: a source file has the wrong digest, or the disk is full. The same call resumes.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
@@ -125,21 +124,21 @@ def import_images(
             remove_notes(out)
             return manifest
     except OSError as error:
-        raise AsgoError(f"{error.filename or out}: {error.strerror}; the same command goes on from here") from None
+        raise AsgoError(f"{error.filename or out}: {error.strerror}; run the same command again to resume") from None
 
 
 def on_disk(bytes: int, images: int) -> int:
-    """How much so many images take as files, of which each ends with half a block in the mean."""
+    """Return the disk space of images as files: each wastes half a block on average."""
     return bytes + images * _DISK_BLOCK // 2
 
 
 def require_room(out: Path, needed: int, otherwise: str) -> None:
-    """Refuse at once what would fill the disk after hours. Raises `AsgoError` that tells what to do `otherwise`."""
+    """Raise `AsgoError` if the disk of `out` has fewer than `needed` bytes free; `otherwise` is the advice."""
     free = shutil.disk_usage(out).free
     if free < needed:
         raise AsgoError(
             f"{out}: the images take {needed / 1e9:,.1f} GB and {free / 1e9:,.1f} GB are free; "
-            f"make room, or {otherwise}"
+            f"free some space, or {otherwise}"
         )
 
 
@@ -164,26 +163,26 @@ def _manifest(
 
 
 def _stoppable(report: Progress, stop: StopRequest) -> Progress:
-    """`report`, which then raises `RunInterrupted` after a signal."""
+    """Return `report`, extended to raise `RunInterrupted` after a signal."""
 
-    def tell(phase: str, done: int, total: int) -> None:
+    def stoppable(phase: str, done: int, total: int) -> None:
         report(phase, done, total)
         if stop:
-            raise RunInterrupted(f"{stop.signal_name} while {phase}; the same command goes on from here")
+            raise RunInterrupted(f"{stop.signal_name} while {phase}; run the same command again to resume")
 
-    return tell
+    return stoppable
 
 
 def _require_same_files(out: Path, state: Unfinished, paths: Sequence[Path]) -> None:
     gone = {each.file for each in state.source_files} - {path.name for path in paths}
     if gone:
-        raise UsageError(f"{min(gone)}: {out} was begun with it, and it is not there any more; pass --overwrite")
+        raise UsageError(f"{min(gone)}: missing, but {out} was started with it; pass --overwrite to start again")
 
 
 def _check(
     out: Path, state: Unfinished, importer: ImageImporter, path: Path, is_checked: bool, report: Progress
 ) -> Unfinished:
-    """Check a file, unless an earlier call has: what is found is noted in the folder."""
+    """Check a file, unless an earlier call did, and record the result in the folder."""
     known = {each.file: each for each in state.source_files}
     before, expected, status = known.get(path.name), importer.expected(path), path.stat()
     if before is not None and (before.bytes, before.modified_ns) == (status.st_size, status.st_mtime_ns):
@@ -193,7 +192,7 @@ def _check(
     else:
         digest = importer.check(path, report)
     if before is not None and before.digest != digest:
-        raise UsageError(f"{path}: not the archive that {out} was begun with; pass --overwrite")
+        raise UsageError(f"{path}: has changed since {out} was started; pass --overwrite to start again")
     now = SourceFile(file=path.name, bytes=status.st_size, digest=digest, modified_ns=status.st_mtime_ns)
     if now == before:
         return state

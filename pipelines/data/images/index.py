@@ -1,4 +1,4 @@
-"""Where every image of a data set lies: `train.parquet` and `val.parquet`."""
+"""Index of the images of a data set: `train.parquet` and `val.parquet`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pipelines.storage import write_atomically
 
 SPLITS: Final = ("train", "val")
 _MOST_IMAGES = 20_000_000
-_LONGEST_NAME = 255  # bytes; numpy takes as many for every name
+_LONGEST_NAME = 255  # bytes; numpy allocates the longest name's length for every name
 _COLUMNS = ["class", "name", "offset", "size"]
 _OLD_COLUMNS = ["wnid", *_COLUMNS[1:]]
-"""In folders with a manifest of version 2."""
+"""Columns in folders with a manifest of version 2."""
 
 
 def index_file(split: str) -> str:
-    """File name of a split's index."""
+    """Return the file name of a split's index."""
     return f"{split}.parquet"
 
 
 def packed_file(split: str) -> str:
-    """File name of a split's images, one after another, where they are neither files nor in the source files."""
+    """Return the name of the file with a split's images, if they are neither separate files nor in the source files."""
     return f"{split}.images"
 
 
 @dataclass(frozen=True)
 class ImageClass:
-    """A class by its id, such as n02119789, and its name in words, such as "kit fox"."""
+    """A class: its id, such as n02119789, and its name, such as "kit fox"."""
 
     id: str
     name: str
@@ -46,9 +46,9 @@ class ImageClass:
 class Index:
     """The images of a split: `labels`, `offsets` and `sizes` are (images,) int64, `names` (images,) bytes in UTF-8.
 
-    A label is the class's place among the sorted ids. An offset counts from the beginning of the file that holds the
-    images of the split, or would hold them if they were packed.
-    Training images are in the order of (class, name), validation images in that of their names.
+    A label is the index of the class in the sorted class ids. An offset is in bytes, from the start of the file that
+    holds the split's images, or would hold them if they were packed. Training images are sorted by (class, name),
+    validation images by name.
     """
 
     labels: NDArray[np.int64]
@@ -60,11 +60,11 @@ class Index:
         return len(self.labels)
 
     def take(self, chosen: NDArray[np.int64]) -> Index:
-        """The images with these indices."""
+        """Return the images with these indices."""
         return Index(self.labels[chosen], self.names[chosen], self.offsets[chosen], self.sizes[chosen])
 
     def by_class(self) -> Iterator[tuple[int, Index]]:
-        """The labels that images have, each with its images."""
+        """Yield each label that has images, with its images."""
         order = np.argsort(self.labels, kind="stable")
         for chosen in np.split(order, np.cumsum(np.bincount(self.labels))[:-1]):
             if len(chosen):
@@ -74,7 +74,7 @@ class Index:
 def build_index(
     labels: Iterable[int], names: Sequence[str], sizes: Sequence[int], offsets: Sequence[int] | None = None
 ) -> Index:
-    """An index from columns; without `offsets` the images lie one after another."""
+    """Build an index from columns; without `offsets`, the images are contiguous."""
     lengths = np.array(sizes, dtype=np.int64)
     return Index(
         np.fromiter(labels, np.int64, len(names)),
@@ -85,12 +85,12 @@ def build_index(
 
 
 def joined(parts: Sequence[Index]) -> Index:
-    """The images of all `parts`, one part after another, with the offsets that they have."""
+    """Concatenate `parts`; offsets are not changed."""
     return Index(*(np.concatenate(column) for column in zip(*map(_columns, parts), strict=True)))
 
 
 def write_index(path: Path, index: Index, class_ids: Sequence[str]) -> None:
-    """Write `index` as a Parquet file with the columns class, name, offset and size, whole or not at all."""
+    """Write `index` atomically as a Parquet file with the columns class, name, offset and size."""
     import pyarrow
     from pyarrow import parquet
 
@@ -103,7 +103,7 @@ def write_index(path: Path, index: Index, class_ids: Sequence[str]) -> None:
 
 
 def read_index(path: Path, class_ids: Sequence[str], sha256: str | None = None) -> Index:
-    """Read what `write_index` wrote. Raises `AsgoError` when it is missing, damaged or not the one with `sha256`."""
+    """Read an index. Raises `AsgoError` if it is missing or damaged, or its SHA-256 is not `sha256`."""
     import pyarrow.compute
     from pyarrow import parquet
 
@@ -113,7 +113,7 @@ def read_index(path: Path, class_ids: Sequence[str], sha256: str | None = None) 
             raise AsgoError(f"{path}: altered since it was written; make the folder again with --overwrite")
         metadata = parquet.read_metadata(io.BytesIO(content))
         if metadata.num_rows > _MOST_IMAGES:
-            raise AsgoError(f"{path}: claims more than {_MOST_IMAGES:,} images; is it an index?")
+            raise AsgoError(f"{path}: has more than {_MOST_IMAGES:,} rows, so it is not an index of images")
         columns = _OLD_COLUMNS if "wnid" in metadata.schema.names else _COLUMNS
         table = parquet.read_table(io.BytesIO(content), columns=columns, read_dictionary=columns[:2])
     except OSError as error:
@@ -125,7 +125,7 @@ def read_index(path: Path, class_ids: Sequence[str], sha256: str | None = None) 
         raise AsgoError(f"{path}: damaged; make the folder again with --overwrite")
     places = pyarrow.compute.index_in(classes.cast(pyarrow.string()), pyarrow.array(list(class_ids)))
     if places.null_count:
-        raise AsgoError(f"{path}: has classes that the labels lack; make the folder again with --overwrite")
+        raise AsgoError(f"{path}: has classes that are not in the labels; make the folder again with --overwrite")
     return Index(
         places.to_numpy().astype(np.int64),
         np.array(name.cast(pyarrow.binary()).to_pylist(), dtype=np.bytes_),
@@ -135,7 +135,7 @@ def read_index(path: Path, class_ids: Sequence[str], sha256: str | None = None) 
 
 
 def fingerprint(class_ids: Sequence[str], indices: Iterable[Index]) -> str:
-    """SHA-256 over the classes and all images' names, sizes and labels: the same for every layout."""
+    """Return the SHA-256 of the classes and all images' names, sizes and labels. It does not depend on the layout."""
     digest = hashlib.sha256(json.dumps(list(class_ids)).encode())
     for index in indices:
         digest.update(b"\n".join(index.names.tolist()))

@@ -13,25 +13,25 @@ from pipelines.data.images.workers import ImageWorkers, PendingBatch
 from pipelines.data.permutation import EpochStream
 
 ImageBatch = tuple[Tensor, Tensor]
-"""Images, uint8 (n, 3, size, size), channels last in memory; their labels, int64 (n,)."""
+"""Images, uint8 (n, 3, size, size) in channels-last memory format, and their labels, int64 (n,)."""
 
 
 class TrainingImages:
-    """The training images in an order that depends on nothing but the seed, the batch size and the data.
+    """The training images, in an order that depends only on the seed, the batch size and the data.
 
-    Each epoch goes through all images once, in its own order. Global batch `step` (0-based) holds the images at the
-    places `step * batch_size` up to `(step + 1) * batch_size` of that stream, across the end of an epoch too. Processes
-    and micro-batches take slices of the same global batch, so their number does not change what is learned from.
+    Each epoch contains all images once, in its own order. Global batch `step` (0-based) holds the images
+    `step * batch_size` up to `(step + 1) * batch_size` of that stream, also across the end of an epoch. Ranks and
+    micro-batches take slices of the same global batch, so their number does not change the training data.
 
-    `skipped` are the images met so far that could not be decoded, by name, with the reason.
+    `skipped` holds the images that could not be decoded so far: the reasons by name.
     """
 
     def __init__(
         self, workers: ImageWorkers, source: str, batch_size: int, parts: Sequence[slice] = (slice(None),)
     ) -> None:
-        """`parts` are what this process asks for in every step, in that order.
+        """Prefetch `parts`, the slices that this process requests in every step, in that order.
 
-        They are made ahead; whatever else is asked for is made then, and is the same.
+        Other slices give the same data, without prefetching.
         """
         images, seed = workers.sources[source].images, workers.sources[source].seed
         self._workers = workers
@@ -45,18 +45,18 @@ class TrainingImages:
         self.skipped: dict[str, str] = {}
 
     def batch(self, step: int, rows: slice = slice(None)) -> ImageBatch:
-        """Some rows of global batch `step`.
+        """Return the given rows of global batch `step`.
 
-        Raises `AsgoError` that names an image that cannot be decoded, unless the source is to do without, and when a
-        process was lost.
+        Raises `AsgoError` for an image that cannot be decoded, unless the source's `on_bad` permits it, and if a worker
+        process was killed.
         """
         wanted = (step, range(self._batch_size)[rows])
         part = self._coming.pop(wanted, None) or self._start(wanted)
-        self._look_ahead(wanted)
+        self._prefetch(wanted)
         return _finish(part, self._labels, self.skipped)
 
     def epoch_at(self, step: int) -> float:
-        """How many times the data has been gone through before global batch `step`."""
+        """Return the epochs completed before global batch `step`, with a fraction."""
         return step * self._batch_size / self.images_per_epoch
 
     def _start(self, wanted: tuple[int, range]) -> PendingBatch:
@@ -64,8 +64,8 @@ class TrainingImages:
         epochs, images = self._stream.at(step * self._batch_size + np.array(rows, dtype=np.int64))
         return self._workers.start(self._source, list(zip(epochs.tolist(), images.tolist(), strict=True)))
 
-    def _look_ahead(self, now: tuple[int, range]) -> None:
-        """Start what is asked for next, and drop what is not."""
+    def _prefetch(self, now: tuple[int, range]) -> None:
+        """Start the parts that come next, and cancel all others."""
         next_ones = self._after(*now)
         coming = [next(next_ones) for _ in range(self._workers.parts_ahead(len(now[1])))]
         for key in self._coming.keys() - set(coming):
@@ -82,13 +82,13 @@ class TrainingImages:
 
 
 class ValidationImages:
-    """The validation images in order, of which a process takes some; iterate as often as you like.
+    """This process's part of the validation images, in order; can be iterated repeatedly.
 
-    Those left out of the batches because they could not be decoded are in `skipped`, by name, with the reason.
+    `skipped` holds the images that are left out because they could not be decoded: the reasons by name.
     """
 
     def __init__(self, workers: ImageWorkers, source: str, batches: Sequence[range]) -> None:
-        """`batches` are the places of the images of each batch."""
+        """`batches` are the indices of each batch's images."""
         self._workers = workers
         self._source = source
         self._labels = workers.sources[source].images.labels
@@ -96,11 +96,11 @@ class ValidationImages:
         self.skipped: dict[str, str] = {}
 
     def __len__(self) -> int:
-        """Batches, empty ones too."""
+        """Return the number of batches, including empty ones."""
         return len(self._batches)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        """Each batch, without what is left out. Raises as `TrainingImages.batch` does."""
+        """Yield each batch, without skipped images. Raises as `TrainingImages.batch` does."""
         to_come = iter(self._batches)
         coming: list[PendingBatch] = []
         try:
@@ -117,7 +117,7 @@ class ValidationImages:
 
 
 def _finish(part: PendingBatch, labels: NDArray[np.int64], skipped: dict[str, str]) -> ImageBatch:
-    """Wait for a part; rows that were left out go."""
+    """Wait for a part and remove the rows of skipped images."""
     made = part.wait()
     skipped |= made.bad
     used = torch.tensor(made.used, dtype=torch.int64)

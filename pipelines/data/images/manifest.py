@@ -1,4 +1,4 @@
-"""What a folder of images holds: `manifest.json` when it is complete, and `unfinished.json` until then."""
+"""Metadata of a folder of images: `manifest.json` when it is complete, `unfinished.json` until then."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Recipe = Mapping[str, str]
 
 _KINDS = ("images", "imagenet")
 _DEFAULTS = {"source": "archives", "layout": "extracted"}
-"""What a command line leaves out."""
+"""Options that a command line may omit."""
 
 
 class SourceFile(Frozen):
-    """A file that the images came in: `modified_ns` tells whether it is still the one whose digest was checked."""
+    """A source file. `modified_ns` shows whether it has changed since its digest was checked."""
 
     file: str
     bytes: NonNegativeInt
@@ -31,7 +31,7 @@ class SourceFile(Frozen):
 
 
 class Piece(Frozen):
-    """The part of a packed file that came from one source file."""
+    """The part of a packed file that comes from one source file."""
 
     split: str
     bytes: NonNegativeInt
@@ -39,7 +39,7 @@ class Piece(Frozen):
 
 
 class ClassEntry(Frozen):
-    """A class, and how many images of it there are."""
+    """A class, and its numbers of images."""
 
     id: str
     name: str
@@ -58,12 +58,12 @@ class _Made(Frozen):
 
 
 class ImageManifest(_Made):
-    """A complete data set: files in `train/<class id>` and `val/<class id>`, or "packed", one file a split.
+    """A complete data set: files in `train/<class id>` and `val/<class id>`, or "packed", one file per split.
 
-    That file is one of the source files where `containers` names it, by split; it is read in place and must stay in
-    `source_folder`. Otherwise it is a copy of the images, in `pieces`. `revision` is the commit of the source, if
-    known. `train_index` and `validation_index` are the SHA-256 of the index files. `fingerprint` is equal for equal
-    images and labels, whatever the source and the layout.
+    A packed split is either a source file, given in `containers`, which is read in place and must stay in
+    `source_folder`; or a copy of the images, described by `pieces`. `revision` is the commit of the source, if known.
+    `train_index` and `validation_index` are the SHA-256 of the index files. `fingerprint` depends only on the images
+    and labels, not on the source and the layout.
     """
 
     layout: Layout
@@ -79,27 +79,27 @@ class ImageManifest(_Made):
 
     @property
     def class_ids(self) -> list[str]:
-        """In the order of the labels."""
+        """Class ids in the order of the labels."""
         return [each.id for each in self.classes]
 
 
 class Unfinished(_Made):
-    """A folder in the making: from which source files, and whether its old content is gone."""
+    """State of an unfinished folder: the checked source files, and whether its old content is removed."""
 
     cleared: bool = False
     source_files: Annotated[tuple[SourceFile, ...], Field(strict=False)] = ()
 
 
 def write_image_manifest(folder: Path, manifest: ImageManifest) -> None:
-    """Write `manifest.json` into `folder`; to be called when everything else is on the disk."""
+    """Write `manifest.json` into `folder`. Call it after everything else is on the disk: it marks completion."""
     write_atomically(folder / MANIFEST, sealed_json(manifest.model_dump(mode="json")))
 
 
 def load_image_manifest(folder: Path) -> ImageManifest:
-    """The manifest of `folder`.
+    """Return the manifest of `folder`.
 
-    Raises `UsageError` when there is no such folder, and `AsgoError` when it is unfinished (with the command that
-    resumes), holds something else, was made by an earlier version, or its manifest is not as it was written.
+    Raises `UsageError` if the folder does not exist, and `AsgoError` if it is unfinished (with the command that
+    resumes), holds other data, was made by an earlier version, or its manifest was altered.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder")
@@ -109,15 +109,15 @@ def load_image_manifest(folder: Path) -> ImageManifest:
     except FileNotFoundError:
         unfinished = load_unfinished(folder)
         if unfinished is not None:
-            raise AsgoError(f"{folder}: incomplete; this goes on: {command(folder, unfinished)}") from None
+            raise AsgoError(f"{folder}: incomplete; resume with: {command(folder, unfinished)}") from None
         raise AsgoError(
-            f"{folder}: no {MANIFEST}, so `asgo data imagenet` has not made this folder; "
-            "make one from the archives of ImageNet, or from the hub's copy: a plain folder of images cannot be taken"
+            f"{folder}: no {MANIFEST}, so this is not a folder of `asgo data imagenet`; make one from ImageNet's "
+            "archives or the hub's copy (a plain folder of images is not supported)"
         ) from None
     try:
         fields = parse_json(raw)
         if fields.get("kind") not in _KINDS:
-            raise AsgoError(f"{folder}: holds other data than images")
+            raise AsgoError(f"{folder}: the data is not images")
         fields.pop("manifest_sha256", None)
         manifest = ImageManifest.model_validate(_current(path, fields))
     except (ValidationError, ValueError, AttributeError, KeyError, TypeError):
@@ -128,7 +128,7 @@ def load_image_manifest(folder: Path) -> ImageManifest:
 
 
 def holds_images(folder: Path) -> bool:
-    """Whether a folder says that it holds images, finished or not, readable or not."""
+    """Whether a folder's manifest or state says that it holds images; does not check the rest of the folder."""
     for name in (MANIFEST, UNFINISHED):
         try:
             fields = parse_json((folder / name).read_bytes())
@@ -141,23 +141,23 @@ def holds_images(folder: Path) -> bool:
 
 
 def save_unfinished(folder: Path, state: Unfinished) -> None:
-    """Replace the state of `folder` as a whole."""
+    """Replace the state of `folder` atomically."""
     write_atomically(folder / UNFINISHED, state.model_dump_json(indent=2).encode())
 
 
 def load_unfinished(folder: Path) -> Unfinished | None:
-    """The state of an unfinished `folder`, if it has one. Raises `AsgoError` for other data, or an old format."""
+    """Return the state of an unfinished `folder`, or None. Raises `AsgoError` for other data or an old format."""
     path = folder / UNFINISHED
     try:
         return Unfinished.model_validate(_current(path, parse_json(path.read_bytes())))
     except FileNotFoundError:
         return None
     except (ValidationError, ValueError, AttributeError, KeyError, TypeError):
-        raise AsgoError(f"{path}: damaged, or not of images; choose another folder, or remove this one") from None
+        raise AsgoError(f"{path}: damaged, or not for images; choose another folder, or remove this one") from None
 
 
 def command(folder: Path, made: _Made) -> str:
-    """The command line that makes `folder` in the same way."""
+    """Return the command line that makes `folder` with the same options."""
     options = {name: value for name, value in made.recipe.items() if _DEFAULTS.get(name) != value}
     packed = ["--no-extract"] if options.pop("layout", None) else []
     words = [word for name, value in options.items() for word in (f"--{name}", Path(value))]
@@ -165,7 +165,7 @@ def command(folder: Path, made: _Made) -> str:
 
 
 def _current(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a manifest or a state as the current version names them; version 2 was ImageNet's alone."""
+    """Convert the fields of a manifest or state to the current version. Version 2 was only for ImageNet."""
     if (fields.get("kind"), fields.get("format_version")) == ("imagenet", 1):
         raise AsgoError(f"{path}: made by an earlier version of asgo; make the folder again with --overwrite")
     if (fields.get("kind"), fields.get("format_version")) != ("imagenet", 2):

@@ -1,4 +1,4 @@
-"""Images that come as a stream from each of several source files, into a folder a class or into one file a split."""
+"""Import images that are read as streams from source files, to one folder per class or one file per split."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from pipelines.storage import refusing_links, sync, write_atomically
 
 
 class StreamedImage(NamedTuple):
-    """An image's class, the name of its file (`n01440764_10026.JPEG`) and the bytes of that file."""
+    """An image: its class, its file name (`n01440764_10026.JPEG`) and the bytes of the file."""
 
     class_id: str
     name: str
@@ -51,14 +51,14 @@ class StreamedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class SourceReader:
-    """How to read a source file: its images in order, and how many there are. Both raise `AsgoError`."""
+    """Functions that return the images of a source file, in order, and their number. Both raise `AsgoError`."""
 
     read: Callable[[Path], Iterable[StreamedImage]]
     count: Callable[[Path], int]
 
 
 class Parts:
-    """The index of each source file that is done, and a digest of its images if they were packed, in a folder."""
+    """A folder with the index of each source file that is done, and the digest of its images if they are packed."""
 
     def __init__(self, folder: Path, class_ids: Sequence[str]) -> None:
         """`class_ids` are all classes, sorted."""
@@ -68,32 +68,32 @@ class Parts:
         self._places = {class_id: place for place, class_id in enumerate(class_ids)}
 
     def label(self, path: Path, image: StreamedImage) -> int:
-        """The label of an image in `path`. Raises `AsgoError` when its class is not known."""
+        """Return the label of an image in `path`. Raises `AsgoError` for an unknown class."""
         try:
             return self._places[image.class_id]
         except KeyError:
             raise AsgoError(
-                f"{path}: {image.name} is of the class {image.class_id}, of which no picture trains"
+                f"{path}: {image.name} has the class {image.class_id}, which has no training images"
             ) from None
 
     def save(self, path: Path, rows: _Rows, sha256: str) -> None:
-        """Note that `path` is done: its images, in their order."""
+        """Record that `path` is done, with its images in order."""
         write_atomically(self._digest_file(path), sha256.encode())
         write_index(self._folder / path.name, build_index(rows.labels, rows.names, rows.sizes), self.class_ids)
 
     def load(self, path: Path) -> Index | None:
-        """The images of `path`, with offsets that count from its first one; None if it is not done."""
+        """Return the images of `path`, with offsets from its first image; None if it is not done."""
         noted = self._folder / path.name
         return read_index(noted, self.class_ids) if noted.exists() else None
 
     def sha256(self, path: Path) -> str:
-        """What `save` was given."""
+        """Return the digest that `save` recorded."""
         return self._digest_file(path).read_text()
 
     def joined(self, paths: Sequence[Path]) -> Index:
-        """The index of all `paths`, which are done, in the order of (class, name).
+        """Return the index of all `paths`, which must be done, sorted by (class, name).
 
-        Offsets count as if the images of all files lay one after another. Raises `AsgoError` for two of one name.
+        Offsets are those of the concatenated images of all files. Raises `AsgoError` for two images with the same name.
         """
         parts = [part for path in paths if (part := self.load(path)) is not None]
         assert len(parts) == len(paths)
@@ -102,7 +102,7 @@ class Parts:
         whole = whole.take(np.lexsort((whole.names, whole.labels)))
         twice = np.flatnonzero((whole.names[1:] == whole.names[:-1]) & (whole.labels[1:] == whole.labels[:-1]))
         if len(twice):
-            raise AsgoError(f"{paths[0].parent}: two pictures are named {whole.names[twice[0]].decode()}")
+            raise AsgoError(f"{paths[0].parent}: two images are named {whole.names[twice[0]].decode()}")
         return whole
 
     def _digest_file(self, path: Path) -> Path:
@@ -111,7 +111,7 @@ class Parts:
 
 @dataclass
 class _Rows:
-    """The images of a file that were met so far."""
+    """The images of a file that have been read."""
 
     labels: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -132,7 +132,7 @@ def import_streams(
     workers: int,
     report: Progress,
 ) -> Contents:
-    """Write the images of `files`, by split, and their indices into `out`, or resume that; see `ImageImporter.make`."""
+    """Write the images of `files` (by split) and their indices to `out`, or resume that; see `ImageImporter.make`."""
     parts = Parts(out / PARTS, [each.id for each in classes])
     _require_room(files, reader, out, layout, parts)
     indices = {}
@@ -169,13 +169,13 @@ def _pieces(files: Mapping[str, Sequence[Path]], parts: Parts) -> tuple[Piece, .
 def extract_streams(
     paths: Sequence[Path], reader: SourceReader, target: Path, parts: Parts, workers: int, progress: Progress
 ) -> None:
-    """Write the images of `paths` to `target/<class id>/<name>`; what is there already is kept.
+    """Write the images of `paths` to `target/<class id>/<name>`; keep existing ones.
 
-    A class has images in every file, so all folders are hidden, as `.<class id>.partial`, until the last file is done.
-    `progress` is called in this thread, many times a second, with numbers of images, and ends the work by raising.
+    A class has images in every file, so all folders stay hidden, as `.<class id>.partial`, until the last file is done.
+    Calls `progress` several times a second in this thread, with numbers of images; if it raises, the work ends.
 
-    Raises `AsgoError` for what the reader refuses, two images of one name and a file in the way, and `OSError`
-    when the disk refuses.
+    Raises `AsgoError` as the reader does, for two images with the same name and for another file in a folder, and
+    `OSError` for disk errors.
     """
     target.mkdir(exist_ok=True)
     for folder in (target / class_id for class_id in parts.class_ids):
@@ -221,13 +221,12 @@ def _are_there(images: Index, there: list[dict[str, int]]) -> bool:
 
 
 def pack_streams(paths: Sequence[Path], reader: SourceReader, target: Path, parts: Parts, progress: Progress) -> None:
-    """Copy the images of `paths`, one after another and nothing between them, to the file `target`.
+    """Concatenate the images of `paths`, without separators, to the file `target`.
 
-    It is written under a hidden name. After a kill, source files that are noted in `parts` are not read
-    again, and what is behind them is cut off. `progress` is called for every picture, with numbers of images.
+    The file has a hidden name until it is complete. After a kill, source files recorded in `parts` are not read again,
+    and the bytes after them are dropped. Calls `progress` for every image, with numbers of images.
 
-    Raises `AsgoError` for what the reader refuses and two images of one name, and `OSError` when the disk
-    refuses.
+    Raises `AsgoError` as the reader does and for two images with the same name, and `OSError` for disk errors.
     """
     packed = partial_folder(target)
     if target.exists():
@@ -253,7 +252,7 @@ def pack_streams(paths: Sequence[Path], reader: SourceReader, target: Path, part
 
 
 def _finished(paths: Sequence[Path], packed: Path, parts: Parts) -> tuple[int, int]:
-    """How many files from the first one on are copied, and where their images end."""
+    """Return how many leading files are completely copied, and the byte offset where their images end."""
     length, end = packed.stat().st_size if packed.exists() else 0, 0
     for number, path in enumerate(paths):
         part = parts.load(path)

@@ -1,4 +1,4 @@
-"""Does a folder of images still hold what was written?"""
+"""Verify that a folder of images still holds what was written."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class Problem:
 def verify_images(folder: Path, report: Progress) -> list[Problem]:
     """Check the index files by their SHA-256, and the images.
 
-    Extracted images must all be there with their sizes, and nothing else; source files that are read in place, and
-    packed images, must have their digests. Raises what `load_image_manifest` raises.
+    Extracted images must have the right names and sizes, without other files; source files that are read in place, and
+    packed images, must have the right digests. Raises as `load_image_manifest` does.
     """
     check = _Check(folder, load_image_manifest(folder))
-    check.look_around()
+    check.find_foreign()
     jobs = list(check.jobs())
-    tell = partial(report, f"checking {folder}")
-    in_threads(jobs, os.cpu_count() or 1, check.tally, lambda done: tell(done, check.total))
+    report_bytes = partial(report, f"checking {folder}")
+    in_threads(jobs, os.cpu_count() or 1, check.tally, lambda done: report_bytes(done, check.total))
     return sorted(check.problems)
 
 
@@ -50,13 +50,13 @@ class _Check:
         self.total = 0
         self._folder = folder
         self._manifest = manifest
-        self._foreign = f"no part of this {manifest.dataset}; remove it"
+        self._foreign = f"not part of this {manifest.dataset}; remove it"
         self._class_ids = manifest.class_ids
         sha256s = (manifest.train_index, manifest.validation_index)
         self._indices = {split: self._index(split, sha256) for split, sha256 in zip(SPLITS, sha256s, strict=True)}
 
-    def look_around(self) -> None:
-        """Find what does not belong to the folder."""
+    def find_foreign(self) -> None:
+        """Record files that do not belong to the folder."""
         images = SPLITS if self._manifest.layout == "extracted" else self._packed_files()
         known = {MANIFEST, *map(index_file, SPLITS), *images}
         for path in self._folder.iterdir():
@@ -64,7 +64,7 @@ class _Check:
                 self._tell(path, "left by an interrupted run; remove it" if path.name in OURS else self._foreign)
 
     def jobs(self) -> Iterator[Callable[[], None]]:
-        """What there is to do, of which `total` is counted up."""
+        """Yield the checks to run; adds their amounts of work to `total`."""
         if self._manifest.layout == "extracted":
             yield from self._class_jobs()
         elif self._manifest.containers:
@@ -83,7 +83,7 @@ class _Check:
             work(*arguments)
         except FileNotFoundError as error:
             self._tell(Path(error.filename), "missing")
-        except OSError as error:  # a bad sector or a missing permission; the others are checked all the same
+        except OSError as error:  # a bad sector or a missing permission: record it and check the other files
             self._tell(Path(error.filename or self._folder), error.strerror or str(error))
 
     def _tell(self, path: Path, problem: str) -> None:

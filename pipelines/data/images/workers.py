@@ -1,4 +1,4 @@
-"""The processes that read, decode and resize images."""
+"""Worker processes that read, decode and resize images."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ OnBad = Literal["stop", "replace", "leave out"]
 Row = tuple[int, int]
 """The epoch, which random transforms depend on, and the index of an image."""
 
-_PIECE = 16  # images that a worker is given at a time
+_PIECE = 16  # images per request to a worker
 _BAD_IN_A_ROW = 100
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images and how they are seen.
+    """Images and their transform.
 
-    What cannot be decoded stops the run, or is replaced by the next image of the set that can be, or left out.
+    `on_bad`: an image that cannot be decoded stops the run, is replaced by the next good image, or is left out.
     """
 
     images: ImageSet
@@ -48,12 +48,12 @@ class ImageSource:
     seed: int = 0
     on_bad: OnBad = "stop"
     exact: bool = False
-    """Whether pixels are bit for bit torchvision's; see `render`."""
+    """Whether pixels equal torchvision's bit for bit; see `render`."""
 
 
 @dataclass
 class DecodedRows:
-    """What became of some rows: `used` (rows,) are the images they show, -1 for none; `bad`, by name, why not."""
+    """Result of decoding rows: `used` (rows,), the index of each row's image, or -1; `bad`, reasons by image name."""
 
     used: list[int] = field(default_factory=list)
     bad: dict[str, str] = field(default_factory=dict)
@@ -61,58 +61,58 @@ class DecodedRows:
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """A part of a batch that is being made: uint8 (rows, size, size, 3), and what becomes of its pieces."""
+    """Part of a batch in progress: pixels, uint8 (rows, size, size, 3), and the futures of its pieces."""
 
     pixels: Tensor
     pieces: Sequence[Future[DecodedRows]]
 
     def wait(self) -> DecodedRows:
-        """Wait until all is there. Raises what the making raised."""
-        made = DecodedRows()
+        """Wait for all pieces. Raises the workers' errors."""
+        decoded = DecodedRows()
         for piece in self.pieces:
-            made.used += piece.result().used
-            made.bad |= piece.result().bad
-        return made
+            decoded.used += piece.result().used
+            decoded.bad |= piece.result().bad
+        return decoded
 
     def cancel(self) -> None:
-        """Have no more of it made."""
+        """Cancel the pieces that have not started."""
         for piece in self.pieces:
             piece.cancel()
 
 
 def default_workers() -> int:
-    """A process for each processor that this one may use; the processes of a training run on a machine share them."""
+    """Return the number of CPU cores available to this process, divided among the ranks of a machine."""
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, processors // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class ImageWorkers:
-    """Processes that make parts of batches, from named sources; a context manager that ends them.
+    """Processes that decode parts of batches from named sources; a context manager that ends them.
 
-    They are processes and not threads, though the decoders run beside other threads: a training loop that hands many
-    small operations to a GPU goes half as fast when but one thread decodes images beside it.
+    Processes, not threads, although the decoders release the GIL: a single decoding thread halves the speed of a
+    training loop that launches many small GPU kernels.
     """
 
     def __init__(self, sources: Mapping[str, ImageSource], workers: int | None = None, *, pinned: bool = False) -> None:
-        """Start `workers` processes, in the background; none with 0, when all is done at once, by this one.
+        """Start `workers` processes in the background; with 0, this process decodes all images itself.
 
-        With `pinned`, batches are in memory that a CUDA device can fetch them from while the program goes on.
+        With `pinned`, batches are in pinned memory, so copies to a CUDA device can be asynchronous.
         """
         self.size = default_workers() if workers is None else workers
         self.sources = dict(sources)
         self._pinned = pinned
         self._workers = [_Worker() for _ in range(self.size)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        # A thread for each process, which waits for its pixels; the operating system puts them where they belong.
+        # One thread per process waits for its pixels; the system call writes them directly into the batch.
         self._threads = ThreadPoolExecutor(max(1, self.size), thread_name_prefix="images")
-        atexit.register(self.close)  # the usual end of forgotten processes is SIGTERM, which these ignore
+        atexit.register(self.close)  # multiprocessing ends its children with SIGTERM, which these ignore
         if self._workers:
             message = ForkingPickler.dumps(self.sources)
             for worker in self._workers:
                 self._threads.submit(self._begin, worker, message)
 
     def start(self, source: str, rows: Sequence[Row]) -> PendingBatch:
-        """Have the images of some rows made, after what was asked for before."""
+        """Start decoding these rows, after all earlier requests."""
         size = self.sources[source].transform.size
         pixels = torch.empty((len(rows), size, size, 3), dtype=torch.uint8, pin_memory=self._pinned)
         into = pixels.numpy()
@@ -122,11 +122,11 @@ class ImageWorkers:
         )
 
     def parts_ahead(self, rows: int) -> int:
-        """How many parts of so many rows are to be under way so that no process waits."""
+        """Return the number of parts of `rows` rows to keep in flight, so that no worker is idle."""
         return 1 + -(-2 * self.size * _PIECE // rows) if self.size else 0
 
     def close(self) -> None:
-        """End the processes; what is being made is lost."""
+        """End the processes; unfinished parts are lost."""
         atexit.unregister(self.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers:
@@ -143,9 +143,9 @@ class ImageWorkers:
 
     def _begin(self, worker: _Worker, message: memoryview) -> None:
         try:
-            worker.tell(message)
+            worker.send_sources(message)
         finally:
-            self._idle.put(worker)  # one that is gone says so to whoever asks
+            self._idle.put(worker)  # also a killed worker: its next request raises the error
 
     def _submit(self, source: str, rows: Sequence[Row], into: NDArray[np.uint8]) -> Future[DecodedRows]:
         if self.size:
@@ -166,15 +166,15 @@ class ImageWorkers:
 
 
 class _Worker:
-    """A process and the ways to it: messages, and pixels, which go from the socket right into the batch."""
+    """A process, with a pipe for messages and a socket for pixels, which are received directly into the batch."""
 
     def __init__(self) -> None:
-        self._pixels, its_pixels = socket.socketpair()
-        self._process, self._messages = start_child(_work, its_pixels, hold_back=[signal.SIGTERM])
-        its_pixels.close()
+        self._pixels, child_pixels = socket.socketpair()
+        self._process, self._messages = start_child(_work, child_pixels, hold_back=[signal.SIGTERM])
+        child_pixels.close()
 
-    def tell(self, message: memoryview) -> None:
-        """Send it its sources. With a million images that is much, and takes until it has imported torch."""
+    def send_sources(self, message: memoryview) -> None:
+        """Send the sources. With a million images they exceed the pipe's buffer: waits until torch is imported."""
         self._messages.send_bytes(message)
 
     def ask(self, source: str, rows: Sequence[Row], into: NDArray[np.uint8]) -> DecodedRows:
@@ -185,7 +185,7 @@ class _Worker:
                 _receive(self._pixels, into)
         except (EOFError, OSError):
             raise AsgoError(
-                "a process that decodes images is gone; if the system ended it for want of memory, use fewer --workers"
+                "a process that decodes images was killed; if the system ran out of memory, use fewer --workers"
             ) from None
         if isinstance(answer, Exception):
             raise answer
@@ -203,19 +203,20 @@ class _Worker:
 def _receive(pixels: socket.socket, into: NDArray[np.uint8]) -> None:
     rest = into.data.cast("B")
     while rest:
-        count = pixels.recv_into(rest, flags=socket.MSG_WAITALL)  # without the interpreter's lock, all in one call
+        count = pixels.recv_into(rest, flags=socket.MSG_WAITALL)  # one system call, which releases the GIL
         if not count:
             raise EOFError
         rest = rest[count:]
 
 
 def _work(messages: Connection[Any, Any], pixels: socket.socket) -> None:
-    """What a process does until the other end is closed."""
+    """Main function of a process: decode the requested rows until the pipe is closed."""
     begin_child()
-    # Batch systems send it to all processes; this one goes on, so that the training loop can finish its step and save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # held back until here
+    # Batch systems send SIGTERM to all processes. Ignore it, so that the training loop can finish its step and save a
+    # checkpoint. `start_child` has blocked it until here.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # Pillow's, of odd but readable files
+    warnings.simplefilter("ignore")  # Pillow warns of unusual but readable files
     sources: Mapping[str, ImageSource] = messages.recv()
     while True:
         try:
@@ -229,22 +230,22 @@ def _work(messages: Connection[Any, Any], pixels: socket.socket) -> None:
         except AsgoError as error:
             messages.send(error)
         except Exception as error:
-            error.add_note(traceback.format_exc())  # which does not travel by itself
+            error.add_note(traceback.format_exc())  # pickling drops the traceback
             messages.send(error)
         else:
             pixels.sendall(into.data)
 
 
 def make_rows(source: ImageSource, rows: Sequence[Row], into: NDArray[np.uint8]) -> DecodedRows:
-    """Put the images of `rows` into `into` (rows, size, size, 3). Raises `AsgoError` that names what stops it."""
-    made = DecodedRows()
-    for (epoch, index), seen in zip(rows, into, strict=True):
-        made.used.append(_make_row(source, epoch, index, seen, made.bad))
-    return made
+    """Decode the images of `rows` into `into` (rows, size, size, 3). Raises `AsgoError` with the image's name."""
+    decoded = DecodedRows()
+    for (epoch, index), pixels in zip(rows, into, strict=True):
+        decoded.used.append(_make_row(source, epoch, index, pixels, decoded.bad))
+    return decoded
 
 
 def _make_row(source: ImageSource, epoch: int, index: int, into: NDArray[np.uint8], bad: dict[str, str]) -> int:
-    """Returns the image that was used: `index`, one that stands in for it, or -1."""
+    """Decode one row; return the index of the image used: `index`, a replacement, or -1."""
     key = (source.seed, epoch, index)
     for other in range(index, index + _BAD_IN_A_ROW):
         used = other % len(source.images)
@@ -259,4 +260,4 @@ def _make_row(source: ImageSource, epoch: int, index: int, into: NDArray[np.uint
             bad[name] = str(error)
             if source.on_bad == "leave out":
                 return -1
-    raise AsgoError(f"{_BAD_IN_A_ROW} images in a row cannot be decoded, the last of them {name}; is the data damaged?")
+    raise AsgoError(f"{_BAD_IN_A_ROW} images in a row cannot be decoded, the last one {name}; the data may be damaged")
