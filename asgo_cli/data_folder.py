@@ -137,7 +137,7 @@ def verify(
 ) -> None:
     """Check a data folder against its manifest.
 
-    Token shards: finds any altered byte, and missing or foreign files. ImageNet: checks the names and sizes of extracted
+    Token shards: finds any altered byte, and missing or foreign files. ImageNet: checks names and sizes of extracted
     images, and every byte of packed images and archives.
     """
     from dataclasses import asdict

@@ -72,15 +72,15 @@ def staged_data(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def _is_written_in_place(target: Path) -> bool:
-    """Whether to write in place. A given empty folder may be a mount point or in a read-only parent: keep it."""
+    """Whether to write in place. An existing empty folder may be a mount point, or its parent not writable."""
     return target.is_dir() and (_is_left_over(target) or not any(target.iterdir()))
 
 
 def _is_left_over(folder: Path) -> bool:
     """Whether a folder holds only the files of a killed process."""
     mark = folder / UNFINISHED
-    is_begun = mark.is_file() and not (folder / MANIFEST).exists() and mark.read_bytes() == _MARK
-    return is_begun and not foreign_names(folder)
+    is_marked = mark.is_file() and not (folder / MANIFEST).exists() and mark.read_bytes() == _MARK
+    return is_marked and not foreign_names(folder)
 
 
 @contextlib.contextmanager

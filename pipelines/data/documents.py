@@ -70,7 +70,7 @@ def read_documents(
     for file in files:
         for document, where in _documents_of(file, column):
             if not isinstance(document, str):
-                yield _cut_anew(document, where, last_cut)
+                yield _recut(document, where, last_cut)
             elif not document or document.isspace():
                 yield ""
             else:
@@ -87,7 +87,7 @@ def in_pieces(text: str, where: str, last_cut: Callable[[str], int]) -> Document
     if len(text) <= PIECE_BYTES:
         return text
     slices = (text[start : start + PIECE_BYTES] for start in range(0, len(text), PIECE_BYTES))
-    return _cut_anew(slices, where, last_cut)
+    return _recut(slices, where, last_cut)
 
 
 def decode_utf8(raw: bytes, where: str) -> str:
@@ -176,7 +176,7 @@ def _is_other_json(file: Path, column: str) -> bool:
     return not isinstance(row, dict) or column not in row
 
 
-def _cut_anew(pieces: Iterable[str], where: str, last_cut: Callable[[str], int]) -> Iterator[str]:
+def _recut(pieces: Iterable[str], where: str, last_cut: Callable[[str], int]) -> Iterator[str]:
     """Yield the same text in pieces that can be encoded independently."""
     rest = ""
     for piece in pieces:

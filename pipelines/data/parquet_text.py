@@ -113,6 +113,7 @@ def _pages(file: BinaryIO, start: int, end: int) -> Iterator[_Page]:
     while start < end:
         file.seek(start)
         header = _Header(file).fields()
+        # Fields of PageHeader: 2 and 3 are the sizes, 5 is DataPageHeader, 8 DataPageHeaderV2.
         size, packed = header.get(2), header.get(3)
         if not isinstance(size, int) or not isinstance(packed, int) or min(size, packed) < 0:
             raise ValueError("a page without a size")

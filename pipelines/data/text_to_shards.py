@@ -259,6 +259,7 @@ def _write_shards(
             done += sum(len(piece.text) for piece in batch)
             progress("writing", done, total)
         shards = [*validation.finish(), *training.finish()]
+    # The manifest records where the next shard starts: after the validation shard, that is the first training document.
     first_trained = int(np.flatnonzero(heads)[0])
     shards[0] = shards[0].model_copy(update={"next_start": SourcePosition(document=first_trained, token=0)})
     return Manifest(

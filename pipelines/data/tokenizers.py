@@ -29,7 +29,8 @@ TokenizerName = Literal["gpt2", "bytes", "chars"]
 END_OF_TEXT = "<|endoftext|>"
 # GPT-2's tokenizer first splits text into whitespace, letters, numbers and the rest; a single blank belongs to what
 # follows it. `_CUT` matches only where such a piece ends in any text. Its letters are letters in every version of
-# Unicode, because tiktoken's version may differ from Python's.
+# Unicode, because tiktoken's version may differ from Python's. `_LONG_BLANK` ends before the last blank of a run, where
+# GPT-2's tokenizer splits too.
 _BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _CUT = re.compile(
     rf"(?<=[^{_BLANK}])(?=[{_BLANK}])"

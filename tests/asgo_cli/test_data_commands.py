@@ -62,7 +62,7 @@ def test_shakespeare_takes_a_file_and_has_its_own_folder(text: Path, tmp_path: P
 def test_empty_documents_are_counted_aloud(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "some text"}\n{"text": " "}\n')
     result = asgo_data("text", tmp_path / "a.jsonl", "--val-fraction", "0.5", "--out", tmp_path / "out")
-    assert "of 3 documents 2 empty and left out" in result.stderr
+    assert "of 3 documents 2 empty and skipped" in result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["text", "--out", "x"], ["text", "a", "--tokenizer", "words", "--out", "x"]])

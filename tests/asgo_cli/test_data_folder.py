@@ -78,7 +78,7 @@ def test_info_shows_what_a_folder_holds_and_where_it_came_from(folder: Path):
         "subset 10BT, shards 1",
         "bytes, vocabulary of 257",
         f"{last.tokens:,} tokens, 1 document, 1 shard",
-        "1,200 read, 3 empty and left out, 1 not valid Unicode and repaired",
+        "1,200 read, 3 empty and skipped, 1 not valid Unicode and repaired",
         "in document 1,199 of the source, after 17 of its tokens",
         "shard_000001.bin",
     ):
@@ -256,7 +256,7 @@ def test_an_unfinished_imagenet_says_which_command_goes_on(tmp_path: Path, comma
     (folder / "manifest.json").unlink()
     result = asgo_data(command, folder)
     assert isinstance(result.exception, AsgoError)
-    assert f"this goes on: asgo data imagenet --archives {tmp_path / 'archives'}" in str(result.exception)
+    assert f"resume with: asgo data imagenet --archives {tmp_path / 'archives'}" in str(result.exception)
 
 
 def test_no_terminal_obeys_the_name_of_a_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -63,7 +63,7 @@ def test_the_terms_are_shown_before_anything_is_downloaded(tmp_path: Path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert done.returncode == 1
     terms, _, error = done.stderr.partition("error: ")
-    assert "for research without commercial aims" in terms
+    assert "only for non-commercial research" in terms
     assert address in error
     assert not (tmp_path / "out").exists()
 
@@ -91,7 +91,7 @@ def test_the_hubs_copy_is_fetched_once_and_trains_alike_in_both_layouts(hub: Hub
     from_hub = ["data", "imagenet", "--source", "hub", "--archives", "fetched"]
     extracted = asgo(hub.endpoint, tmp_path, *from_hub, "--out", "files", "--download")
     assert extracted.returncode == 0, extracted.stderr
-    assert "for research without commercial aims" in extracted.stderr
+    assert "only for non-commercial research" in extracted.stderr
     assert "next: asgo train imagenet --data files" in extracted.stderr
     assert {request.authorization for request in hub.downloads()} == {"Bearer hf_mine"}
     with refusing_endpoint() as nobody:  # what is there needs no network

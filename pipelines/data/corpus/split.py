@@ -65,7 +65,7 @@ class SplitWriter:
         validation, training = self._writers
         validates = documents % self._validate_every == 0
         _write_chosen(training, batch, documents, ~validates)
-        if self.is_full:
+        if self.is_full:  # no validation documents from beyond the last training token
             validates &= documents < training.end.document
         _write_chosen(validation, batch, documents, validates)
 
@@ -81,7 +81,7 @@ class SplitWriter:
                 f"the source has {sum(entry.tokens for entry in entries):,} tokens, too few for a validation and a "
                 "training shard; choose a smaller --shard-tokens and pass --overwrite to start again"
             )
-        if self._validate_every is not None:
+        if self._validate_every is not None:  # after the validation shard comes the first training document, number 1
             entries[0] = entries[0].model_copy(update={"next_start": SourcePosition(document=1, token=0)})
         return tuple(entries)
 

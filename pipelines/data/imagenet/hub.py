@@ -64,7 +64,7 @@ def download_hub_copy(folder: Path, *, progress: Progress, notify: Notify) -> st
         RunInterrupted: SIGTERM or SIGINT; the same call resumes with the same file.
         AsgoError: no network, no access, a hub that keeps failing, damaged files, a full disk.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in _ENVIRONMENT.items():  # before the import of huggingface_hub, which reads the environment
         os.environ.setdefault(name, value)
     from huggingface_hub.constants import ENDPOINT
 

@@ -118,9 +118,9 @@ class ValidationImages:
 
 def _finish(part: PendingBatch, labels: NDArray[np.int64], skipped: dict[str, str]) -> ImageBatch:
     """Wait for a part and remove the rows of skipped images."""
-    made = part.wait()
-    skipped |= made.bad
-    used = torch.tensor(made.used, dtype=torch.int64)
+    decoded = part.wait()
+    skipped |= decoded.bad
+    used = torch.tensor(decoded.used, dtype=torch.int64)
     pixels = part.pixels
     if (used < 0).any():
         pixels, used = pixels[used >= 0], used[used >= 0]

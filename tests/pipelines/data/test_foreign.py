@@ -196,7 +196,7 @@ def test_the_table_of_character_tokens_is_not_unpickled(make: Callable[..., Path
 
 
 def test_a_folder_that_asgo_has_not_finished_is_no_foreign_folder(make: Callable[..., Path]):
-    with pytest.raises(AsgoError, match=r"unfinished; the command that began it, given again, goes on"):
+    with pytest.raises(AsgoError, match=r"unfinished; run the command that started it again to resume"):
         open_token_data(make({"unfinished.json": b"{}", "shard_000000.bin": shard(VAL), **MODDED_NANOGPT}))
 
 

@@ -91,5 +91,5 @@ def test_folders_that_cannot_be_described_are_named(tmp_path: Path):
     with pytest.raises(AsgoError, match=r"no manifest\.json"):
         describe(tmp_path, lines=1)
     (tmp_path / "unfinished.json").write_text("{}")
-    with pytest.raises(AsgoError, match="unfinished; the command that began it, given again, goes on"):
+    with pytest.raises(AsgoError, match="unfinished; run the command that started it again to resume"):
         describe(tmp_path, lines=1)

@@ -396,7 +396,7 @@ def test_an_own_folder_in_a_parent_that_is_not_is_written_in_place(tmp_path: Pat
         with pytest.raises(KeyboardInterrupt):
             prepare_documents(source, out, **options)
     assert names_in(out) == ["shard_000000.bin", "shard_000001.bin", "unfinished.json"]
-    with pytest.raises(AsgoError, match="unfinished; the command that began it, given again, goes on"):
+    with pytest.raises(AsgoError, match="unfinished; run the command that started it again to resume"):
         load_manifest(out)
     assert prepare_documents(source, out, **options) == load_manifest(out)
     assert out.stat().st_ino == identity
@@ -453,7 +453,7 @@ def test_files_are_counted_and_what_is_left_out_is_named(tmp_path: Path):
         (tmp_path / "in" / name).write_text("some text")
     told: list[str] = []
     prepare_text([tmp_path / "in"], tmp_path / "out", tokenizer="bytes", val_fraction=0.5, notify=told.append)
-    assert told == ["reading 2 files; left out: 2 ending in .pdf, 1 hidden"]
+    assert told == ["reading 2 files; skipped: 2 ending in .pdf, 1 hidden"]
 
 
 def _dies(*_: object) -> None:

@@ -119,7 +119,7 @@ def test_an_alphabet_that_does_not_fit_in_16_bits_is_refused():
     [{}, {"name": "gpt3"}, {"name": "gpt2", "size": 3}, {"name": "chars"}, {"name": "chars", "alphabet": ["a"]}],
 )
 def test_a_wrong_description_is_refused(description: dict[str, object]):
-    with pytest.raises(AsgoError, match=r"not a tokenizer: .*known are"):
+    with pytest.raises(AsgoError, match=r"not a tokenizer: .*valid names are"):
         build_tokenizer(description)
 
 

@@ -104,7 +104,7 @@ def test_shards_that_changed_places_are_found(make_folder: Callable[..., Path]):
 
 def test_what_an_interrupted_writer_left_is_named(folder: Path):
     (folder / ".shard_000001.bin.partial").write_bytes(b"half")
-    assert list(bad(folder).items()) == [(".shard_000001.bin.partial", "left by an interrupted run: remove it")]
+    assert list(bad(folder).items()) == [(".shard_000001.bin.partial", "left by an interrupted run; remove it")]
 
 
 def test_a_token_beyond_the_vocabulary_is_found_though_the_digest_is_right(make_folder: Callable[..., Path]):
@@ -187,5 +187,5 @@ def test_an_unfinished_folder_is_said_to_be_one(folder: Path):
     (folder / "unfinished.json").write_text("{}")
     assert bad(folder) == {}  # the manifest is written last: with it the folder is complete
     (folder / "manifest.json").unlink()
-    with pytest.raises(AsgoError, match="unfinished; the command that began it, given again, goes on"):
+    with pytest.raises(AsgoError, match="unfinished; run the command that started it again to resume"):
         verify(folder)

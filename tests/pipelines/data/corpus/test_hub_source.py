@@ -308,9 +308,9 @@ def test_a_fault_that_stays_ends_in_one_line_and_a_folder_to_go_on_with(
     with pytest.raises(AsgoError) as given_up:
         preparation.run(tmp_path / "out")
     message = str(given_up.value)
-    assert f"given up after {attempts} attempts" in message
+    assert f"gave up after {attempts} attempts" in message
     assert what in message
-    assert message.endswith("; what is written is kept: the same command goes on")
+    assert message.endswith("; the written tokens are kept: run the same command again to resume")
     assert "\n" not in message
     assert "sample/10BT/003_00000.parquet" in message
     ours = [note for note in preparation.notes if "; attempt " in note]
@@ -378,7 +378,7 @@ def test_without_a_network_the_command_says_so_before_a_stall_or_all_attempts(tm
     with refusing_endpoint() as refusing, silent_endpoint() as silent, ThreadPoolExecutor() as pool:
         waits = pool.submit(failure_of_command, silent, tmp_path / "silent")
         error = failure_of_command(refusing, tmp_path / "offline", HF_HUB_OFFLINE="1")
-        assert error.endswith(": HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or pass --source")
+        assert error.endswith(": HF_HUB_OFFLINE is set, so the hub is not used; unset it, or pass --source")
         others = [
             (endpoint, pool.submit(failure_of_command, endpoint, tmp_path / name))
             for endpoint, name in ((refusing, "refusing"), ("http://no-such-host.invalid", "unknown"))
@@ -414,7 +414,7 @@ def test_a_signal_stops_the_command_with_75_and_the_same_command_goes_on(
         last = words.splitlines()[-1]
         assert (process.returncode, out) == (75, ""), words
         assert last.startswith(f"stopped: {number.name}: ")
-        assert last.endswith(" of 820,000 tokens are written; the same command goes on")
+        assert last.endswith(" of 820,000 tokens are written; run the same command again to resume")
         assert "\x1b" not in words
     hub.behave()
     again = start(hub.endpoint, folders[0])

@@ -205,7 +205,7 @@ def test_a_lost_tokenizer_ends_the_command_and_a_lost_reader_does_not(start: Sta
     assert code == 1
     assert len(words) == 1
     assert re.search(
-        r"a tokenizer process was lost \(.*\): [\d,]+ of 802,000 tokens are written; the same command", words[0]
+        r"a tokenizer process was killed \(.*\): [\d,]+ of 802,000 tokens are written; run the same", words[0]
     )
     run = start("fineweb", tmp_path / "out")
     run.wait_until_writing()
@@ -213,7 +213,7 @@ def test_a_lost_tokenizer_ends_the_command_and_a_lost_reader_does_not(start: Sta
     os.kill(reader, signal.SIGKILL)
     code, words = run.end()
     assert code == 0, words
-    assert "the process that reads was lost" in words[0]
+    assert "the reader process was killed" in words[0]
     assert "attempt 2 of 8 in 1 s" in words[0]
     assert contents(tmp_path / "out") == done("fineweb")
 
@@ -231,7 +231,7 @@ def test_a_tokenizer_killed_in_the_middle_of_its_answer_is_a_lost_one(start: Sta
     os.kill(run.process.pid, signal.SIGCONT)
     code, words = run.end()
     assert code == 1
-    assert "a tokenizer process was lost" in words[-1]
+    assert "a tokenizer process was killed" in words[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -252,7 +252,7 @@ def test_who_began_with_overwrite_is_told_how_to_go_on_and_not_to_begin_again(st
     run.process.terminate()
     code, words = run.end()
     assert code == 75
-    assert words[-2] == "to go on, and not to start again, leave --overwrite out"
+    assert words[-2] == "to resume instead of starting again, omit --overwrite"
 
 
 # A disk of memory, too small at first, that only the processes started here see.

@@ -121,7 +121,7 @@ def test_stopped_again_and_again_it_ends_with_the_same_bytes(
     preparation = Preparation(corpus, CorpusOptions(source=str(mirror), **SMALL))
     for tokens, number in ((1, signal.SIGINT), (30_000, signal.SIGTERM)):
         preparation.report = StopAt(tokens, number)
-        with pytest.raises(RunInterrupted, match=r"tokens are written; the same command goes on"):
+        with pytest.raises(RunInterrupted, match=r"tokens are written; run the same command again"):
             preparation.run(out)
         journal = json.loads((out / "unfinished.json").read_text())
         assert journal["last_batch"] is not None
@@ -157,7 +157,7 @@ def test_an_unfinished_folder_is_no_data_and_goes_on_with_its_own_options_alone(
     preparation.report = StopAt(30_000, signal.SIGTERM)
     with pytest.raises(RunInterrupted):
         preparation.run(out)
-    with pytest.raises(AsgoError, match="unfinished; the command that began it, given again, goes on"):
+    with pytest.raises(AsgoError, match="unfinished; run the command that started it again to resume"):
         load_manifest(out)
     with pytest.raises(UsageError, match="unfinished, made with corpus fineweb and not openwebtext"):
         Preparation(OPENWEBTEXT, preparation.options).run(out)
@@ -180,10 +180,10 @@ def test_a_source_that_changed_is_not_gone_on_with(mirror: Path, texts: list[lis
     path = copy / "000.jsonl"
     original = path.read_text()
     path.write_text(original + '{"text": "one more"}\n')
-    with pytest.raises(UsageError, match=r"not those that .* was begun with; pass --overwrite"):
+    with pytest.raises(UsageError, match=r"the files have changed since .* was started; pass --overwrite"):
         preparation.run(tmp_path / "out")
     path.write_text(original.replace("optimizer", "optimiser"))  # of the same size
-    with pytest.raises(AsgoError, match="not the text that the shards were begun with; pass --overwrite"):
+    with pytest.raises(AsgoError, match="the text has changed since the shards were started; pass --overwrite"):
         preparation.run(tmp_path / "out")
 
 
@@ -214,8 +214,8 @@ def test_two_processes_do_not_prepare_one_folder(mirror: Path, tmp_path: Path):
         ({"shards": 0}, "--shards must be at least 1, not 0"),
         ({"shard_tokens": 2**31}, "--shard-tokens must lie between 1 and 2,147,483,647, not 2,147,483,648"),
         ({"workers": 0}, "--workers must be at least 1, not 0"),
-        ({"source": "no/such"}, '--source no/such: no such folder; give "hub" or a folder'),
-        ({"subset": "x"}, "is a plain folder of files; leave --subset out"),
+        ({"source": "no/such"}, '--source no/such: no such folder; pass "hub" or a folder'),
+        ({"subset": "x"}, "is a plain folder of files; omit --subset"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_made(options: dict, expected: str, mirror: Path, tmp_path: Path):
@@ -233,7 +233,7 @@ def test_wrong_options_are_refused_before_anything_is_made(options: dict, expect
         ("a.jsonl", b'{"text": "caf\xe9"}\n', "a.jsonl, line 1: not valid JSON ('utf-8' codec"),
         ("a.jsonl.gz", b"\x1f\x8b and then nonsense", "a.jsonl.gz: damaged file"),
         ("a.jsonl.gz", gzip.compress(bytes(65 << 20), 1), "a.jsonl.gz, line 1: longer than 67,108,864 bytes"),
-        ("a.doc", b"", "there is no file that ends in .parquet, .jsonl, .jsonl.gz"),
+        ("a.doc", b"", "no file ends in one of .parquet, .jsonl"),
     ],
 )
 def test_a_damaged_source_is_named_at_once(name: str, content: bytes, expected: str, tmp_path: Path):

@@ -142,11 +142,11 @@ def test_a_damaged_file_is_one_line_and_when_it_is_mended_the_work_goes_on(
     with pytest.raises(AsgoError, match=r"validation-00001-of-00002\.parquet: .*damaged file") as caught:
         prepare(copy, tmp_path / "out", extract=extract)
     assert "\n" not in str(caught.value)
-    with pytest.raises(AsgoError, match=r"incomplete; this goes on: asgo data imagenet --source hub --archives"):
+    with pytest.raises(AsgoError, match=r"incomplete; resume with: asgo data imagenet --source hub --archives"):
         open_images(tmp_path / "out")
     path.write_bytes(whole)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(UsageError, match=r"not the archive that .*out was begun with; pass --overwrite"):
+    with pytest.raises(UsageError, match=r"has changed since .*out was started; pass --overwrite"):
         prepare(copy, tmp_path / "out", extract=extract)
     assert prepare(copy, tmp_path / "out", extract=extract, overwrite=True) == undisturbed[0]
     assert tree(tmp_path / "out") == undisturbed[1]
@@ -289,7 +289,7 @@ def test_killed_again_and_again_it_ends_with_the_same_folder(tmp_path: Path, ext
         out = tmp_path / f"out{folders}"
         while len(moments) < KILLS and kill_before_the_end(copy, out, extract, rng):
             moments.append(files_done(out))
-            with pytest.raises(AsgoError, match="incomplete; this goes on"):
+            with pytest.raises(AsgoError, match="incomplete; resume with"):
                 open_images(out)
         assert (prepare(copy, out, extract=extract), tree(out)) == undisturbed
         folders += 1

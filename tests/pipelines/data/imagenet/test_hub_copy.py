@@ -99,9 +99,9 @@ def test_classes_are_named_by_their_label(tmp_path: Path) -> None:
 )
 def test_a_name_of_another_form_is_refused(tmp_path: Path, name: str | None) -> None:
     path = write_file(tmp_path / "a.parquet", [(b"jpeg", name, 0)])
-    with pytest.raises(AsgoError, match=r"a\.parquet.*not as the hub names"):
+    with pytest.raises(AsgoError, match=r"a\.parquet.*not a name of an ImageNet image"):
         list(read_hub_file(path))
-    with pytest.raises(AsgoError, match=r"a\.parquet.*not as the hub names"):
+    with pytest.raises(AsgoError, match=r"a\.parquet.*not a name of an ImageNet image"):
         read_hub_classes([path])
 
 
@@ -121,7 +121,7 @@ def test_a_label_that_is_not_its_classes_is_refused(tmp_path: Path, wrong: Row) 
 
 @pytest.mark.parametrize("note", [{}, {"info": {"features": {}}}, []])
 def test_a_file_that_does_not_name_its_classes_is_refused(tmp_path: Path, note: Any) -> None:
-    with pytest.raises(AsgoError, match="what the classes are called"):
+    with pytest.raises(AsgoError, match="the names of the classes are missing"):
         read_hub_classes([write_file(tmp_path / "a.parquet", train_rows(1), note=note)])
 
 
@@ -216,7 +216,7 @@ def test_both_splits_arrive_once_with_the_token_and_wrong_ones_again(
     (archives / damaged).write_bytes(content)
     status, output, _ = fetch(tmp_path, hub.endpoint)
     assert status == 0
-    assert f"{damaged}: not as the hub has it; it is fetched again" in output
+    assert f"{damaged}: differs from the hub's file; downloading it again" in output
     assert files_of(archives) == served
     assert {request.path.rpartition("/")[2] for request in hub.downloads()} == {damaged[5:]}
 

@@ -143,7 +143,7 @@ def test_extracted_images_that_are_gone_or_cut_are_named(tmp_path: Path, archive
     with pytest.raises(AsgoError, match=rf"{path.name}: No such file"):
         data.train.read(3)
     shutil.rmtree(path.parent)
-    with pytest.raises(AsgoError, match=rf"{path.parent.name}: not there any more; make the folder again"):
+    with pytest.raises(AsgoError, match=rf"{path.parent.name}: missing; make the data folder again"):
         open_images(tmp_path / "out")
 
 

@@ -78,8 +78,8 @@ def test_a_kit_without_a_part_is_told(tmp_path: Path, content: Content) -> None:
     ("table", "problem"),
     [
         ("n02119789 1 kit_fox\nn02100735\n", "line 2 is not a WordNet id, a number and a name"),
-        ("n02119789 1 kit_fox\nn02100735 1 setter\n", "a class or a number comes twice"),
-        ("n02119789 1 kit_fox\nn02119789 2 kit_fox\n", "a class or a number comes twice"),
+        ("n02119789 1 kit_fox\nn02100735 1 setter\n", "a class or a number occurs twice"),
+        ("n02119789 1 kit_fox\nn02119789 2 kit_fox\n", "a class or a number occurs twice"),
         ("", "there is none"),
     ],
 )

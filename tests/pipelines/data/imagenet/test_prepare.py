@@ -212,9 +212,7 @@ def test_an_archive_that_changed_since_the_folder_was_begun_is_refused(
         prepare(archives, tmp_path / "out", report=stop)
     content.train["n10000000"]["n10000000_0.JPEG"] += b"x"
     write_archives(archives, content)
-    with pytest.raises(
-        UsageError, match=r"img_train\.tar: not the archive that .*out was begun with; pass --overwrite"
-    ):
+    with pytest.raises(UsageError, match=r"img_train\.tar: has changed since .*out was started; pass --overwrite"):
         prepare(archives, tmp_path / "out")
 
 
@@ -272,9 +270,9 @@ def test_a_signal_at_any_time_interrupts_and_the_same_call_goes_on(
         if phase.startswith(moment):
             os.kill(os.getpid(), number)
 
-    with pytest.raises(RunInterrupted, match=rf"SIG\w+ while {moment}.*; the same command goes on from here"):
+    with pytest.raises(RunInterrupted, match=rf"SIG\w+ while {moment}.*; run the same command again"):
         prepare(archives, tmp_path / "out", report=send)
-    with pytest.raises(AsgoError, match=r"out: incomplete; this goes on: asgo data imagenet --archives .* --out .*out"):
+    with pytest.raises(AsgoError, match=r"out: incomplete; resume with: asgo data imagenet --archives .* --out .*out"):
         open_images(tmp_path / "out")
     prepare(archives, tmp_path / "out")
     assert images_in(tmp_path / "out") == expected_tree(content)
@@ -290,7 +288,7 @@ def test_killed_again_and_again_it_ends_with_the_same_folder(tmp_path: Path) -> 
         while kills < KILLS and kill_while_extracting(archives, out, rng.uniform(0, 0.05)):
             kills += 1
             partly += 0 < len(images_in(out)) < len(expected_tree(content))
-            with pytest.raises(AsgoError, match="incomplete; this goes on"):
+            with pytest.raises(AsgoError, match="incomplete; resume with"):
                 open_images(out)
         assert (prepare(archives, out), tree(out)) == undisturbed
         folders += 1

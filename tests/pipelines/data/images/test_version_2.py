@@ -84,7 +84,7 @@ def test_an_altered_manifest_is_told(tmp_path: Path) -> None:
 def test_an_unfinished_folder_is_resumed(tmp_path: Path, archives: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(STORED / "unfinished", out)
-    with pytest.raises(AsgoError, match=r"this goes on: asgo data imagenet --archives /data/archives --out .*out$"):
+    with pytest.raises(AsgoError, match=r"resume with: asgo data imagenet --archives /data/archives --out .*out$"):
         load_image_manifest(out)
     state = out / "unfinished.json"
     state.write_text(state.read_text().replace("/data/archives", str(archives)))
