@@ -17,7 +17,7 @@ from pipelines.errors import AsgoError, UsageError
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-_LOG_IN = "If you have access, log in with `hf auth login` or set HF_TOKEN"
+_LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 _NO_CONTENT = (pyarrow.ArrowException, gzip.BadGzipFile, zlib.error, EOFError, ValueError)
 
 
@@ -61,7 +61,7 @@ def _remote_failure(error: Exception) -> Failure:
         if isinstance(cause, HfHubHTTPError):
             return _answered(cause)
         if _is_unknown_dataset(cause):
-            return Failure(f"{_first_line(cause)} {_LOG_IN}", "lasting")
+            return Failure(f"{_first_line(cause)} If you have access, {_LOG_IN}", "lasting")
         if isinstance(cause, (ConnectionError, TimeoutError)) or _is_transport_error(cause):
             return Failure(_first_line(cause) or type(cause).__name__, "unreachable")
     if isinstance(error, FileNotFoundError):
@@ -93,8 +93,8 @@ def _advice_on_access(error: HfHubHTTPError) -> str:
     from huggingface_hub.errors import GatedRepoError
 
     if isinstance(error, GatedRepoError):
-        return f"ask for access at {ENDPOINT}/datasets/{error.repo_id}. {_LOG_IN}"
-    return _LOG_IN
+        return f"request access at {ENDPOINT}/datasets/{error.repo_id}, then {_LOG_IN}"
+    return f"if you have access, {_LOG_IN}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -135,7 +135,7 @@ def test_info_counts_the_images_of_each_class(tmp_path: Path, extract: bool):
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert ("files in train and val" if extract else "left in the archives") in result.stdout
-    assert any(line.split()[:4] == ["train", "11", "images,", "3"] and "3 to 4 a class" in line for line in lines)
+    assert any(line.split()[:4] == ["train", "11", "images,", "3"] and "3 to 4 per class" in line for line in lines)
     assert any(line.split()[:4] == ["validation", "6", "images,", "2"] for line in lines)
     rows = [line.replace("│", " ").split() for line in lines]
     assert ["n01440764", "tench", "3", "2"] in rows
@@ -147,7 +147,7 @@ def test_info_shows_the_first_of_many_classes_and_json_all(tmp_path: Path):
     folder = make_imagenet(tmp_path, classes=41, extract=False)
     result = asgo_data("info", folder)
     assert result.stdout.count("│ n1") == 20
-    assert "and 21 more classes; --json has all" in result.stderr
+    assert "and 21 more classes; --json shows all" in result.stderr
     found = json.loads(asgo_data("info", folder, "--json").stdout)
     assert (found["kind"], found["layout"]) == ("images", "packed")
     assert [each["train"] for each in found["classes"]] == [3] + 40 * [4]
@@ -193,7 +193,7 @@ def test_verify_names_each_image_that_is_not_as_it_was(tmp_path: Path):
     lines = result.stdout.splitlines()
     assert f"train/n01443537/{missing.name}: missing" in lines
     assert any(line.startswith(f"train/n01443537/{cut.name}: 1 bytes long, not ") for line in lines)
-    assert "val/n01443537/more.JPEG: no part of this ImageNet; remove it" in lines
+    assert "val/n01443537/more.JPEG: not part of this ImageNet; remove it" in lines
 
 
 def test_verify_finds_an_altered_byte_in_archives_and_index(tmp_path: Path):

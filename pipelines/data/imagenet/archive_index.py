@@ -88,7 +88,7 @@ def _require_same(tar: Tar, found: Mapping[str, Member], wanted: Sequence[str], 
     expected = set(wanted)
     for name in found:
         if name not in expected:
-            tar.refuse(f"{name} is not an {what} of the development kit")
+            tar.refuse(f"the development kit has no {what} {name}")
     for name in wanted:
         if name not in found:
             tar.refuse(f"the {what} {name} is missing")

@@ -194,12 +194,12 @@ def test_packed_text_is_unpacked_under_any_name(tmp_path: Path, name: str):
         ("a.json", b'{\n  "text": "a"\n}', "not JSON lines"),
         ("a.json", b'{"version": 1}', "not JSON lines"),
         ("a.json", b"[" * 200_000, "not JSON lines"),
-        ("a.txt", b"BZh91AY&SY", "compressed by bzip2; unpack it first"),
+        ("a.txt", b"BZh91AY&SY", "compressed with bzip2; decompress it first"),
         ("a.txt.zst", pa.compress(b"text" * 99, "zstd", asbytes=True)[:-5], "damaged zstd file"),
         (
             "a.jsonl",
             b'{"body": "a", "id": 1}\n',
-            'no string named "text" in this row; it has body: name one of them by',
+            'no string named "text" in this row; it has body: choose one with',
         ),
     ],
 )

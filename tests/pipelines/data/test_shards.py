@@ -183,7 +183,7 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path):
     [
         (lambda raw: raw[:1000], "truncated: 1,000 bytes are less than the header's 1,024"),
         (lambda raw: b"", "truncated: 0 bytes"),
-        (lambda raw: raw[:-1], "1,043 bytes, but 10 tokens with the header take 1,044"),
+        (lambda raw: raw[:-1], "1,043 bytes, but the header and 10 tokens take 1,044"),
         (lambda raw: raw + b"\0\0", "1,046 bytes, but 10 tokens"),
         (lambda raw: b"\0\0\0\0" + raw[4:], "not a token shard: it starts with 0, not 20240520"),
         (lambda raw: raw[:4] + struct.pack("<i", 2) + raw[8:], "token shard of version 2, and only 1"),

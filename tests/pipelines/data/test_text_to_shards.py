@@ -184,8 +184,8 @@ def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, float
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"", r"a\.txt: there is no text in it"),
-        (b" \r\n\t", r"a\.txt: there is no text in it"),
+        (b"", r"a\.txt: contains no text"),
+        (b" \r\n\t", r"a\.txt: contains no text"),
         (b"x", "1 characters of text are too few to split"),
         (b"text\xff", r"a\.txt: byte 4 \(0xff\) is not valid UTF-8"),
     ],

@@ -85,7 +85,7 @@ def test_truncated_extended_missing_and_extra_shards_are_found(folder: Path):
     (folder / "shard_000002.bin").unlink()
     found = bad(folder)
     assert "truncated" in found["shard_000000.bin"]
-    assert "3,025 bytes, but 1,000 tokens with the header take 3,024" in found["shard_000001.bin"]
+    assert "3,025 bytes, but the header and 1,000 tokens take 3,024" in found["shard_000001.bin"]
     assert found["shard_000002.bin"] == "missing"
     assert found["shard_000003.bin"] == "not in the manifest"
     assert len(found) == 4
@@ -97,8 +97,8 @@ def test_shards_that_changed_places_are_found(make_folder: Callable[..., Path]):
     (folder / "shard_000002.bin").rename(folder / "shard_000001.bin")
     (folder / "kept").rename(folder / "shard_000002.bin")
     assert bad(folder) == {
-        "shard_000001.bin": "another shard: it has 3 tokens",
-        "shard_000002.bin": "another shard: it has 2 tokens",
+        "shard_000001.bin": "another shard: 3 tokens",
+        "shard_000002.bin": "another shard: 2 tokens",
     }
 
 

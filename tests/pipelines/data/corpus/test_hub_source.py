@@ -331,15 +331,15 @@ def test_a_fault_that_stays_ends_in_one_line_and_a_folder_to_go_on_with(
         (
             protocol.Status(403, code="GatedRepo"),
             "002_",
-            "HTTP 403 Forbidden: status 403, made by the test; ask for access at "
-            "{endpoint}/datasets/HuggingFaceFW/fineweb-edu. Whoever has access logs in with `hf auth login`, or sets "
+            "HTTP 403 Forbidden: status 403, made by the test; request access at "
+            "{endpoint}/datasets/HuggingFaceFW/fineweb-edu, then log in with `hf auth login` or set "
             "HF_TOKEN",
         ),
         (
             protocol.Status(401),
             "/api/datasets/",
-            "HTTP 401 Unauthorized: status 401, made by the test; Whoever has access logs in with `hf auth login`, or "
-            "sets HF_TOKEN",
+            "HTTP 401 Unauthorized: status 401, made by the test; if you have access, log in with `hf auth login` or "
+            "set HF_TOKEN",
         ),
         (protocol.Status(404), "002_", "HTTP 404 Not Found: status 404, made by the test"),
     ],

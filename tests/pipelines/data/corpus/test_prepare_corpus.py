@@ -192,7 +192,7 @@ def test_overwrite_spares_a_folder_that_holds_anything_else(mirror: Path, tmp_pa
     preparation = Preparation(FINEWEB, CorpusOptions(source=str(mirror), **SMALL))
     with pytest.raises(UsageError, match="not empty"):
         preparation.run(tmp_path)
-    with pytest.raises(UsageError, match=r"thesis\.tex is no part of a corpus, so nothing is overwritten"):
+    with pytest.raises(UsageError, match=r"thesis\.tex is not part of a corpus, so nothing is overwritten"):
         preparation.run(tmp_path, overwrite=True)
     assert (tmp_path / "thesis.tex").exists()
 

@@ -151,7 +151,7 @@ def test_a_dropped_connection_goes_on_at_the_byte_where_it_broke(tmp_path: Path,
 def test_it_is_given_up_after_eight_attempts_without_a_byte(tmp_path: Path, server: FileServer) -> None:
     half = leave_half(tmp_path, server)
     server.misbehave(Drop(), TRAIN)
-    assert "given up after 8 attempts" in refusal(tmp_path, server)
+    assert "gave up after 8 attempts" in refusal(tmp_path, server)
     assert len(server.asked(TRAIN)) == 8
     assert (tmp_path / f"{TRAIN}.partial").stat().st_size == half
 
@@ -169,14 +169,14 @@ def test_a_link_in_the_place_of_a_beginning_is_not_followed(tmp_path: Path, serv
 def test_a_server_without_ranges_sends_the_file_again(tmp_path: Path, server: FileServer) -> None:
     leave_half(tmp_path, server)
     server.ranges = False
-    assert "cannot go on in the middle; it begins again" in fetch(tmp_path, server)[0]
+    assert "cannot resume a download; restarting" in fetch(tmp_path, server)[0]
     assert_complete(tmp_path)
 
 
 def test_a_server_without_ranges_that_always_drops_is_given_up(tmp_path: Path, server: FileServer) -> None:
     server.ranges = False
     server.misbehave(Drop(after=0.5), TRAIN)
-    assert "given up after 8 attempts" in refusal(tmp_path, server)
+    assert "gave up after 8 attempts" in refusal(tmp_path, server)
 
 
 @pytest.mark.parametrize("heeds_conditions", [True, False])
@@ -190,7 +190,7 @@ def test_a_file_that_changed_on_the_server_begins_again(
     server.put(TRAIN, changed[TRAIN], **{tag: '"new"' if tag == "etag" else "Tue, 02 Jan 2024 00:00:00 GMT"})
     server.conditions = heeds_conditions
     (tmp_path / MD5SUMS).write_bytes(md5sums(changed))
-    assert "another now; it begins again" in fetch(tmp_path, server, "train")[0]
+    assert "has changed; restarting" in fetch(tmp_path, server, "train")[0]
     assert (tmp_path / TRAIN).read_bytes() == changed[TRAIN]
 
 
@@ -269,7 +269,7 @@ def test_another_length_than_the_official_one_is_refused_at_once(
 ) -> None:
     del server.files[MD5SUMS]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
-    assert "3,000,000 bytes long, and the right file has 147,897,477,120" in refusal(tmp_path, server)
+    assert "3,000,000 bytes long, but the right file has 147,897,477,120" in refusal(tmp_path, server)
     assert not list(tmp_path.iterdir())
 
 
@@ -365,7 +365,7 @@ def test_a_disk_too_small_is_said_before_the_start(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100 * 10**9))
-    with pytest.raises(AsgoError, match=r"154\.6 GB are still to come and 100\.0 GB are free; make room for 54\.6 GB"):
+    with pytest.raises(AsgoError, match=r"154\.6 GB are needed and 100\.0 GB are free; free 54\.6 GB"):
         download_archives(tmp_path, BASE_URL, progress=lambda *_: None, notify=print)
     with pytest.raises(AsgoError, match="are free; free"):
         require_space(tmp_path, 10**18)

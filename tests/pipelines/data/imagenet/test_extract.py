@@ -114,7 +114,7 @@ def test_a_file_that_is_not_of_the_archive_is_named_and_left_alone(tmp_path: Pat
         foreign = tmp_path / folder / "train" / folder / "notes.txt"
         foreign.parent.mkdir(parents=True)
         foreign.write_text("mine")
-        with pytest.raises(AsgoError, match=rf"{FIRST}.*/notes\.txt: no part of the archive; remove it"):
+        with pytest.raises(AsgoError, match=rf"{FIRST}.*/notes\.txt: not part of the archive; remove it"):
             archive.extract(tmp_path / folder / "train")
         assert foreign.read_text() == "mine"
 

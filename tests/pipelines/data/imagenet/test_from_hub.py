@@ -156,7 +156,7 @@ def test_a_damaged_file_is_one_line_and_when_it_is_mended_the_work_goes_on(
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path, copy: Path, extract: bool) -> None:
     paths = [copy / "data" / f"train-0000{number}-of-00003.parquet" for number in (0, 1)]
     paths[1].write_bytes(paths[0].read_bytes())
-    with pytest.raises(AsgoError, match=r"data: two pictures are named n\d+_\d+\.JPEG"):
+    with pytest.raises(AsgoError, match=r"data: two images are named n\d+_\d+\.JPEG"):
         prepare(copy, tmp_path / "out", extract=extract)
 
 
@@ -165,9 +165,9 @@ def test_a_picture_that_a_file_repeats_is_refused_before_the_next_one(tmp_path: 
     row = (b"jpeg", "n01440764_1_n01440764.JPEG", 0)
     path = write_rows(tmp_path / "a.parquet", [row] * 3, features(["a"]))
     met = []
-    with pytest.raises(AsgoError, match=r"a\.parquet: two pictures are named n01440764_1\.JPEG"):
+    with pytest.raises(AsgoError, match=r"a\.parquet: two images are named n01440764_1\.JPEG"):
         met += read_hub_file(path)
-    with pytest.raises(AsgoError, match=r"a\.parquet: two pictures are named n01440764_1\.JPEG"):
+    with pytest.raises(AsgoError, match=r"a\.parquet: two images are named n01440764_1\.JPEG"):
         read_hub_classes([path])
 
 
@@ -202,14 +202,14 @@ def test_a_class_that_no_picture_trains_is_refused(tmp_path: Path, copy: Path, e
     validation = copy / "data" / "validation-00000-of-00002.parquet"
     before = validation.read_bytes()
     write_rows(validation, [(b"jpeg", "ILSVRC2012_val_00000001_n99999999.JPEG", 0)], features(["a"]))
-    with pytest.raises(AsgoError, match=r"val_00000001\.JPEG is of the class n99999999, of which no picture trains"):
+    with pytest.raises(AsgoError, match=r"val_00000001\.JPEG has the class n99999999, which has no training images"):
         prepare(copy, tmp_path / "out", extract=extract)
     validation.write_bytes(before)
     for path in (copy / "data").glob("train-*"):
         rows = parquet.read_table(path).to_pylist()
         kept = [(row["image"]["bytes"], row["image"]["path"], row["label"]) for row in rows if row["label"] != 2]
         write_rows(path, kept, features("abcde"))
-    with pytest.raises(AsgoError, match=r"data: no picture of the class 2, c; download the files again"):
+    with pytest.raises(AsgoError, match=r"data: no image of class 2, c; download the files again"):
         prepare(copy, tmp_path / "other", extract=extract)
 
 
@@ -230,7 +230,7 @@ def test_a_file_of_somebody_else_among_the_images_is_named(tmp_path: Path, copy:
     with pytest.raises(KeyboardInterrupt):
         prepare(copy, tmp_path / "out", report=stop)
     mine.write_text("mine")
-    with pytest.raises(AsgoError, match=r"\.n10000000\.partial/mine\.txt: no part of the archive; remove it"):
+    with pytest.raises(AsgoError, match=r"\.n10000000\.partial/mine\.txt: not part of the archive; remove it"):
         prepare(copy, tmp_path / "out")
     assert mine.read_text() == "mine"
 
@@ -275,7 +275,7 @@ def test_a_packed_file_that_is_gone_or_cut_is_not_read_from(tmp_path: Path, copy
     with pytest.raises(AsgoError, match=rf"val\.images: {size - 1:,} bytes long, not {size:,}; make the folder again"):
         open_images(tmp_path / "out")
     path.unlink()
-    with pytest.raises(AsgoError, match=r"val\.images: not there any more; make the folder again with --overwrite"):
+    with pytest.raises(AsgoError, match=r"val\.images: missing; make the folder again with --overwrite"):
         open_images(tmp_path / "out")
 
 

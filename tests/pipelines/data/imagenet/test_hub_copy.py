@@ -244,7 +244,7 @@ def test_whoever_has_no_access_is_told_where_to_ask(tmp_path: Path, hub: Hub) ->
     hub.misbehave(Status(403, code="GatedRepo"), "/resolve/")
     status, _, errors = fetch(tmp_path, hub.endpoint)
     assert (status, errors.count("\n")) == (1, 1)
-    assert f"ask for access at {hub.endpoint}/datasets/{REPOSITORY}" in errors
+    assert f"request access at {hub.endpoint}/datasets/{REPOSITORY}" in errors
     assert "HF_TOKEN" in errors
 
 

@@ -104,7 +104,7 @@ def test_threads_may_read_at_once(tmp_path: Path, archives: Path, layout: str) -
 def test_folders_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such data folder"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(AsgoError, match=r"no manifest\.json, so `asgo data imagenet` has not made this folder"):
+    with pytest.raises(AsgoError, match=r"no manifest\.json, so this is not a folder of `asgo data imagenet`"):
         open_images(tmp_path)
 
 
@@ -113,7 +113,7 @@ def test_archives_that_are_gone_or_changed_are_named_with_the_way_out(tmp_path: 
     shutil.move(archives.parent, tmp_path / "elsewhere")
     with pytest.raises(
         AsgoError,
-        match=r"img_train\.tar: not there any more; put it back, .*--archives FOLDER .*--no-extract --overwrite",
+        match=r"img_train\.tar: missing; restore it, .*--archives FOLDER .*--no-extract --overwrite",
     ):
         open_images(tmp_path / "out")
     there = tmp_path / "elsewhere" / "archives"

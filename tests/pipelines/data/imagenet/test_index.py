@@ -123,9 +123,9 @@ def spoil_no_image(content: Content) -> None:
 
 SPOILED = {
     spoil_no_class: r"img_train\.tar: the class archive n10000017\.tar is missing",
-    spoil_more_classes: r"img_train\.tar: n99999999\.tar is no class archive that the development kit knows",
+    spoil_more_classes: r"img_train\.tar: the development kit has no class archive n99999999\.tar",
     spoil_empty_class: r"img_train\.tar: n10000017\.tar: holds no images",
-    spoil_no_image: r"img_train\.tar: n10000017\.tar: member Thumbs\.db is not named as an image",
+    spoil_no_image: r"img_train\.tar: n10000017\.tar: the name of member Thumbs\.db is not that of an image",
 }
 
 
@@ -157,7 +157,9 @@ def test_a_validation_image_too_many_or_too_few_is_told(tmp_path: Path) -> None:
         build(folder, labels)
     content.validation += [removed, removed]
     write_archives(folder, content, kit="map_clsloc.txt")
-    with pytest.raises(AsgoError, match=r"img_val\.tar: ILSVRC2012_val_00000004\.JPEG is no image that the dev"):
+    with pytest.raises(
+        AsgoError, match=r"img_val\.tar: the development kit has no image ILSVRC2012_val_00000004\.JPEG"
+    ):
         build(folder, labels)
 
 

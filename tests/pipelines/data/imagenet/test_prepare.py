@@ -154,7 +154,7 @@ def test_a_file_of_the_users_in_a_finished_folder_is_not_overwritten(tmp_path: P
     (tmp_path / "out" / "notes.txt").write_text("mine")
     before = tree(tmp_path / "out")
     with pytest.raises(
-        UsageError, match=r"out: notes\.txt is no part of a prepared ImageNet, so nothing is overwritten"
+        UsageError, match=r"out: notes\.txt is not part of a prepared ImageNet, so nothing is overwritten"
     ):
         prepare(archives, tmp_path / "out", overwrite=True)
     assert tree(tmp_path / "out") == before
@@ -338,9 +338,9 @@ def test_an_unfinished_folder_of_other_data_is_left_alone(tmp_path: Path, archiv
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "unfinished.json").write_text('{"format_version": 1, "recipe": {}}')
     before = tree(tmp_path / "out")
-    with pytest.raises(AsgoError, match=r"unfinished\.json: damaged, or not of images; choose another folder"):
+    with pytest.raises(AsgoError, match=r"unfinished\.json: damaged, or not for images; choose another folder"):
         prepare(archives, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"`asgo data imagenet` did not make it, so nothing is overwritten"):
+    with pytest.raises(UsageError, match=r"`asgo data imagenet` did not create this folder, so nothing is overwritten"):
         prepare(archives, tmp_path / "out", overwrite=True)
     assert tree(tmp_path / "out") == before
 
@@ -354,9 +354,9 @@ def test_a_manifest_that_was_altered_is_told(tmp_path: Path, archives: Path) -> 
     with pytest.raises(AsgoError, match=r"manifest\.json: altered since it was written"):
         load_image_manifest(out)
     path.write_text(json.dumps({**json.loads(whole), "kind": "tokens"}))
-    with pytest.raises(AsgoError, match=r"out: holds other data than images"):
+    with pytest.raises(AsgoError, match=r"out: the data is not images"):
         load_image_manifest(out)
     for broken in ("", "[]", "{}", whole[:-9], whole.replace('"layout"', '"layouts"')):
         path.write_text(broken)
-        with pytest.raises(AsgoError, match=r"manifest\.json: damaged|holds other data"):
+        with pytest.raises(AsgoError, match=r"manifest\.json: damaged|the data is not images"):
             load_image_manifest(out)

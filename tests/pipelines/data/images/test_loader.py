@@ -313,7 +313,7 @@ def test_processes_outlive_signals_to_all_and_one_that_is_killed_stops_the_run_i
             os.kill(int(process.pid or 0), each)
         assert same(batches.batch(12), expected[12])
         os.kill(int(process.pid or 0), signal.SIGKILL)
-        with pytest.raises(AsgoError, match=r"^a process that decodes images is gone; .* use fewer --workers$"):
+        with pytest.raises(AsgoError, match=r"^a process that decodes images was killed; .* use fewer --workers$"):
             consume(batches, range(1, 20))
 
 
