@@ -163,10 +163,10 @@ def test_several_validation_shards_are_used_like_one(data: TokenData):
 
 def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenData):
     TrainingBatches(data, 200, batch_size=1, seed=0)
-    with pytest.raises(AsgoError, match=r"longest training shard has 201 tokens, .* length 201 takes 202"):
+    with pytest.raises(AsgoError, match=r"longest training shard has 201 tokens, .* length 201 needs 202"):
         TrainingBatches(data, 201, batch_size=1, seed=0)
     assert len(ValidationBatches(data, 149, 1)) == 1
-    with pytest.raises(AsgoError, match=r"longest validation shard has 150 tokens, .* length 150 takes 151"):
+    with pytest.raises(AsgoError, match=r"longest validation shard has 150 tokens, .* length 150 needs 151"):
         ValidationBatches(data, 150, 1)
 
 
@@ -213,7 +213,7 @@ def test_more_shards_than_a_process_may_have_open_can_be_read(make_folder: Calla
 
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("my train.bin", "give the folder that it is in: --data '{}'"), ("a b.txt", "asgo data text '{}' --out FOLDER")],
+    [("my train.bin", "pass its folder: --data '{}'"), ("a b.txt", "asgo data text '{}' --out FOLDER")],
 )
 def test_a_file_instead_of_a_folder_gets_advice(tmp_path: Path, name: str, advice: str):
     path = tmp_path / "my data" / name

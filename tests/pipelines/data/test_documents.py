@@ -190,7 +190,7 @@ def test_packed_text_is_unpacked_under_any_name(tmp_path: Path, name: str):
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.json", b'[{"text": "a"}]', 'not JSON lines, one object a line with its text under "text"'),
+        ("a.json", b'[{"text": "a"}]', 'not JSON lines, one object per line with its text under "text"'),
         ("a.json", b'{\n  "text": "a"\n}', "not JSON lines"),
         ("a.json", b'{"version": 1}', "not JSON lines"),
         ("a.json", b"[" * 200_000, "not JSON lines"),
@@ -255,7 +255,7 @@ def test_a_parquet_page_is_looked_at_before_it_is_unpacked(
 ):
     monkeypatch.setattr(parquet_text, "MAX_PAGE_BYTES", 100_000)
     path = write_parquet(tmp_path / "a.parquet", ["x" * 100_001], compression=compression, use_dictionary=False)
-    assert "a page of 100,0" in fault_of(path)
+    assert "a page has 100,0" in fault_of(path)
     many = write_parquet(tmp_path / "b.parquet", ["x" * 90_000] * 300, compression=compression)  # one in a dictionary
     monkeypatch.setattr(parquet_text, "_BYTES_AT_ONCE", 200_000)
     with many.open("rb") as file:
@@ -299,7 +299,7 @@ def test_text_that_gpt2_cannot_take_apart_is_named(tmp_path: Path, monkeypatch: 
     path = write(tmp_path / "a.jsonl", json_lines(["fine", "ACGT" * 100]))
     fine, long = read_documents([path], last_cut=Gpt2Tokenizer().last_cut)
     assert fine == "fine"
-    with pytest.raises(AsgoError, match=r"a\.jsonl, line 2: 250 characters without a blank .* --tokenizer bytes"):
+    with pytest.raises(AsgoError, match=r"a\.jsonl, line 2: 250 characters without whitespace .* --tokenizer bytes"):
         list(long)
     assert "".join("".join(document) for document in read_documents([path])) == "fine" + "ACGT" * 100
 
@@ -322,6 +322,6 @@ def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path: Path):
     command = [sys.executable, "-c", script, str(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert "line 1: longer than 67,108,864 bytes" in lines[0]
-    assert "a page of 314,572,8" in lines[1]
+    assert "a page has 314,572,8" in lines[1]
     peak = int(lines[2]) * (1 if sys.platform == "darwin" else 1024)
     assert peak < 250 << 20  # the line's 64 MB, once in the reader and once joined

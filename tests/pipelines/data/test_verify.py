@@ -120,7 +120,7 @@ def test_a_wrong_header_is_found_though_the_digest_is_right(folder: Path):
         update={"sha256": sha256_of(folder / last.file), "next_start": SourcePosition(document=3, token=0)}
     )
     write_manifest(folder, manifest.model_copy(update={"shards": (*others, last)}))
-    assert bad(folder) == {"shard_000002.bin": "token shard of version 3, and only 1 can be read"}
+    assert bad(folder) == {"shard_000002.bin": "token shard of version 3; only version 1 can be read"}
 
 
 def test_a_shard_that_cannot_be_read_does_not_hide_the_others(folder: Path):

@@ -135,7 +135,7 @@ def test_a_gigatoken_that_gives_other_tokens_is_found_out(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(encode, "_gigatoken_encode", lambda: wrong)
     with pytest.raises(
-        AsgoError, match=r"gigatoken .* gives other tokens than tiktoken for a text that begins with 'o"
+        AsgoError, match=r"gigatoken .* returns other tokens than tiktoken for a text that begins with 'o"
     ):
         BatchEncoder("gigatoken").encode(rows(["one", "other", "only"]))
 

@@ -132,7 +132,7 @@ def test_another_subset_is_its_own_files_and_an_unknown_one_is_answered_with_a_l
     assert hub.downloads("sample") == []
     with pytest.raises(UsageError) as refused:
         Preparation(FINEWEB, replace(ALL, subset="sample-10B")).run(tmp_path / "other")
-    assert "no subset sample-10B; there are" in str(refused.value)
+    assert "no such subset: sample-10B; there are" in str(refused.value)
     assert all(f"'{name}'" in str(refused.value) for name in ("default", "sample-10BT", "CC-MAIN-2024-10"))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "other").exists()
@@ -237,7 +237,7 @@ class Notes(list[str]):
     ("fault", "what"),
     [
         (Truncate(0.6), "ArrowInvalid: Parquet magic bytes not found"),
-        pytest.param(Stall(60, 0.5), "nothing came for 12 s", marks=long),
+        pytest.param(Stall(60, 0.5), "no data for 12 s", marks=long),
     ],
     ids=["truncated", "stalled"],
 )
