@@ -77,7 +77,7 @@ def test_md5sums_beside_the_archives_take_the_place_of_the_official_ones(tmp_pat
 
 
 def test_md5sums_that_do_not_serve_are_told_with_the_line_or_the_file_that_is_missing() -> None:
-    with pytest.raises(AsgoError, match=r"here: line 2 is not as md5sum writes it"):
+    with pytest.raises(AsgoError, match=r"here: line 2 is not in md5sum's format"):
         parse_md5sums(f"{'0' * 32}  a.tar\n{'0' * 31}  b.tar\n", "here")
     with pytest.raises(AsgoError, match=r"here: no line for ILSVRC2012_img_train\.tar"):
         parse_md5sums(f"{'0' * 32}  a.tar\n", "here")

@@ -404,7 +404,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, se
     _, words = (process := start(tmp_path, server, preexec_fn=limit_files)).communicate(timeout=60)
     assert process.returncode == 1
     assert words.count("\n") == 1
-    assert f"{TRAIN}.partial: File too large; what is here is kept" in words
+    assert f"{TRAIN}.partial: File too large; the partial file is kept" in words
     server.requests.clear()
     fetch(tmp_path, server)
     assert server.asked(TRAIN)[0].range == "bytes=1000000-"

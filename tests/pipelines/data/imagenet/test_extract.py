@@ -143,7 +143,7 @@ def test_a_link_in_the_place_of_a_hidden_folder_is_not_followed(tmp_path: Path, 
 
 def test_an_archive_that_is_cut_after_it_was_indexed_is_told(tmp_path: Path, archive: Archive) -> None:
     archive.path.write_bytes(archive.path.read_bytes()[: int(archive.index.offsets[-1])])
-    with pytest.raises(AsgoError, match=r"img_train\.tar: ends in n\d+_\d+\.JPEG, so it was cut"):
+    with pytest.raises(AsgoError, match=r"img_train\.tar: ends in n\d+_\d+\.JPEG, so it was truncated"):
         archive.extract(tmp_path / "train")
     assert not (tmp_path / "train" / sorted(archive.content.train)[-1]).exists()
 

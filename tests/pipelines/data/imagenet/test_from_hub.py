@@ -217,7 +217,9 @@ def test_a_class_that_no_picture_trains_is_refused(tmp_path: Path, copy: Path, e
 
 def test_a_disk_too_small_is_refused_before_anything_is_written(copy: Path, small_disk: Callable[[str], Path]) -> None:
     disk = small_disk("size=128k")
-    with pytest.raises(AsgoError, match=r"the images take .* GB and .* GB are free; make room, or choose another"):
+    with pytest.raises(
+        AsgoError, match=r"the images take .* GB and .* GB are free; free some space, or choose another"
+    ):
         prepare(copy, disk / "out")
     assert images_in(disk / "out") == {}
 
@@ -257,7 +259,7 @@ def test_images_that_a_power_cut_took_are_written_again(tmp_path: Path, copy: Pa
 def test_other_sources_are_other_options(tmp_path: Path, content: Content, copy: Path) -> None:
     prepare(copy, tmp_path / "out", extract=False)
     write_archives(copy, content)
-    with pytest.raises(UsageError, match=r"complete, made with --source hub and not --source archives; give the same"):
+    with pytest.raises(UsageError, match=r"complete, made with --source hub and not --source archives; pass the same"):
         prepare_imagenet(copy, tmp_path / "out", extract=False, report=unheard)
 
 

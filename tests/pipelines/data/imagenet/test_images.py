@@ -121,7 +121,7 @@ def test_archives_that_are_gone_or_changed_are_named_with_the_way_out(tmp_path: 
     open_images(tmp_path / "out")
     with (there / ARCHIVES["val"].file).open("ab") as file:
         file.write(b"x")
-    with pytest.raises(AsgoError, match=r"img_val\.tar: [\d,]+ bytes long, not [\d,]+; put it back"):
+    with pytest.raises(AsgoError, match=r"img_val\.tar: [\d,]+ bytes long, not [\d,]+; restore it"):
         open_images(tmp_path / "out")
 
 
@@ -129,7 +129,7 @@ def test_an_archive_that_is_cut_while_it_is_open_is_told_with_the_image(tmp_path
     train = make(archives, tmp_path / "out", "archives").train
     path = archives / ARCHIVES["train"].file
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(AsgoError, match=r"img_train\.tar: ends in n\d+/n\d+_\d+\.JPEG; it was cut"):
+    with pytest.raises(AsgoError, match=r"img_train\.tar: ends in n\d+/n\d+_\d+\.JPEG; it was truncated"):
         train.read(len(train) - 1)
 
 
@@ -137,7 +137,7 @@ def test_extracted_images_that_are_gone_or_cut_are_named(tmp_path: Path, archive
     data = make(archives, tmp_path / "out", "extracted")
     path = tmp_path / "out" / "train" / data.train.name(3)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(AsgoError, match=rf"{path.name}: [\d,]+ bytes long when it was extracted, and not now"):
+    with pytest.raises(AsgoError, match=rf"{path.name}: no longer [\d,]+ bytes, as when it was extracted"):
         data.train.read(3)
     path.unlink()
     with pytest.raises(AsgoError, match=rf"{path.name}: No such file"):

@@ -95,7 +95,7 @@ def test_an_index_that_is_damaged_altered_or_gone_is_named(tmp_path: Path) -> No
     write_index(path, train, wnids(content))
     with pytest.raises(AsgoError, match=r"train\.parquet: altered since it was written"):
         read_index(path, wnids(content), sha256="0" * 64)
-    with pytest.raises(AsgoError, match=r"train\.parquet: has classes that the labels lack"):
+    with pytest.raises(AsgoError, match=r"train\.parquet: has classes that are not in the labels"):
         read_index(path, wnids(content)[1:])
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(AsgoError, match=r"train\.parquet: damaged"):
@@ -186,4 +186,4 @@ def test_notes_of_macos_are_skipped_and_counted(tmp_path: Path) -> None:
             tar, read_devkit(folder / ARCHIVES["devkit"].file), lambda phase, done, total: phases.append(phase)
         )
     assert train.names.tolist() == plain[0].names.tolist()
-    assert phases[-1].startswith("skipping 6 files of macOS, such as ._")
+    assert phases[-1].startswith("skipping 6 metadata files of macOS, such as ._")

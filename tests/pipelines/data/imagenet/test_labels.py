@@ -80,7 +80,7 @@ def test_a_kit_without_a_part_is_told(tmp_path: Path, content: Content) -> None:
         ("n02119789 1 kit_fox\nn02100735\n", "line 2 is not a WordNet id, a number and a name"),
         ("n02119789 1 kit_fox\nn02100735 1 setter\n", "a class or a number occurs twice"),
         ("n02119789 1 kit_fox\nn02119789 2 kit_fox\n", "a class or a number occurs twice"),
-        ("", "there is none"),
+        ("", "there are none"),
     ],
 )
 def test_a_malformed_table_is_told(tmp_path: Path, content: Content, table: str, problem: str) -> None:
@@ -94,7 +94,7 @@ def test_labels_of_unknown_classes_are_told_with_their_line(tmp_path: Path, cont
     for truth in (b"1\n11\n", b"1\nx\n", b"1\n-1\n"):
         files = kit_files(content, "map_clsloc.txt")
         files["ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt"] = truth
-        with pytest.raises(AsgoError, match=r"line 2 is '.+', the number of no class"):
+        with pytest.raises(AsgoError, match=r"line 2 is '.+', not the number of a class"):
             read_devkit(write_kit(tmp_path, files))
 
 

@@ -108,7 +108,7 @@ def test_the_same_call_again_finds_its_work_done(tmp_path: Path, archives: Path)
 def test_other_options_are_refused_by_name_unless_overwriting(tmp_path: Path, archives: Path, content: Content) -> None:
     out = tmp_path / "out"
     prepare(archives, out)
-    with pytest.raises(UsageError, match=r"out: complete, made with --extract and not --no-extract; give the same"):
+    with pytest.raises(UsageError, match=r"out: complete, made with --extract and not --no-extract; pass the same"):
         prepare(archives, out, extract=False)
     other = write_archives(tmp_path / "others", noise(classes=3, train=2, validation=1, largest=99))
     with pytest.raises(UsageError, match=r"made with --archives .*archives and not --archives .*others; give"):
@@ -256,7 +256,7 @@ def test_a_disk_too_small_is_refused_before_anything_is_extracted(
     archives: Path, small_disk: Callable[[str], Path]
 ) -> None:
     disk = small_disk("size=128k")
-    with pytest.raises(AsgoError, match=r"the images take .* GB and .* GB are free; make room, or leave them"):
+    with pytest.raises(AsgoError, match=r"the images take .* GB and .* GB are free; free some space, or read them"):
         prepare(archives, disk / "out")
     assert images_in(disk / "out") == {}
 
