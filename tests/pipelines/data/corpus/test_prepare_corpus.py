@@ -72,7 +72,7 @@ def test_a_copy_of_the_repository_has_its_subsets_and_files_may_be_packed(
     (copy / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     Preparation(FINEWEB, CorpusOptions(source=str(copy), **SMALL)).run(tmp_path / "out")
     assert shards_in(tmp_path / "out") == shards_in(done)
-    with pytest.raises(AsgoError, match=r"no subset sample; there are \['default', 'sample-10BT'\]"):
+    with pytest.raises(AsgoError, match=r"no such subset: sample; there are \['default', 'sample-10BT'\]"):
         Preparation(FINEWEB, CorpusOptions(source=str(copy), subset="sample")).run(tmp_path / "other")
 
 
