@@ -71,7 +71,7 @@ def _remote_failure(error: Exception) -> Failure:
 
 
 def _is_unknown_dataset(error: BaseException) -> bool:
-    """Whether the error is datasets' own. The import takes seconds; if nobody imported it, it raised nothing."""
+    """Whether this is datasets' `DatasetNotFoundError`. Does not import datasets, which takes seconds."""
     module = sys.modules.get("datasets.exceptions")
     return module is not None and isinstance(error, module.DatasetNotFoundError)
 

@@ -111,7 +111,7 @@ def test_other_options_are_refused_by_name_unless_overwriting(tmp_path: Path, ar
     with pytest.raises(UsageError, match=r"out: complete, made with --extract and not --no-extract; pass the same"):
         prepare(archives, out, extract=False)
     other = write_archives(tmp_path / "others", noise(classes=3, train=2, validation=1, largest=99))
-    with pytest.raises(UsageError, match=r"made with --archives .*archives and not --archives .*others; give"):
+    with pytest.raises(UsageError, match=r"made with --archives .*archives and not --archives .*others; pass"):
         prepare(other, out)
     assert images_in(out) == expected_tree(content)
     prepare(other, out, extract=False, overwrite=True)
