@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.compiler_cache import separate_instruction_sets
 from pipelines.config import RunConfig
 from pipelines.data.text_to_shards import prepare_text
 from pipelines.resolve import Layer, preset_layer, resolve
 
 torch.set_num_threads(1)
+separate_instruction_sets()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
