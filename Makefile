@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test lint check format clean
 
 demo: $(VENV)/.asgo
 	$(BIN)/asgo demo
@@ -16,10 +16,12 @@ demo: $(VENV)/.asgo
 test: $(VENV)/.dev
 	$(BIN)/pytest -n 2
 
-check: $(VENV)/.dev
+lint: $(VENV)/.dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+check: lint
 	ASGO_TESTS=all $(BIN)/pytest -n 2 --durations=25
 
 format: $(VENV)/.dev

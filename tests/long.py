@@ -1,4 +1,4 @@
-"""Which tests run: `make test` leaves out those that take long; `make check`, and so CI, runs all of them."""
+"""Which tests run: `make test` leaves out those that take long; `make check` runs all of them."""
 
 from __future__ import annotations
 
