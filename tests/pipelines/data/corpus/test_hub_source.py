@@ -237,14 +237,14 @@ class Notes(list[str]):
     ("fault", "what"),
     [
         (Truncate(0.6), "ArrowInvalid: Parquet magic bytes not found"),
-        pytest.param(Stall(60, 0.5), "no data for 12 s", marks=long),
+        pytest.param(Stall(60, 0.5), "no data for 8 s", marks=long),
     ],
     ids=["truncated", "stalled"],
 )
 def test_a_file_that_is_whole_again_later_is_read_then(
     fault: Fault, what: str, hub: Hub, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retries, "STALL_S", 12.0)  # a reader needs seconds to start on a busy machine
+    monkeypatch.setattr(retries, "STALL_S", 8.0)  # below the 10 s of the hub's client; a reader needs seconds to start
     hub.misbehave(fault, "003_")
     preparation = Preparation(FINEWEB, ALL, notes=Notes(hub.behave))
     preparation.run(tmp_path / "out")
