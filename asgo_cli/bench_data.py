@@ -43,7 +43,7 @@ def data(
         ),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokenizer processes.", show_default="one per processor")
+        int | None, typer.Option(min=1, metavar="N", help="Tokenizer processes.", show_default="one per core")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, metavar="N", help="Rounds.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything, each round too, as JSON.")] = False,
@@ -71,7 +71,7 @@ def loader(
         typer.Argument(metavar="[FILE...]", help="Photographs or folders of them; default: one of matplotlib's."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes that decode.", show_default="one per processor")
+        int | None, typer.Option(min=1, metavar="N", help="Processes that decode.", show_default="one per core")
     ] = None,
     repeats: Repeats = 5,
     as_json: AsJson = False,
@@ -97,7 +97,7 @@ def archives(
     classes: Annotated[int, typer.Option(min=1, metavar="N", help="Classes.")] = 20,
     images: Annotated[int, typer.Option(min=1, metavar="N", help="Training images per class.")] = 100,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Threads that extract.", show_default="one per processor")
+        int | None, typer.Option(min=1, metavar="N", help="Threads that extract.", show_default="one per core")
     ] = None,
     repeats: Repeats = 3,
     as_json: AsJson = False,

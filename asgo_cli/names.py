@@ -6,11 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipelines.optimizers import OPTIMIZER_NAMES, OWN_NAMES
-from pipelines.tasks import TASKS
 
 OPTIMIZERS, OWN_OPTIMIZERS = OPTIMIZER_NAMES, OWN_NAMES
-PRESETS = {name: task.presets for name, task in TASKS.items()}
-"""Presets by task; the first is the default."""
 SWEEPS = ("asro-gpt-paper", "asro-imagenet-paper", "asgo-gpt2-paper", "asgo-nanogpt-paper", "asgo-nanogpt-search")
 TRACKERS = ("tensorboard", "wandb")
 CLASSIFIERS = (

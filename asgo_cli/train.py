@@ -61,7 +61,7 @@ ModelOption = Annotated[
     ),
 ]
 WorkersOption = Annotated[
-    int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one per processor")
+    int | None, typer.Option(metavar="N", help="Processes that decode images.", show_default="one per core")
 ]
 InitFromOption = Annotated[
     Path | None,
@@ -111,7 +111,7 @@ PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and exit.")]
-_OF_SOME_TASKS = frozenset().union(*(task.options for task in TASKS.values()))
+_TASK_OPTIONS = frozenset().union(*(task.options for task in TASKS.values()))
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _options_of(task: TaskDescription) -> list[_Option]:
         _Option("print_config", PrintConfigOption, default=False),
         _Option("dry_run", DryRunOption, default=False),
     ]
-    return [option for option in options if option.name not in _OF_SOME_TASKS or option.name in task.options]
+    return [option for option in options if option.name not in _TASK_OPTIONS or option.name in task.options]
 
 
 def _add_command(task: TaskDescription) -> None:

@@ -290,7 +290,7 @@ class ImageRuntimeSettings(RuntimeSettings):
     """Runtime settings of a run on images."""
 
     workers: Annotated[int, Field(gt=0, le=4096)] | None = None
-    """Processes that read and decode images; one per processor if absent."""
+    """Processes that read and decode images; one per core if absent."""
 
 
 class RunConfig(Settings):

@@ -21,8 +21,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from asgo_cli.names import OPTIMIZERS, PRESETS
+from asgo_cli.names import OPTIMIZERS
 from pipelines.storage import sha256_of
+from pipelines.tasks import TASKS
 from tests.command_lines import tree
 from tests.conftest import WORDS
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
@@ -82,7 +83,7 @@ def make_data(cwd: Path) -> None:
 
 def run(task: str, optimizer: str, cwd: Path) -> str:
     """Train for six steps; returns what `outcome` does."""
-    preset = "tiny" if task == "gpt" else PRESETS[task][0]
+    preset = "tiny" if task == "gpt" else TASKS[task].presets[0]
     table = {**COMMON, **SMALL[task]}
     given = REQUIRED.get(optimizer, {})
     table |= {f"optimizer.{key}": value for key, value in given.items()}
@@ -120,24 +121,24 @@ def record(cwd: Path, old: Path) -> dict[str, str]:
     with ThreadPoolExecutor(max_workers=2) as pool:
         jobs = {
             f"config {preset} {optimizer}": pool.submit(configuration, task, preset, optimizer, cwd)
-            for task, presets in PRESETS.items()
-            for preset in presets
+            for task, description in TASKS.items()
+            for preset in description.presets
             for optimizer in OPTIMIZERS
         }
         jobs |= {
             f"run {task} {optimizer}": pool.submit(run, task, optimizer, cwd)
-            for task in PRESETS
+            for task in TASKS
             for optimizer in OPTIMIZERS
         }
         kept |= {name: job.result() for name, job in jobs.items()}
         again = {
             f"run {task} {optimizer}": pool.submit(resumed, task, optimizer, old, cwd)
-            for task in PRESETS
+            for task in TASKS
             for optimizer in OPTIMIZERS
         }
         for name, job in again.items():
             kept[f"resumed {name}"] = job.result()
-    for task in PRESETS:
+    for task in TASKS:
         kept[f"compare {task}"] = asgo("compare", f"runs-{task}", "--json", "--out", cwd / f"report-{task}", cwd=old)
     for path in sorted(cwd.glob("data-*/*")):
         if path.is_file():

@@ -87,7 +87,7 @@ def bench_loader(inputs: Sequence[Path], workers: int | None, repeats: int, prog
 
     `inputs` are photographs or folders of them; without them, crops of the photograph that matplotlib ships. They are
     written as JPEG files and also into an archive like ImageNet's. Every turn starts `workers` new processes (default:
-    one per processor). Time starts with the first batch, which excludes startup. Calls
+    one per core). Time starts with the first batch, which excludes startup. Calls
     `progress(what, turns done, turns)`.
 
     Raises `UsageError` for an input that is not a photograph, or if torchvision is missing.

@@ -103,14 +103,6 @@ class RunFolder:
             raise UsageError(f"{self.path}: another process trains here; wait for it, or choose another --out")
         self.require_ours()
 
-    def is_locked(self) -> bool:
-        """Whether a process trains here now."""
-        try:
-            with self._lock_path.open("r+b") as file:
-                return not try_lock(file)
-        except FileNotFoundError:
-            return False
-
     def require_ours(self) -> None:
         """Raise `AsgoError` if the folder was deleted, moved or replaced since `lock`.
 

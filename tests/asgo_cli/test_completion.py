@@ -17,6 +17,7 @@ from optim import OPTIMIZER_NAMES
 from pipelines.config import RuntimeSettings
 from pipelines.resolve import preset_names
 from pipelines.sweeps.definition import sweep_names
+from pipelines.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "numpy", "pydantic", "matplotlib", "plotly", "optuna", "pipelines.resolve")
@@ -33,7 +34,7 @@ def complete(*words: str) -> list[str]:
 
 def test_names_are_those_of_the_registries() -> None:
     assert names.OPTIMIZERS == OPTIMIZER_NAMES
-    assert {task: sorted(known) for task, known in names.PRESETS.items()} == {
+    assert {name: sorted(task.presets) for name, task in TASKS.items()} == {
         task: preset_names(task) for task in ("gpt", "imagenet")
     }
     assert sorted(names.SWEEPS) == sweep_names()
