@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,7 @@ from asgo_cli.launch import LAUNCH_OPTIONS, Launch
 from asgo_cli.options import Device
 from asgo_cli.progress import TrainingProgress
 from asgo_cli.worker import is_restarted
+from pipelines.errors import UsageError
 from pipelines.shell import command
 from pipelines.tasks import TASKS, task_of
 from pipelines.tasks.description import TaskDescription
@@ -111,6 +113,10 @@ PrintConfigOption = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved configuration as TOML and exit.")
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and exit.")]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="With --dry-run: draw the schedule (.png, .pdf or .svg)."),
+]
 _TASK_OPTIONS = frozenset().union(*(task.options for task in TASKS.values()))
 
 
@@ -162,6 +168,7 @@ def _options_of(task: TaskDescription) -> list[_Option]:
         _Option("track", TrackOption, "runtime.track"),
         _Option("print_config", PrintConfigOption, default=False),
         _Option("dry_run", DryRunOption, default=False),
+        _Option("plot", PlotOption),
     ]
     return [option for option in options if option.name not in _TASK_OPTIONS or option.name in task.options]
 
@@ -173,11 +180,14 @@ def _add_command(task: TaskDescription) -> None:
     def train(**given: Any) -> None:
         asked = Launch(**{name: given[name] for name in LAUNCH_OPTIONS})
         asked.check(given["device"])
+        if given["plot"] is not None and not given["dry_run"]:
+            raise UsageError("--plot: draws the schedule without training; add --dry-run")
         given["device"] = asked.device or given["device"]
         flags = {option.flag: (option.key, given[option.name]) for option in options if option.key is not None}
         resumed = given["out"] if given["resume"] else None
         settings = _resolve(task, given["preset"], given["config"], flags, given["set"] or [], resumed)
-        _carry_out(settings, given["out"], given["resume"], given["print_config"], given["dry_run"], asked)
+        modes = {name: given[name] for name in ("resume", "print_config", "dry_run", "plot")}
+        _carry_out(settings, given["out"], asked, **modes)
 
     train.__doc__ = f"{task.summary}\n\nLater settings win: the preset, --config, the other options, --set."
     train.__annotations__ = {option.name: option.annotation for option in options}
@@ -195,7 +205,14 @@ for _task in TASKS.values():
 
 
 def _carry_out(
-    settings: RunConfig, out: Path | None, resume: bool, print_config: bool, dry_run: bool, asked: Launch
+    settings: RunConfig,
+    out: Path | None,
+    asked: Launch,
+    *,
+    resume: bool,
+    print_config: bool,
+    dry_run: bool,
+    plot: Path | None,
 ) -> None:
     folder = out or Path("runs") / f"{settings.preset}-{settings.optimizer.name}-s{settings.seed}"
     if print_config:
@@ -203,8 +220,9 @@ def _carry_out(
         return
     asked.check(settings.runtime.device)
     asked.check_machine()
+    warnings.showwarning = lambda message, *_: console.warn(str(message))
     if dry_run:
-        _show_plan(settings, folder, asked)
+        _show_plan(settings, folder, plot, asked)
     elif asked:
         raise typer.Exit(launch.start(asked, sys.argv[1:]))
     else:
@@ -219,8 +237,8 @@ def _resolve(
     assignments: list[str],
     resumed: Path | None,
 ) -> RunConfig:
-    from pipelines.gpt2.initial_model import resolve_with_initial_model
     from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, saved_layer
+    from pipelines.steps import resolve_run
 
     continues = resumed is not None and preset is None and config is None
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
@@ -230,7 +248,7 @@ def _resolve(
     for flag, (key, value) in flags.items():
         if value is not None:
             layers.append(Layer(flag, {key: str(value) if isinstance(value, Path) else value}))
-    return resolve_with_initial_model([*layers, assignment_layer(assignments)])
+    return resolve_run([*layers, assignment_layer(assignments)])
 
 
 def _print_config(settings: RunConfig) -> None:
@@ -241,21 +259,25 @@ def _print_config(settings: RunConfig) -> None:
 
 def _warn_of_warmup(settings: RunConfig) -> None:
     """Warn if the warm-up takes the whole run: the learning rate never reaches its peak."""
-    from pipelines.training.schedule import lr_factor, warmup_steps
+    from pipelines.training.schedule import factor_at, warmup_steps
 
     steps = settings.training.steps
     warmup = warmup_steps(settings.schedule, steps)
     if warmup >= steps:
-        highest = lr_factor(settings.schedule, steps - 1, steps)
+        highest = factor_at(settings.schedule, steps - 1, steps)
         console.warn(
             f"the warm-up takes {warmup:,} steps and the run has {steps:,}: the learning rate reaches only"
             f" {highest:.0%} of its peak; lower schedule.warmup_steps or schedule.warmup_fraction"
         )
 
 
-def _show_plan(settings: RunConfig, folder: Path, asked: Launch) -> None:
+def _show_plan(settings: RunConfig, folder: Path, plot: Path | None, asked: Launch) -> None:
     from pipelines.training.train import plan
 
+    if plot is not None:
+        from pipelines.analysis.schedule_figure import check_figure_path, draw_schedule
+
+        check_figure_path(plot)
     _warn_of_warmup(settings)
     planned = plan(settings, asked.size)
     training, unit = settings.training, task_of(settings).unit
@@ -273,15 +295,28 @@ def _show_plan(settings: RunConfig, folder: Path, asked: Launch) -> None:
         facts.append(("processes", asked.description))
     console.show_facts(facts)
     if asked:
-        typer.echo(launch.torchrun_command(asked, [argument for argument in sys.argv[1:] if argument != "--dry-run"]))
-    console.say("dry run: nothing was written")
+        typer.echo(launch.torchrun_command(asked, list(_arguments_of_training())))
+    if plot is None:
+        console.say("dry run: nothing was written")
+        return
+    draw_schedule(planned.schedule, plot)
+    console.say(f"{plot}: the schedule; dry run: nothing else was written")
+
+
+def _arguments_of_training() -> Iterator[str]:
+    """Yield the arguments of this command without --dry-run and --plot FILE."""
+    arguments = iter(sys.argv[1:])
+    for argument in arguments:
+        if argument == "--plot":
+            next(arguments)
+        elif argument != "--dry-run" and not argument.startswith("--plot="):
+            yield argument
 
 
 def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
     from pipelines.training.train import train
 
     _warn_of_warmup(settings)
-    warnings.showwarning = lambda message, *_: console.warn(str(message))
     # Prints of libraries go to stderr: on stdout, a broken pipe would end the run.
     with (
         contextlib.redirect_stdout(sys.stderr),

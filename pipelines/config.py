@@ -31,6 +31,8 @@ Size = Annotated[int, Field(gt=0, le=2**20)]
 """A dimension of a model. Bounded: a number in a file must not size an allocation or a loop without a limit."""
 Count = Annotated[int, Field(gt=0, le=10**12)]
 """A number of steps."""
+Length = Annotated[float, Field(gt=0, le=10**9)]
+"""Length of a run in epochs, or in tokens per parameter."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 """The seeds that torch accepts."""
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -190,24 +192,112 @@ class ClassifierSettings(ModelSettings):
         return self.name
 
 
-class ScheduleSettings(Settings):
-    """Learning rate schedule, relative to the optimizer's `lr`."""
+ScheduleKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
+WsdDecay = Literal["linear", "cosine", "sqrt", "power"]
+WarmupSteps = Annotated[int, Field(ge=0, le=10**12)]
+DecayFraction = Annotated[float, Field(gt=0, le=1)]
 
-    kind: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0, le=10**12)] = 0
-    """Steps of linear warm-up."""
-    warmup_fraction: Decay = 0.0
-    """The same as a fraction of all steps."""
-    initial_lr_fraction: Fraction = 0.0
-    """Learning rate of the first warm-up step, as a fraction of `lr`."""
-    final_lr_fraction: Fraction = 0.0
-    """Learning rate at the end of `cosine` and `linear`, as a fraction of `lr`."""
+
+class _WarmupSettings(Settings):
+    """Base class of schedules: the warm-up has one length."""
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
-        if self.warmup_steps and self.warmup_fraction:
+        if getattr(self, "warmup_steps", None) and getattr(self, "warmup_fraction", None):
             raise ValueError("give warmup_steps or warmup_fraction, not both")
         return self
+
+
+class CurveSettings(_WarmupSettings, ABC):
+    """A factor over the steps of a run: a linear warm-up to 1, then `kind`.
+
+    `pipelines.training.schedule.factor_at` has the formulas.
+    """
+
+    kind: ScheduleKind = "constant"
+    warmup_steps: WarmupSteps = 0
+    """Steps of linear warm-up."""
+    warmup_fraction: Decay = 0.0
+    """The same as a fraction of all steps."""
+    decay_fraction: DecayFraction = 0.2
+    """Steps of the decay of `wsd`, as a fraction of all steps."""
+    decay: WsdDecay = "linear"
+    """Shape of this decay."""
+    decay_power: Positive = 2.0
+    """Exponent of the shape `power`."""
+
+    @property
+    @abstractmethod
+    def ends(self) -> tuple[float, float]:
+        """Factors at the first step of the warm-up, and at the end of `linear`, `cosine` and `wsd`."""
+
+
+class FactorScheduleSettings(CurveSettings):
+    """Schedule of a value other than the learning rate, relative to the value of each parameter group."""
+
+    initial_fraction: NonNegativeFloat = 0.0
+    """Value of the first warm-up step, as a fraction of the group's; may exceed 1."""
+    final_fraction: NonNegativeFloat = 0.0
+    """Value at the end of `linear`, `cosine` and `wsd`, as a fraction of the group's; may exceed 1."""
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.initial_fraction, self.final_fraction
+
+
+class PartScheduleSettings(_WarmupSettings):
+    """Keys that override the learning rate schedule for a part of the model."""
+
+    kind: ScheduleKind | None = None
+    warmup_steps: WarmupSteps | None = None
+    warmup_fraction: Decay | None = None
+    decay_fraction: DecayFraction | None = None
+    decay: WsdDecay | None = None
+    decay_power: Positive | None = None
+    initial_lr_fraction: Fraction | None = None
+    final_lr_fraction: Fraction | None = None
+
+
+class PartSchedules(Settings):
+    """Learning rate schedules of the parts of a model."""
+
+    embedding: PartScheduleSettings | None = None
+    head: PartScheduleSettings | None = None
+    vectors: PartScheduleSettings | None = None
+    matrices: PartScheduleSettings | None = None
+
+
+class ScheduleSettings(CurveSettings):
+    """Learning rate schedule, relative to the optimizer's `lr`, and the schedules of other values."""
+
+    initial_lr_fraction: Fraction = 0.0
+    """Learning rate of the first warm-up step, as a fraction of `lr`."""
+    final_lr_fraction: Fraction = 0.0
+    """Learning rate at the end of `linear`, `cosine` and `wsd`, as a fraction of `lr`."""
+    momentum: FactorScheduleSettings | None = None
+    """Schedule of the momentum; of the first of `betas` for an optimizer without momentum."""
+    beta2: FactorScheduleSettings | None = None
+    """Schedule of beta2; of the second of `betas` for an optimizer without beta2."""
+    weight_decay: FactorScheduleSettings | None = None
+    parts: PartSchedules | None = None
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.initial_lr_fraction, self.final_lr_fraction
+
+    @property
+    def named_parts(self) -> tuple[str, ...]:
+        """Parts of the model with a schedule of their own."""
+        return () if self.parts is None else tuple(name for name, own in self.parts if own is not None)
+
+    def of_part(self, part: str | None) -> ScheduleSettings:
+        """Return the learning rate schedule of a part; the general one without a part."""
+        if part not in self.named_parts:
+            return self
+        own = getattr(self.parts, part).model_dump(exclude_none=True)
+        if "warmup_steps" in own or "warmup_fraction" in own:  # one replaces the other
+            own = {"warmup_steps": 0, "warmup_fraction": 0.0, **own}
+        return self.model_copy(update=own)
 
 
 class TrainingSettings(Settings):
@@ -230,9 +320,26 @@ class TrainingSettings(Settings):
         return self
 
 
-class ImageTrainingSettings(TrainingSettings):
-    """Training settings of image classification."""
+class GPTTrainingSettings(TrainingSettings):
+    """Training settings of a decoder.
 
+    `pipelines.steps` converts `tokens` and `tokens_per_parameter` to `steps`; the rest of the program sees None.
+    """
+
+    tokens: Annotated[int, Field(gt=0, le=10**18)] | None = Field(None, exclude=True)
+    """Length of the run in tokens, instead of `steps`."""
+    tokens_per_parameter: Length | None = Field(None, exclude=True)
+    """The same as a multiple of the number of the model's parameters."""
+
+
+class ImageTrainingSettings(TrainingSettings):
+    """Training settings of image classification.
+
+    `pipelines.steps` converts `epochs` to `steps`; the rest of the program sees None.
+    """
+
+    epochs: Length | None = Field(None, exclude=True)
+    """Length of the run in passes over the training images, instead of `steps`."""
     label_smoothing: Decay = 0.0
 
 
@@ -346,6 +453,7 @@ class GPTRunConfig(RunConfig):
 
     task: Literal["gpt"]
     model: GPTSettings
+    training: GPTTrainingSettings
     init_from: LocalPath | None = None
     """A local Hugging Face GPT-2 folder with the initial weights; random ones if absent."""
     initial_weights_sha256: str | None = None

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from types import NoneType
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -237,7 +238,8 @@ def _table_of(model: type[BaseModel], loc: Sequence[str], raw_loc: tuple[int | s
         if part == "optimizer":
             model = OPTIMIZER_SETTINGS[str(raw_loc[1])]
         else:
-            model = cast(type[BaseModel], model.model_fields[part].annotation)
+            annotation = model.model_fields[part].annotation  # a class, or None and a class
+            model = next(kind for kind in (get_args(annotation) or (annotation,)) if kind is not NoneType)
     return model
 
 

@@ -61,7 +61,7 @@ LAYERS = (
     {"config", "resolve", "compiler_cache", "tensors"},
     {"data"},
     {"gpt2"},
-    {"tasks"},
+    {"tasks", "steps"},
     {"training"},
     {"exchange", "generation"},
     {"analysis"},

@@ -49,7 +49,7 @@ def open_token_data(folder: Path) -> TokenData:
         raise UsageError(f"{folder}: this is a file; {_advice_on_file(folder)}")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder; make it with: {_command_that_makes(folder)}")
-    if not any((folder / name).exists() for name in (MANIFEST, UNFINISHED)):
+    if not _has_manifest(folder):
         return _open_without_manifest(folder)
     manifest = load_manifest(folder)
     vocab_size = build_tokenizer(manifest.tokenizer).vocab_size
@@ -64,6 +64,20 @@ def open_token_data(folder: Path) -> TokenData:
         train=tuple(train),
         validation=(validation,),
     )
+
+
+def vocab_size_of(folder: Path) -> int:
+    """Return the number of symbols of a folder's tokenizer. Opens no shards if there is a manifest.
+
+    Raises like `open_token_data`.
+    """
+    if _has_manifest(folder):
+        return build_tokenizer(load_manifest(folder).tokenizer).vocab_size
+    return open_token_data(folder).vocab_size
+
+
+def _has_manifest(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (MANIFEST, UNFINISHED))
 
 
 def _open_without_manifest(folder: Path) -> TokenData:

@@ -14,8 +14,8 @@ from typing import Any
 
 from pipelines.config import RunConfig, flatten
 from pipelines.errors import UsageError
-from pipelines.gpt2.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
+from pipelines.steps import LENGTHS, resolve_run
 from pipelines.sweeps.search_table import Search, read_search
 from pipelines.tasks import TASKS, task_of
 
@@ -72,8 +72,8 @@ class Variant:
     """Layers that all variants have."""
 
     def resolve(self, settings: Mapping[str, Any]) -> RunConfig:
-        """Resolve the configuration; `settings` override its own. Raises like `pipelines.resolve.resolve`."""
-        return resolve_with_initial_model([*self.base, Layer(self.origin, {**self.settings, **settings})])
+        """Resolve the configuration; `settings` override its own. Raises like `resolve_run`."""
+        return resolve_run([*self.base, Layer(self.origin, {**self.settings, **settings})])
 
 
 class Problems:
@@ -254,7 +254,8 @@ def _refuse_to_overrule(variants: Sequence[Variant], set_layer: Layer) -> None:
     """Raise `UsageError` if --set changes a setting in which runs differ: their names would be wrong."""
     problems = []
     for key in set_layer.values:
-        owners = [variant.name for variant in variants if key in variant.settings]
+        keys = LENGTHS if key in LENGTHS else (key,)
+        owners = [variant.name for variant in variants if not variant.settings.keys().isdisjoint(keys)]
         if key == "seed":
             problems.append("--set seed: give --seeds 1,2,3")
         elif owners:

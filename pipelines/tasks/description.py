@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,12 @@ class TaskDescription:
     """Opens the data and builds the model, or this rank's shard of it."""
     units_per_sample: Callable[[Any], int]
     """Tokens in a sequence; 1 for images."""
+    length: Callable[[Any], Fraction]
+    """Length of a run in units, from the settings that replace `training.steps`; may open the data.
+
+    It is exact for the decimal number that the user wrote: 1.1 epochs of 100 images are 110 images, but `1.1 * 100` is
+    more.
+    """
     exporters: Mapping[str, Exporter]
     """Exporters by `--format` of `asgo export-model`."""
     writes_text: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,17 @@ def _build(config: GPTRunConfig, device: torch.device, ranks: Ranks) -> Task:
     from pipelines.training.gpt_task import GPTTask
 
     return GPTTask(config, device, ranks)
+
+
+def _length(config: GPTRunConfig) -> Fraction:
+    training = config.training
+    if training.tokens is not None:
+        return Fraction(training.tokens)
+    from pipelines.data.batches import vocab_size_of
+    from pipelines.training.gpt_task import count_parameters
+
+    parameters = count_parameters(config.model, vocab_size_of(Path(config.data.folder)))
+    return Fraction(str(training.tokens_per_parameter)) * parameters
 
 
 def _export_to_hugging_face(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Path) -> str:
@@ -63,6 +75,7 @@ GPT = TaskDescription(
     open_data=_open_data,
     build=_build,
     units_per_sample=lambda config: config.model.context_length,
+    length=_length,
     exporters={"hf": _export_to_hugging_face},
     writes_text=True,
     commands_to_train_further=_commands_to_train_further,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,13 @@ def _build(config: ImageNetRunConfig, device: torch.device, ranks: Ranks) -> Tas
     return ImageNetTask(config, device, ranks)
 
 
+def _length(config: ImageNetRunConfig) -> Fraction:
+    from pipelines.data.images.manifest import load_image_manifest
+
+    images = sum(each.train for each in load_image_manifest(Path(config.data.folder)).classes)
+    return Fraction(str(config.training.epochs)) * images
+
+
 def _export_to_torchvision(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:
     from pipelines.exchange.classifier_export import write_classifier  # takes a second to import
 
@@ -52,5 +60,6 @@ IMAGES = TaskDescription(
     open_data=_open_data,
     build=_build,
     units_per_sample=lambda config: 1,
+    length=_length,
     exporters={"torchvision": _export_to_torchvision},
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,16 @@ def build_decoder(settings: DecoderSettings, vocab_size: int) -> nn.Module:
     if size > memory_bytes():
         raise UsageError(f"model: its weights take {size / 2**30:,.0f} GiB, more than this machine's memory")
     return settings.build(vocab_size)
+
+
+@functools.cache
+def count_parameters(settings: DecoderSettings, vocab_size: int) -> int:
+    """Return the number of parameters of a decoder, a tied weight once. Builds it on the meta device, without memory.
+
+    Raises `UsageError` like `build_decoder`.
+    """
+    with torch.device("meta"):
+        return sum(param.numel() for param in build_decoder(settings, vocab_size).parameters())
 
 
 def require_weights_of(settings: DecoderSettings, vocab_size: int, tensors: Tensors, source: str) -> None:

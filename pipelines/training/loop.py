@@ -23,7 +23,6 @@ from pipelines.training.metrics import Counts, Row
 from pipelines.training.parallel import gradients_synchronized
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.schedule import lr_factor
 from pipelines.training.state import TrainState
 from pipelines.training.task import Task
 
@@ -143,15 +142,13 @@ def _interrupted(run: Run) -> RunInterrupted:
 
 def train_step(run: Run) -> tuple[float, float, float]:
     """Update the weights from one global batch; returns loss, gradient norm and learning rate."""
-    config, state = run.config, run.state
-    factor = lr_factor(config.schedule, state.step, config.training.steps)
+    state = run.state
     loss = accumulate_gradients(run)
     grad_norm = _clip(run)
     loss = state.ranks.mean(loss)
+    state.scheduler.apply(state.step)
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the only device sync in a step
-    _refuse_not_finite(run, loss_value, norm_value, factor)
-    for group in state.optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+    _refuse_not_finite(run, loss_value, norm_value)
     with run.around_step(state.step + 1), state.clock.optimizer():
         state.scaler.step(state.optimizer)
         state.scaler.update()
@@ -222,12 +219,12 @@ def _total_norm(grads: list[Tensor]) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(row) for row in rows])))
 
 
-def _refuse_not_finite(run: Run, loss: float, grad_norm: float, factor: float) -> None:
+def _refuse_not_finite(run: Run, loss: float, grad_norm: float) -> None:
     """Raise `Diverged` before the weights change. The scaler skips gradients that overflow under a loss scale."""
     scaler = run.state.scaler
     if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1.0)):
         return
-    lr = run.state.optimizer.param_groups[0]["initial_lr"] * factor
+    lr = run.state.optimizer.param_groups[0]["lr"]
     names = [
         name
         for name, param in run.state.model.named_parameters()

@@ -15,6 +15,7 @@ from pipelines.training.average import WeightAverage
 from pipelines.training.clock import StepClock
 from pipelines.training.distributed import ALONE, Ranks
 from pipelines.training.metrics import Row
+from pipelines.training.schedule import Scheduler
 
 
 @dataclass
@@ -27,6 +28,7 @@ class TrainState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
     scaler: torch.amp.GradScaler
     clock: StepClock
     ranks: Ranks = ALONE

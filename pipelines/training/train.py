@@ -31,6 +31,7 @@ from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, wrap_in_ddp
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
+from pipelines.training.schedule import ScheduledValue, Scheduler
 from pipelines.training.state import TrainState
 from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
@@ -49,12 +50,14 @@ class Plan:
     epochs: float
     device: str
     precision: str
+    schedule: list[ScheduledValue]
 
 
 def plan(config: RunConfig, processes: int = 1) -> Plan:
     """Open the data and build the model of a run of `processes` processes; returns its summary. Writes nothing.
 
-    Raises `UsageError` if the batch does not divide equally among the processes, or a tracker is not installed.
+    Raises `UsageError` if the batch does not divide equally among the processes, a tracker is not installed, or the
+    optimizer has no value that is scheduled.
     """
     require_trackers(config.runtime.track)
     device = pick_device(config.runtime)
@@ -70,6 +73,7 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
         epochs=task.epoch_at(training.steps),
         device=describe_device(device),
         precision=str(pick_precision(training, device)).removeprefix("torch."),
+        schedule=Scheduler(config.schedule, training.steps, _build_optimizer(task, config)).values,
     )
 
 
@@ -185,19 +189,25 @@ def _train(
 
 
 def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
-    """Return the state before the first step: the task's model and a new optimizer."""
-    optimizer = build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
+    """Return the state before the first step: the task's model and a new optimizer.
+
+    Raises `UsageError` if the optimizer has no value that is scheduled.
+    """
+    optimizer = _build_optimizer(task, config)
     if ranks.joined and (config.runtime.shard_optimizer or config.runtime.shard_model):
         optimizer = ShardedOptimizer(optimizer)
+    scheduler = Scheduler(config.schedule, config.training.steps, optimizer)
     scaled = pick_precision(config.training, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     decay = config.training.ema_decay
     average = None if decay is None else WeightAverage(task.model, decay)
     if ranks.rank:
         torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # after initialization, ranks draw different numbers
-    return TrainState(task.model, optimizer, scaler, StepClock(device), ranks, average)
+    return TrainState(task.model, optimizer, scheduler, scaler, StepClock(device), ranks, average)
+
+
+def _build_optimizer(task: Task, config: RunConfig) -> torch.optim.Optimizer:
+    return build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
 
 
 def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advice: Sequence[str] = ()) -> None:

@@ -82,6 +82,23 @@ def test_a_dry_run_counts_and_writes_nothing(asgo, token_folder: Path) -> None: 
     assert list(Path().iterdir()) == []
 
 
+def test_a_dry_run_draws_the_schedule_and_writes_nothing_else(asgo, token_folder: Path) -> None:  # type: ignore[no-untyped-def]
+    words = ["train", "gpt", "--preset", "tiny", "--optimizer", "adamw", "--data", token_folder, *SETTINGS, "--dry-run"]
+    tables = ["--set", "schedule.momentum.warmup_steps=3", "--set", "schedule.weight_decay.kind=cosine"]
+    launched = asgo(*words, *tables, "--plot", "new/one.svg", "--processes", 1)
+    assert launched.code == 0, launched.err
+    assert "--plot" not in launched.out
+    assert "dry-run" not in launched.out
+    assert "one.svg" not in launched.out
+    drawing = Path("new/one.svg").read_text(encoding="utf-8")
+    assert all(f">{title}</text>" in drawing for title in ("learning rate", "momentum", "weight decay", "step"))
+    assert ">beta2</text>" not in drawing
+    for name, start in {"one.png": b"\x89PNG", "one.pdf": b"%PDF"}.items():
+        assert asgo(*words, f"--plot={name}").code == 0
+        assert Path(name).read_bytes().startswith(start)
+    assert sorted(path.name for path in Path().iterdir()) == ["new", "one.pdf", "one.png"]
+
+
 def test_the_default_folder_names_preset_optimizer_and_seed(asgo, token_folder: Path) -> None:  # type: ignore[no-untyped-def]
     asgo("train", "gpt", "--preset", "tiny", "--data", token_folder, "--optimizer", "adamw", "--seed", 5, *SETTINGS)
     assert Path("runs/tiny-adamw-s5/metrics.jsonl").is_file()
@@ -122,6 +139,9 @@ def test_resume_with_other_settings_says_which(asgo, trained: Path) -> None:  # 
         (["--optimzer", "asgo"], 2, "--optimizer"),
         (["--steps", "many"], 2, "--steps"),
         (["--device", "tpu"], 2, "--device"),
+        (["--plot", "one.png"], 2, "--plot: draws the schedule without training; add --dry-run"),
+        (["--dry-run", "--plot", "one.jpg"], 2, "one.jpg: the name of a figure must end in .png, .pdf, .svg"),
+        (["--steps", "3", "--set", "training.tokens=0"], 2, "--set: training.tokens = 0: should be greater than 0"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(asgo, arguments: list[str], code: int, message: str) -> None:  # type: ignore[no-untyped-def]

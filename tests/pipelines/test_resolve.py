@@ -159,7 +159,8 @@ def test_all_problems_are_told_at_once_with_their_places_and_the_nearest_names()
         "--set: model: n_heads=3 does not divide d_model=128",
         "--set: training.batch_size = 'many': should be a valid integer, unable to parse string as an integer",
         "my.toml: modle: unknown key; did you mean 'model'?",
-        "my.toml: schedule.kind = 'cosin': should be 'constant', 'cosine' or 'linear'; did you mean 'cosine'?",
+        "my.toml: schedule.kind = 'cosin': should be 'constant', 'linear', 'cosine', 'wsd' or 'inverse-sqrt'; "
+        "did you mean 'cosine'?",
         "my.toml: seed = -1: should be greater than or equal to 0",
         "my.toml: training.stepz: unknown key; did you mean 'steps'?",
     ]

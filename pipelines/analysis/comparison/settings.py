@@ -43,8 +43,8 @@ def in_words(settings: Settings, keys: Iterable[str]) -> str:
 
 
 def _short(key: str) -> str:
-    last = key.rpartition(".")[2]
-    return key if last in _VAGUE else last
+    """Return the key without its table; with it if the rest is vague. Tables within tables stay."""
+    return key if key.rpartition(".")[2] in _VAGUE else key.partition(".")[2] or key
 
 
 def _shown(key: str, value: Any) -> str:

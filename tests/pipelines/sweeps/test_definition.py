@@ -11,7 +11,7 @@ from pipelines.config import GPTRunConfig
 from pipelines.errors import UsageError
 from pipelines.resolve import assignment_layer, preset_layer, resolve
 from pipelines.sweeps.definition import SweepRun, read_sweep, resolve_runs, sweep_names
-from pipelines.training.schedule import lr_factor
+from pipelines.training.schedule import factor_at
 
 
 def runs_of(source: str | Path, *assignments: str, seeds: tuple[int, ...] = ()) -> list[SweepRun]:
@@ -117,7 +117,7 @@ def test_the_five_optimizers_of_the_asgo_paper(name: str, width: int, batch_size
         assert (config.training.max_grad_norm, config.model.model_dump()["d_model"]) == (1.0, width)
         assert (config.schedule.kind, config.schedule.warmup_fraction) == ("cosine", 0.1)
         assert config.schedule.final_lr_fraction == 0.02
-        assert lr_factor(config.schedule, 0, 2_400) == pytest.approx(1 / 240)
+        assert factor_at(config.schedule, 0, 2_400) == pytest.approx(1 / 240)
 
 
 @pytest.mark.parametrize("name", [name for name in sweep_names() if name.endswith("-paper")])

@@ -20,6 +20,7 @@ from pipelines.config import ImageNetRunConfig, RunConfig
 from pipelines.data.imagenet.importer import prepare_imagenet
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, preset_names, resolve
+from pipelines.steps import resolve_run
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.metrics import Row, read_lines
 from pipelines.training.train import train
@@ -89,6 +90,15 @@ def test_accuracy_rises_far_above_chance_and_is_recorded_for_both_splits(make: M
     assert [row["accuracy"] for row in rows if row["split"] == "train"][-1] > 0.9
     assert rows[-1]["epoch"] == 30 * 16 / 96
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == rows
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 12), (0.5, 6), (1.1, 14), (0.001, 1), (90, 1080)])
+def test_epochs_are_rounded_up_to_steps(epochs: float, steps: int, folders: Mapping[str, Path]) -> None:
+    """Of 96 images in batches of 8."""
+    values = {"training.epochs": epochs, "training.batch_size": 8, "data.folder": str(folders["archives"])}
+    config = resolve_run([preset_layer("imagenet", "asro-imagenet"), Layer("test", values)])
+    assert config.training.steps == steps
+    assert "epochs" not in config.model_dump()["training"]
 
 
 @long

@@ -80,6 +80,13 @@ def test_labels_say_what_tells_entries_apart_and_no_more(tmp_path: Path) -> None
     assert len(set(families)) == 4
 
 
+def test_a_key_of_a_table_in_a_table_is_named_with_it(tmp_path: Path) -> None:
+    warmup = {"schedule__warmup_fraction": 0.0, "schedule__warmup_steps": 2}
+    write_run(tmp_path / "1", falling_to(3.0), optimizer="asgo", **warmup, schedule__momentum__warmup_steps=3)
+    write_run(tmp_path / "2", falling_to(3.1), optimizer="asgo", **warmup, schedule__momentum__warmup_steps=4)
+    assert labels(tmp_path) == ["asgo momentum.warmup_steps=3", "asgo momentum.warmup_steps=4"]
+
+
 def test_entries_without_a_final_loss_come_last(tmp_path: Path) -> None:
     write_run(tmp_path / "1", falling_to(4.0), optimizer="muon")
     write_run(tmp_path / "2", {0: 5.0, 80: 1.0}, optimizer="asgo")
