@@ -13,14 +13,14 @@ from torch.nn.utils import parametrize
 
 from .heads import output_heads, unwrapped
 from .matrix_optimizer import ADAM_RULE
-from .specs import unknown_name
+from .specs import PARTS, unknown_name
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _NO_MATRICES = (*_EMBEDDINGS, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _WEIGHT = re.compile(r"(.+_)?weight(_.+)?")
 
 NO_DECAY = ("embeddings", "head")
-"""Values of `no_decay`: parameters without weight decay, besides those with fewer than two dimensions."""
+"""Words in `no_decay`, besides names of modules and parameters."""
 
 NamedParams = list[tuple[str, Tensor]]
 RowBlocks = Mapping[str, int | Sequence[int]]
@@ -44,7 +44,8 @@ def matrix_groups(
       or class name: each expert is a separate matrix.
 
     Embeddings (token and positional, tied or not), normalizations, biases, gains, output heads, and the parameters in
-    `adam` use Adam. `head` selects the output heads; the default is `optim.heads.output_heads`.
+    `adam` use Adam. `head` selects the output heads; the default is `optim.heads.output_heads`. Names in `row_blocks`
+    may have wildcards.
 
     Parameters in `row_blocks` and experts come after the other matrices, in one group for each way of splitting, in
     the order of the model. Warns if Adam gets more elements of possible matrices than the matrix rule. Parameters that
@@ -53,31 +54,25 @@ def matrix_groups(
     Raises:
         ValueError: a name, module or parameter is not in the model, or `row_blocks` names a parameter that uses Adam.
     """
-    excluded = {
-        id(param) for module in model.modules() if isinstance(module, _NO_MATRICES) for _, param in _own(module)
-    }
-    excluded |= _selected(model, "head", output_heads(model) if head is None else head)
-    excluded |= _selected(model, "adam", adam)
-    batch_dims = {key: dims for key, dims in _batch_dims(model).items() if key not in excluded}
-    matrices = [(name, param) for name, param in _trainable(model) if id(param) in batch_dims]
-    others = [(name, param) for name, param in _trainable(model) if id(param) not in batch_dims]
+    parts = parts_of(model, head, adam)
+    batch_dims = _batch_dims(model)
+    matrices = [(name, param) for name, param in _trainable(model) if parts[name] == "matrices"]
+    others = [(name, param) for name, param in _trainable(model) if parts[name] != "matrices"]
     blocks = _by_own_names(model, row_blocks or {})
     _check_names(model, blocks, [name for name, _ in matrices])
-    _warn_of_few(model, matrices, [(name, param) for name, param in others if id(param) not in excluded])
+    selected = _selected(model, "adam", adam) | _in_modules(model, _NO_MATRICES)
+    doubtful = [(name, param) for name, param in others if parts[name] == "vectors" and id(param) not in selected]
+    _warn_of_few(model, matrices, doubtful)
     return _not_empty(*_split_groups(matrices, batch_dims, blocks), {"params": others, **ADAM_RULE})
 
 
 def decay_groups(model: nn.Module, no_decay: Sequence[str] = (), head: Selection | None = None) -> list[dict[str, Any]]:
     """Return parameter groups without weight decay for parameters with fewer than two dimensions, and for `no_decay`.
 
-    `no_decay` may contain `embeddings` (token and positional, tied or not) and `head` (see `matrix_groups`).
+    `no_decay` may contain `embeddings` (token and positional, tied or not), `head` (see `matrix_groups`), and names of
+    modules or parameters, with wildcards. Raises `ValueError` for a name that is not in the model.
     """
-    left_out: set[int] = set()
-    if "embeddings" in no_decay:
-        modules = [module for module in model.modules() if isinstance(module, _EMBEDDINGS)]
-        left_out |= {id(param) for module in modules for _, param in _own(module)}
-    if "head" in no_decay:
-        left_out |= _selected(model, "head", output_heads(model) if head is None else head)
+    left_out = undecayed(model, no_decay, head)
     decayed: NamedParams = []
     others: NamedParams = []
     for name, param in _trainable(model):
@@ -85,11 +80,92 @@ def decay_groups(model: nn.Module, no_decay: Sequence[str] = (), head: Selection
     return _not_empty({"params": decayed}, {"params": others, "weight_decay": 0.0})
 
 
-def check_no_decay(no_decay: Sequence[str]) -> None:
-    """Raise `ValueError` for a value that is not in `NO_DECAY`."""
-    for kind in no_decay:
-        if kind not in NO_DECAY:
-            raise unknown_name("word in no_decay", kind, NO_DECAY)
+def undecayed(model: nn.Module, no_decay: Sequence[str], head: Selection | None = None) -> set[int]:
+    """Return the ids of the parameters that `no_decay` selects; raises like `decay_groups`."""
+    chosen: set[int] = set()
+    for word in no_decay:
+        if word == "embeddings":
+            chosen |= _in_modules(model, _EMBEDDINGS)
+        elif word == "head":
+            chosen |= _selected(model, "head", output_heads(model) if head is None else head)
+        else:
+            chosen |= _selected(model, "no_decay", word, NO_DECAY)
+    return chosen
+
+
+def parts_of(model: nn.Module, head: Selection | None = None, adam: Selection = ()) -> dict[str, str]:
+    """Return the part of each trainable parameter by name, in the order of the model; see `PARTS`.
+
+    `matrices` are the hidden weight matrices of `matrix_groups`, also for optimizers without a matrix rule. A head that
+    shares its weight with an embedding belongs to `embedding`.
+    """
+    embedding = _in_modules(model, _EMBEDDINGS)
+    heads = _selected(model, "head", output_heads(model) if head is None else head)
+    other = _in_modules(model, _NO_MATRICES) | _selected(model, "adam", adam)
+    matrices = _batch_dims(model).keys() - other - heads
+
+    def part_of(param: Tensor) -> str:
+        key = id(param)
+        if key in embedding or key in heads:
+            return "embedding" if key in embedding else "head"
+        return "matrices" if key in matrices else "vectors"
+
+    return {name: part_of(param) for name, param in _trainable(model)}
+
+
+def with_parts(
+    groups: list[dict[str, Any]], part_of: Mapping[str, str], parts: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Split parameter groups by the parts in `parts`, which override keywords of the group.
+
+    Groups of these parts have the key `part`; parameters of other parts stay together. Raises `ValueError` for a part
+    that no parameter belongs to.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise unknown_name("part", part, PARTS)
+        if part not in part_of.values():
+            raise ValueError(f"parts.{part}: the model has no such parameters; it has {_listed(part_of)}")
+    split = []
+    for group in groups:
+        named: dict[str, NamedParams] = {}
+        for name, param in group["params"]:
+            named.setdefault(part_of[name] if part_of[name] in parts else "", []).append((name, param))
+        for part, params in named.items():
+            own = {**parts[part], "part": part} if part else {}
+            split.append({**group, **own, "params": params})
+    return split
+
+
+def with_adam(groups: list[dict[str, Any]], settings: Mapping[str, Any], left_out: set[int]) -> list[dict[str, Any]]:
+    """Apply settings (`ADAM_KEYWORDS`) to the group of the Adam rule, and leave `left_out` without weight decay.
+
+    Adam does not decay parameters with fewer than two dimensions, as in `decay_groups`.
+    """
+    changed = []
+    for group in groups:
+        uses_adam = group.get("rule") == "adam"
+        group = {**group, **(settings if uses_adam else {})}
+        if group.get("weight_decay") == 0.0:
+            changed.append(group)
+            continue
+        decayed: NamedParams = []
+        others: NamedParams = []
+        for name, param in group["params"]:
+            is_left_out = id(param) in left_out or (uses_adam and param.ndim < 2)
+            (others if is_left_out else decayed).append((name, param))
+        changed += _not_empty({**group, "params": decayed}, {**group, "params": others, "weight_decay": 0.0})
+    return changed
+
+
+def _listed(part_of: Mapping[str, str]) -> str:
+    return ", ".join(part for part in PARTS if part in part_of.values())
+
+
+def _in_modules(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> set[int]:
+    """Return the ids of the direct parameters of modules of some classes."""
+    modules = [module for module in model.modules() if isinstance(module, kinds)]
+    return {id(param) for module in modules for _, param in _own(module)}
 
 
 def _own(module: nn.Module) -> NamedParams:
@@ -132,8 +208,11 @@ def _is_column(param: Tensor) -> bool:
     return param.ndim > 0 and param.numel() == param.shape[0]
 
 
-def _selected(model: nn.Module, keyword: str, wanted: Selection) -> set[int]:
-    """Return the ids of the selected parameters. Raises `ValueError`, with the keyword, if one is not in the model."""
+def _selected(model: nn.Module, keyword: str, wanted: Selection, words: Sequence[str] = ()) -> set[int]:
+    """Return the ids of the selected parameters. Raises `ValueError`, with the keyword, if one is not in the model.
+
+    `words` are further values of the keyword, for the hint.
+    """
     names = {name: param for module in unwrapped(model) for name, param in module.named_parameters()}
     own = {id(param) for param in names.values()}
     chosen: set[int] = set()
@@ -147,7 +226,7 @@ def _selected(model: nn.Module, keyword: str, wanted: Selection) -> set[int]:
         else:
             raise ValueError(f"{keyword}: {each!r} is not a module, parameter or name")
         if isinstance(each, str) and not found:
-            raise unknown_name(f"module or parameter in {keyword}", each, names)
+            raise unknown_name(f"module or parameter in {keyword}", each, [*words, *names])
         if not found <= own:
             raise ValueError(f"{keyword}: a {type(each).__name__} that is not part of the model")
         chosen |= found
@@ -157,8 +236,12 @@ def _selected(model: nn.Module, keyword: str, wanted: Selection) -> set[int]:
 def _by_own_names(model: nn.Module, row_blocks: RowBlocks) -> RowBlocks:
     """Translate names of a wrapped model (DDP, PEFT, ...) in `row_blocks` to the names of `model`."""
     names = {id(param): name for name, param in model.named_parameters()}
-    inner = {name: names[id(param)] for each in unwrapped(model)[1:] for name, param in each.named_parameters()}
-    return {name if name in names.values() else inner.get(name, name): blocks for name, blocks in row_blocks.items()}
+    inner = {name: names[id(param)] for each in unwrapped(model) for name, param in each.named_parameters()}
+    own: dict[str, int | Sequence[int]] = {}
+    for pattern, blocks in row_blocks.items():
+        found = [pattern] if pattern in inner else [name for name in inner if fnmatchcase(name, pattern)]
+        own |= {inner.get(name, name): blocks for name in found or [pattern]}
+    return own
 
 
 def _check_names(model: nn.Module, row_blocks: RowBlocks, matrices: list[str]) -> None:

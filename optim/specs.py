@@ -12,6 +12,13 @@ from typing import Any, Final, Literal, get_args
 
 RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
 
+PARTS = ("embedding", "head", "vectors", "matrices")
+"""Parts of a model whose parameters may have keywords of their own: embeddings (token and positional, tied or not),
+output heads, all others (gains, biases), and hidden weight matrices."""
+
+ADAM_KEYWORDS = ("lr", "betas", "eps", "weight_decay")
+"""Keywords of the parameters that a matrix optimizer leaves to Adam."""
+
 REQUIRED: Final = ...
 """Marks a keyword without default."""
 
@@ -101,6 +108,10 @@ class OptimizerSpec:
         """Return the valid values of a setting."""
         return self.ranges.get(keyword) or RANGES[keyword]
 
+    def part_keywords(self, part: str) -> tuple[str, ...]:
+        """Return the keywords that a part of the model may have of its own."""
+        return ADAM_KEYWORDS if self.takes_matrices and part != "matrices" else tuple(self.defaults)
+
 
 _MATRIX = {"lr": 1e-2, "momentum": 0.9}
 _ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -180,7 +191,8 @@ def spec_of(name: str) -> OptimizerSpec:
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     """Return the error for an unknown name, with the closest match or a list of known names."""
     known = list(known)
-    nearest = difflib.get_close_matches(name.lower(), known, n=1)
+    by_lower = {each.lower(): each for each in known}
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(known[:20])}{more}"
+    hint = f"did you mean {by_lower[nearest[0]]!r}?" if nearest else f"known: {', '.join(known[:20])}{more}"
     return ValueError(f"unknown {kind}: {name!r}; {hint}")

@@ -12,14 +12,17 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
+    Tag,
     create_model,
     field_validator,
     model_validator,
 )
 
-from optim.specs import SPECS, OptimizerSpec, Range
+from optim.specs import ADAM_KEYWORDS, PARTS, RANGES, SPECS, OptimizerSpec, Range
+from pipelines.optimizers import import_path_of, join_key
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,9 +51,11 @@ class NamedOptimizerSettings(Settings):
     """Settings that every optimizer has."""
 
     name: str
-    no_decay: tuple[Literal["embeddings", "head"], ...] = ()
-    """Parameters without weight decay. Matrix optimizers never decay these."""
+    no_decay: tuple[str, ...] = ()
+    """Parameters without weight decay: `embeddings`, `head`, or names with wildcards, such as `*.bias`."""
     lr: NonNegativeFloat
+    parts: Settings | None = None
+    """Keywords for parts of the model: a table for each of `optim.specs.PARTS`."""
 
     @model_validator(mode="after")
     def _scales_are_ordered(self) -> Self:
@@ -61,13 +66,23 @@ class NamedOptimizerSettings(Settings):
 
 
 def _settings_of(spec: OptimizerSpec) -> type[NamedOptimizerSettings]:
-    """Return the settings class of an optimizer: its constructor's keywords, and `by_heads` for matrix optimizers."""
+    """Return the settings class of an optimizer: its constructor's keywords, and those of `optim.build_optimizer`."""
     fields: dict[str, Any] = {"name": (Literal[spec.name], ...)}
     fields |= {key: (_annotation(spec.range_of(key)), default) for key, default in spec.defaults.items()}
     if spec.takes_matrices:
         # Whether the query and key weights of each attention head are separate matrices.
         fields["by_heads"] = (bool, False)
+        fields["row_blocks"] = (dict[str, Size | tuple[Size, ...]] | None, None)
+        fields |= {f"adam_{key}": (_annotation(RANGES[key]) | None, None) for key in ADAM_KEYWORDS}
+    parts = {part: (_part_settings_of(spec, part) | None, None) for part in PARTS}
+    fields["parts"] = (create_model(f"{spec.class_name}Parts", __base__=Settings, **parts) | None, None)  # type: ignore[call-overload]
     return create_model(f"{spec.class_name}Settings", __base__=NamedOptimizerSettings, **fields)
+
+
+def _part_settings_of(spec: OptimizerSpec, part: str) -> Any:
+    ranges = {key: spec.range_of(key) if key in spec.defaults else RANGES[key] for key in spec.part_keywords(part)}
+    fields: dict[str, Any] = {key: (_annotation(values) | None, None) for key, values in ranges.items()}
+    return create_model(f"{spec.class_name}{part.title()}Settings", __base__=Settings, **fields)
 
 
 def _annotation(values: Range) -> Any:
@@ -80,10 +95,42 @@ def _annotation(values: Range) -> Any:
 OPTIMIZER_SETTINGS = {name: _settings_of(spec) for name, spec in SPECS.items()}
 """Settings classes by optimizer name."""
 
+
+class ImportedOptimizerSettings(NamedOptimizerSettings):
+    """Settings of an optimizer of another library, by import path. Its constructor's keywords are further keys."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    parts: dict[Literal[PARTS], dict[str, Any]] | None = None  # type: ignore[assignment, valid-type]
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Keywords of the constructor, with tuples for TOML's lists."""
+        given = {"lr": self.lr, **(self.__pydantic_extra__ or {})}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+IMPORTED = "import path"
+"""Tag of `ImportedOptimizerSettings` in the union of optimizer settings."""
+
+
+def settings_class_of(optimizer: str) -> type[NamedOptimizerSettings] | None:
+    """Return the settings class of a name or import path; None if it is neither."""
+    return OPTIMIZER_SETTINGS.get(optimizer) or (ImportedOptimizerSettings if import_path_of(optimizer) else None)
+
+
+def _tag_of(settings: Any) -> str | None:
+    name = settings.get("name") if isinstance(settings, dict) else getattr(settings, "name", None)
+    if not isinstance(name, str) or settings_class_of(name) is None:
+        return None
+    return name if name in OPTIMIZER_SETTINGS else IMPORTED
+
+
 if TYPE_CHECKING:
     OptimizerSettings = NamedOptimizerSettings
 else:
-    OptimizerSettings = Annotated[Union[tuple(OPTIMIZER_SETTINGS.values())], Field(discriminator="name")]  # noqa: UP007
+    _TAGGED = {**OPTIMIZER_SETTINGS, IMPORTED: ImportedOptimizerSettings}
+    _MEMBERS = tuple(Annotated[settings, Tag(tag)] for tag, settings in _TAGGED.items())
+    OptimizerSettings = Annotated[Union[_MEMBERS], Discriminator(_tag_of)]  # noqa: UP007
 
 
 class ModelSettings(Settings, ABC):
@@ -418,6 +465,13 @@ class RunConfig(Settings):
     runtime: RuntimeSettings = RuntimeSettings()
 
     @model_validator(mode="after")
+    def _imported_optimizers_are_whole(self) -> Self:
+        for key in ("shard_optimizer", "shard_model"):
+            if isinstance(self.optimizer, ImportedOptimizerSettings) and getattr(self.runtime, key):
+                raise ValueError(f"runtime.{key} works with asgo's own optimizers, not with {self.optimizer.name}")
+        return self
+
+    @model_validator(mode="after")
     def _sharded_model_has_no_loss_scale(self) -> Self:
         if self.runtime.shard_model and self.training.precision == "fp16":
             raise ValueError("training.precision=fp16 does not work with runtime.shard_model; use bf16")
@@ -445,7 +499,10 @@ class RunConfig(Settings):
 
     def optimizer_keywords(self) -> dict[str, Any]:
         """Return the optimizer's settings as keywords of `optim.build_optimizer`."""
-        return self.optimizer.model_dump(exclude={"name"})
+        settings = self.optimizer.model_dump(exclude={"name"}, exclude_none=True)
+        if isinstance(self.optimizer, ImportedOptimizerSettings):
+            settings |= self.optimizer.keywords
+        return settings
 
 
 class GPTRunConfig(RunConfig):
@@ -503,14 +560,19 @@ MAY_CHANGE_ON_RESUME = ("data.folder", "data.bad_images", "init_from", "statisti
 """Dotted keys, or prefixes of keys, that may change when a run is resumed."""
 
 
+_TABLES_OF_NAMES = ("optimizers.", "row_blocks.")
+
+
 def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables into one table with dotted keys."""
+    """Flatten nested tables into one table with dotted keys; see `pipelines.optimizers.split_key`."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
+        # Names of optimizers and parameters may contain dots. Elsewhere, users also write "training.steps" = 100.
+        path = prefix + (join_key([key]) if prefix.endswith(_TABLES_OF_NAMES) else key)
         if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{path}."))
         else:
-            flat[f"{prefix}{key}"] = value
+            flat[path] = value
     return flat
 
 

@@ -1,10 +1,12 @@
-"""Parse optimizers from the command line: `NAME` or `NAME:key=value,...`. Imports neither torch nor pydantic."""
+"""Names of optimizers, import paths, and `NAME:key=value,...`. Imports neither torch nor pydantic."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from optim.specs import OPTIMIZER_NAMES as OPTIMIZER_NAMES
@@ -20,12 +22,48 @@ _SHORT_FLOAT = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")
 """Python floats that TOML does not have: `.5` and `5.`."""
 
 
+_DOTS_OUTSIDE_QUOTES = re.compile(r'\.(?=[^"]*(?:"[^"]*"[^"]*)*$)')
+_IMPORT_PATH = re.compile(r"(?P<place>.+\.py):(?P<file_class>\w+)|(?P<module>[\w.]+)[.:](?P<name>\w+)")
+
+
+@dataclass(frozen=True)
+class ImportPath:
+    """A class of optimizers: `module.Class`, `module:Class` or `FILE.py:Class`."""
+
+    place: str
+    """A module, or a path that ends in `.py`."""
+    name: str
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the place is a file."""
+        return self.place.endswith(".py")
+
+
+def import_path_of(name: str) -> ImportPath | None:
+    """Return the parts of an import path; None for the name of an own optimizer, or text that is neither."""
+    found = None if name in OPTIMIZER_NAMES else _IMPORT_PATH.fullmatch(name)
+    if found is None:
+        return None
+    return ImportPath(found["place"] or found["module"], found["file_class"] or found["name"])
+
+
+def title_of(name: str) -> str:
+    """Return the name of an optimizer in figures and folders: the class of an import path."""
+    path = import_path_of(name)
+    return path.name if path is not None else SPECS[name].title if name in SPECS else name
+
+
 def split_optimizer(text: str) -> tuple[str, dict[str, str]]:
     """Split `NAME` or `NAME:key=value,key=value` into name and keywords; for example `adam:lr=0.1,betas=0.9,0.99`.
 
-    `parse_value` reads the values. Raises `ValueError` for an item without `=`.
+    NAME may be an import path, such as `my_module:MyOptimizer`. `parse_value` reads the values. Raises `ValueError` for
+    an item without `=`.
     """
     name, _, listed = text.partition(":")
+    class_name, _, rest = listed.partition(":")
+    if name not in OPTIMIZER_NAMES and class_name.isidentifier():
+        name, listed = f"{name}:{class_name}", rest
     keywords = {}
     # A comma separates keywords, but also the numbers of one keyword. It separates keywords if a key follows.
     for item in re.split(r",(?=[^,=]*=)", listed) if listed else []:
@@ -34,6 +72,16 @@ def split_optimizer(text: str) -> tuple[str, dict[str, str]]:
             raise ValueError(f"{item!r} is not key=value")
         keywords[key] = value
     return name, keywords
+
+
+def split_key(key: str) -> list[str]:
+    """Split a dotted key; a part with dots is in double quotes, as in TOML: `optimizers."heavyball.SOAP".lr`."""
+    return [part.strip('"') for part in _DOTS_OUTSIDE_QUOTES.split(key)]
+
+
+def join_key(parts: Iterable[str]) -> str:
+    """Join parts to a dotted key; the inverse of `split_key`."""
+    return ".".join(f'"{part}"' if "." in part else part for part in parts)
 
 
 def parse_value(text: str) -> Any:

@@ -10,20 +10,32 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.config import (
+    IMPORTED,
     OPTIMIZER_SETTINGS,
+    ImportedOptimizerSettings,
     RunConfig,
     ScheduleSettings,
     flatten,
     run_config_of,
+    settings_class_of,
 )
 from pipelines.errors import UsageError
-from pipelines.optimizers import DEEPEST, OPTIMIZER_NAMES, parse_toml, parse_value
+from pipelines.imported_optimizers import check_keywords, default_lr
+from pipelines.optimizers import (
+    DEEPEST,
+    OPTIMIZER_NAMES,
+    import_path_of,
+    join_key,
+    parse_toml,
+    parse_value,
+    split_key,
+)
 from pipelines.storage import parse_json
 
 
@@ -38,7 +50,7 @@ class Layer:
         """Return the settings without the `optimizers` tables; those of `name` override the general ones."""
         general = {key: value for key, value in self.values.items() if key.split(".")[0] != "optimizers"}
         specific = {}
-        prefix = f"optimizers.{name}."
+        prefix = join_key(["optimizers", name, ""])
         for key, value in self.values.items():
             if key.startswith(prefix):
                 rest = key.removeprefix(prefix)
@@ -121,7 +133,10 @@ def assignment_layer(assignments: Sequence[str]) -> Layer:
 
 
 def resolve(layers: Sequence[Layer]) -> RunConfig:
-    """Merge layers, lowest first, into a configuration. Raises `UsageError` with one line for each problem."""
+    """Merge layers, lowest first, into a configuration. Raises `UsageError` with one line for each problem.
+
+    An optimizer of another library is imported, to check its keywords.
+    """
     name = next((layer.values["optimizer.name"] for layer in reversed(layers) if "optimizer.name" in layer.values), "")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -130,6 +145,8 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
             values[key] = value
             sources.pop(key, None)  # the order of sources is the order of layers
             sources[key] = layer.source
+    if import_path_of(str(name)) is not None and "optimizer.lr" not in values:
+        values["optimizer.lr"] = default_lr(str(name))
     problems = [problem for layer in layers for problem in _table_problems(layer, str(name))]
     nested, conflicts = _nest(values, sources)
     kind = run_config_of(nested)
@@ -139,6 +156,8 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
         problems += [_explain(details, sources, kind) for details in error.errors()]
     if problems or conflicts:
         raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
+    if isinstance(config.optimizer, ImportedOptimizerSettings):
+        check_keywords(config.optimizer.name, config.optimizer.keywords)
     return config
 
 
@@ -147,7 +166,7 @@ def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[s
     nested: dict[str, Any] = {}
     conflicts = []
     for key, value in values.items():
-        *tables, last = key.split(".")
+        *tables, last = split_key(key)
         table = nested
         for part in tables:
             inner = table.setdefault(part, {})
@@ -162,15 +181,15 @@ def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[s
 
 def _table_problems(layer: Layer, chosen: str) -> list[str]:
     """Return the problems in tables of optimizers that are not chosen; else a typo there would stay unnoticed."""
-    tables = [key for key in layer.values if key.split(".")[0] == "optimizers"]
+    tables = {key: split_key(key) for key in layer.values if key.split(".")[0] == "optimizers"}
     problems = [
         f"{layer.source}: {key} = {layer.values[key]!r}: should be a table of settings"
-        for key in tables
-        if key.count(".") < 2
+        for key, parts in tables.items()
+        if len(parts) < 3
     ]
-    for name in dict.fromkeys(key.split(".")[1] for key in tables if key.count(".") >= 2):
-        prefix = f"optimizers.{name}"
-        if name not in OPTIMIZER_SETTINGS:
+    for name in dict.fromkeys(parts[1] for parts in tables.values() if len(parts) >= 3):
+        prefix = join_key(["optimizers", name])
+        if settings_class_of(name) is None:
             problems.append(f"{layer.source}: {prefix}: unknown optimizer; {_hint(name, OPTIMIZER_NAMES)}")
         elif name != chosen:
             problems += _problems_in_table(layer, name, prefix)
@@ -183,7 +202,7 @@ def _problems_in_table(layer: Layer, name: str, prefix: str) -> list[str]:
     settings = table["optimizers"][name]
     schedule = settings.pop("schedule", {})
     checks: tuple[tuple[type[BaseModel], Any, str], ...] = (
-        (OPTIMIZER_SETTINGS[name], {"name": name, **settings}, prefix),
+        (cast(type[BaseModel], settings_class_of(name)), {"name": name, **settings}, prefix),
         (ScheduleSettings, schedule, f"{prefix}.schedule"),
     )
     for model, content, place in checks:
@@ -200,7 +219,8 @@ def _explain(
 ) -> str:
     """Return one line for a pydantic error: source, key, what is wrong, what to do."""
     loc = [str(part) for part in details["loc"]]
-    if loc[:1] == ["optimizer"] and len(loc) > 1 and loc[1] in OPTIMIZER_SETTINGS and issubclass(model, RunConfig):
+    tag = loc[1] if loc[:1] == ["optimizer"] and len(loc) > 1 and issubclass(model, RunConfig) else ""
+    if tag in OPTIMIZER_SETTINGS or tag == IMPORTED:
         del loc[1]  # pydantic names the member of the union there
     key = ".".join(loc)
     origin = source or _origin(key, sources)

@@ -65,7 +65,7 @@ class Checkpoint:
             raise AsgoError(f"{self.folder}: its configuration is of another version of asgo") from None
 
     def model_tensors(self) -> Tensors:
-        """Return the validated weights by parameter name, on the CPU: the moving averages if the run has them."""
+        """Return the validated weights by parameter name, on the CPU; see `TrainState.gather_average`."""
         name = _AVERAGE if _AVERAGE in self.state["files"] else _MODEL
         return _load(self.folder / name)
 
@@ -101,8 +101,9 @@ def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, A
     """Copy the run's state to host memory of rank 0; None on other ranks. A collective: every rank must call it."""
     optimizer_tensors, scalars = state.gather_optimizer()
     tensors = {_MODEL: state.gather_model(), _OPTIMIZER: optimizer_tensors}
-    if state.average is not None:
-        tensors[_AVERAGE] = state.gather_average()
+    averages = state.gather_average()
+    if averages:
+        tensors[_AVERAGE] = averages
     for rank, random in enumerate(gather_random_states(state.clock.device, state.ranks)):
         tensors[_random_file(rank)] = random
     if not state.ranks.is_first:

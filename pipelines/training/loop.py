@@ -87,13 +87,12 @@ def fit(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Record the validation metrics, unless a signal stops the validation."""
     run.state.clock.pause()
-    average = run.state.average
 
     def should_stop() -> bool:
         run.heartbeat(f"the validation at step {run.state.step}")
         return run.should_stop()
 
-    with contextlib.nullcontext() if average is None else average.in_place_of_weights():
+    with run.state.evaluation_weights():
         metrics = run.task.evaluate(should_stop)
     if metrics is None:
         return
@@ -149,7 +148,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
     state.scheduler.apply(state.step)
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the only device sync in a step
     _refuse_not_finite(run, loss_value, norm_value)
-    with run.around_step(state.step + 1), state.clock.optimizer():
+    with run.around_step(state.step + 1), state.clock.optimizer(), state.random_numbers(run.config.seed):
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if state.average is not None:

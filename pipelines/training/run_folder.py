@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from pipelines.config import RunConfig, load_run_config
 from pipelines.errors import AsgoError, UsageError
+from pipelines.imported_optimizers import OptimizerSource
 from pipelines.locking import try_lock
 from pipelines.storage import make_folder, naming, parse_json, refusing_links, sync, write_atomically
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
@@ -62,6 +63,23 @@ class RunFolder:
     def metrics_path(self) -> Path:
         """The metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def source_folder(self) -> Path:
+        """Holds a copy of the file that defines an imported optimizer. It is never executed."""
+        return self.path / "optimizer"
+
+    def require_source(self, source: OptimizerSource) -> None:
+        """Raise `UsageError` unless an imported optimizer has the code with which the run began."""
+        with naming(self.config_path):
+            content = parse_json(self.config_path.read_text(encoding="utf-8"))
+        began = content.get("optimizer_source") or {}
+        if began.get("sha256") != source.sha256:
+            package = f" ({began['package']})" if began.get("package") else ""
+            raise UsageError(
+                f"{self.path}: began with other code of its optimizer{package} than {source.file} has now; restore it "
+                f"(a copy is in {self.source_folder}), or train in another --out"
+            )
 
     def exists(self) -> bool:
         """Whether a run was begun here."""
@@ -148,10 +166,16 @@ class RunFolder:
         rows = self.rows()
         return bool(rows) and (rows[-1]["split"], rows[-1]["step"]) == ("val", step)
 
-    def begin(self, config: RunConfig, description: dict[str, Any], device: str) -> None:
-        """Make the folder, and write configuration, data description and environment."""
+    def begin(
+        self, config: RunConfig, description: dict[str, Any], device: str, source: OptimizerSource | None = None
+    ) -> None:
+        """Make the folder, and write configuration, data description, environment and an imported optimizer's code."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         record = {"config": config.model_dump(mode="json"), "data": description, "environment": environment(device)}
+        if source is not None:
+            record["optimizer_source"] = source.record()
+            self.source_folder.mkdir(exist_ok=True)
+            write_atomically(self.source_folder / source.file.name, source.content)
         write_atomically(self.config_path, (json.dumps(record, indent=1) + "\n").encode())
 
     def continue_from(self, rows: list[Row]) -> None:

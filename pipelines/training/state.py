@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optim.sharded import ShardedOptimizer
 from pipelines.tensors import Tensors, copy_into, model_tensors, whole
 from pipelines.training.average import WeightAverage
 from pipelines.training.clock import StepClock
 from pipelines.training.distributed import ALONE, Ranks
+from pipelines.training.imported import ImportedOptimizer
 from pipelines.training.metrics import Row
+from pipelines.training.packing import pack_states, unpack_states
 from pipelines.training.schedule import Scheduler
 
 
@@ -33,6 +35,8 @@ class TrainState:
     clock: StepClock
     ranks: Ranks = ALONE
     average: WeightAverage | None = None
+    imported: ImportedOptimizer | None = None
+    """The optimizer, if it is of another library."""
     arithmetic: dict[str, str] = field(default_factory=dict)
     """What the run computes with; see `agree_on_arithmetic`."""
     step: int = 0
@@ -47,16 +51,37 @@ class TrainState:
         return self._gather(model_tensors(self.model))
 
     def gather_average(self) -> Tensors:
-        """Gather the moving averages of the weights; empty without `ema_decay`."""
-        return {} if self.average is None else self._gather(self.average.tensors)
+        """Gather the weights to evaluate: the moving averages, or those of a schedule-free optimizer; else nothing."""
+        if self.average is not None:
+            return self._gather(self.average.tensors)
+        if self.imported is None or not self.imported.has_modes:
+            return {}
+        with self.imported.evaluation_weights():
+            return self.gather_model()
+
+    def evaluation_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager in which the model has the weights to evaluate; see `gather_average`."""
+        if self.average is not None:
+            return self.average.in_place_of_weights()
+        return contextlib.nullcontext() if self.imported is None else self.imported.evaluation_weights()
+
+    def random_numbers(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        """Context manager around an optimizer step. Optimizers of other libraries may draw random numbers in it."""
+        if self.imported is None:
+            return contextlib.nullcontext()
+        return self.imported.random_numbers(seed, self.step, self.clock.device)
 
     def gather_optimizer(self) -> tuple[Tensors, dict[str, Any]]:
         """Gather the optimizer's state by `<parameter name>/<key>`; returns tensors and other values separately."""
-        if isinstance(self.optimizer, ShardedOptimizer):
-            return _split(self.optimizer.gather_state() or {})
-        states = {name: self.optimizer.state.get(param, {}) for name, param in self.model.named_parameters()}
-        tensors, scalars = _split(states)
-        return self._gather(tensors), scalars
+        tensors: Tensors = {}
+        if self.imported is not None:
+            values = self.imported.gather_state(tensors)
+        elif isinstance(self.optimizer, ShardedOptimizer):
+            return tensors, pack_states(self.optimizer.gather_state() or {}, tensors)
+        else:
+            states = {name: self.optimizer.state.get(param, {}) for name, param in self.model.named_parameters()}
+            values = pack_states(states, tensors)
+        return self._gather(tensors), values
 
     def load_model(self, tensors: Tensors, source: str) -> None:
         """Copy weights by name. Raises `AsgoError` with the first name that does not fit."""
@@ -69,10 +94,10 @@ class TrainState:
 
     def load_optimizer(self, tensors: Tensors, scalars: dict[str, Any]) -> None:
         """Load what `gather_optimizer` returned."""
-        by_name: dict[str, dict[str, Any]] = {}
-        for full_name, value in {**tensors, **scalars}.items():
-            name, _, key = full_name.rpartition("/")
-            by_name.setdefault(name, {})[key] = value
+        if self.imported is not None:
+            self.imported.load_state(tensors, scalars)
+            return
+        by_name = unpack_states(tensors, scalars)
         if isinstance(self.optimizer, ShardedOptimizer):
             self.optimizer.load_state(by_name)
             return
@@ -90,10 +115,3 @@ class TrainState:
             for name, tensor in gathered
             if self.ranks.is_first
         }
-
-
-def _split(states: Mapping[str, Mapping[str, Any]]) -> tuple[Tensors, dict[str, Any]]:
-    """Flatten states to `<parameter name>/<key>`; returns tensors and other values separately."""
-    flat = {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in flat.items() if name not in tensors}

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from optim import build_optimizer
 from optim.sharded import ShardedOptimizer
 from pipelines.compiler_cache import use_private_compiler_cache
-from pipelines.config import RunConfig, differences
+from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
+from pipelines.imported_optimizers import import_optimizer, one_line, source_of
 from pipelines.stopping import stop_on_signals
 from pipelines.tasks import task_of
 from pipelines.training.arithmetic import agree_on_arithmetic, differences_in_arithmetic
@@ -25,6 +27,7 @@ from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
 from pipelines.training.device import describe_device, pick_device, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, process_group, seed_of_rank
+from pipelines.training.imported import ImportedOptimizer, rehearse
 from pipelines.training.layer_statistics import LayerStatistics
 from pipelines.training.loop import Run, fit
 from pipelines.training.metrics import Row
@@ -37,7 +40,6 @@ from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
 from pipelines.training.trackers import require_trackers, tracked
 from pipelines.training.watchdog import Watchdog
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,7 +75,7 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
         epochs=task.epoch_at(training.steps),
         device=describe_device(device),
         precision=str(pick_precision(training, device)).removeprefix("torch."),
-        schedule=Scheduler(config.schedule, training.steps, _build_optimizer(task, config)).values,
+        schedule=Scheduler(config.schedule, training.steps, new_optimizer(task.model, config)).values,
     )
 
 
@@ -88,7 +90,8 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         AsgoError: the run failed; see `fit`.
     """
     device = pick_device(config.runtime)
-    if config.runtime.compile or device.type == "cuda":  # on CUDA, optimizers compile their updates
+    # On CUDA, our optimizers compile their updates; those of other libraries may anywhere.
+    if config.runtime.compile or device.type == "cuda" or isinstance(config.optimizer, ImportedOptimizerSettings):
         use_private_compiler_cache()
     with process_group(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
@@ -118,6 +121,8 @@ def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
         saved = folder.config()
         _require_same_config(folder.path, saved, config, _how_to_train_further(folder.path, saved, config))
         _require_data(folder.path, Path(config.data.folder))
+        if isinstance(config.optimizer, ImportedOptimizerSettings):
+            folder.require_source(source_of(config.optimizer.name))
         return True
     refuse_existing(folder)
     return False
@@ -150,6 +155,10 @@ def _train(
     if checkpoint is None:
         task.load_initial_weights()
     state = fresh_state(task, config, device, ranks)
+    if isinstance(config.optimizer, ImportedOptimizerSettings) and not continues:
+        problem = rehearse(config.optimizer, state.optimizer, state.scheduler.keys, device)
+        if problem is not None:
+            reporter.note(problem)
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
         restore(checkpoint, state)
@@ -158,7 +167,8 @@ def _train(
             reporter.note(f"{checkpoint.folder}: {warning}")
     if ranks.is_first:
         if not continues:
-            folder.begin(config, task.description(), describe_device(device))
+            source = source_of(config.optimizer.name) if isinstance(config.optimizer, ImportedOptimizerSettings) else None
+            folder.begin(config, task.description(), describe_device(device), source)
         folder.continue_from(state.rows)
         continue_statistics(folder.statistics_path, state.step)
         reporter.begin(state.step, config.training.steps)
@@ -191,9 +201,9 @@ def _train(
 def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
     """Return the state before the first step: the task's model and a new optimizer.
 
-    Raises `UsageError` if the optimizer has no value that is scheduled.
+    Raises `UsageError` if the optimizer refuses its settings, or has no value that is scheduled.
     """
-    optimizer = _build_optimizer(task, config)
+    optimizer = new_optimizer(task.model, config)
     if ranks.joined and (config.runtime.shard_optimizer or config.runtime.shard_model):
         optimizer = ShardedOptimizer(optimizer)
     scheduler = Scheduler(config.schedule, config.training.steps, optimizer)
@@ -203,11 +213,30 @@ def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Rank
     average = None if decay is None else WeightAverage(task.model, decay)
     if ranks.rank:
         torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # after initialization, ranks draw different numbers
-    return TrainState(task.model, optimizer, scheduler, scaler, StepClock(device), ranks, average)
+    imported = None
+    if isinstance(config.optimizer, ImportedOptimizerSettings):
+        imported = ImportedOptimizer(optimizer, dict(task.model.named_parameters()), scheduler.keys)
+    return TrainState(task.model, optimizer, scheduler, scaler, StepClock(device), ranks, average, imported)
 
 
-def _build_optimizer(task: Task, config: RunConfig) -> torch.optim.Optimizer:
-    return build_optimizer(task.model, config.optimizer.name, config.training.steps, **config.optimizer_keywords())
+def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """Return a new optimizer for a model, split into the parts that settings or schedule name.
+
+    Raises `UsageError` if it refuses the settings.
+    """
+    name, keywords = config.optimizer.name, config.optimizer_keywords()
+    parts: dict[str, Any] = {part: {} for part in config.schedule.named_parts}
+    keywords["parts"] = {**parts, **keywords.get("parts", {})}
+    is_imported = isinstance(config.optimizer, ImportedOptimizerSettings)
+    try:
+        return build_optimizer(
+            model, import_optimizer(name) if is_imported else name, config.training.steps, **keywords
+        )
+    except Exception as error:
+        if not is_imported and not isinstance(error, ValueError):
+            raise
+        reason = f"its constructor raises {one_line(error)}" if is_imported else str(error)
+        raise UsageError(f"optimizer {name}: {reason}") from error  # code of other libraries may raise anything
 
 
 def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advice: Sequence[str] = ()) -> None:

@@ -1,0 +1,187 @@
+"""Optimizers of other libraries and of the user, by import path. Imports torch only when it imports a class."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optim.specs import unknown_name
+from pipelines.errors import UsageError
+from pipelines.optimizers import ImportPath, import_path_of
+
+if TYPE_CHECKING:
+    import torch
+
+_ALIASES = {"torch": "torch.optim"}
+"""Modules whose optimizers are in a submodule: `torch.Adafactor` is `torch.optim.Adafactor`."""
+
+
+@dataclass(frozen=True)
+class OptimizerSource:
+    """The code of an imported optimizer."""
+
+    package: str | None
+    """Name and version of its distribution, such as `heavyball 3.2.1`; None for a file of the user."""
+    file: Path
+    content: bytes
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of the file."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def record(self) -> dict[str, Any]:
+        """Return it as JSON, for a run's `config.json`."""
+        return {"package": self.package, "file": self.file.name, "sha256": self.sha256}
+
+
+def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """Return the class of an import path; see `pipelines.optimizers.import_path_of`.
+
+    A module that is not installed is also looked for in the working directory. This executes the module's code. Raises
+    `UsageError` with one line if the import fails, or the name is no optimizer that asgo can use.
+    """
+    path = import_path_of(name)
+    if path is None:
+        raise UsageError(f"optimizer {name!r}: write an import path as module.Class or ./FILE.py:Class")
+    # On stdout, prints of the module would mix with the command's data.
+    with contextlib.redirect_stdout(sys.stderr), _naming(name, "does not import"):
+        module = _load_file(Path(path.place).expanduser()) if path.is_file else _load_module(path)
+    try:
+        return _checked_class(path, module)
+    except ValueError as error:
+        raise UsageError(f"optimizer {name}: {error}") from None
+
+
+def check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
+    """Raise `UsageError` if the constructor does not have a keyword, or has others without a default."""
+    parameters = _keywords_of(import_optimizer(name))
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    named = {key: each for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
+    # Constructors with **keywords ignore a misspelled one.
+    near = difflib.get_close_matches
+    unknown = [key for key in keywords if key not in named and (not takes_any or near(key, named, cutoff=0.8))]
+    problems = [str(unknown_name(f"keyword of {name}", key, named)) for key in unknown]
+    missing = [key for key, each in named.items() if each.default is each.empty and key not in keywords]
+    problems += [f"its keyword {key} has no default: give optimizer.{key}" for key in missing]
+    if problems:
+        raise UsageError("\n".join(f"optimizer {name}: {problem}" for problem in problems))
+
+
+def default_lr(name: str) -> float:
+    """Return the default learning rate of the constructor. Raises `UsageError` if there is none."""
+    default = _keywords_of(import_optimizer(name))["lr"].default
+    if isinstance(default, bool) or not isinstance(default, int | float):
+        raise UsageError(f"optimizer {name}: its learning rate has no default: give --lr X, or optimizer.lr")
+    return float(default)
+
+
+def source_of(name: str) -> OptimizerSource:
+    """Return the file that defines an imported class. Raises `UsageError` if it has no file."""
+    cls = import_optimizer(name)
+    try:
+        file = Path(inspect.getfile(cls))
+        content = file.read_bytes()
+    except (OSError, TypeError):
+        raise UsageError(f"optimizer {name}: the file of its code cannot be read; put the class in a file") from None
+    return OptimizerSource(_distribution_of(cls), file, content)
+
+
+def _keywords_of(cls: type[torch.optim.Optimizer]) -> dict[str, inspect.Parameter]:
+    """Return the parameters of the constructor, without the first, which takes the model's parameters."""
+    parameters = list(inspect.signature(cls).parameters.items())
+    return {name: each for name, each in parameters[1:] if each.kind is not each.VAR_POSITIONAL}
+
+
+def _load_file(file: Path) -> Any:
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    module_name = f"asgo_optimizer_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    spec = importlib.util.spec_from_file_location(module_name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses and torch.compile look the module up
+    try:
+        with _searching(file.resolve().parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _load_module(path: ImportPath) -> Any:
+    module_name = _ALIASES.get(path.place, path.place)
+    top = module_name.partition(".")[0]
+    is_found = top in sys.modules or importlib.util.find_spec(top) is not None
+    try:
+        with contextlib.nullcontext() if is_found else _searching(Path.cwd()):
+            return importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name != top:
+            raise
+        raise UsageError(f"{top} is not installed; pip install {top}, or give a file, ./FILE.py:{path.name}") from None
+
+
+@contextlib.contextmanager
+def _searching(folder: Path) -> Iterator[None]:
+    """Context manager in which imports also search a folder, last: it must not hide an installed module."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
+def _naming(name: str, what: str) -> Iterator[None]:
+    """Context manager that raises any error of foreign code as a `UsageError` with the optimizer's name."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"optimizer {name}: {error}") from None
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"optimizer {name}: {what}: {one_line(error)}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Return the class and the first line of an error of foreign code."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
+
+
+def _checked_class(path: ImportPath, module: Any) -> type[torch.optim.Optimizer]:
+    import torch
+
+    base = torch.optim.Optimizer
+    cls = getattr(module, path.name, None)
+    if cls is None:
+        known = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
+        raise unknown_name(f"class in {path.place}", path.name, known)
+    if not isinstance(cls, type) or not issubclass(cls, base) or cls is base:
+        raise ValueError("not a subclass of torch.optim.Optimizer")
+    step = inspect.signature(cls.step).parameters.get("closure")
+    if step is not None and step.default is step.empty:
+        raise ValueError("its step() needs a closure that computes the loss again, which asgo does not give")
+    if "lr" not in _keywords_of(cls):
+        raise ValueError("its constructor has no keyword lr, which the learning rate schedule sets")
+    return cls
+
+
+def _distribution_of(cls: type) -> str | None:
+    for name in metadata.packages_distributions().get(cls.__module__.partition(".")[0], []):
+        return f"{name} {metadata.version(name)}"
+    return None

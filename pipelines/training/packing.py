@@ -1,0 +1,102 @@
+"""State of any optimizer as tensors by name and JSON values. Nothing is pickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipelines.tensors import Tensors
+
+_CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+class CannotPack(Exception):
+    """A value is neither a tensor, a JSON value, nor a container of those."""
+
+
+def pack(value: Any, name: str, tensors: Tensors) -> Any:
+    """Return a JSON value for `value`, and put its tensors into `tensors`, under names that begin with `name`.
+
+    Lists are lists. Tensors, other containers and mappings (with any keys) become objects with one key. Raises
+    `CannotPack` with the name for any other value, such as a function.
+    """
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [pack(each, f"{name}/{index}", tensors) for index, each in enumerate(value)]
+    kind = type(value).__name__
+    if type(value) is _CONTAINERS.get(kind):
+        return {kind: [pack(each, f"{name}/{index}", tensors) for index, each in enumerate(value)]}
+    if isinstance(value, Mapping):
+        items = enumerate(value.items())
+        return {"mapping": [[pack(k, f"{name}/{i}k", tensors), pack(v, f"{name}/{i}", tensors)] for i, (k, v) in items]}
+    raise CannotPack(f"{name} is a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def unpack(packed: Any, tensors: Tensors) -> Any:
+    """Return the value that `pack` was given; its tensors are those in `tensors`. A mapping becomes a dict."""
+    if isinstance(packed, list):
+        return [unpack(each, tensors) for each in packed]
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "mapping":
+        return {unpack(key, tensors): unpack(value, tensors) for key, value in content}
+    return _CONTAINERS[kind](unpack(each, tensors) for each in content)
+
+
+def pack_states(states: Mapping[str, Mapping[Any, Any]], tensors: Tensors) -> dict[str, Any]:
+    """Return other values of states by `<name>/<key>`, and put tensors into `tensors` under the same names.
+
+    A state with keys that are not texts is one value, `<name>/`.
+    """
+    values: dict[str, Any] = {}
+    for name, state in states.items():
+        has_names = all(isinstance(key, str) for key in state)
+        for key, value in state.items() if has_names else [("", dict(state))]:
+            packed = pack(value, f"{name}/{key}", tensors)
+            if not isinstance(value, Tensor):
+                values[f"{name}/{key}"] = packed
+    return values
+
+
+def unpack_states(tensors: Tensors, values: Mapping[str, Any]) -> dict[str, dict[Any, Any]]:
+    """Return the states that `pack_states` was given."""
+    inner = set(_tensor_names(list(values.values())))
+    plain: dict[str, Any] = {name: tensor for name, tensor in tensors.items() if name not in inner}
+    states: dict[str, dict[Any, Any]] = {}
+    for full_name, value in {**plain, **{name: unpack(each, tensors) for name, each in values.items()}}.items():
+        name, _, key = full_name.rpartition("/")
+        states.setdefault(name, {}).update({key: value} if key else value)
+    return states
+
+
+def _tensor_names(packed: Any) -> list[str]:
+    if isinstance(packed, list):
+        return [name for each in packed for name in _tensor_names(each)]
+    if not isinstance(packed, dict):
+        return []
+    return [packed["tensor"]] if "tensor" in packed else _tensor_names(list(packed.values()))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two packable values are equal, bit for bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and bool(a == b or a != a)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().flatten().view(torch.uint8)  # equal also where an element is NaN

@@ -1,0 +1,228 @@
+"""Optimizers of other libraries and of the user train, are saved and resume exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipelines.config import GPTRunConfig, RunConfig
+from pipelines.errors import UsageError
+from pipelines.training.checkpoint import open_checkpoint
+from pipelines.training.packing import CannotPack, pack, same, unpack
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.train import train
+from tests.conftest import SilentReporter
+from tests.pipelines.training.test_kills import finish, start, wait_for_records
+from tests.pipelines.training.test_resume import assert_same_run
+
+Make = Callable[..., RunConfig]
+
+SOPHIA = """
+import torch
+
+class SophiaG(torch.optim.Optimizer):
+    '''Sophia (arXiv 2305.14342) with squared gradients as the estimate of the curvature, taken every 2nd step.'''
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), rho=0.04, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["calls"] = group.get("calls", 0) + 1
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["moments"] = [torch.zeros_like(param), torch.zeros_like(param)]
+                    state["of"] = {"shape": tuple(param.shape), "name": None}
+                momentum, curvature = state["moments"]
+                momentum.lerp_(param.grad, 1 - group["betas"][0])
+                if group["calls"] % 2 == 1:
+                    curvature.lerp_(param.grad.square(), 1 - group["betas"][1])
+                param.mul_(1 - group["lr"] * group["weight_decay"])
+                ratio = (momentum / (group["rho"] * curvature + 1e-12)).clamp_(-1, 1)
+                param.add_(ratio, alpha=-group["lr"])
+"""
+
+KEEPS_A_SECRET = """
+import torch
+
+class Forgetful(torch.optim.SGD):
+    '''Its steps depend on an attribute that is not in its state_dict.'''
+
+    count = 0
+
+    def step(self, closure=None):
+        self.count += 1
+        self.param_groups[0]["momentum"] = 1 / (1 + self.count)
+        super().step()
+        self.param_groups[0]["momentum"] = 0.0
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Write a module of the user into the working directory and return its path."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(text: str, name: str = "mine.py") -> str:
+        Path(name).write_text(text)
+        return f"./{name}"
+
+    return write
+
+
+def library(name: str) -> str:
+    pytest.importorskip("pytorch_optimizer")
+    return f"pytorch_optimizer.{name}"
+
+
+@pytest.mark.parametrize(
+    "name", ["SOAP", "Kron", "Lion", "AdEMAMix", "MARS", "Prodigy", "ScheduleFreeAdamW", "torch.Adafactor", "SophiaG"]
+)
+def test_a_killed_run_resumes_exactly(
+    name: str, module: Callable[[str], str], small_config: Make, tmp_path: Path
+) -> None:
+    own = module(SOPHIA)
+    path = f"{own}:SophiaG" if name == "SophiaG" else name if "." in name else library(name)
+    config = small_config(
+        optimizer__name=path, optimizer__lr=1e-3, training__steps=12, checkpoint__every=2, evaluation__every=5,
+        model__dropout=0.1, training__micro_batch_size=2,
+    )  # fmt: skip
+    finish(config, tmp_path / "whole")
+    process = start(config, tmp_path / "killed")
+    wait_for_records(process, tmp_path / "killed", 7)
+    process.kill()
+    process.join()
+    assert not (tmp_path / "killed" / "checkpoints" / "step-00000012").exists()
+    finish(config, tmp_path / "killed")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 12)
+    values = [
+        open_checkpoint(tmp_path / run / "checkpoints" / "step-00000012").state["optimizer_scalars"]
+        for run in ("whole", "killed")
+    ]
+    assert values[0] == values[1]
+
+
+def test_the_code_is_kept_with_its_hash_and_must_be_the_same_on_resume(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    path = module(SOPHIA)
+    config = small_config(optimizer__name=f"{path}:SophiaG", optimizer__rho=0.1)
+    assert config.optimizer.lr == 1e-3  # the constructor's default is recorded
+    train(config, tmp_path / "run", reporter)
+    assert (tmp_path / "run" / "optimizer" / "mine.py").read_text() == SOPHIA
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert record["config"]["optimizer"]["rho"] == 0.1
+    assert record["optimizer_source"]["file"] == "mine.py"
+    # Another process reads the new file.
+    Path(path).write_text(SOPHIA + "\n# changed\n")
+    with pytest.raises(UsageError, match=r"other code .*mine.py has now; restore it \(a copy is in .*run/optimizer"):
+        train(config, tmp_path / "run", reporter, resume=True)
+
+
+def test_a_run_is_read_without_its_optimizer(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    path = module(SOPHIA)
+    train(small_config(optimizer__name=f"{path}:SophiaG"), tmp_path / "run", reporter)
+    Path(path).write_text("raise SystemExit('executed')")
+    for run in (tmp_path / "run" / "optimizer").iterdir():
+        run.write_text("raise SystemExit('executed')")
+    assert RunFolder(tmp_path / "run").config().optimizer.name == f"{path}:SophiaG"
+    assert GPTRunConfig.model_validate_json(RunFolder(tmp_path / "run").config().model_dump_json())
+
+
+def test_what_cannot_be_resumed_exactly_says_so_before_it_trains(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    path = module(KEEPS_A_SECRET)
+    config = small_config(optimizer__name=f"{path}:Forgetful", optimizer__lr=0.1)
+    train(config, tmp_path / "run", reporter)
+    assert "cannot be resumed exactly" in reporter.notes[0]
+    with_function = KEEPS_A_SECRET.replace('["momentum"] = 0.0', '["momentum"] = 0.0\n        self.state["x"] = print')
+    config = small_config(optimizer__name=f"{module(with_function, 'other.py')}:Forgetful", optimizer__lr=0.1)
+    with pytest.raises(UsageError, match="cannot be saved: /state/0 is a builtins.builtin_function_or_method"):
+        train(config, tmp_path / "other", reporter)
+    assert not (tmp_path / "other" / "config.json").exists()
+
+
+def test_schedule_free_weights_are_validated_and_exported(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """A checkpoint has the weights that are trained and those that are evaluated, and validating changes neither."""
+    name = library("ScheduleFreeAdamW")
+    often = small_config(optimizer__name=name, optimizer__lr=0.05, evaluation__every=1, checkpoint__every=1)
+    train(often, tmp_path / "often", reporter)
+    rarely = small_config(optimizer__name=name, optimizer__lr=0.05, evaluation__every=6, checkpoint__every=6)
+    train(rarely, tmp_path / "rarely", reporter)
+    folders = [tmp_path / run / "checkpoints" / "step-00000006" for run in ("often", "rarely")]
+    for file in ("model", "average", "optimizer"):
+        one, other = (safetensors.torch.load_file(folder / f"{file}.safetensors") for folder in folders)
+        assert same(one, other), file
+    trained = safetensors.torch.load_file(folders[0] / "model.safetensors")
+    evaluated = open_checkpoint(folders[0]).model_tensors()
+    assert not same(trained, evaluated)
+
+
+@pytest.mark.parametrize(
+    ("text", "class_name", "message"),
+    [
+        ("1 / 0", "A", "does not import: ZeroDivisionError"),
+        ("import sys; sys.exit('bye')", "A", "does not import: SystemExit: bye"),
+        ("import nonesuch", "A", "does not import: ModuleNotFoundError: No module named 'nonesuch'"),
+        ("class A: pass", "A", "not a subclass of torch.optim.Optimizer"),
+        ("class A: pass", "B", "unknown class in ./bad.py: 'B'"),
+        (
+            "import torch\nclass A(torch.optim.Optimizer):\n  def __init__(self, params): super().__init__(params, {})",
+            "A",
+            "no keyword lr",
+        ),
+        (
+            "import torch\nclass A(torch.optim.SGD):\n  def step(self, closure): pass",
+            "A",
+            "needs a closure",
+        ),
+    ],
+)
+def test_what_is_no_optimizer_is_one_line(
+    text: str, class_name: str, message: str, module: Callable[..., str], small_config: Make
+) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        small_config(optimizer__name=f"{module(text, 'bad.py')}:{class_name}", optimizer__lr=0.1)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__name": "nonesuch.Lion"}, "nonesuch is not installed; pip install nonesuch"),
+        ({"optimizer__name": "torch.AdamV"}, "unknown class in torch: 'AdamV'; did you mean 'AdamW'"),
+        ({"optimizer__name": "torch.AdamW", "optimizer__wait_decay": 0.1}, "did you mean 'weight_decay'"),
+        ({"optimizer__name": "torch.AdamW", "runtime__shard_model": True}, "works with asgo's own optimizers"),
+    ],
+)
+def test_wrong_settings_are_one_line(changes: dict[str, Any], message: str, small_config: Make) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        small_config(**changes)
+    assert "\n" not in str(raised.value)
+
+
+def test_values_keep_their_kinds() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    value = {
+        0: [torch.ones(2), None, (1, 2.5)],
+        "a": {3: {4, 5}, (1, 2): "x"},
+        "nan": [float("nan"), float("inf"), True, 2**70, torch.ones(2, dtype=torch.bfloat16)],
+    }
+    packed = json.loads(json.dumps(pack(value, "state", tensors)))
+    assert same(unpack(packed, tensors), value)
+    assert type(unpack(packed, tensors)["a"][3]) is set
+    with pytest.raises(CannotPack, match="state is a builtins.function|state is a"):
+        pack(lambda: 0, "state", tensors)
