@@ -55,9 +55,9 @@ def optimizers(
         list[str] | None,
         typer.Option(
             metavar="NAME[:key=value,...]",
-            help=f"{', '.join(OWN_OPTIMIZERS)}; torch.CLASS, pytorch_optimizer.CLASS, heavyball.CLASS; "
-            "with keywords of the constructor; may be given several times. Default: ours, and some of each library "
-            "that is installed.",
+            help=f"{', '.join(OWN_OPTIMIZERS)}; or an import path: torch.CLASS, heavyball.CLASS, ./FILE.py:CLASS; "
+            "with keywords of the constructor; may be given several times. Default: ours, and some of torch, "
+            "pytorch_optimizer and heavyball, if installed.",
             autocompletion=completing(OPTIMIZERS),
         ),
     ] = None,

@@ -21,6 +21,7 @@ from asgo_cli.options import Device
 from asgo_cli.progress import TrainingProgress
 from asgo_cli.worker import is_restarted
 from pipelines.errors import UsageError
+from pipelines.optimizers import short_name_of
 from pipelines.shell import command
 from pipelines.tasks import TASKS, task_of
 from pipelines.tasks.description import TaskDescription
@@ -48,7 +49,7 @@ OptimizerOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help=f"{', '.join(names.OPTIMIZERS[:-1])} or {names.OPTIMIZERS[-1]}.",
+        help=f"{', '.join(names.OPTIMIZERS)}; or an import path: module.Class or ./FILE.py:Class.",
         show_default="the preset's",
         autocompletion=names.completing(names.OPTIMIZERS),
     ),
@@ -214,7 +215,8 @@ def _carry_out(
     dry_run: bool,
     plot: Path | None,
 ) -> None:
-    folder = out or Path("runs") / f"{settings.preset}-{settings.optimizer.name}-s{settings.seed}"
+    name = short_name_of(settings.optimizer.name)
+    folder = out or Path("runs") / f"{settings.preset}-{name}-s{settings.seed}"
     if print_config:
         _print_config(settings)
         return
@@ -285,6 +287,7 @@ def _show_plan(settings: RunConfig, folder: Path, plot: Path | None, asked: Laun
         ("run folder", str(folder)),
         ("model", f"{planned.model}, {planned.parameters:,} parameters"),
         ("optimizer", f"{settings.optimizer.name}, lr {settings.optimizer.lr:g}, {settings.schedule.kind}"),
+        *((f"  {part.name}", f"{part.parameters:,} parameters, {part.settings}") for part in planned.parts),
         ("data", settings.data.folder),
         ("step", f"{planned.tokens_per_step:,} {unit}, accumulated over {planned.micro_batches} micro-batches"),
         ("steps", f"{training.steps:,}"),

@@ -73,7 +73,8 @@ OptimizersOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME[:lr=0.01,...]",
-        help="An optimizer with keywords of its constructor; may be given several times.",
+        help="An optimizer, or an import path such as torch.NAdam, with keywords of its constructor; may be given "
+        "several times.",
         show_default="the paper's three settings; for matrix problems six optimizers",
         autocompletion=completing(OPTIMIZERS),
     ),

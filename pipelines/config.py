@@ -57,6 +57,11 @@ class NamedOptimizerSettings(Settings):
     parts: Settings | None = None
     """Keywords for parts of the model: a table for each of `optim.specs.PARTS`."""
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether the name is an import path."""
+        return isinstance(self, ImportedOptimizerSettings)
+
     @model_validator(mode="after")
     def _scales_are_ordered(self) -> Self:
         low, high = getattr(self, "min_scale", None), getattr(self, "max_scale", None)
@@ -467,7 +472,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _imported_optimizers_are_whole(self) -> Self:
         for key in ("shard_optimizer", "shard_model"):
-            if isinstance(self.optimizer, ImportedOptimizerSettings) and getattr(self.runtime, key):
+            if self.optimizer.is_imported and getattr(self.runtime, key):
                 raise ValueError(f"runtime.{key} works with asgo's own optimizers, not with {self.optimizer.name}")
         return self
 

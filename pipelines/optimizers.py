@@ -48,10 +48,10 @@ def import_path_of(name: str) -> ImportPath | None:
     return ImportPath(found["place"] or found["module"], found["file_class"] or found["name"])
 
 
-def title_of(name: str) -> str:
-    """Return the name of an optimizer in figures and folders: the class of an import path."""
+def short_name_of(name: str) -> str:
+    """Return the name of an optimizer; of an import path, its class."""
     path = import_path_of(name)
-    return path.name if path is not None else SPECS[name].title if name in SPECS else name
+    return name if path is None else path.name
 
 
 def split_optimizer(text: str) -> tuple[str, dict[str, str]]:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipelines.analysis.optimizer_settings import OptimizerSettings, build
+from pipelines.optimizers import import_path_of
 
 _STEPS_PER_REPORT = 50
 
@@ -32,7 +33,12 @@ def descend(
     """
     # One backward pass for all copies: autograd takes about as long for one copy as for a few.
     leaves = [stack.detach().requires_grad_() for stack in stacks]
-    copies = list(zip(*(stack.unbind() for stack in stacks), strict=True))
+    views = list(zip(*(stack.unbind() for stack in stacks), strict=True))
+    # Other libraries may replace the data of a parameter: they get tensors of their own.
+    copies = [
+        view if import_path_of(setting.optimizer) is None else tuple(nn.Parameter(each.clone()) for each in view)
+        for view, setting in zip(views, settings, strict=True)
+    ]
     optimizers = list(_optimizers(settings, copies, steps))
     for step in itertools.count():
         losses = loss(leaves)
@@ -49,6 +55,9 @@ def descend(
                 param.grad = gradient.contiguous() if is_finite else None
         for optimizer in optimizers:
             optimizer.step()
+        for view, copy in zip(views, copies, strict=True):
+            if view is not copy:
+                torch._foreach_copy_(list(view), [param.detach() for param in copy])
         if progress is not None and (step + 1) % _STEPS_PER_REPORT == 0:
             progress(_STEPS_PER_REPORT)
 
@@ -63,12 +72,20 @@ def first_for_good(reached: npt.NDArray[np.bool_]) -> int | None:
 def _optimizers(
     settings: Sequence[OptimizerSettings], copies: Sequence[Sequence[Tensor]], steps: int
 ) -> Iterator[torch.optim.Optimizer]:
-    """Yield one optimizer per run of settings that differ only in the rate: most of a step's cost is per optimizer."""
+    """Yield one optimizer per run of settings that differ only in the rate: most of a step's cost is per optimizer.
+
+    Those of other libraries are separate: groups of one optimizer may depend on each other.
+    """
 
     def all_but_rate(pair: tuple[OptimizerSettings, Sequence[Tensor]]) -> dict[str, Any]:
+        if import_path_of(pair[0].optimizer) is not None:
+            return {"separate": id(pair[1])}
         return {**pair[0].keywords, "lr": None, "name": pair[0].optimizer}
 
     for _, neighbours in itertools.groupby(zip(settings, copies, strict=True), all_but_rate):
         alike = list(neighbours)
         groups = [{"params": list(copy), "lr": setting.keywords["lr"]} for setting, copy in alike]
-        yield build(alike[0][0], groups, steps)
+        optimizer = build(alike[0][0], groups, steps)
+        if callable(start := getattr(optimizer, "train", None)):  # schedule-free optimizers must be told
+            start()
+        yield optimizer

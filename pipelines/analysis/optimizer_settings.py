@@ -14,7 +14,8 @@ from models.matrix_problems import PROBLEMS
 from optim import optimizer_class
 from optim.specs import REQUIRED, spec_of, unknown_name
 from pipelines.errors import UsageError
-from pipelines.optimizers import parse_value, split_optimizer
+from pipelines.imported_optimizers import check_keywords, default_lr, import_optimizer, one_line
+from pipelines.optimizers import import_path_of, parse_value, short_name_of, split_optimizer
 from pipelines.resolve import read_preset
 
 POINTS, MATRICES = "asro-functions", "matrix-problems"  # presets for 2-D functions and for matrix problems
@@ -25,7 +26,7 @@ _NOT_OFFERED = {"params", "total_steps", "foreach", "fused", "capturable", "diff
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """An optimizer with the keywords of its constructor, and its name in legends and tables."""
+    """An optimizer (a name or an import path), the keywords of its constructor, and its name in legends and tables."""
 
     optimizer: str
     keywords: Mapping[str, Any]
@@ -49,6 +50,8 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
     """
     try:
         name, texts = split_optimizer(text)
+        if import_path_of(name) is not None:
+            return _imported(name, texts, preset, all_rates)
         defaults, spec = read_preset(preset)["optimizers"], spec_of(name)
         if preset == POINTS and spec.takes_matrices:
             raise ValueError(
@@ -56,8 +59,7 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
                 f"or draw a matrix problem: {', '.join(PROBLEMS)}"
             )
         given = _read_keywords(name, texts)
-        if all_rates and "lr" in given:
-            raise ValueError("--lr-grid chooses the learning rate; leave lr out")
+        _refuse_rate(given, all_rates)
         keywords = {"lr": 0.0 if all_rates else spec.defaults["lr"], **defaults.get(name, {}), **given}
         if keywords["lr"] is REQUIRED:
             raise ValueError(f"no default learning rate; give one, as in {name}:lr=0.01")
@@ -68,9 +70,31 @@ def parse_settings(text: str, preset: str = POINTS, *, all_rates: bool = False) 
     return settings
 
 
+def _imported(name: str, texts: Mapping[str, str], preset: str, all_rates: bool) -> OptimizerSettings:
+    """Return the settings of an optimizer by import path; raises like `parse_settings`."""
+    values = {key: parse_value(text) for key, text in texts.items()}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    _refuse_rate(given, all_rates)
+    lr = given.get("lr", 0.0 if all_rates else default_lr(name))
+    keywords = {**given, "lr": _number("lr", lr, str(lr))}
+    check_keywords(name, keywords)
+    settings = _settings(name, keywords, shown=[*([] if all_rates else ["lr"]), *given])
+    try:
+        build(settings, [{"params": [torch.zeros((2,) if preset == POINTS else (2, 2), requires_grad=True)]}], 1)
+    except Exception as error:  # code of other libraries may raise anything
+        raise ValueError(f"its constructor raises {one_line(error)}") from error
+    return settings
+
+
+def _refuse_rate(given: Mapping[str, Any], all_rates: bool) -> None:
+    if all_rates and "lr" in given:
+        raise ValueError("--lr-grid chooses the learning rate; leave lr out")
+
+
 def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], total_steps: int) -> torch.optim.Optimizer:
     """Build the optimizer for parameter groups, which may override any keyword."""
-    cls, fixed = optimizer_class(settings.optimizer)
+    imported = import_path_of(settings.optimizer) is not None
+    cls, fixed = (import_optimizer(settings.optimizer), {}) if imported else optimizer_class(settings.optimizer)
     keywords = {**fixed, **settings.keywords}
     if "total_steps" in inspect.signature(cls).parameters:
         keywords["total_steps"] = total_steps
@@ -79,7 +103,8 @@ def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], tota
 
 def _settings(name: str, keywords: Mapping[str, Any], shown: Collection[str]) -> OptimizerSettings:
     values = [f"{key} {_plain(value)}" for key, value in keywords.items() if key in shown]
-    return OptimizerSettings(name, dict(keywords), ", ".join([spec_of(name).title, *values]))
+    title = short_name_of(name) if import_path_of(name) is not None else spec_of(name).title
+    return OptimizerSettings(name, dict(keywords), ", ".join([title, *values]))
 
 
 def _plain(value: Any) -> str:

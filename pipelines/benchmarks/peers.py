@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optim import OPTIMIZER_NAMES, build_optimizer
+from optim import build_optimizer
 from optim.groups import matrix_groups
+from optim.specs import spec_of
 from pipelines.benchmarks.shapes import Matrices
 from pipelines.errors import UsageError
-from pipelines.optimizers import parse_value, split_optimizer
+from pipelines.imported_optimizers import import_optimizer
+from pipelines.optimizers import import_path_of, parse_value, split_optimizer
 
 OURS = "asgo"
-_MODULES = {"torch": "torch.optim", "pytorch_optimizer": "pytorch_optimizer", "heavyball": "heavyball"}
 PEER_LIBRARIES = ("pytorch_optimizer", "heavyball")
 
 BASELINE = "torch.AdamW:fused=true"
@@ -51,7 +50,6 @@ DEFAULT_NAMES = (
 Without heavyball's PSGD, which compiles for minutes on a CPU.
 """
 
-_MOST_NAMES_IN_A_LINE = 20
 _TOTAL_STEPS = 10_000
 # Our optimizers without default settings: the authors' settings for a language model, at the first step.
 _OUR_KEYWORDS: dict[str, dict[str, Any]] = {
@@ -80,7 +78,7 @@ class Choice:
         if self.library == OURS:
             keywords = {**_OUR_KEYWORDS.get(self.optimizer, {}), **self.keywords}
             return [build_optimizer(model, self.optimizer, total_steps=_TOTAL_STEPS, **keywords)]
-        cls = getattr(importlib.import_module(_MODULES[self.library]), self.optimizer)
+        cls = import_optimizer(split_optimizer(self.name)[0])
         if (self.library, self.optimizer) == ("torch", "Muon"):
             matrices, others = _split(model, max_dims=2)
             muon = cls(matrices, **self.keywords)
@@ -116,24 +114,25 @@ def choose(names: Sequence[str]) -> tuple[list[Choice], list[str]]:
 
 
 def parse_choice(text: str) -> Choice:
-    """Parse `NAME` or `NAME:key=value,key=value`; NAME is one of our optimizers or `library.Class`.
+    """Parse `NAME` or `NAME:key=value,key=value`; NAME is one of our optimizers or an import path.
 
     Raises `UsageError` if the optimizer cannot be built.
     """
     try:
         name, texts = split_optimizer(text)
-        library, dot, optimizer = name.partition(".")
-        if not dot:
-            library, optimizer = OURS, name
-            if name not in OPTIMIZER_NAMES:
-                raise _unknown("optimizer", name, [*OPTIMIZER_NAMES, *(f"{each}.CLASS" for each in _MODULES)])
+        path = import_path_of(name)
+        if path is None:
+            library, optimizer = OURS, spec_of(name).name
         else:
-            _check_class(library, optimizer)
+            library, optimizer = path.place.partition(".")[0] if not path.is_file else path.place, path.name
+            import_optimizer(name)
         values = {key: parse_value(each) for key, each in texts.items()}
         keywords = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
         choice = Choice(text, library, optimizer, keywords)
         if choice.keywords:
             choice.build(Matrices({"only": (2, 2)}))
+    except UsageError:
+        raise
     except Exception as error:  # a peer's constructor may raise anything
         raise UsageError(f"--optimizer {text}: {error}") from None
     return choice
@@ -148,36 +147,6 @@ def versions(choices: Sequence[Choice]) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[library] = "unknown"
     return found
-
-
-def _check_class(library: str, optimizer: str) -> None:
-    if library not in _MODULES:
-        raise _unknown("library", library, list(_MODULES))
-    problem = _import_problem(library) if library in PEER_LIBRARIES else None
-    if problem is not None:
-        raise ValueError(f"{problem}; pip install {library}, or choose another")
-    module = importlib.import_module(_MODULES[library])
-    names = _optimizer_names(module)
-    if optimizer not in names:
-        raise _unknown(f"optimizer of {_MODULES[library]}", optimizer, names)
-
-
-def _optimizer_names(module: ModuleType) -> list[str]:
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
-    ]
-
-
-def _unknown(kind: str, name: str, known: Sequence[str]) -> ValueError:
-    lowered = {other.lower(): other for other in known}
-    nearest = difflib.get_close_matches(name.lower(), lowered, n=1)
-    all_known = (
-        f"known: {', '.join(known)}" if len(known) <= _MOST_NAMES_IN_A_LINE else f"there are {len(known)} others"
-    )
-    hint = f"did you mean {lowered[nearest[0]]!r}?" if nearest else all_known
-    return ValueError(f"unknown {kind}: {name!r}; {hint}")
 
 
 def _import_problem(library: str) -> str | None:

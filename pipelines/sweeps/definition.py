@@ -247,7 +247,7 @@ def _short(key: str, value: Any) -> str:
     """Return a setting as a part of a folder name: `lr0.001`, or the optimizer's name alone."""
     label = "" if key == "optimizer.name" else key.split(".")[-1]
     text = "_".join(map(str, value)) if isinstance(value, list) else str(value)
-    return label + re.sub(r"[^A-Za-z0-9.-]+", "_", text)
+    return label + re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("._")  # ./FILE.py:Class must not be a hidden folder
 
 
 def _refuse_to_overrule(variants: Sequence[Variant], set_layer: Layer) -> None:

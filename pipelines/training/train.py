@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from optim import build_optimizer
+from optim.groups import parts_of
 from optim.sharded import ShardedOptimizer
+from optim.specs import PARTS
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
@@ -41,11 +43,22 @@ from pipelines.training.task import Task
 from pipelines.training.trackers import require_trackers, tracked
 from pipelines.training.watchdog import Watchdog
 
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """Parameters of a part of the model with equal settings of the optimizer."""
+
+    name: str
+    parameters: int
+    settings: str
+
+
 @dataclass(frozen=True)
 class Plan:
     """Summary of a run for `--dry-run`."""
 
     parameters: int
+    parts: tuple[PlannedPart, ...]
     model: str
     tokens_per_step: int
     micro_batches: int
@@ -66,17 +79,33 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
     local = local_batch(config.training, Ranks(size=processes))
     task = task_of(config).build(config, torch.device("cpu"), ALONE)
     task.close()
-    training = config.training
+    training, optimizer = config.training, new_optimizer(task.model, config)
     return Plan(
         parameters=sum(param.numel() for param in task.model.parameters()),
+        parts=_planned_parts(task.model, optimizer),
         model=config.model.title,
         tokens_per_step=training.batch_size * task.tokens_per_sample,
         micro_batches=len(local.micro_batches),
         epochs=task.epoch_at(training.steps),
         device=describe_device(device),
         precision=str(pick_precision(training, device)).removeprefix("torch."),
-        schedule=Scheduler(config.schedule, training.steps, new_optimizer(task.model, config)).values,
+        schedule=Scheduler(config.schedule, training.steps, optimizer).values,
     )
+
+
+def _planned_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[PlannedPart, ...]:
+    """Return what the optimizer does with each part of the model."""
+    part_of, params = parts_of(model), dict(model.named_parameters())
+    names = {id(params[name]): part for name, part in part_of.items()}
+    counts: dict[tuple[str, str], int] = {}
+    for group in optimizer.param_groups:
+        rule = [group["rule"]] if "rule" in group else []
+        shown = [f"{key} {group[key]:g}" for key in ("lr", "weight_decay") if isinstance(group.get(key), int | float)]
+        for param in group["params"]:
+            key = names[id(param)], ", ".join([*rule, *shown])
+            counts[key] = counts.get(key, 0) + param.numel()
+    ordered = sorted(counts.items(), key=lambda item: PARTS.index(item[0][0]))
+    return tuple(PlannedPart(part, count, settings) for (part, settings), count in ordered)
 
 
 def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = False) -> list[Row]:
@@ -91,7 +120,7 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
     """
     device = pick_device(config.runtime)
     # On CUDA, our optimizers compile their updates; those of other libraries may anywhere.
-    if config.runtime.compile or device.type == "cuda" or isinstance(config.optimizer, ImportedOptimizerSettings):
+    if config.runtime.compile or device.type == "cuda" or config.optimizer.is_imported:
         use_private_compiler_cache()
     with process_group(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
@@ -121,7 +150,7 @@ def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
         saved = folder.config()
         _require_same_config(folder.path, saved, config, _how_to_train_further(folder.path, saved, config))
         _require_data(folder.path, Path(config.data.folder))
-        if isinstance(config.optimizer, ImportedOptimizerSettings):
+        if config.optimizer.is_imported:
             folder.require_source(source_of(config.optimizer.name))
         return True
     refuse_existing(folder)
@@ -167,7 +196,7 @@ def _train(
             reporter.note(f"{checkpoint.folder}: {warning}")
     if ranks.is_first:
         if not continues:
-            source = source_of(config.optimizer.name) if isinstance(config.optimizer, ImportedOptimizerSettings) else None
+            source = source_of(config.optimizer.name) if config.optimizer.is_imported else None
             folder.begin(config, task.description(), describe_device(device), source)
         folder.continue_from(state.rows)
         continue_statistics(folder.statistics_path, state.step)
@@ -214,7 +243,7 @@ def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Rank
     if ranks.rank:
         torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # after initialization, ranks draw different numbers
     imported = None
-    if isinstance(config.optimizer, ImportedOptimizerSettings):
+    if config.optimizer.is_imported:
         imported = ImportedOptimizer(optimizer, dict(task.model.named_parameters()), scheduler.keys)
     return TrainState(task.model, optimizer, scheduler, scaler, StepClock(device), ranks, average, imported)
 
@@ -227,16 +256,16 @@ def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     name, keywords = config.optimizer.name, config.optimizer_keywords()
     parts: dict[str, Any] = {part: {} for part in config.schedule.named_parts}
     keywords["parts"] = {**parts, **keywords.get("parts", {})}
-    is_imported = isinstance(config.optimizer, ImportedOptimizerSettings)
+    if not config.optimizer.is_imported:
+        try:
+            return build_optimizer(model, name, config.training.steps, **keywords)
+        except ValueError as error:
+            raise UsageError(f"optimizer {name}: {error}") from None
+    cls = import_optimizer(name)
     try:
-        return build_optimizer(
-            model, import_optimizer(name) if is_imported else name, config.training.steps, **keywords
-        )
-    except Exception as error:
-        if not is_imported and not isinstance(error, ValueError):
-            raise
-        reason = f"its constructor raises {one_line(error)}" if is_imported else str(error)
-        raise UsageError(f"optimizer {name}: {reason}") from error  # code of other libraries may raise anything
+        return build_optimizer(model, cls, config.training.steps, **keywords)
+    except Exception as error:  # code of other libraries may raise anything
+        raise UsageError(f"optimizer {name}: its constructor raises {one_line(error)}") from error
 
 
 def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advice: Sequence[str] = ()) -> None:

@@ -148,7 +148,7 @@ def test_what_cannot_be_resumed_exactly_says_so_before_it_trains(
     assert "cannot be resumed exactly" in reporter.notes[0]
     with_function = KEEPS_A_SECRET.replace('["momentum"] = 0.0', '["momentum"] = 0.0\n        self.state["x"] = print')
     config = small_config(optimizer__name=f"{module(with_function, 'other.py')}:Forgetful", optimizer__lr=0.1)
-    with pytest.raises(UsageError, match="cannot be saved: /state/0 is a builtins.builtin_function_or_method"):
+    with pytest.raises(UsageError, match="cannot be saved: /state/0 is a builtins"):
         train(config, tmp_path / "other", reporter)
     assert not (tmp_path / "other" / "config.json").exists()
 
@@ -203,7 +203,7 @@ def test_what_is_no_optimizer_is_one_line(
     ("changes", "message"),
     [
         ({"optimizer__name": "nonesuch.Lion"}, "nonesuch is not installed; pip install nonesuch"),
-        ({"optimizer__name": "torch.AdamV"}, "unknown class in torch: 'AdamV'; did you mean 'AdamW'"),
+        ({"optimizer__name": "torch.AdamWW"}, "unknown class in torch: 'AdamWW'; did you mean 'AdamW'"),
         ({"optimizer__name": "torch.AdamW", "optimizer__wait_decay": 0.1}, "did you mean 'weight_decay'"),
         ({"optimizer__name": "torch.AdamW", "runtime__shard_model": True}, "works with asgo's own optimizers"),
     ],
@@ -224,5 +224,5 @@ def test_values_keep_their_kinds() -> None:
     packed = json.loads(json.dumps(pack(value, "state", tensors)))
     assert same(unpack(packed, tensors), value)
     assert type(unpack(packed, tensors)["a"][3]) is set
-    with pytest.raises(CannotPack, match="state is a builtins.function|state is a"):
+    with pytest.raises(CannotPack, match="state is a builtins"):
         pack(lambda: 0, "state", tensors)
