@@ -44,8 +44,14 @@ def matrix_groups(
       or class name: each expert is a separate matrix.
 
     Embeddings (token and positional, tied or not), normalizations, biases, gains, output heads, and the parameters in
-    `adam` use Adam. `head` selects the output heads; the default is `optim.heads.output_heads`. Names in `row_blocks`
-    may have wildcards.
+    `adam` use Adam. `head` selects the output heads; the default is `optim.heads.output_heads`.
+
+    `row_blocks` gives, by name or wildcards, the number of equal blocks of rows, or the rows of each block, that are
+    separate matrices. This preconditions the query and key of each attention head separately, as arXiv 2503.20762 does
+    in practice, also if one weight holds queries, keys and values: `{"*.attn.c_attn.weight": (64,) * 24 + (768,)}`
+    splits the queries and keys of nanoGPT's 12 heads, and keeps the values whole; 3 makes three matrices. Rows are
+    outputs, as in `nn.Linear`. Hugging Face's GPT-2 stores this weight transposed: its heads are columns, and cannot be
+    split.
 
     Parameters in `row_blocks` and experts come after the other matrices, in one group for each way of splitting, in
     the order of the model. Warns if Adam gets more elements of possible matrices than the matrix rule. Parameters that

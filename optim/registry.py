@@ -30,10 +30,6 @@ def build_optimizer(
     by_heads: bool = False,
     head: Selection | None = None,
     adam: Selection = (),
-    adam_lr: float | None = None,
-    adam_betas: tuple[float, float] | None = None,
-    adam_eps: float | None = None,
-    adam_weight_decay: float | None = None,
     no_decay: Sequence[str] = (),
     parts: Mapping[str, Mapping[str, Any]] | None = None,
     **settings: Any,
@@ -48,62 +44,58 @@ def build_optimizer(
         model: any module; parameters that require no gradient are left out.
         name: one of `OPTIMIZER_NAMES`, or any class of optimizers, whose groups then have no parameter names.
         total_steps: steps of the whole training; only `accasro` uses it.
-        row_blocks: for matrix optimizers, parameters by name, with wildcards, whose blocks of rows are separate
-            matrices: the number of equal blocks, or the rows of each block. This preconditions the query and key of
-            each attention head separately, as arXiv 2503.20762 does in practice, also if one weight holds queries, keys
-            and values: `row_blocks={"*.attn.c_attn.weight": (64,) * 24 + (768,)}` splits the queries and keys of
-            nanoGPT's 12 heads, and keeps the values whole; `3` makes the three separate matrices. Rows are outputs, as
-            in `nn.Linear`. Hugging Face's GPT-2 stores this weight transposed: its heads are columns, and cannot be
-            split.
-        by_heads: use the blocks of `model.attention_row_blocks()`, as in `models.gpt.GPT`; entries of `row_blocks` take
-            precedence.
+        row_blocks: for matrix optimizers, parameters by name whose blocks of rows are separate matrices; see
+            `optim.groups.matrix_groups`.
+        by_heads: use the blocks of `model.attention_row_blocks()`, as in `models.gpt.GPT`; those in `row_blocks` win.
         head: output heads, which use Adam with a matrix optimizer: modules, parameters, or their names, with wildcards
             (`"*.classifier"`). Default: detected; `()` for none.
         adam: for matrix optimizers, further modules or parameters that use Adam, selected like `head`.
-        adam_lr, adam_betas, adam_eps, adam_weight_decay: for matrix optimizers, keywords of Adam. Defaults: the
-            optimizer's `lr`, (0.9, 0.95), 1e-8 and 0. Weight decay applies to Adam's parameters with at least two
-            dimensions.
-        no_decay: no weight decay for these: `embeddings`, `head`, or names of modules or parameters, with wildcards.
-            Matrix optimizers do not decay embeddings and heads by default, so a fair comparison needs it for the
-            other optimizers.
-        parts: keywords of parameter groups for parts of the model (`optim.specs.PARTS`), which take precedence:
-            `parts={"embedding": {"lr": 0.3}, "matrices": {"weight_decay": 0.0}}`.
-        settings: keywords of the optimizer's constructor.
+        no_decay: parameters without weight decay: `embeddings`, `head`, or names, with wildcards. Matrix optimizers do
+            not decay embeddings and heads by default, so a fair comparison needs it for the other optimizers.
+        parts: keywords for parts of the model (`optim.specs.PARTS`), such as `{"embedding": {"lr": 0.3}}`.
+        settings: keywords of the constructor; for matrix optimizers also `adam_lr`, `adam_betas`, `adam_eps` and
+            `adam_weight_decay`. Adam decays only parameters with at least two dimensions.
 
     Raises:
-        ValueError: unknown name, unknown or invalid keyword, a name in `no_decay` or a part that the model does not
-            have, `row_blocks` for a parameter or an optimizer without matrices, or a `head` or `adam` that is not part
-            of the model.
+        ValueError: an unknown name, an unknown or invalid keyword, or a parameter or part that the model does not have.
 
     Warns (`UserWarning`) if a matrix optimizer applies Adam to most elements of possible matrices, such as flat shards
     of FSDP1, or parameters whose names do not identify weights.
     """
-    if isinstance(name, str):
-        cls, fixed = optimizer_class(name)
-        spec, settings = SPECS[name], _accepted(cls, name, total_steps, {**fixed, **settings})
-    else:
-        cls, spec = name, None
-    given = zip(ADAM_KEYWORDS, (adam_lr, adam_betas, adam_eps, adam_weight_decay), strict=True)
-    adam_settings = {key: value for key, value in given if value is not None}
+    cls, spec, keywords = _class_of(name, total_steps, settings)
+    adam_settings = {key: keywords.pop(f"adam_{key}") for key in ADAM_KEYWORDS if f"adam_{key}" in keywords}
     if spec is not None and spec.takes_matrices:
         heads = _attention_row_blocks(model) if by_heads else {}
         groups = matrix_groups(model, {**heads, **(row_blocks or {})}, head, adam)
         groups = with_adam(groups, adam_settings, undecayed(model, no_decay, head))
     else:
-        is_given = {
-            "by_heads": by_heads,
-            "row_blocks": row_blocks is not None,
-            "head": head is not None and "head" not in no_decay and not parts,
-            "adam": not isinstance(adam, tuple) or bool(adam),
-            **{f"adam_{key}": True for key in adam_settings},
-        }
-        _refuse_keywords_of_matrices(cls, name, is_given)
+        is_unused = head is not None and "head" not in no_decay and not parts
+        given = {"row_blocks": row_blocks is not None, "by_heads": by_heads, "head": is_unused, "adam": adam != ()}
+        _refuse_keywords_of_matrices(cls if spec is None else spec.name, given)
         groups = decay_groups(model, no_decay, head)
     if parts:
         if spec is not None:
             _check_parts(spec, parts)
         groups = with_parts(groups, parts_of(model, head, adam), parts)
-    return cls(groups if spec is not None else _for_any(cls, groups), **settings)
+    return cls(groups if spec is not None else _for_any(cls, groups), **keywords)
+
+
+def _class_of(
+    name: str | type[torch.optim.Optimizer], total_steps: int, settings: Mapping[str, Any]
+) -> tuple[type[torch.optim.Optimizer], OptimizerSpec | None, dict[str, Any]]:
+    """Return the class, its specification if it has one, and the keywords. Raises `ValueError` for an unknown one."""
+    if not isinstance(name, str):
+        return name, None, dict(settings)
+    cls, fixed = optimizer_class(name)
+    spec = SPECS[name]
+    accepted = inspect.signature(cls).parameters
+    known = [key for key in accepted if key != "params"]
+    known += [f"adam_{key}" for key in ADAM_KEYWORDS] if spec.takes_matrices else []
+    for key in settings:
+        if key not in known:
+            raise unknown_name(f"keyword of {name}", key, known)
+    length = {"total_steps": total_steps} if "total_steps" in accepted else {}
+    return cls, spec, {**fixed, **settings, **length}
 
 
 def _for_any(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,17 +123,6 @@ def _check_parts(spec: OptimizerSpec, parts: Mapping[str, Mapping[str, Any]]) ->
                 raise unknown_name(f"keyword in parts.{part} of {spec.name}", key, spec.part_keywords(part))
 
 
-def _accepted(
-    cls: type[torch.optim.Optimizer], name: str, total_steps: int, keywords: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the constructor keywords. Raises `ValueError` for an unknown keyword."""
-    accepted = inspect.signature(cls).parameters
-    for key in keywords:
-        if key not in accepted:
-            raise unknown_name(f"keyword of {name}", key, [key for key in accepted if key != "params"])
-    return {**keywords, "total_steps": total_steps} if "total_steps" in accepted else keywords
-
-
 def _attention_row_blocks(model: nn.Module) -> RowBlocks:
     for module in unwrapped(model):
         if hasattr(module, "attention_row_blocks"):
@@ -149,11 +130,9 @@ def _attention_row_blocks(model: nn.Module) -> RowBlocks:
     raise ValueError(f"by_heads: {type(model).__name__} has no attention_row_blocks(); use row_blocks instead")
 
 
-def _refuse_keywords_of_matrices(
-    cls: type[torch.optim.Optimizer], name: str | type[torch.optim.Optimizer], is_given: Mapping[str, bool]
-) -> None:
-    shown = name if isinstance(name, str) else cls.__name__
+def _refuse_keywords_of_matrices(optimizer: str | type, given: Mapping[str, bool]) -> None:
+    name = optimizer if isinstance(optimizer, str) else optimizer.__name__
     takers = ", ".join(spec.name for spec in SPECS.values() if spec.takes_matrices)
-    for keyword, given in is_given.items():
-        if given:
-            raise ValueError(f"{keyword}: {shown} does not treat weights as matrices; these do: {takers}")
+    for keyword, is_given in given.items():
+        if is_given:
+            raise ValueError(f"{keyword}: {name} does not treat weights as matrices; these do: {takers}")

@@ -22,6 +22,8 @@ from pipelines.optimizers import ImportPath, import_path_of
 if TYPE_CHECKING:
     import torch
 
+_KNOWN = ("torch", "pytorch_optimizer", "heavyball", "schedulefree", "prodigyopt")
+"""Packages with optimizers, for hints."""
 _ALIASES = {"torch": "torch.optim"}
 """Modules whose optimizers are in a submodule: `torch.Adafactor` is `torch.optim.Adafactor`."""
 
@@ -53,14 +55,14 @@ def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
     """
     path = import_path_of(name)
     if path is None:
-        raise UsageError(f"optimizer {name!r}: write an import path as module.Class or ./FILE.py:Class")
+        raise UsageError(f"--optimizer {name}: write an import path as module.Class or ./FILE.py:Class")
     # On stdout, prints of the module would mix with the command's data.
     with contextlib.redirect_stdout(sys.stderr), _naming(name, "does not import"):
         module = _load_file(Path(path.place).expanduser()) if path.is_file else _load_module(path)
     try:
         return _checked_class(path, module)
     except ValueError as error:
-        raise UsageError(f"optimizer {name}: {error}") from None
+        raise UsageError(f"--optimizer {name}: {error}") from None
 
 
 def check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
@@ -75,14 +77,14 @@ def check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
     missing = [key for key, each in named.items() if each.default is each.empty and key not in keywords]
     problems += [f"its keyword {key} has no default: give optimizer.{key}" for key in missing]
     if problems:
-        raise UsageError("\n".join(f"optimizer {name}: {problem}" for problem in problems))
+        raise UsageError("\n".join(f"--optimizer {name}: {problem}" for problem in problems))
 
 
 def default_lr(name: str) -> float:
     """Return the default learning rate of the constructor. Raises `UsageError` if there is none."""
     default = _keywords_of(import_optimizer(name))["lr"].default
     if isinstance(default, bool) or not isinstance(default, int | float):
-        raise UsageError(f"optimizer {name}: its learning rate has no default: give --lr X, or optimizer.lr")
+        raise UsageError(f"--optimizer {name}: its learning rate has no default: give --lr X, or optimizer.lr")
     return float(default)
 
 
@@ -93,7 +95,7 @@ def source_of(name: str) -> OptimizerSource:
         file = Path(inspect.getfile(cls))
         content = file.read_bytes()
     except (OSError, TypeError):
-        raise UsageError(f"optimizer {name}: the file of its code cannot be read; put the class in a file") from None
+        raise UsageError(f"--optimizer {name}: the file of its code cannot be read; put the class in a file") from None
     return OptimizerSource(_distribution_of(cls), file, content)
 
 
@@ -133,7 +135,10 @@ def _load_module(path: ImportPath) -> Any:
     except ModuleNotFoundError as error:
         if error.name != top:
             raise
-        raise UsageError(f"{top} is not installed; pip install {top}, or give a file, ./FILE.py:{path.name}") from None
+        # A misspelled name must not be installed: it may be somebody's trap.
+        near = difflib.get_close_matches(top, _KNOWN, n=1)
+        advice = f"did you mean {near[0]!r}?" if near and near[0] != top else f"pip install {top}"
+        raise UsageError(f"{top} is not installed; {advice}, or give a file, ./FILE.py:{path.name}") from None
 
 
 @contextlib.contextmanager
@@ -152,9 +157,9 @@ def _naming(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        raise UsageError(f"optimizer {name}: {error}") from None
+        raise UsageError(f"--optimizer {name}: {error}") from None
     except (Exception, SystemExit) as error:
-        raise UsageError(f"optimizer {name}: {what}: {one_line(error)}") from error
+        raise UsageError(f"--optimizer {name}: {what}: {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -168,10 +173,11 @@ def _checked_class(path: ImportPath, module: Any) -> type[torch.optim.Optimizer]
 
     base = torch.optim.Optimizer
     cls = getattr(module, path.name, None)
-    if cls is None:
-        known = [key for key, value in vars(module).items() if isinstance(value, type) and issubclass(value, base)]
-        raise unknown_name(f"class in {path.place}", path.name, known)
-    if not isinstance(cls, type) or not issubclass(cls, base) or cls is base:
+    if cls is None or cls is base:
+        members = {key: value for key, value in vars(module).items() if isinstance(value, type) and value is not base}
+        known = [key for key, value in members.items() if issubclass(value, base)]
+        raise unknown_name(f"optimizer of {_ALIASES.get(path.place, path.place)}", path.name, known)
+    if not (isinstance(cls, type) and issubclass(cls, base)):
         raise ValueError("not a subclass of torch.optim.Optimizer")
     step = inspect.signature(cls.step).parameters.get("closure")
     if step is not None and step.default is step.empty:

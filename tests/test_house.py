@@ -57,7 +57,7 @@ def test_imports_go_downwards_only(path: Path) -> None:
 
 
 LAYERS = (
-    {"errors", "storage", "locking", "shell", "stopping", "optimizers"},
+    {"errors", "storage", "locking", "shell", "stopping", "optimizers", "imported_optimizers"},
     {"config", "resolve", "compiler_cache", "tensors"},
     {"data"},
     {"gpt2"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class ImportedOptimizer:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], scheduled: Sequence[str]
+        self, optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], scheduled: Collection[str]
     ) -> None:
         """`params` are the model's, by name; `scheduled` the keys of groups that the schedule sets at every step."""
         self.optimizer = optimizer
@@ -124,7 +124,7 @@ class ImportedOptimizer:
 def rehearse(
     settings: ImportedOptimizerSettings,
     optimizer: torch.optim.Optimizer,
-    scheduled: Sequence[str],
+    scheduled: Collection[str],
     device: torch.device,
 ) -> str | None:
     """Save and load an optimizer with the same settings and a few tiny parameters; return a warning if that fails.
@@ -148,7 +148,7 @@ def rehearse(
         built = type(optimizer)(groups, **settings.keywords)
         return ImportedOptimizer(built, {str(index): param for index, param in enumerate(params)}, scheduled), params
 
-    name = f"optimizer {settings.name}"
+    name = f"--optimizer {settings.name}"
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):  # compiling may take minutes
         torch.manual_seed(0)
         tensors: Tensors = {}

@@ -260,12 +260,12 @@ def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
         try:
             return build_optimizer(model, name, config.training.steps, **keywords)
         except ValueError as error:
-            raise UsageError(f"optimizer {name}: {error}") from None
+            raise UsageError(f"--optimizer {name}: {error}") from None
     cls = import_optimizer(name)
     try:
         return build_optimizer(model, cls, config.training.steps, **keywords)
     except Exception as error:  # code of other libraries may raise anything
-        raise UsageError(f"optimizer {name}: its constructor raises {one_line(error)}") from error
+        raise UsageError(f"--optimizer {name}: its constructor raises {one_line(error)}") from error
 
 
 def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advice: Sequence[str] = ()) -> None:

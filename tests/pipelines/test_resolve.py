@@ -11,7 +11,7 @@ import pytest
 import tomli_w
 
 from optim import OPTIMIZER_NAMES, build_optimizer, optimizer_class
-from optim.specs import SPECS
+from optim.specs import ADAM_KEYWORDS, SPECS
 from pipelines.config import GPTRunConfig, RunConfig, differences
 from pipelines.errors import UsageError
 from pipelines.resolve import (
@@ -28,7 +28,7 @@ from pipelines.training.gpt_task import build_decoder
 from tests.optim.cases import PUBLISHED
 
 TINY = preset_layer("gpt", "tiny")
-BUILD_KEYWORDS = ("by_heads", "no_decay")
+BUILD_KEYWORDS = ("by_heads", "row_blocks", "no_decay", "parts", *(f"adam_{key}" for key in ADAM_KEYWORDS))
 """Settings that `build_optimizer` takes for itself."""
 MATRIX_OPTIMIZERS = [name for name, spec in SPECS.items() if spec.takes_matrices]
 MATRIX_ONLY = f"unknown key of this optimizer; these have it: {', '.join(MATRIX_OPTIMIZERS)}"

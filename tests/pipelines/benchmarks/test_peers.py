@@ -135,10 +135,10 @@ def test_the_default_ones_of_heavyball_can_be_built(name: str) -> None:
     [
         ("asgoo", "--optimizer asgoo: unknown optimizer: 'asgoo'; did you mean 'asgo'?"),
         ("torch.rmspropp", "unknown optimizer of torch.optim: 'rmspropp'; did you mean 'RMSprop'?"),
-        ("torch.lr_scheduler", "unknown optimizer of torch.optim: 'lr_scheduler'; known: "),
+        ("torch.lr_scheduler", "not a subclass of torch.optim.Optimizer"),
         ("xyzzy", "unknown optimizer: 'xyzzy'; known: asgo, dasgo, muon"),
         ("torch.Optimizer", "unknown optimizer of torch.optim: 'Optimizer'"),
-        ("torhc.AdamW", "unknown library: 'torhc'; did you mean 'torch'?"),
+        ("torhc.AdamW", "torhc is not installed; did you mean 'torch'?"),
         ("asgo:root_steps", "'root_steps' is not key=value"),
         ("asgo:root_stepz=3", "unknown keyword of asgo: 'root_stepz'; did you mean 'root_steps'?"),
         ("asgo:lr=-1", "--optimizer asgo:lr=-1: invalid lr: -1"),
@@ -154,7 +154,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_measured(name: str, 
 
 def test_a_library_that_is_asked_for_and_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "heavyball")
-    with pytest.raises(UsageError, match="heavyball is not installed; pip install heavyball, or choose another"):
+    with pytest.raises(UsageError, match="heavyball is not installed; pip install heavyball, or give a file"):
         choose(["heavyball.SOAP"])
 
 
@@ -180,12 +180,12 @@ def test_a_default_that_another_version_of_a_library_lacks_is_left_out_alone(mon
     assert any("heavyball.Muon: unknown optimizer of heavyball: 'Muon'" in line for line in left_out)
 
 
-def test_of_many_names_none_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_names_some_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     big = ModuleType("heavyball")
     for index in range(30):
         setattr(big, f"Optimizer{index}", type(f"Optimizer{index}", (torch.optim.SGD,), {}))
     monkeypatch.setitem(sys.modules, "heavyball", big)
-    with pytest.raises(UsageError, match="unknown optimizer of heavyball: 'xyz'; there are 30 others"):
+    with pytest.raises(UsageError, match=r"unknown optimizer of heavyball: 'xyz'; known: .* and 10 more"):
         parse_choice("heavyball.xyz")
 
 

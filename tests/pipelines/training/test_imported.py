@@ -178,7 +178,7 @@ def test_schedule_free_weights_are_validated_and_exported(
         ("import sys; sys.exit('bye')", "A", "does not import: SystemExit: bye"),
         ("import nonesuch", "A", "does not import: ModuleNotFoundError: No module named 'nonesuch'"),
         ("class A: pass", "A", "not a subclass of torch.optim.Optimizer"),
-        ("class A: pass", "B", "unknown class in ./bad.py: 'B'"),
+        ("class A: pass", "B", "unknown optimizer of ./bad.py: 'B'"),
         (
             "import torch\nclass A(torch.optim.Optimizer):\n  def __init__(self, params): super().__init__(params, {})",
             "A",
@@ -203,7 +203,7 @@ def test_what_is_no_optimizer_is_one_line(
     ("changes", "message"),
     [
         ({"optimizer__name": "nonesuch.Lion"}, "nonesuch is not installed; pip install nonesuch"),
-        ({"optimizer__name": "torch.AdamWW"}, "unknown class in torch: 'AdamWW'; did you mean 'AdamW'"),
+        ({"optimizer__name": "torch.AdamWW"}, "unknown optimizer of torch.optim: 'AdamWW'; did you mean 'AdamW'"),
         ({"optimizer__name": "torch.AdamW", "optimizer__wait_decay": 0.1}, "did you mean 'weight_decay'"),
         ({"optimizer__name": "torch.AdamW", "runtime__shard_model": True}, "works with asgo's own optimizers"),
     ],
