@@ -29,6 +29,7 @@ from pipelines.tasks.description import TaskDescription
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
     from pipelines.resolve import Layer
+    from pipelines.training.lineage import BranchPoint
 
 app = typer.Typer(
     help="Train a model with one of the optimizers.",
@@ -73,6 +74,13 @@ InitFromOption = Annotated[
 StepsOption = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", show_default="the preset's")]
 LrOption = Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.", show_default="the preset's")]
 SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Seed of weights, data order and dropout.")]
+BranchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="RUN[@STEP]",
+        help="Begin at a checkpoint of another run, with its settings; the newest one without STEP.",
+    ),
+]
 OutOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Run folder.", show_default="runs/PRESET-OPTIMIZER-sSEED")
 ]
@@ -157,6 +165,7 @@ def _options_of(task: TaskDescription) -> list[_Option]:
         _Option("batch_size", Annotated[int | None, batch_size], "training.batch_size"),
         _Option("workers", WorkersOption, "runtime.workers"),
         _Option("seed", SeedOption, "seed"),
+        _Option("branch", BranchOption),
         _Option("out", OutOption),
         _Option("resume", ResumeOption, default=False),
         _Option("config", ConfigOption),
@@ -186,9 +195,10 @@ def _add_command(task: TaskDescription) -> None:
         given["device"] = asked.device or given["device"]
         flags = {option.flag: (option.key, given[option.name]) for option in options if option.key is not None}
         resumed = given["out"] if given["resume"] else None
-        settings = _resolve(task, given["preset"], given["config"], flags, given["set"] or [], resumed)
+        branch = _branch_point(given["branch"], given["preset"], given["out"])
+        settings = _resolve(task, given["preset"], given["config"], flags, given["set"] or [], resumed, branch)
         modes = {name: given[name] for name in ("resume", "print_config", "dry_run", "plot")}
-        _carry_out(settings, given["out"], asked, **modes)
+        _carry_out(settings, given["out"], asked, branch=branch, **modes)
 
     train.__doc__ = f"{task.summary}\n\nLater settings win: the preset, --config, the other options, --set."
     train.__annotations__ = {option.name: option.annotation for option in options}
@@ -205,11 +215,24 @@ for _task in TASKS.values():
     _add_command(_task)
 
 
+def _branch_point(text: str | None, preset: str | None, out: Path | None) -> BranchPoint | None:
+    if text is None:
+        return None
+    from pipelines.training.lineage import BranchPoint
+
+    if out is None:
+        raise UsageError("--branch: needs --out FOLDER for the new run")
+    if preset is not None:
+        raise UsageError("--branch: the new run has the settings of the other one; leave --preset out")
+    return BranchPoint.parse(text)
+
+
 def _carry_out(
     settings: RunConfig,
     out: Path | None,
     asked: Launch,
     *,
+    branch: BranchPoint | None,
     resume: bool,
     print_config: bool,
     dry_run: bool,
@@ -224,11 +247,11 @@ def _carry_out(
     asked.check_machine()
     warnings.showwarning = lambda message, *_: console.warn(str(message))
     if dry_run:
-        _show_plan(settings, folder, plot, asked)
+        _show_plan(settings, folder, branch, plot, asked)
     elif asked:
         raise typer.Exit(launch.start(asked, sys.argv[1:]))
     else:
-        _train(settings, folder, resume or is_restarted())
+        _train(settings, folder, resume or is_restarted(), branch)
 
 
 def _resolve(
@@ -238,19 +261,22 @@ def _resolve(
     flags: dict[str, tuple[str, Any]],
     assignments: list[str],
     resumed: Path | None,
+    branch: BranchPoint | None,
 ) -> RunConfig:
-    from pipelines.resolve import Layer, assignment_layer, file_layer, preset_layer, saved_layer
+    from pipelines.resolve import Layer, assignment_layer, branch_layer, file_layer, preset_layer, saved_layer
     from pipelines.steps import resolve_run
 
-    continues = resumed is not None and preset is None and config is None
+    continues = resumed is not None and (branch is not None or (preset is None and config is None))
     base = saved_layer(resumed, flags["--optimizer"][1]) if resumed is not None and continues else None
-    files = [file_layer(config)] if config is not None else []
-    named = preset or next((layer.values["preset"] for layer in files if "preset" in layer.values), task.presets[0])
-    layers: list[Layer] = [base or preset_layer(task.name, str(named)), *files]
+    layers: list[Layer] = [file_layer(config)] if config is not None else []
+    named = preset or next((layer.values["preset"] for layer in layers if "preset" in layer.values), task.presets[0])
     for flag, (key, value) in flags.items():
         if value is not None:
             layers.append(Layer(flag, {key: str(value) if isinstance(value, Path) else value}))
-    return resolve_run([*layers, assignment_layer(assignments)])
+    layers.append(assignment_layer(assignments))
+    if base is None:
+        base = branch_layer(task.name, branch.run, layers) if branch else preset_layer(task.name, str(named))
+    return resolve_run([base, *layers])
 
 
 def _print_config(settings: RunConfig) -> None:
@@ -273,7 +299,11 @@ def _warn_of_warmup(settings: RunConfig) -> None:
         )
 
 
-def _show_plan(settings: RunConfig, folder: Path, plot: Path | None, asked: Launch) -> None:
+def _show_plan(
+    settings: RunConfig, folder: Path, branch: BranchPoint | None, plot: Path | None, asked: Launch
+) -> None:
+    from pipelines.training.branch import open_parent
+    from pipelines.training.run_folder import RunFolder
     from pipelines.training.train import plan
 
     if plot is not None:
@@ -294,6 +324,9 @@ def _show_plan(settings: RunConfig, folder: Path, plot: Path | None, asked: Laun
         (unit, f"{training.steps * planned.tokens_per_step:,} ({planned.epochs:.2f} epochs)"),
         ("device", f"{planned.device}, {planned.precision}"),
     ]
+    if branch is not None and not RunFolder(folder).exists():
+        parent = open_parent(branch, settings, console.say).checkpoint
+        facts.append(("branch", f"from {branch.run} at step {parent.step:,}"))
     if asked:
         facts.append(("processes", asked.description))
     console.show_facts(facts)
@@ -316,7 +349,7 @@ def _arguments_of_training() -> Iterator[str]:
             yield argument
 
 
-def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
+def _train(settings: RunConfig, folder: Path, resume: bool, branch: BranchPoint | None) -> None:
     from pipelines.training.train import train
 
     _warn_of_warmup(settings)
@@ -325,7 +358,7 @@ def _train(settings: RunConfig, folder: Path, resume: bool) -> None:
         contextlib.redirect_stdout(sys.stderr),
         TrainingProgress(settings.optimizer.name, task_of(settings).short_unit) as progress,
     ):
-        rows = train(settings, folder, progress, resume=resume)
+        rows = train(settings, folder, progress, resume=resume, branch=branch)
     first, *_, last = [row for row in rows if row["split"] == "val"]
     accuracy = f", top-1 {first['accuracy']:.1%} → {last['accuracy']:.1%}" if "accuracy" in last else ""
     console.say(

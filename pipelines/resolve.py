@@ -115,6 +115,33 @@ def saved_layer(run: Path, optimizer: str | None) -> Layer | None:
     return Layer(str(path), values)
 
 
+def branch_layer(task: str, run: Path, later: Sequence[Layer]) -> Layer:
+    """Return the configuration of the parent run as the lowest layer of a branch.
+
+    If `later` layers choose another optimizer, it has the settings of the parent's preset, and the parent's schedule.
+    Raises `UsageError` if the folder holds no run of the task.
+    """
+    if (run / "state.json").is_file():
+        raise UsageError(f"{run}: a checkpoint; --branch takes the run that holds it: {run.parent.parent}@STEP")
+    parent = saved_layer(run, None)
+    if parent is None:
+        raise UsageError(f"--branch {run}: holds no run")
+    trained, preset, optimizer = (str(parent.values.get(key)) for key in ("task", "preset", "optimizer.name"))
+    if trained != task:
+        raise UsageError(f"--branch {run}: a run of asgo train {trained}, not of asgo train {task}")
+    name = _optimizer_name([parent, *later])
+    if name == optimizer:
+        return parent
+    known = preset_layer(task, preset).for_optimizer(name) if preset in preset_names(task) else {}
+    values = {key: value for key, value in parent.values.items() if not key.startswith("optimizer.")}
+    return Layer(parent.source, {**values, **{key: known[key] for key in known if key.startswith("optimizer.")}})
+
+
+def _optimizer_name(layers: Sequence[Layer]) -> str:
+    names = (layer.values["optimizer.name"] for layer in reversed(layers) if "optimizer.name" in layer.values)
+    return str(next(names, ""))
+
+
 def assignment_layer(assignments: Sequence[str]) -> Layer:
     """Return `key=value` texts as a layer. `parse_value` reads the values."""
     values: dict[str, Any] = {}
@@ -137,17 +164,17 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
 
     An optimizer of another library is imported, to check its keywords.
     """
-    name = next((layer.values["optimizer.name"] for layer in reversed(layers) if "optimizer.name" in layer.values), "")
+    name = _optimizer_name(layers)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer in layers:
-        for key, value in layer.for_optimizer(str(name)).items():
+        for key, value in layer.for_optimizer(name).items():
             values[key] = value
             sources.pop(key, None)  # the order of sources is the order of layers
             sources[key] = layer.source
-    if import_path_of(str(name)) is not None and "optimizer.lr" not in values:
-        values["optimizer.lr"] = default_lr(str(name))
-    problems = [problem for layer in layers for problem in _table_problems(layer, str(name))]
+    if import_path_of(name) is not None and "optimizer.lr" not in values:
+        values["optimizer.lr"] = default_lr(name)
+    problems = [problem for layer in layers for problem in _table_problems(layer, name)]
     nested, conflicts = _nest(values, sources)
     kind = run_config_of(nested)
     try:

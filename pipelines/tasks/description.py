@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,5 +59,3 @@ class TaskDescription:
     """Exporters by `--format` of `asgo export-model`."""
     writes_text: bool = False
     """Whether `asgo generate` supports its checkpoints."""
-    commands_to_train_further: Callable[[Path], tuple[str, ...]] = field(default=lambda run: ())
-    """Commands that begin a new run with the model of a finished one; empty if that is not possible."""

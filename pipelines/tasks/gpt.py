@@ -6,7 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.shell import command
 from pipelines.tasks.description import TaskDescription
 
 if TYPE_CHECKING:
@@ -47,20 +46,13 @@ def _export_to_hugging_face(checkpoint: Checkpoint, config: GPTRunConfig, folder
     return write_gpt2(checkpoint, config, folder, out)
 
 
-def _commands_to_train_further(run: Path) -> tuple[str, ...]:
-    model = Path(f"{run}-model")
-    return (
-        command("asgo", "export-model", run, "--format", "hf", "--out", model),
-        command("asgo", "train", "gpt", "--init-from", model, "--out", "ANOTHER"),
-    )
-
-
 GPT = TaskDescription(
     name="gpt",
     summary="Pretrain a GPT on token shards.",
     examples=(
         "asgo train gpt --preset tiny --data data/text --optimizer asgo",
         "asgo train gpt --resume --out runs/tiny-asgo-s42",
+        "asgo train gpt --branch runs/tiny-asgo-s42@120 --out runs/longer --steps 320",
         "asgo train gpt --optimizer accasro --gpus 4",
         "asgo train gpt --preset tiny --data data/text --set schedule.kind=linear",
         "asgo train gpt --preset tiny --print-config    # all keys for --set",
@@ -78,5 +70,4 @@ GPT = TaskDescription(
     length=_length,
     exporters={"hf": _export_to_hugging_face},
     writes_text=True,
-    commands_to_train_further=_commands_to_train_further,
 )

@@ -32,11 +32,13 @@ from pipelines.training.run_folder import RunFolder, checkpoint_folders, checkpo
 from pipelines.training.state import TrainState
 
 _FORMAT = 1
-_STATE = "state.json"
+STATE = "state.json"
 _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _HISTORY = "history.safetensors"
 _AVERAGE = "average.safetensors"
+_LAYOUT = ("name", "by_heads")
+"""Settings of an optimizer that determine the keys and shapes of its state."""
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|outgoing|pruned)")
 """Hidden folders of `staged_folder` and `prune`."""
 
@@ -147,24 +149,34 @@ def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[
     return target
 
 
-def restore(checkpoint: Checkpoint, state: TrainState) -> None:
+def keeps_optimizer_state(saved: RunConfig, config: RunConfig) -> bool:
+    """Whether the optimizer of a branch takes over the state. `by_heads` changes which matrices have a state."""
+    return all(getattr(saved.optimizer, key, None) == getattr(config.optimizer, key, None) for key in _LAYOUT)
+
+
+def restore(checkpoint: Checkpoint, state: TrainState, config: RunConfig) -> None:
     """Load a checkpoint into a new state, bit for bit, with any number of ranks.
 
-    The random numbers of each rank (dropout) continue exactly only with the same number of ranks.
+    The random numbers of each rank (dropout) continue exactly only with the same number of ranks. In a branch,
+    `config` may differ from the checkpoint's: the state then keeps what the checkpoint cannot replace.
     """
-    saved, folder = checkpoint.state, checkpoint.folder
-    state.load_model(_load(folder / _MODEL), str(folder))
+    content, folder, saved = checkpoint.state, checkpoint.folder, checkpoint.config()
+    weights = _load(folder / _MODEL)
+    state.load_model(weights, str(folder))
     if state.average is not None:
-        state.load_average(_load(folder / _AVERAGE), str(folder))
-    state.load_optimizer(_load(folder / _OPTIMIZER), saved["optimizer_scalars"])
-    state.scaler.load_state_dict(saved["loss_scale"])
+        averaged = saved.training.ema_decay is not None
+        state.load_average(_load(folder / _AVERAGE) if averaged else weights, str(folder))
+    if keeps_optimizer_state(saved, config):
+        state.load_optimizer(_load(folder / _OPTIMIZER), content["optimizer_scalars"])
+    if content["loss_scale"]:  # empty unless the precision was fp16
+        state.scaler.load_state_dict(content["loss_scale"])
     state.step = checkpoint.step
     state.rows = checkpoint.rows()
-    state.clock.restart_at(saved["elapsed_s"])
-    if state.ranks.rank < saved.get("processes", 1):
+    state.clock.restart_at(content["elapsed_s"])
+    if config.seed == saved.seed and state.ranks.rank < content.get("processes", 1):
         set_random_state(_load(folder / _random_file(state.ranks.rank)))
     else:
-        torch.manual_seed(seed_of_rank(checkpoint.config().seed, state.ranks.rank, state.step))
+        torch.manual_seed(seed_of_rank(config.seed, state.ranks.rank, state.step))
 
 
 def _load(path: Path) -> Tensors:
@@ -208,13 +220,13 @@ def _verified(folder: Path) -> Checkpoint:
 
 def read_state(folder: Path) -> dict[str, Any]:
     """Return the verified `state.json` of a checkpoint. Raises `AsgoError` if it is missing or altered."""
-    path = folder / _STATE
+    path = folder / STATE
     try:
         with naming(path):
             state: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         recorded = state.pop("sha256")
     except FileNotFoundError:
-        raise AsgoError(f"{folder}: not a checkpoint: it has no {_STATE}") from None
+        raise AsgoError(f"{folder}: not a checkpoint: it has no {STATE}") from None
     except (ValueError, KeyError, AttributeError, TypeError):
         raise AsgoError(f"{path}: damaged: not valid JSON with a checksum") from None
     if recorded != _digest(state):
@@ -246,8 +258,8 @@ def newest_checkpoint(parent: Path) -> tuple[Checkpoint | None, list[str]]:
 def _write_state(folder: Path, content: dict[str, Any]) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())}
     whole = {**content, "files": files}
-    with naming(folder / _STATE):
-        (folder / _STATE).write_text(json.dumps({**whole, "sha256": _digest(whole)}, indent=1), encoding="utf-8")
+    with naming(folder / STATE):
+        (folder / STATE).write_text(json.dumps({**whole, "sha256": _digest(whole)}, indent=1), encoding="utf-8")
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.imported_optimizers import OptimizerSource
 from pipelines.locking import try_lock
 from pipelines.storage import make_folder, naming, parse_json, refusing_links, sync, write_atomically
+from pipelines.training.lineage import Ancestor
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
 from pipelines.training.statistics_file import STATISTICS
 
@@ -92,6 +94,18 @@ class RunFolder:
                 return load_run_config(parse_json(self.config_path.read_text(encoding="utf-8"))["config"])
         except (ValueError, KeyError, TypeError, ValidationError):
             raise AsgoError(f"{self.config_path}: not a configuration that this version of asgo can read") from None
+
+    def lineage(self) -> list[Ancestor]:
+        """Return the checkpoints that the run descends from, oldest first; none unless it is a branch.
+
+        Raises `AsgoError` if the record cannot be read.
+        """
+        try:
+            with naming(self.config_path):
+                record = parse_json(self.config_path.read_text(encoding="utf-8"))
+            return [Ancestor.model_validate(ancestor) for ancestor in record.get("lineage", [])]
+        except (ValueError, TypeError, AttributeError):  # pydantic's `ValidationError` is a `ValueError`
+            raise AsgoError(f"{self.config_path}: its lineage is not one that asgo wrote") from None
 
     def rows(self) -> list[Row]:
         """Return the metrics so far."""
@@ -167,11 +181,22 @@ class RunFolder:
         return bool(rows) and (rows[-1]["split"], rows[-1]["step"]) == ("val", step)
 
     def begin(
-        self, config: RunConfig, description: dict[str, Any], device: str, source: OptimizerSource | None = None
+        self,
+        config: RunConfig,
+        description: dict[str, Any],
+        device: str,
+        lineage: Sequence[Ancestor] = (),
+        source: OptimizerSource | None = None,
     ) -> None:
-        """Make the folder, and write configuration, data description, environment and an imported optimizer's code."""
+        """Make the folder, and write configuration, data description and environment.
+
+        Also the lineage of a branch, and the code of an imported optimizer.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        record = {"config": config.model_dump(mode="json"), "data": description, "environment": environment(device)}
+        record: dict[str, Any] = {"config": config.model_dump(mode="json"), "data": description}
+        record["environment"] = environment(device)
+        if lineage:
+            record["lineage"] = [ancestor.model_dump() for ancestor in lineage]
         if source is not None:
             record["optimizer_source"] = source.record()
             self.source_folder.mkdir(exist_ok=True)

@@ -20,10 +20,12 @@ from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.imported_optimizers import import_optimizer, one_line, source_of
+from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.tasks import task_of
 from pipelines.training.arithmetic import agree_on_arithmetic, differences_in_arithmetic
 from pipelines.training.average import WeightAverage
+from pipelines.training.branch import Parent, find_parent, require_same_branch
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
@@ -31,7 +33,8 @@ from pipelines.training.device import describe_device, pick_device, pick_precisi
 from pipelines.training.distributed import ALONE, Ranks, local_batch, process_group, seed_of_rank
 from pipelines.training.imported import ImportedOptimizer, rehearse
 from pipelines.training.layer_statistics import LayerStatistics
-from pipelines.training.loop import Run, fit
+from pipelines.training.lineage import BranchPoint
+from pipelines.training.loop import Run, fit, save
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, wrap_in_ddp
 from pipelines.training.reporter import Reporter
@@ -108,13 +111,17 @@ def _planned_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
     return tuple(PlannedPart(part, count, settings) for (part, settings), count in ordered)
 
 
-def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = False) -> list[Row]:
+def train(
+    config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = False, branch: BranchPoint | None = None
+) -> list[Row]:
     """Train in the folder `out`, from the start or from its newest valid checkpoint; returns all rows of metrics.
 
+    A new run starts with random or initial weights, or at the checkpoint `branch` of another run.
     Call it on every rank. Only rank 0 reports and writes the folder.
 
     Raises:
-        UsageError: the folder holds a run and `resume` is false, or its configuration or data differ.
+        UsageError: the folder holds a run and `resume` is false, or its configuration or data differ; or the run cannot
+            branch there.
         RunInterrupted: a signal stopped the run; it is saved.
         AsgoError: the run failed; see `fit`.
     """
@@ -126,11 +133,12 @@ def train(config: RunConfig, out: Path, reporter: Reporter, *, resume: bool = Fa
         folder = RunFolder(out)
         resume = ranks.any(resume)  # rank 0 may be on a machine that was started without --resume
         ranks.on_rank_0(lambda: require_trackers(config.runtime.track))
-        continues = ranks.on_rank_0(lambda: _continues(folder, config, resume))
+        continues = ranks.on_rank_0(lambda: _continues(folder, config, resume, branch))
+        parent = find_parent(folder, branch, continues, config, ranks, reporter.note)
         torch.manual_seed(config.seed)
         with contextlib.closing(task_of(config).build(config, device, ranks)) as task, contextlib.closing(folder):
             ranks.on_rank_0(lambda: _claim(folder, continues))
-            return _train(task, config, folder, device, reporter, ranks, beat, continues)
+            return _train(task, config, folder, device, reporter, ranks, beat, continues, parent)
 
 
 @contextlib.contextmanager
@@ -144,9 +152,10 @@ def _watched(ranks: Ranks, config: RunConfig, reporter: Reporter) -> Iterator[Ca
         yield watchdog.beat
 
 
-def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
+def _continues(folder: RunFolder, config: RunConfig, resume: bool, branch: BranchPoint | None) -> bool:
     """Return whether to resume the run in the folder. Raises `UsageError` if that is not possible or not requested."""
     if resume and folder.exists():
+        require_same_branch(folder, branch)
         saved = folder.config()
         _require_same_config(folder.path, saved, config, _how_to_train_further(folder.path, saved, config))
         _require_data(folder.path, Path(config.data.folder))
@@ -154,6 +163,8 @@ def _continues(folder: RunFolder, config: RunConfig, resume: bool) -> bool:
             folder.require_source(source_of(config.optimizer.name))
         return True
     refuse_existing(folder)
+    if branch is not None:
+        _require_data(branch.run, Path(config.data.folder))
     return False
 
 
@@ -176,28 +187,25 @@ def _train(
     ranks: Ranks,
     beat: Callable[[str], None],
     continues: bool,
+    parent: Parent | None,
 ) -> list[Row]:
     finished = ranks.on_rank_0(lambda: _record_without_checkpoints(folder, config, reporter)) if continues else None
     if finished is not None:
         return finished
-    checkpoint = _find_checkpoint(folder, config, task, reporter, ranks) if continues else None
-    if checkpoint is None:
-        task.load_initial_weights()
-    state = fresh_state(task, config, device, ranks)
+    resumes = continues and parent is None
+    own = _find_checkpoint(folder, config, task, reporter, ranks) if resumes else None
+    state = _initial_state(task, config, device, reporter, ranks, own if parent is None else parent.checkpoint)
     if isinstance(config.optimizer, ImportedOptimizerSettings) and not continues:
         problem = rehearse(config.optimizer, state.optimizer, state.scheduler.keys, device)
         if problem is not None:
             reporter.note(problem)
-    state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
-    if checkpoint is not None:
-        restore(checkpoint, state)
-        warning = differences_in_arithmetic(checkpoint.state.get("arithmetic", {}), state.arithmetic)
-        if warning:
-            reporter.note(f"{checkpoint.folder}: {warning}")
     if ranks.is_first:
+        for line in parent.notes(config, task.description()["fingerprint"]) if parent is not None else ():
+            reporter.note(line)
         if not continues:
             source = source_of(config.optimizer.name) if config.optimizer.is_imported else None
-            folder.begin(config, task.description(), describe_device(device), source)
+            lineage = () if parent is None else parent.lineage
+            folder.begin(config, task.description(), describe_device(device), lineage, source)
         folder.continue_from(state.rows)
         continue_statistics(folder.statistics_path, state.step)
         reporter.begin(state.step, config.training.steps)
@@ -211,9 +219,13 @@ def _train(
             tracked(reporter, config, folder.path, state.rows, ranks) as tracked_reporter,  # closes when all is saved
             CheckpointWriter(folder, config.checkpoint.keep) as writer,
         ):
-            saved = (state.step, len(state.rows)) if checkpoint is not None else None
+            saved = (state.step, len(state.rows)) if own is not None else None
             around_step = statistics.of_step
-            fit(Run(task, config, folder, state, tracked_reporter, stop, writer, beat, saved, around_step=around_step))
+            run = Run(task, config, folder, state, tracked_reporter, stop, writer, beat, saved, around_step=around_step)
+            if parent is not None:
+                save(run)
+                writer.wait()  # from here on, the branch does not need its parent
+            fit(run)
         if ranks.is_first:
             folder.finish()
     except Diverged as error:
@@ -225,6 +237,27 @@ def _train(
         for line in [*task.notes(), *statistics.notes()]:
             reporter.note(line)
     return state.rows
+
+
+def _initial_state(
+    task: Task,
+    config: RunConfig,
+    device: torch.device,
+    reporter: Reporter,
+    ranks: Ranks,
+    checkpoint: Checkpoint | None,
+) -> TrainState:
+    """Return the state of a checkpoint, or without one that before the first step."""
+    if checkpoint is None:
+        task.load_initial_weights()
+    state = fresh_state(task, config, device, ranks)
+    state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
+    if checkpoint is not None:
+        restore(checkpoint, state, config)
+        warning = differences_in_arithmetic(checkpoint.state.get("arithmetic", {}), state.arithmetic)
+        if warning:
+            reporter.note(f"{checkpoint.folder}: {warning}")
+    return state
 
 
 def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
@@ -276,16 +309,11 @@ def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advic
 
 
 def _how_to_train_further(run: Path, saved: RunConfig, config: RunConfig) -> list[str]:
-    """Return advice if `training.steps` differs: the whole schedule depends on it, so the run cannot be resumed."""
-    if saved.training.steps == config.training.steps:
+    """Return advice if more steps are asked for: the whole schedule depends on them, so the run cannot be resumed."""
+    if config.training.steps <= saved.training.steps:
         return []
-    commands = task_of(saved).commands_to_train_further(run)
-    if not commands:
-        return [f"{run}: the schedule depends on the number of steps; train with another number in another --out"]
-    return [
-        f"{run}: the schedule depends on the number of steps; to train the model further, begin a new run with it: "
-        f"{', then '.join(commands)}"
-    ]
+    branch = command("asgo", "train", saved.task, "--branch", run, "--steps", config.training.steps, "--out", "ANOTHER")
+    return [f"{run}: the schedule depends on the number of steps; to train further, begin a new run there: {branch}"]
 
 
 def _require_data(run: Path, data: Path) -> None:

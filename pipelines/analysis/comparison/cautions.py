@@ -23,6 +23,7 @@ def cautions_of(
         *_different_work(entries),
         *_not_finished(results),
         *_odd_rows(runs),
+        *_branches(results),
         *_seeds(contenders),
         *_repeated_seeds(entries),
         *_chosen_by_result(entries, contenders),
@@ -137,6 +138,12 @@ def _odd_rows(runs: Sequence[Run]) -> list[str]:
     if lost:
         found.append(f"Losses that are not finite, shown as gaps in the curves: {_some(lost)}.")
     return found
+
+
+def _branches(results: Sequence[Run]) -> list[str]:
+    names = [run.name for run in results if run.lineage]
+    unit = task_of(results[0].config).unit if results else ""
+    return _together(names, f": branches; their steps, {unit} and seconds include what their parents trained.")
 
 
 def _seeds(contenders: Sequence[Entry]) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipelines.analysis.comparison.branches import drawn_from_their_parents
 from pipelines.analysis.comparison.cautions import cautions_of
 from pipelines.analysis.comparison.entries import (
     Labels,
@@ -36,6 +37,7 @@ def compare_runs(paths: Sequence[Path], target: float | None = None, confidence:
     """
     _check_numbers(target, confidence)
     runs, left_out = read_runs(find_runs(paths))
+    runs = drawn_from_their_parents(runs)
     task = _common_task(runs)
     families = families_of(runs)
     labels = Labels(families)

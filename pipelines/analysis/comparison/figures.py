@@ -96,8 +96,8 @@ def _draw_losses(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
         _draw_band(validation, entry.val, abscissa, style)
         for run in entry.runs:
             if run.state == "diverged":
-                _draw_curve(training, run.train, abscissa, style)
-                _draw_curve(validation, run.val, abscissa, style)
+                _draw_curve(training, run.train.since(run.drawn_from), abscissa, style)
+                _draw_curve(validation, run.val.since(run.drawn_from), abscissa, style)
     training.set(title="Training, smoothed", ylabel="loss")
     validation.set(title="Validation")
     for axes, bands in ((training, [e.train for _, e in drawn]), (validation, [e.val for _, e in drawn])):

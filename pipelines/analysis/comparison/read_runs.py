@@ -74,6 +74,8 @@ def read_run(name: str, path: Path) -> Run:
     recorded = read_columns(folder.metrics_path) if folder.metrics_path.is_file() else rows_to_columns([])
     require_sound(folder.metrics_path, recorded)
     columns = last_of_each_step(recorded)
+    lineage = tuple(folder.lineage())
+    own = columns["step"] > (lineage[-1].step if lineage else 0)  # the parent may have another optimizer
     train, val = _curve(columns, "train"), _curve(columns, "val")
     state, reason = _state(folder, config, train, val)
     train, val = _finite(train), _finite(val)
@@ -94,11 +96,12 @@ def read_run(name: str, path: Path) -> Run:
         final_loss=float(val.losses[-1]) if state == "finished" else None,
         final_train_loss=float(smoothed.losses[-1]) if state == "finished" and len(smoothed.losses) else None,
         best_loss=float(val.losses.min()) if len(val.losses) else None,
-        step_ms=_median(columns["step_ms"]),
-        optimizer_ms=_median(columns["optimizer_ms"]),
+        step_ms=_median(columns["step_ms"][own]),
+        optimizer_ms=_median(columns["optimizer_ms"][own]),
         state_bytes=optimizer_state_bytes(folder.checkpoints),
         reason=reason,
         repeated_rows=len(recorded["step"]) - len(columns["step"]),
+        lineage=lineage,
     )
 
 

@@ -112,12 +112,17 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         "target": None if target is None else {"loss": target.loss, "origin": target.origin},
         "contenders": [entry.label for entry in comparison.contenders],
         **{table.name: list(table.records) for table in make_tables(comparison) if table.texts},
+        "lineage": {run.name: [each.model_dump() for each in run.lineage] for run in _runs(comparison) if run.lineage},
         "cautions": list(comparison.cautions),
     }
 
 
+def _runs(comparison: Comparison) -> list[Run]:
+    return [run for entry in comparison.entries for run in entry.runs]
+
+
 def _origin(comparison: Comparison, command: str) -> list[tuple[str, str]]:
-    runs = [run for entry in comparison.entries for run in entry.runs]
+    runs = _runs(comparison)
     return [
         ("command", command),
         ("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, by asgo {version('asgo')}"),
@@ -153,13 +158,12 @@ def render_page(
 ) -> str:
     """Return the page as HTML. `images` are PNG files by names of `figures.FIGURES`; `origin` says how it was made."""
     contenders = shown(comparison)
-    runs = [run for entry in comparison.entries for run in entry.runs]
     return render(
         Path(__file__).parent / "template",
         generator=GENERATOR,
         comparison=comparison,
         headline=headline(comparison),
-        run_count=len(runs),
+        run_count=len(_runs(comparison)),
         final=entry_table(comparison, contenders),
         others=_other_entries(comparison),
         contenders=contenders,
@@ -257,10 +261,11 @@ def _band(band: Band | None) -> dict[str, Any] | None:
 
 
 def _run(run: Run) -> dict[str, Any]:
+    train = run.train.since(run.drawn_from)
     return {
         "name": html.escape(run.name),
         "diverged": run.state == "diverged",
-        "train": {**_abscissas(run.train), "losses": _numbers(run.train.losses)},
+        "train": {**_abscissas(train), "losses": _numbers(train.losses)},
     }
 
 

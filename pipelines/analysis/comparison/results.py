@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.config import RunConfig
+from pipelines.training.lineage import Ancestor
 
 Array = npt.NDArray[np.float64]
 
@@ -31,6 +32,11 @@ class Curve:
     seconds: Array
     """Time of training steps, without validation and saving."""
     losses: Array
+
+    def since(self, step: int) -> Curve:
+        """Return the part from the last point at or before a step."""
+        begin = max(0, int(np.searchsorted(self.steps, step, side="right")) - 1)
+        return Curve(self.steps[begin:], self.tokens[begin:], self.seconds[begin:], self.losses[begin:])
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ class Run:
     """Rows whose loss is not finite: gaps in the curves."""
     repeated_rows: int = 0
     """Rows left out because a later row has the same step."""
+    lineage: tuple[Ancestor, ...] = ()
+    """The checkpoints that it descends from, oldest first; none unless it is a branch. Its metrics include theirs."""
+    drawn_from: int = 0
+    """First step of its curves in figures: the curve of another run shows those before."""
 
     @property
     def last_step(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run
-from pipelines.storage import csv_cell
+from pipelines.storage import csv_cell, printable
 
 Record = dict[str, str | int | float | None]
 
@@ -144,7 +144,9 @@ def _verdict_table(comparison: Comparison) -> Table:
 def run_table(comparison: Comparison) -> Table:
     """Return the table of all runs except trials of a search."""
     runs = [(entry, index, run) for entry in comparison.entries for index, run in enumerate(entry.runs)]
-    heads = ("run", "entry", "seed", "state", "step", "final loss", "best loss", "why not finished")
+    branched = any(run.lineage for _, _, run in runs)
+    heads = ["run", "entry", "seed", "state", "step", "final loss", "best loss", "why not finished"]
+    heads += ["branch of"] * branched
     texts = tuple(
         (
             run.name,
@@ -155,10 +157,15 @@ def run_table(comparison: Comparison) -> Table:
             loss(run.final_loss),
             loss(run.best_loss),
             run.reason or "",
+            *[_parent(run) or ""] * branched,
         )
         for entry, _, run in runs
     )
     return _table("runs", heads, texts, (_run_record(*run) for run in runs))
+
+
+def _parent(run: Run) -> str | None:
+    return printable(str(run.lineage[-1])) if run.lineage else None
 
 
 def _run_record(entry: Entry, index: int, run: Run) -> Record:
@@ -184,6 +191,7 @@ def _run_record(entry: Entry, index: int, run: Run) -> Record:
         "optimizer_ms": run.optimizer_ms,
         "state_bytes": run.state_bytes,
         "device": run.environment.get("device"),
+        "branch_of": _parent(run),
     }
 
 

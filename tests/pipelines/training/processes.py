@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.config import RunConfig
+from pipelines.training.lineage import BranchPoint
 
 ROOT = Path(__file__).parents[3]
 WORKER = Path(__file__).with_name("worker.py")
@@ -26,6 +27,7 @@ class Job:
     resume: bool = False
     double: bool = False
     """In float64."""
+    branch: BranchPoint | None = None
 
 
 def free_port() -> int:
@@ -48,6 +50,7 @@ def start(
             "out": str(job.out),
             "resume": job.resume,
             "double": job.double,
+            "branch": str(job.branch or ""),
             "port": free_port(),
         }
         for job in jobs

@@ -171,9 +171,8 @@ def test_resume_with_another_configuration_says_what_differs(
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'run'}: cannot be resumed with another configuration: seed is 42 in the run, 1 now",
         f"{tmp_path / 'run'}: cannot be resumed with another configuration: training.steps is 6 in the run, 8 now",
-        f"{tmp_path / 'run'}: the schedule depends on the number of steps; to train the model further, begin a new run "
-        f"with it: asgo export-model {tmp_path / 'run'} --format hf --out {tmp_path / 'run-model'}, then asgo train "
-        f"gpt --init-from {tmp_path / 'run-model'} --out ANOTHER",
+        f"{tmp_path / 'run'}: the schedule depends on the number of steps; to train further, begin a new run there: "
+        f"asgo train gpt --branch {tmp_path / 'run'} --steps 8 --out ANOTHER",
     ]
     train(small_config(checkpoint__every=3, checkpoint__keep=5), tmp_path / "run", reporter, resume=True)
 

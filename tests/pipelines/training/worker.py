@@ -15,6 +15,7 @@ import torch
 
 from pipelines.config import load_run_config
 from pipelines.errors import RunInterrupted
+from pipelines.training.lineage import BranchPoint
 from pipelines.training.train import train
 from tests.pipelines.training.double_precision import double_precision
 
@@ -41,7 +42,9 @@ def main() -> None:
         precision = double_precision() if job["double"] else contextlib.nullcontext()
         try:
             with precision:
-                train(load_run_config(job["config"]), Path(job["out"]), Silent(), resume=job["resume"])
+                branch = BranchPoint.parse(job["branch"]) if job["branch"] else None
+                config = load_run_config(job["config"])
+                train(config, Path(job["out"]), Silent(), resume=job["resume"], branch=branch)
         except RunInterrupted as interrupted:
             sys.exit(interrupted.exit_code)
 

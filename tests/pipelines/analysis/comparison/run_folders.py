@@ -8,6 +8,7 @@ from typing import Any
 
 from pipelines.config import RunConfig
 from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.training.lineage import Ancestor
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import Divergence, RunFolder
 
@@ -30,12 +31,13 @@ def write_run(
     data: str = "0123456789",
     device: str = "cpu",
     seconds_a_step: float = 0.5,
+    lineage: Sequence[Ancestor] = (),
     **settings: Any,
 ) -> RunFolder:
     """A run with validation losses by step, and the training losses of the steps 1, 2, ..."""
     config = config_of(task, optimizer__name=optimizer, **settings)
     folder = RunFolder(path)
-    folder.begin(config, {"fingerprint": data}, device)
+    folder.begin(config, {"fingerprint": data}, device, lineage)
     folder.continue_from(rows_of(config, val, train, seconds_a_step))
     folder.close()
     return folder
