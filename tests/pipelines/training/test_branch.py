@@ -136,6 +136,17 @@ def test_what_a_branch_does_not_take_over_is_said(
     assert without_times(again) == without_times(rows)
 
 
+def test_another_seed_and_a_new_average_begin_at_the_step(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    train(small_config(), tmp_path / "trunk", reporter)
+    config = small_config(seed=7, training__ema_decay=0.5, checkpoint__keep=9)
+    train(config, tmp_path / "branch", reporter, branch=BranchPoint(tmp_path / "trunk", 4))
+    assert_equal(tensors_of(tmp_path / "trunk", 4, "model"), tensors_of(tmp_path / "branch", 4, "average"))
+    before, after = (tensors_of(tmp_path / run, 4, "rng-0")["cpu"] for run in ("trunk", "branch"))
+    assert not torch.equal(before, after)
+
+
 def test_another_data_folder_is_said(
     small_config: Make, token_folder: Path, tmp_path: Path, reporter: SilentReporter
 ) -> None:
@@ -229,8 +240,8 @@ def test_a_branch_that_died_before_its_first_checkpoint_begins_again_there(
     """And not at step 0; without its parent it is an error."""
     from pipelines.training import train as training
 
-    config, point = small_config(checkpoint__keep=9), BranchPoint(tmp_path / "trunk", 4)
-    train(config, tmp_path / "trunk", reporter)
+    config, point = small_config(checkpoint__every=3, checkpoint__keep=9), BranchPoint(tmp_path / "trunk", 4)
+    train(small_config(), tmp_path / "trunk", reporter)
     with monkeypatch.context() as patch:
         patch.setattr(training, "save", lambda run: 1 / 0)
         with pytest.raises(ZeroDivisionError):
