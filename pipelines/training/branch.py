@@ -25,7 +25,7 @@ _FREE = ("model.dropout", "model.channels_last")
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint at which a branch begins, and its lineage, the parent's own first."""
+    """The checkpoint at which a branch begins, and the lineage of the branch, oldest first."""
 
     checkpoint: Checkpoint
     lineage: tuple[Ancestor, ...]

@@ -194,14 +194,14 @@ def _train(
         return finished
     resumes = continues and parent is None
     own = _find_checkpoint(folder, config, task, reporter, ranks) if resumes else None
+    for line in parent.notes(config, task.description()["fingerprint"]) if parent is not None else ():
+        reporter.note(line)
     state = _initial_state(task, config, device, reporter, ranks, own if parent is None else parent.checkpoint)
     if isinstance(config.optimizer, ImportedOptimizerSettings) and not continues:
         problem = rehearse(config.optimizer, state.optimizer, state.scheduler.keys, device)
         if problem is not None:
             reporter.note(problem)
     if ranks.is_first:
-        for line in parent.notes(config, task.description()["fingerprint"]) if parent is not None else ():
-            reporter.note(line)
         if not continues:
             source = source_of(config.optimizer.name) if config.optimizer.is_imported else None
             lineage = () if parent is None else parent.lineage
