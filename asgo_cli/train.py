@@ -299,9 +299,7 @@ def _warn_of_warmup(settings: RunConfig) -> None:
         )
 
 
-def _show_plan(
-    settings: RunConfig, folder: Path, branch: BranchPoint | None, plot: Path | None, asked: Launch
-) -> None:
+def _show_plan(settings: RunConfig, folder: Path, branch: BranchPoint | None, plot: Path | None, asked: Launch) -> None:
     from pipelines.training.branch import open_parent
     from pipelines.training.run_folder import RunFolder
     from pipelines.training.train import plan

@@ -35,7 +35,7 @@ class Parent:
         step, before = self.checkpoint.step, self.checkpoint.config()
         yield f"branching from {self.checkpoint.folder}"
         if not keeps_optimizer_state(before, config):
-            other = "by_heads differs" if before.optimizer.name == config.optimizer.name else before.optimizer.name
+            other = "other settings" if before.optimizer.name == config.optimizer.name else before.optimizer.name
             yield f"{config.optimizer.name} begins at step {step} with a new state (before: {other})"
         if config.seed != before.seed:
             yield f"from step {step} on, data order and random numbers are those of seed {config.seed}"

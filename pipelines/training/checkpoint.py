@@ -20,7 +20,7 @@ import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
-from pipelines.config import RunConfig, load_run_config
+from pipelines.config import ImportedOptimizerSettings, RunConfig, load_run_config
 from pipelines.errors import AsgoError
 from pipelines.storage import naming, parse_json, refuse_file, sha256_of, staged_folder, undo_exchange
 from pipelines.tensors import Tensors
@@ -37,8 +37,10 @@ _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _HISTORY = "history.safetensors"
 _AVERAGE = "average.safetensors"
-_LAYOUT = ("name", "by_heads")
+_LAYOUT = ("name", "by_heads", "row_blocks")
 """Settings of an optimizer that determine the keys and shapes of its state."""
+_NOT_LAYOUT = ("lr", "weight_decay")
+"""Keywords that do not, in optimizers of other libraries, about which no more is known."""
 _HIDDEN = re.compile(r"\.(step-[0-9]{8,})\.(partial|outgoing|pruned)")
 """Hidden folders of `staged_folder` and `prune`."""
 
@@ -151,7 +153,12 @@ def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[
 
 def keeps_optimizer_state(saved: RunConfig, config: RunConfig) -> bool:
     """Whether the optimizer of a branch takes over the state. `by_heads` changes which matrices have a state."""
-    return all(getattr(saved.optimizer, key, None) == getattr(config.optimizer, key, None) for key in _LAYOUT)
+    before, now = saved.optimizer, config.optimizer
+    if isinstance(before, ImportedOptimizerSettings) and isinstance(now, ImportedOptimizerSettings):
+        old, new = before.keywords, now.keywords
+        changed = {key for key in {**old, **new} if old.get(key) != new.get(key)}
+        return before.name == now.name and changed <= {*_NOT_LAYOUT}
+    return all(getattr(before, key, None) == getattr(now, key, None) for key in _LAYOUT)
 
 
 def restore(checkpoint: Checkpoint, state: TrainState, config: RunConfig) -> None:

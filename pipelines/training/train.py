@@ -197,10 +197,6 @@ def _train(
     for line in parent.notes(config, task.description()["fingerprint"]) if parent is not None else ():
         reporter.note(line)
     state = _initial_state(task, config, device, reporter, ranks, own if parent is None else parent.checkpoint)
-    if isinstance(config.optimizer, ImportedOptimizerSettings) and not continues:
-        problem = rehearse(config.optimizer, state.optimizer, state.scheduler.keys, device)
-        if problem is not None:
-            reporter.note(problem)
     if ranks.is_first:
         if not continues:
             source = source_of(config.optimizer.name) if config.optimizer.is_imported else None
@@ -251,6 +247,10 @@ def _initial_state(
     if checkpoint is None:
         task.load_initial_weights()
     state = fresh_state(task, config, device, ranks)
+    if isinstance(config.optimizer, ImportedOptimizerSettings):
+        problem = rehearse(config.optimizer, state.optimizer, state.scheduler.keys, device)
+        if problem is not None:
+            reporter.note(problem)
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
         restore(checkpoint, state, config)

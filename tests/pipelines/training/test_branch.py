@@ -111,7 +111,7 @@ def test_a_branch_may_change_the_optimizers_settings_and_keep_its_state(
     ("before", "after", "words"),
     [
         ({"optimizer__name": "asgo"}, {"optimizer__name": "adamw"}, "adamw begins at step 4 with a new state"),
-        ({"optimizer__name": "muon"}, {"optimizer__name": "muon", "optimizer__by_heads": True}, "by_heads differs"),
+        ({"optimizer__name": "muon"}, {"optimizer__name": "muon", "optimizer__by_heads": True}, "other settings"),
         ({}, {"seed": 7}, "data order and random numbers are those of seed 7"),
         ({}, {"training__ema_decay": 0.5}, "the moving average begins with the weights of step 4"),
         ({"training__ema_decay": 0.5}, {}, "branching from"),

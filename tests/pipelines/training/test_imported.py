@@ -14,6 +14,7 @@ import torch
 from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.errors import UsageError
 from pipelines.training.checkpoint import open_checkpoint
+from pipelines.training.lineage import BranchPoint
 from pipelines.training.packing import CannotPack, pack, same, unpack
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
@@ -226,3 +227,19 @@ def test_values_keep_their_kinds() -> None:
     assert type(unpack(packed, tensors)["a"][3]) is set
     with pytest.raises(CannotPack, match="state is a builtins"):
         pack(lambda: 0, "state", tensors)
+
+
+def test_a_branch_keeps_the_state_unless_a_keyword_may_change_its_shape(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    path = module(SOPHIA)
+    config = small_config(optimizer__name=f"{path}:SophiaG", optimizer__lr=1e-3)
+    train(config, tmp_path / "trunk", reporter)
+    point = BranchPoint(tmp_path / "trunk", 4)
+    train(config, tmp_path / "same", reporter, branch=point)
+    assert_same_run(tmp_path / "trunk", tmp_path / "same")
+    for changes, is_new in (({"optimizer__lr": 2e-3}, False), ({"optimizer__rho": 0.1}, True)):
+        reporter.notes.clear()
+        other = small_config(**{"optimizer__name": f"{path}:SophiaG", "optimizer__lr": 1e-3, **changes})
+        train(other, tmp_path / f"new-{is_new}", reporter, branch=point)
+        assert any("with a new state" in note for note in reporter.notes) == is_new
