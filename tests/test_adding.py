@@ -34,7 +34,8 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__"))
     file, _importer = blocks(PAGE, "python")
     (copy / "optim" / "lion.py").write_text(file)
-    entry, _commands, function = blocks(PAGE, "")
+    (copy / "lion.py").write_text(file)
+    _commands, entry, _command, function = blocks(PAGE, "")
     insert(copy / "optim" / "specs.py", 'implied={**_FUSED_SGD, "nesterov": True},\n    ),\n', entry)
     insert(copy / "models" / "functions.py", "USUAL_FUNCTIONS = (\n", function)
     insert(copy / "asgo_cli" / "viz.py", "USUAL_FUNCTIONS = (\n", '    "bohachevsky",\n')
@@ -55,19 +56,23 @@ def asgo(source: Path, *arguments: str, code: int = 0) -> subprocess.CompletedPr
     return ended
 
 
-def test_an_added_optimizer_trains_with_its_settings_recorded_and_resumes(extended: Path, token_folder: Path) -> None:
+def test_an_optimizer_trains_with_its_settings_recorded_by_path_and_by_name(extended: Path, token_folder: Path) -> None:
+    """Both ways of the page: the runs are equal."""
     small = [f"--set={key}={value}" for key, value in SMALL.items()]
-    words = re.findall(r"^asgo (train gpt .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)[0].split()
-    words[words.index("data/mine")] = str(token_folder)
-    asgo(extended, *words, *small, "--out", "run")
-    config = json.loads((extended / "run" / "config.json").read_text())["config"]
-    assert config["optimizer"] == {
-        "name": "lion", "no_decay": [], "lr": 3e-4, "betas": [0.9, 0.99], "weight_decay": 0.1
-    }  # fmt: skip
-    assert "already" not in asgo(extended, "train", "gpt", "--resume", "--out", "run").stderr.replace("is done", "")
-    losses = [json.loads(line) for line in (extended / "run" / "metrics.jsonl").read_text().splitlines()]
-    final = [row["loss"] for row in losses if row["split"] == "val"]
-    assert final[-1] < final[0]
+    losses = {}
+    for command in re.findall(r"^asgo (train gpt .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
+        words = command.split()
+        words[words.index("data/mine")] = str(token_folder)
+        name = words[words.index("--optimizer") + 1]
+        run = f"run-{len(losses)}"
+        asgo(extended, *words, *small, "--out", run)
+        settings = json.loads((extended / run / "config.json").read_text())["config"]["optimizer"]
+        assert (settings["name"], settings["lr"], settings["weight_decay"]) == (name, 3e-4, 0.1)
+        asgo(extended, "train", "gpt", "--resume", "--out", run)
+        rows = [json.loads(line) for line in (extended / run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [row["loss"] for row in rows if row["split"] == "val"]
+    assert losses["./lion.py:Lion"] == losses["lion"]
+    assert losses["lion"][-1] < losses["lion"][0]
 
 
 @long

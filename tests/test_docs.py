@@ -48,7 +48,7 @@ def test_a_command_in_the_documents_is_understood(words: list[str]) -> None:
 def test_the_settings_of_a_run_in_the_documents_are_good(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if {"--resume", "--branch", "--config", "--init-from", "lion"} & set(words):
+    if {"--resume", "--branch", "--config", "--init-from", "lion", "./lion.py:Lion", "--dry-run"} & set(words):
         pytest.skip("takes its settings from a run, a file or an optimizer that is not here")
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, [*words, "--print-config"])

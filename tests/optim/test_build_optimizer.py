@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from optim import OPTIMIZER_NAMES, build_optimizer, optimizer_class
+from optim.groups import parts_of
 from optim.specs import SPECS
 
 from . import reference
@@ -456,3 +457,88 @@ def test_what_is_left_out_of_decay_is_what_was_named() -> None:
     for name in ("adamw", "asgo"):
         with pytest.raises(ValueError, match=r"in no_decay: 'embedding'; did you mean 'embeddings'\?"):
             build(model, name, no_decay=["embedding"])
+
+
+def settings_of(optimizer: torch.optim.Optimizer, model: nn.Module, key: str) -> dict[str, object]:
+    names = {param: name for name, param in model.named_parameters()}
+    return {names[param]: group[key] for group in optimizer.param_groups for param in group["params"]}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_every_parameter_belongs_to_one_part(tied: bool) -> None:
+    model = Decoder(tied)
+    parts = parts_of(model)
+    assert {name for name, part in parts.items() if part == "matrices"} == DECODER_HIDDEN
+    assert {name for name, part in parts.items() if part == "embedding"} == {"tokens.weight", "positions.weight"}
+    assert {name for name, part in parts.items() if part == "head"} == (set() if tied else {"head.weight"})
+    assert list(parts) == [name for name, _ in model.named_parameters()]
+    vision = parts_of(Vision())
+    assert {name for name, part in vision.items() if part == "matrices"} == VISION_HIDDEN
+    assert vision["class_token"] == vision["plane_norm.weight"] == "vectors"
+    assert vision["classifier.1.weight"] == vision["classifier.1.bias"] == "head"
+
+
+@every_name
+def test_a_part_has_its_own_keywords_and_the_others_do_not_change(name: str) -> None:
+    model = Decoder()
+    optimizer = build(model, name, parts={"embedding": {"lr": 0.3}, "matrices": {"weight_decay": 0.5}})
+    expected = {name: 0.3 if name in ("tokens.weight", "positions.weight") else 0.1 for name in parts_of(model)}
+    assert settings_of(optimizer, model, "lr") == expected
+    before = settings_of(build(model, name), model, "weight_decay")
+    after = settings_of(optimizer, model, "weight_decay")
+    assert after == {**before, **dict.fromkeys(DECODER_HIDDEN, 0.5)}
+
+
+@pytest.mark.parametrize("name", ["asgo", "dasgo", "muon", "shampoo"])
+def test_what_is_left_to_adam_has_settings_of_its_own(name: str) -> None:
+    model = Decoder()
+    adam = {"adam_lr": 0.7, "adam_betas": (0.8, 0.9), "adam_eps": 1e-6, "adam_weight_decay": 0.2}
+    optimizer = build(model, name, **adam, no_decay=["positions.*"], weight_decay=0.1)
+    uses_adam = {name for name, part in parts_of(model).items() if part != "matrices"}
+    rates = settings_of(optimizer, model, "lr")
+    assert {key for key, lr in rates.items() if lr == 0.7} == uses_adam
+    groups = [group for group in optimizer.param_groups if group["rule"] == "adam"]
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.9), 1e-6)}
+    decay = settings_of(optimizer, model, "weight_decay")
+    assert {key for key, value in decay.items() if value == 0.2} == {"tokens.weight", "head.weight"}
+    assert {key for key, value in decay.items() if value == 0.1} == DECODER_HIDDEN
+
+
+@every_name
+def test_split_groups_make_the_same_steps(name: str) -> None:
+    """Naming a part splits groups, and nothing else: weights are equal, bit for bit."""
+    results = []
+    for parts in ({}, {part: {} for part in ("embedding", "head", "vectors", "matrices")}):
+        torch.manual_seed(0)
+        model = Decoder()
+        optimizer = build(model, name, parts=parts)
+        for _ in range(3):
+            for param in model.parameters():
+                param.grad = torch.randn_like(param)
+            optimizer.step()
+        results.append([param.detach().clone() for param in model.parameters()])
+    assert all(map(torch.equal, *results))
+
+
+def test_wildcards_name_blocks_of_rows_and_parameters_without_decay() -> None:
+    model = Decoder()
+    groups = groups_of(build(model, "asgo", row_blocks={"*.query.weight": 4}))
+    assert groups[1:-1] == [(4, ["blocks.0.query.weight", "blocks.1.query.weight"])]
+    decayed = decayed_names(build(model, "asgo", no_decay=["blocks.1.*"], weight_decay=0.1), model)
+    assert decayed == {name for name in DECODER_HIDDEN if name.startswith("blocks.0.")}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("asgo", {"parts": {"heads": {}}}, "unknown part: 'heads'; did you mean 'head'"),
+        ("asgo", {"parts": {"embedding": {"momentum": 0.5}}}, r"in parts.embedding of asgo: 'momentum'; known: lr"),
+        ("adamw", {"parts": {"head": {"lr": 0.1}}}, "parts.head: the model has no such parameters; it has embedding"),
+        ("adamw", {"adam_lr": 0.1}, "unknown keyword of adamw: 'adam_lr'"),
+        ("adamw", {"no_decay": ["nonesuch.*"]}, r"in no_decay: 'nonesuch.\*'"),
+        ("muon", {"adam_betas": (0.9, 1.0)}, "invalid betas"),
+    ],
+)
+def test_wrong_parts_are_refused(name: str, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(Decoder(tied=True), name, **settings)
