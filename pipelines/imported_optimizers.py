@@ -57,7 +57,7 @@ def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
     if path is None:
         raise UsageError(f"--optimizer {name}: write an import path as module.Class or ./FILE.py:Class")
     # On stdout, prints of the module would mix with the command's data.
-    with contextlib.redirect_stdout(sys.stderr), _naming(name, "does not import"):
+    with contextlib.redirect_stdout(sys.stderr), errors_named(name, "it does not import"):
         module = _load_file(Path(path.place).expanduser()) if path.is_file else _load_module(path)
     try:
         return _checked_class(path, module)
@@ -152,7 +152,7 @@ def _searching(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _naming(name: str, what: str) -> Iterator[None]:
+def errors_named(name: str, what: str) -> Iterator[None]:
     """Context manager that raises any error of foreign code as a `UsageError` with the optimizer's name."""
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.analysis.optimizer_settings import OptimizerSettings, build
+from pipelines.imported_optimizers import errors_named
 from pipelines.optimizers import import_path_of
 
 _STEPS_PER_REPORT = 50
@@ -29,7 +31,8 @@ def descend(
 
     Each of `stacks`, `(k, ...)`, holds one parameter k times, one copy per setting, and `loss` returns the k losses. A
     row of `noise`, `(steps, ...)`, is added to all gradients of a step. A copy stops once its loss is not finite.
-    `progress` is called with the number of steps since its last call.
+    `progress` is called with the number of steps since its last call. Raises `UsageError` if a step of an imported
+    optimizer fails.
     """
     # One backward pass for all copies: autograd takes about as long for one copy as for a few.
     leaves = [stack.detach().requires_grad_() for stack in stacks]
@@ -53,8 +56,10 @@ def descend(
             for param, gradient in zip(copy, of_copy, strict=True):
                 # Fused CPU optimizers assume that the gradient has the parameter's memory layout.
                 param.grad = gradient.contiguous() if is_finite else None
-        for optimizer in optimizers:
-            optimizer.step()
+        for name, optimizer in optimizers:
+            imported = import_path_of(name) is not None
+            with errors_named(name, "a step with it raises") if imported else contextlib.nullcontext():
+                optimizer.step()
         for view, copy in zip(views, copies, strict=True):
             if view is not copy:
                 torch._foreach_copy_(list(view), [param.detach() for param in copy])
@@ -71,8 +76,8 @@ def first_for_good(reached: npt.NDArray[np.bool_]) -> int | None:
 
 def _optimizers(
     settings: Sequence[OptimizerSettings], copies: Sequence[Sequence[Tensor]], steps: int
-) -> Iterator[torch.optim.Optimizer]:
-    """Yield one optimizer per run of settings that differ only in the rate: most of a step's cost is per optimizer.
+) -> Iterator[tuple[str, torch.optim.Optimizer]]:
+    """Yield name and optimizer, one for settings that differ only in the rate: most of a step's cost is per optimizer.
 
     Those of other libraries are separate: groups of one optimizer may depend on each other.
     """
@@ -88,4 +93,4 @@ def _optimizers(
         optimizer = build(alike[0][0], groups, steps)
         if callable(start := getattr(optimizer, "train", None)):  # schedule-free optimizers must be told
             start()
-        yield optimizer
+        yield alike[0][0].optimizer, optimizer

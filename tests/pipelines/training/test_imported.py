@@ -175,9 +175,9 @@ def test_schedule_free_weights_are_validated_and_exported(
 @pytest.mark.parametrize(
     ("text", "class_name", "message"),
     [
-        ("1 / 0", "A", "does not import: ZeroDivisionError"),
-        ("import sys; sys.exit('bye')", "A", "does not import: SystemExit: bye"),
-        ("import nonesuch", "A", "does not import: ModuleNotFoundError: No module named 'nonesuch'"),
+        ("1 / 0", "A", "it does not import: ZeroDivisionError"),
+        ("import sys; sys.exit('bye')", "A", "it does not import: SystemExit: bye"),
+        ("import nonesuch", "A", "it does not import: ModuleNotFoundError: No module named 'nonesuch'"),
         ("class A: pass", "A", "not a subclass of torch.optim.Optimizer"),
         ("class A: pass", "B", "unknown optimizer of ./bad.py: 'B'"),
         (
