@@ -1,4 +1,4 @@
-"""Entry point of `asgo` and of `python -m asgo_cli`, which torchrun starts too."""
+"""Entry point of `asgo` and of `python -m asgo_cli`, which launchers start too."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""`asgo train ... --gpus N`: the processes to start, and the torchrun command that starts them."""
+"""`asgo train ... --gpus N`: the processes to start, and the torchrun command that does the same."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ def torchrun_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
         # Torch's default is this machine's host name, which the other machines often cannot resolve.
         place = ["--nnodes", str(launch.nodes), "--rdzv-backend", "c10d", "--rdzv-endpoint", launch.rendezvous]
         place += ["--rdzv-id", "asgo", "--rdzv-conf", f"is_host={int(launch.node_rank == 0)}"]
-        place += ["--local-addr", _address_towards(launch.rendezvous, launch.node_rank == 0)]
+        place += ["--local-addr", address_towards(launch.rendezvous, launch.node_rank == 0)]
     restarts = ["--max-restarts", str(launch.max_restarts)] if launch.max_restarts else []
     return [
-        *place, "--nproc-per-node", str(launch.local_size), *restarts, "-m", "asgo_cli",
-        *_without_launch_options(arguments), "--device", str(launch.device),
+        *place, "--nproc-per-node", str(launch.local_size), *restarts,
+        "-m", "asgo_cli", *worker_arguments(launch, arguments),
     ]  # fmt: skip
 
 
@@ -143,19 +143,8 @@ def torchrun_command(launch: Launch, arguments: Sequence[str]) -> str:
     beside_python = Path(sys.executable).with_name("torchrun")
     found = shutil.which("torchrun")
     torchrun = "torchrun" if found and Path(found) == beside_python else str(beside_python)
-    threads = [f"OMP_NUM_THREADS={_threads(launch)}"] if "OMP_NUM_THREADS" not in os.environ else []
+    threads = [f"OMP_NUM_THREADS={threads_per_process(launch)}"] if "OMP_NUM_THREADS" not in os.environ else []
     return " ".join([*threads, command(torchrun, *torchrun_arguments(launch, arguments))])
-
-
-def start(launch: Launch, arguments: Sequence[str]) -> int:
-    """Start the processes, wait for them, and report how they ended; return the exit code."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(_threads(launch)))
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.update(own_path())
-
-    from asgo_cli.agent import run_workers
-
-    return run_workers(torchrun_arguments(launch, arguments))
 
 
 def own_path() -> dict[str, str]:
@@ -168,7 +157,8 @@ def own_path() -> dict[str, str]:
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}
 
 
-def _without_launch_options(arguments: Sequence[str]) -> list[str]:
+def worker_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without those of `Launch`, which are for the launcher."""
     kept = []
     rest = iter(arguments)
     for argument in rest:
@@ -176,16 +166,20 @@ def _without_launch_options(arguments: Sequence[str]) -> list[str]:
             next(rest)
         elif argument.partition("=")[0] not in _FLAGS.values():
             kept.append(argument)
-    return kept
+    return [*kept, "--device", str(launch.device)]
 
 
-def _threads(launch: Launch) -> int:
+def threads_per_process(launch: Launch) -> int:
+    """Return the number of threads of a process: its part of the cores of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // launch.local_size)
 
 
-def _address_towards(rendezvous: str, is_host: bool) -> str:
-    """Return this machine's address for the others: that of the interface with the route to the rendezvous."""
+def address_towards(rendezvous: str, is_host: bool) -> str:
+    """Return this machine's address for the others: that of the interface with the route to the rendezvous.
+
+    Raises `UsageError` if the name of the rendezvous is unknown, or there is no route.
+    """
     host, port = host_and_port(rendezvous)
     if is_host:
         return host

@@ -249,7 +249,9 @@ def _carry_out(
     if dry_run:
         _show_plan(settings, folder, branch, plot, asked)
     elif asked:
-        raise typer.Exit(launch.start(asked, sys.argv[1:]))
+        from asgo_cli.supervisor import start
+
+        raise typer.Exit(start(asked, sys.argv[1:]))
     else:
         _train(settings, folder, resume or is_restarted(), branch)
 

@@ -1,4 +1,4 @@
-"""Behaviour of a process that torchrun started: only rank 0 prints, and outcomes go to the launcher."""
+"""Behaviour of a process that a launcher started: only rank 0 prints, and outcomes go to the launcher."""
 
 from __future__ import annotations
 
@@ -26,12 +26,9 @@ OUTCOMES = "ASGO_OUTCOMES"
 LAUNCHER = "ASGO_LAUNCHER"
 """Environment variable: the process id of the launcher."""
 
-RESTARTED = "ASGO_RESTARTED"
-"""Environment variable, set for processes that replace earlier ones."""
-
-Kind = Literal["stopped", "refused", "crashed", "hung", "consequence"]
+Kind = Literal["stopped", "refused", "crashed", "hung", "consequence", "ended"]
 """stopped: stopped and saved; refused: an error that a restart would repeat; crashed: one that it may not repeat;
-hung: the run is stalled; consequence: an error caused by the end of another process."""
+hung: the run is stalled; consequence: an error caused by the end of another process; ended: by its launcher."""
 
 _PR_SET_PDEATHSIG = 1
 _LOST_CONNECTION = re.compile(r"gloo.*(connect|closed|reset|broken pipe|timed out)", re.IGNORECASE | re.DOTALL)
@@ -54,6 +51,20 @@ class Outcome:
         """The process in a message: rank, number of processes, host."""
         return f"process {self.rank} of {self.size} ({self.host})"
 
+    @property
+    def sentence(self) -> str:
+        """The message, with the place if it is about this process alone."""
+        # Exit code 2: wrong usage or configuration, which is the same on every rank.
+        if self.kind in ("hung", "ended") or self.exit_code == 2:
+            return self.message
+        separator = " " if self.message.startswith(("was killed", "ended with")) else ": "
+        return f"{self.place}{separator}{self.message}"
+
+    @property
+    def may_restart(self) -> bool:
+        """Whether the run may succeed if its processes are started again."""
+        return self.kind in ("crashed", "hung", "consequence")
+
 
 def is_worker() -> bool:
     """Return whether a launcher (torchrun, by hand or through `--gpus`, or another) started this process."""
@@ -64,8 +75,8 @@ def is_worker() -> bool:
 
 
 def is_restarted() -> bool:
-    """Return whether torchrun started this process to replace a lost one."""
-    return RESTARTED in os.environ or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Return whether the launcher started this process to replace a lost one."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def begin_worker() -> None:

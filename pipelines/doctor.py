@@ -223,7 +223,7 @@ def _disk_speed(folder: Path) -> Finding:
     except OSError as error:
         return Finding(what, "cannot be written", f"the working directory: {error.strerror}; runs need another --out")
     seconds = _CHECKPOINT_GB * 1e3 / speed
-    slow = f"a checkpoint of GPT-2 takes {seconds:.0f} s, and torchrun waits 30 s for it after a SIGTERM"
+    slow = f"a checkpoint of GPT-2 takes {seconds:.0f} s, and the launcher waits 30 s for it after a SIGTERM"
     return Finding(what, f"writes {speed:,.0f} MB/s", slow if speed < _SLOW_MB_S else "")
 
 

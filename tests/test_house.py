@@ -162,6 +162,11 @@ def test_help_loads_little_and_so_is_instant(arguments: list[str]) -> None:
     assert len(lines) < 400
 
 
+def test_processes_start_before_their_launcher_loads_torch() -> None:
+    script = "import sys, asgo_cli.supervisor; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_no_function_is_longer_than_a_screen() -> None:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

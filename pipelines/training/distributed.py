@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from pipelines.config import TrainingSettings
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
@@ -125,16 +125,18 @@ def process_group(device: torch.device, timeout_s: float) -> Iterator[Ranks]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=2 * timeout_s)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
-        # After a restart, torchrun reuses the store, which still holds the addresses of the lost processes.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        keeps_store = place.rank == 0 and not place.launcher_keeps_store
+        store: Store = TCPStore(*address, place.size, keeps_store, timeout)
+        # After a restart, the launcher's store still holds the addresses of the lost processes.
         store = PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(
-            backend, store=PrefixStore("collectives", store), rank=rank, world_size=size, timeout=timeout
+            backend, store=PrefixStore("collectives", store), rank=place.rank, world_size=place.size, timeout=timeout
         )
     except (RuntimeError, ValueError) as error:
         raise AsgoError(f"the other processes of the run cannot be reached: {' '.join(str(error).split())}") from None
     try:
-        yield Ranks(rank, size, PrefixStore("watchdog", store))
+        yield Ranks(place.rank, place.size, PrefixStore("watchdog", store))
     except RunInterrupted:
         _leave_process_group()
         raise

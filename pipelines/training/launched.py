@@ -25,6 +25,11 @@ class Place:
         """Whether all processes are on this machine. Known only from torchrun."""
         return self.by_torchrun and os.environ.get("LOCAL_WORLD_SIZE") == str(self.size)
 
+    @property
+    def launcher_keeps_store(self) -> bool:
+        """Whether the launcher keeps the store of the process group. With other launchers, rank 0 does."""
+        return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
     def __str__(self) -> str:
         return f"process {self.rank} of {self.size} ({socket.gethostname()})"
 

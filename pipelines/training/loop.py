@@ -28,7 +28,7 @@ from pipelines.training.task import Task
 
 _NAMES_SHOWN = 5
 _GRACE_S = 30
-"""Seconds from the SIGTERM that torchrun forwards to its SIGKILL."""
+"""Seconds from the SIGTERM that the launcher (asgo or torchrun) forwards to its SIGKILL."""
 
 
 @dataclass
@@ -120,13 +120,13 @@ def save(run: Run) -> None:
 
 
 def _warn_of_slow_saves(run: Run) -> None:
-    """Warn once if a checkpoint takes longer than torchrun's grace period."""
+    """Warn once if a checkpoint takes longer than the launcher's grace period."""
     seconds = run.writer.seconds
     if run.state.ranks.joined and seconds > _GRACE_S and not run.warned_of_slow_saves:
         run.warned_of_slow_saves = True
         run.reporter.note(
-            f"a checkpoint takes {seconds:.0f} s to write, but torchrun kills processes {_GRACE_S} s after it forwards "
-            "a SIGTERM: a run stopped that way resumes from the checkpoint before; use a faster disk"
+            f"a checkpoint takes {seconds:.0f} s to write, but the launcher kills processes {_GRACE_S} s after it "
+            "forwards a SIGTERM: a run stopped that way resumes from the checkpoint before; use a faster disk"
         )
 
 

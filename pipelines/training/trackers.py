@@ -23,7 +23,7 @@ from pipelines.training.reporter import Reporter
 _TENSORBOARD_FLUSH_S = 10
 _WANDB_INIT_S = 30.0
 _WANDB_FINISH_S = 20.0
-"""Less than the 30 s from torchrun's SIGTERM to its SIGKILL; `wandb sync` uploads the rest."""
+"""Less than the 30 s from the launcher's SIGTERM to its SIGKILL; `wandb sync` uploads the rest."""
 
 
 class Tracker(Protocol):

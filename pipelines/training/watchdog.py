@@ -47,7 +47,7 @@ class Watchdog:
     is suspended does not count.
 
     Args:
-        store: the store of torchrun's agent, which all ranks share and which outlives each of them.
+        store: the launcher's store, which all ranks share and which outlives each of them.
         rank: rank of this process, of `size`.
         timeout_s: longer than any step, validation batch or checkpoint takes.
         host: this machine's name.

@@ -14,14 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
+from asgo_cli.launch import Launch
 from asgo_cli.worker import Outcome
 from tests.asgo_cli.test_train_commands import SETTINGS, asgo  # noqa: F401  (a fixture)
 from tests.long import long
+from tests.pipelines.training.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 HOST = socket.gethostname()
@@ -29,10 +33,10 @@ PATIENCE_S = 60
 _LISTENS = "0A"
 _LOOPBACK = {"0100007F", "0" * 24 + "01000000"}
 
-# A server process loads torch once, and every launcher is a fork of it. Like `launch.start`, before torch is loaded:
+# A server process loads torch once, and every launcher is a fork of it. Like `start`, before torch is loaded:
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["asgo_cli.agent"])
+processes.set_forkserver_preload(["asgo_cli.supervisor", "torch.distributed"])
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
@@ -46,6 +50,10 @@ from asgo_cli import worker
 
 rank, attempt, scenario = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"], sys.argv[1]
 Path(f"begun-{rank}-{attempt}").write_text(f"{os.environ['MASTER_ADDR']} {os.environ['MASTER_PORT']}")
+if scenario == "starts slowly":
+    if rank == "0":
+        os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(1)
 worker.begin_worker()
 
 def end(*words):
@@ -97,15 +105,34 @@ if scenario == "stops":
         time.sleep(0.01)
     time.sleep(0.5)
     end("stopped", 75, caught[0] + ": saved")
+if scenario == "starts slowly":
+    Path(f"ready-{rank}").touch()
+    wait()
+if scenario == "ends slowly":
+    if rank == "0":
+        wait_for(Path("ready-1").exists)
+        end("crashed", 1, "a bug")
+    caught = []
+    def note(number, frame):
+        caught.append(signal.Signals(number).name)
+        Path("caught-1").write_text(" ".join(caught))
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    Path("ready-1").touch()
+    wait_for(lambda: "SIGINT" in caught)
+    end("consequence", 1, "lost the connection")
+if scenario == "waits once" and attempt == "0":
+    Path(f"ready-{rank}").touch()
+    wait()
 if scenario == "cannot be asked":
     Path(f"ready-{rank}").touch()
     wait()
 """
 
 
-def run_launcher(arguments: list[str], folder: Path, words: str, ignored: Sequence[signal.Signals]) -> None:
-    """What `asgo` does once the options are read, with torchrun's arguments."""
-    from asgo_cli.agent import run_workers
+def run_launcher(scenario: str, asked: Launch, folder: Path, words: str, ignored: Sequence[signal.Signals]) -> None:
+    """What `asgo` does once the options are read."""
+    from asgo_cli.supervisor import supervise
     from pipelines.errors import AsgoError
 
     for number in ignored:
@@ -116,7 +143,7 @@ def run_launcher(arguments: list[str], folder: Path, words: str, ignored: Sequen
     descriptor = os.open(words, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 2)
     try:
-        code = run_workers([*arguments[:-1], "worker.py", *shlex.split(arguments[-1])])
+        code = supervise(asked, [sys.executable, "worker.py", *shlex.split(scenario)])
     except AsgoError as error:
         print(error, file=sys.stderr, flush=True)  # noqa: T201
         code = error.exit_code
@@ -127,10 +154,10 @@ class Launcher:
     """A launcher of light workers, in a process of its own."""
 
     def __init__(
-        self, folder: Path, *arguments: str, name: str = "words", ignored: Sequence[signal.Signals] = ()
+        self, folder: Path, scenario: str, asked: Launch, name: str, ignored: Sequence[signal.Signals]
     ) -> None:
         self._words = folder / name
-        told = (list(arguments), folder, str(self._words), ignored)
+        told = (scenario, asked, folder, str(self._words), ignored)
         self.process = processes.Process(target=run_launcher, args=told)
         self.process.start()
 
@@ -146,9 +173,10 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launcher]]:
     started: list[Launcher] = []
     (tmp_path / "worker.py").write_text(WORKER)
 
-    def start(scenario: str, *arguments: str, **keywords: Any) -> Launcher:
-        place = arguments if "--nnodes" in arguments else ("--standalone", "--nproc-per-node", "2", *arguments)
-        started.append(Launcher(tmp_path, *place, scenario, **keywords))
+    def start(
+        scenario: str, *, name: str = "words", ignored: Sequence[signal.Signals] = (), **options: Any
+    ) -> Launcher:
+        started.append(Launcher(tmp_path, scenario, Launch(**{"processes": 2, **options}), name, ignored))
         return started[-1]
 
     yield start
@@ -169,7 +197,7 @@ def test_workers_that_finish_leave_nothing_to_say(launch: Callable[..., Launcher
 
 
 def test_the_error_of_one_worker_is_shown_once_and_not_retried(launch: Callable[..., Launcher], tmp_path: Path) -> None:
-    code, words = launch("refused", "--max-restarts", "3").end()
+    code, words = launch("refused", max_restarts=3).end()
     assert (code, words) == (1, f"error: process 1 of 2 ({HOST}): the disk is full\n")
     assert not (tmp_path / "begun-0-1").exists()
 
@@ -189,14 +217,13 @@ def test_a_killed_worker_is_named_with_its_signal_before_those_that_missed_it(la
 
 
 def test_a_lost_worker_is_one_line_and_all_are_started_again(launch: Callable[..., Launcher], tmp_path: Path) -> None:
-    code, words = launch("killed", "--max-restarts", "2").end()
+    code, words = launch("killed", max_restarts=2).end()
     assert code == 0
     assert words == (
         f"warning: a worker was lost (process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps out of memory); "
         "restart 1 of 2 from the newest checkpoint\n"
     )
-    first, second = ((tmp_path / f"begun-1-{attempt}").read_text() for attempt in (0, 1))
-    assert first != second, "in the store of the first attempt, the second one would wait for the first one's process 0"
+    assert (tmp_path / "begun-1-1").exists()
 
 
 def test_a_worker_that_ends_without_a_word_is_named_with_its_exit_code(launch: Callable[..., Launcher]) -> None:
@@ -228,37 +255,24 @@ def test_a_closed_terminal_ends_nothing_under_nohup(launch: Callable[..., Launch
     assert launcher.end() == (75, "stopped: SIGTERM: saved\n")
 
 
-def test_a_signal_while_the_processes_are_started_waits_until_all_are_known() -> None:
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    from asgo_cli.agent import _Signals, _signals_handled
-
-    def start_processes(signals: _Signals) -> None:
-        with signals.raised(), signals.held_back():
-            blocked.append(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-            os.kill(os.getpid(), signal.SIGTERM)
-            known.append("all")
-
-    known: list[str] = []
-    blocked: list[bool] = []
-    with _signals_handled() as signals, pytest.raises(SignalException) as caught:
-        start_processes(signals)
-    assert (caught.value.sigval, known) == (signal.SIGTERM, ["all"])
-    assert blocked == [True], "a process that is started would answer Ctrl-C with a traceback"
+def test_a_signal_while_the_processes_start_ends_all_of_them_without_a_traceback(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    code, words = launch("'starts slowly'", processes=3).end()
+    assert code == 130
+    assert re.fullmatch(rf"error: SIGINT: process \d of 3 \({HOST}\) was killed by SIGINT; what .* is lost\n", words)
+    assert not list(tmp_path.glob("ready-*")), "one did not get the signal"
 
 
-def test_a_signal_that_was_passed_on_to_workers_that_end_anyway_is_not_lost() -> None:
-    from torch.distributed.elastic.multiprocessing import SignalException
-
-    from asgo_cli.agent import _Signals, _signals_handled
-
-    def stop_workers(signals: _Signals) -> None:
-        with signals.raised():
-            signals.wait(signal.SIGINT)
-            signals.release()
-
-    with _signals_handled() as signals, pytest.raises(SignalException):
-        stop_workers(signals)
+def test_a_signal_that_was_passed_on_to_workers_that_end_anyway_is_not_lost(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    launcher = launch("'ends slowly'", max_restarts=3)
+    wait_for(tmp_path / "caught-1")
+    os.kill(int(launcher.process.pid or 0), signal.SIGINT)
+    assert launcher.end() == (1, f"error: process 0 of 2 ({HOST}): a bug\n")
+    assert (tmp_path / "caught-1").read_text() == "SIGTERM SIGINT"
+    assert not (tmp_path / "begun-0-1").exists()
 
 
 def test_a_second_signal_reaches_the_workers_too(launch: Callable[..., Launcher], tmp_path: Path) -> None:
@@ -292,20 +306,18 @@ def test_workers_of_a_killed_launcher_are_asked_to_stop(launch: Callable[..., La
     assert {*(tmp_path / "caught-1").read_text().split()} == {"SIGTERM"}
 
 
-def machine(rank: int, port: int) -> list[str]:
-    return [
-        "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}",
-        "--rdzv-id", "asgo", "--rdzv-conf", f"is_host={int(rank == 0)}", "--local-addr", "127.0.0.1",
-    ]  # fmt: skip
+def machine(rank: int, port: int, processes: int = 1) -> dict[str, Any]:
+    return {"processes": processes, "nodes": 2, "node_rank": rank, "rendezvous": f"127.0.0.1:{port}"}
+
+
+def launch_both(launch: Callable[..., Launcher], scenario: str, port: int, **options: Any) -> list[Launcher]:
+    return [launch(scenario, **machine(rank, port), name=f"words-{rank}", **options) for rank in (0, 1)]
 
 
 def test_two_machines_meet_and_a_signal_to_one_is_all_it_takes_there(
     launch: Callable[..., Launcher], tmp_path: Path
 ) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    both = [launch("stops 1", *machine(rank, port), name=f"words-{rank}") for rank in (0, 1)]
+    both = launch_both(launch, "stops 1", free_port())
     wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
     assert (tmp_path / "begun-0-0").read_text() == (tmp_path / "begun-1-0").read_text()
     for launcher in both:
@@ -314,10 +326,77 @@ def test_two_machines_meet_and_a_signal_to_one_is_all_it_takes_there(
     assert [launcher.end() for launcher in both] == [(75, "stopped: SIGTERM: saved\n")] * 2
 
 
+def test_machines_with_different_numbers_of_processes_count_their_ranks(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    port = free_port()
+    both = [launch("finishes", **machine(rank, port, 1 + rank), name=f"words-{rank}") for rank in (0, 1)]
+    assert [launcher.end() for launcher in both] == [(0, "")] * 2
+    assert {path.name for path in tmp_path.glob("begun-*")} == {"begun-0-0", "begun-1-0", "begun-2-0"}
+
+
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_every_machine_tells_which_worker_was_lost_on_one_of_them(
+    max_restarts: int, launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    both = launch_both(launch, "killed", free_port(), max_restarts=max_restarts)
+    lost = f"process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps out of memory"
+    restart = f"warning: a worker was lost ({lost}); restart 1 of 1 from the newest checkpoint\n"
+    expected = (0, restart) if max_restarts else (1, f"error: {lost}\n")
+    assert [launcher.end() for launcher in both] == [expected] * 2
+    assert len(list(tmp_path.glob("begun-*-1"))) == 2 * max_restarts
+
+
+def test_a_machine_that_is_started_again_takes_its_place_in_the_run(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    port = free_port()
+    first, second = launch_both(launch, "'waits once'", port, max_restarts=1)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    second.process.kill()
+    again = launch("'waits once'", **machine(1, port), max_restarts=1, name="words-2")
+    lost = f"process 1 of 2 ({HOST}): its launcher was lost, and started again"
+    restart = f"warning: a worker was lost ({lost}); restart 1 of 1 from the newest checkpoint\n"
+    assert [launcher.end() for launcher in (first, again)] == [(0, restart)] * 2
+
+
+def test_two_machines_of_the_same_rank_are_one_line_on_the_second(
+    launch: Callable[..., Launcher], tmp_path: Path
+) -> None:
+    port = free_port()
+    both = launch_both(launch, "stops 1", port, max_restarts=1)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    twice = launch("stops 1", **machine(1, port), name="words-2")
+    assert twice.end() == (2, "--node-rank 1: another machine of this run has the same rank\n")
+    for launcher in both:
+        os.kill(int(launcher.process.pid or 0), signal.SIGTERM)
+    assert [launcher.end() for launcher in both] == [(75, "stopped: SIGTERM: saved\n")] * 2
+
+
+def test_without_the_launcher_of_machine_0_the_others_end(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    port = free_port()
+    first, second = launch_both(launch, "'waits once'", port, max_restarts=1)
+    wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+    first.process.kill()
+    no_answer = f"127.0.0.1:{port}: no connection to machine 0; is it running, and is the port open?\n"
+    assert second.end() == (1, no_answer)
+
+
+def test_ctrl_c_on_one_machine_ends_all_that_wait_with_it(launch: Callable[..., Launcher], tmp_path: Path) -> None:
+    port = free_port()
+    asked = {"processes": 1, "nodes": 3, "rendezvous": f"127.0.0.1:{port}"}
+    both = [launch("finishes", **asked, node_rank=rank, name=f"words-{rank}") for rank in (0, 1)]
+    store = dist.TCPStore("127.0.0.1", port, timeout=timedelta(seconds=PATIENCE_S))
+    dist.PrefixStore("launchers-of-3", store).wait(["0/ready/0", "0/ready/1"])
+    os.kill(int(both[1].process.pid or 0), signal.SIGINT)
+    expected = (130, "stopped: SIGINT before the processes were started\n")
+    assert [launcher.end() for launcher in both] == [expected] * 2
+
+
 def test_ctrl_c_while_another_machine_is_waited_for_is_one_line(launch: Callable[..., Launcher]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(PATIENCE_S)
-        launcher = launch("finishes", *machine(1, silent.getsockname()[1]))
+        launcher = launch("finishes", **machine(1, silent.getsockname()[1]))
         connection, _ = silent.accept()
         os.kill(int(launcher.process.pid or 0), signal.SIGINT)
         code, words = launcher.end()
@@ -325,23 +404,30 @@ def test_ctrl_c_while_another_machine_is_waited_for_is_one_line(launch: Callable
     assert (code, words) == (130, "stopped: SIGINT before the processes were started\n")
 
 
+def test_a_name_that_is_unknown_is_one_line_at_once(launch: Callable[..., Launcher]) -> None:
+    asked = {**machine(1, 29400), "rendezvous": "nowhere.invalid:29400"}
+    code, words = launch("finishes", **asked).end()
+    assert (code, words.count("\n")) == (2, 1)
+    assert words.startswith("--rendezvous nowhere.invalid:29400: ")
+
+
 def test_a_port_that_is_taken_is_one_line(launch: Callable[..., Launcher]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code, words = launch("finishes", *machine(0, port)).end()
+        code, words = launch("finishes", **machine(0, port)).end()
     assert (code, words.count("\n")) == (1, 1)
     assert f"127.0.0.1:{port}: cannot listen there" in words
 
 
 def test_the_earliest_outcome_that_is_no_consequence_comes_first() -> None:
-    from asgo_cli.agent import first_of
+    from asgo_cli.machines import first_of
 
     def outcome(kind: Any, rank: int, time: float) -> Outcome:
         return Outcome(kind, 1, "", rank, 3, "a", time)
 
     outcomes = [outcome("consequence", 0, 1.0), outcome("crashed", 1, 3.0), outcome("refused", 2, 2.0)]
-    assert first_of(outcomes).rank == 2
-    assert first_of(outcomes[:1]).rank == 0
+    assert first_of(outcomes) == outcomes[2]
+    assert first_of(outcomes[:1]) == outcomes[0]
 
 
 @pytest.mark.parametrize(

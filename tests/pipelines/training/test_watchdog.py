@@ -28,7 +28,7 @@ processes.set_forkserver_preload(["pipelines.training.watchdog"])
 
 
 def serve_store(ports: multiprocessing.SimpleQueue[int]) -> None:
-    """Keep a store, as torchrun's agent does, until killed."""
+    """Keep a store, as the launcher does, until killed."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     ports.put(store.port)
     time.sleep(1000)
