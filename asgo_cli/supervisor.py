@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -101,6 +102,7 @@ class _Supervisor:
             return self._outcome("ended", f"{self._launch.rendezvous}: {missing}")
 
     def _work(self, machines: Machines, attempt: int, sizes: Sequence[int]) -> Outcome | None:
+        """Run the processes. One that fails, here or on another machine, ends all: SIGTERM, later SIGKILL."""
         for path in self._folder.iterdir():
             path.unlink()
         workers = self._workers = _Workers(self._command, self._environments(machines, attempt, sizes))
@@ -164,12 +166,16 @@ class _Workers:
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
         self._processes: dict[int, subprocess.Popen[bytes]] = {}
         self._ended_at: dict[int, float] = {}
-        self._killed = False
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until `begin_worker`
+        self._killed_at = math.inf
+        # A process inherits this, until `begin_worker`: it would answer Ctrl-C with a traceback while it starts.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for environment in environments:
                 process = subprocess.Popen(command, env=environment, start_new_session=True)
                 self._processes[int(environment["RANK"])] = process
+        except OSError:  # no memory, or too many processes
+            self.send(signal.SIGKILL)
+            raise
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
@@ -187,7 +193,8 @@ class _Workers:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal to the processes that run, and to their children."""
-        self._killed |= number == signal.SIGKILL
+        if number == signal.SIGKILL:
+            self._killed_at = min(self._killed_at, time.time())
         for process in self._processes.values():
             if process.poll() is None:
                 os.killpg(process.pid, number)
@@ -201,7 +208,8 @@ class _Workers:
     def _silent_outcome(self, rank: int, size: int) -> Outcome:
         code = self._processes[rank].returncode
         number = -code if code < 0 else code - 128  # the shell's convention, in which a second Ctrl-C is 130
-        by_launcher = number in (signal.SIGTERM, signal.SIGINT) or (number == signal.SIGKILL and self._killed)
+        killed_by_launcher = number == signal.SIGKILL and self._ended_at[rank] > self._killed_at
+        by_launcher = number in (signal.SIGTERM, signal.SIGINT) or killed_by_launcher
         if number > 0:
             memory = ", perhaps out of memory" if number == signal.SIGKILL else ""
             message = f"was killed by {_signal_name(number)}{memory}"

@@ -88,6 +88,14 @@ if scenario == "killed" and attempt == "0":
     wait_for(Path("victim").exists)
     wait_for(lambda: is_dead(Path("victim").read_text()))
     end("consequence", 1, "lost the connection")
+if scenario == "killed beside a deaf one":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == "0":
+        wait_for(Path("deaf").exists)
+        os.kill(os.getpid(), signal.SIGKILL)
+    worker.end_worker("consequence", 1, "lost the connection")
+    Path("deaf").touch()
+    wait()
 if scenario == "hung":
     end("hung", 1, "no progress for 9 s: process 1 (b) is still at step 7")
 if scenario == "without a word" and rank == "1":
@@ -212,6 +220,13 @@ def test_a_hang_is_told_as_the_watchdog_puts_it(launch: Callable[..., Launcher])
 
 def test_a_killed_worker_is_named_with_its_signal_before_those_that_missed_it(launch: Callable[..., Launcher]) -> None:
     code, words = launch("killed").end()
+    assert code == 1
+    assert words == f"error: process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps out of memory\n"
+
+
+@long
+def test_a_killed_worker_is_named_before_those_that_the_launcher_has_to_kill(launch: Callable[..., Launcher]) -> None:
+    code, words = launch("'killed beside a deaf one'").end()
     assert code == 1
     assert words == f"error: process 0 of 2 ({HOST}) was killed by SIGKILL, perhaps out of memory\n"
 
