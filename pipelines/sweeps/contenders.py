@@ -14,7 +14,7 @@ from pipelines.errors import UsageError
 from pipelines.resolve import Layer
 from pipelines.sweeps.definition import Problems, Sweep, SweepRun, Variant, resolve_variants
 from pipelines.sweeps.grid import first_positions
-from pipelines.sweeps.search_table import Around, Range, Search
+from pipelines.sweeps.search_table import Around, Dimension, Range, Search
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Contender:
     def own(self) -> dict[str, Any]:
         """Its own value of each searched setting."""
         settings = flatten(self.config.model_dump(mode="json"))
-        return {key: settings[key] for key in self.search.space}
+        return {key: settings.get(key) for key in self.search.space}
 
     @property
     def row(self) -> tuple[str, Around]:
@@ -130,18 +130,30 @@ def plan_search(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> Se
     return SearchPlan(sweep.name, search, tuple(contenders), final_seeds)
 
 
+def _can_be_set(variant: Variant, key: str, dimension: Dimension) -> bool:
+    """Whether the setting exists, though it has no value: keywords of imported optimizers, and of parts of a model."""
+    value = 1.0 if isinstance(dimension, Around) else dimension.low if isinstance(dimension, Range) else dimension[0]
+    try:
+        variant.resolve({key: value})
+    except UsageError:
+        return False
+    return True
+
+
 def _contender(variant: Variant, search: Search) -> Contender:
     contender = Contender(variant, search, variant.resolve({"seed": search.seed}))
     settings = flatten(contender.config.model_dump(mode="json"))
     for key, dimension in search.space.items():
-        if key not in settings:
+        own = settings.get(key)
+        if key not in settings and not _can_be_set(variant, key, dimension):
             nearest = difflib.get_close_matches(key, settings, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "--print-config of asgo train lists them"
             raise UsageError(f"{variant.origin}: search.space: {key}: unknown setting; {hint}")
-        if isinstance(dimension, Around) and not (isinstance(settings[key], float) and settings[key] > 0):
+        if isinstance(dimension, Around) and not (isinstance(own, float) and own > 0):
+            found = "not set" if own is None else repr(own)
             raise UsageError(
-                f"{variant.origin}: search.space.{key}: its own value is {settings[key]!r}, but a geometric row needs a"
-                " positive float; give { low, high } or a list"
+                f"{variant.origin}: search.space.{key}: its own value is {found}, but a geometric row needs a positive "
+                "float; set it, or give { low, high } or a list"
             )
     for extreme in contender.extremes():
         for key, end in extreme.items():
