@@ -58,7 +58,7 @@ def descend(
                 param.grad = gradient.contiguous() if is_finite else None
         for name, optimizer in optimizers:
             imported = import_path_of(name) is not None
-            with errors_named(name, "a step with it raises") if imported else contextlib.nullcontext():
+            with errors_named(name, "a step with it fails") if imported else contextlib.nullcontext():
                 optimizer.step()
         for view, copy in zip(views, copies, strict=True):
             if view is not copy:

@@ -298,3 +298,33 @@ def test_the_backend_of_a_notebook_is_of_no_consequence(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").is_file()
+
+
+def test_an_optimizer_by_import_path_moves_like_the_same_one_by_name(asgo: Run) -> None:
+    path = "torch.SGD:lr=0.001,momentum=0.9"
+    pair = ("--optimizer", path, "--optimizer", "sgd-momentum:lr=0.001", "--optimizer", "torch.NAdam")
+    code, out, err = asgo("rosenbrock", *pair, "--steps", "20", "--json")
+    assert code == 0, err
+    (drawn,) = json.loads(out)["functions"]
+    by_path, by_name, nadam = drawn["trajectories"]
+    assert by_path["final_point"] == pytest.approx(by_name["final_point"], rel=1e-9)
+    assert by_path["final_point"] != nadam["final_point"]
+    code, out, err = asgo("kronecker_quadratic", "--optimizer", "torch.Muon:lr=0.1", "--steps", "5", "--json")
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("torch.Muon:lr=0.1", "its constructor raises ValueError: Muon only supports 2D parameters"),
+        ("torch.AdamW:wait_decay=1", "unknown keyword of torch.AdamW: 'wait_decay'; did you mean 'weight_decay'?"),
+        ("./mine.py:Fails", "a step with it fails: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_wrong_import_path_is_one_line(path: str, message: str, asgo: Run) -> None:
+    text = "import torch\nclass Fails(torch.optim.SGD):\n    def step(self, closure=None): 1 / 0\n"
+    Path("mine.py").write_text(text)
+    code, _, err = asgo("rosenbrock", "--optimizer", path)
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1

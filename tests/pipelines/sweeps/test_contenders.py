@@ -76,6 +76,7 @@ def test_the_shipped_search_is_of_eight_optimizers(path: Path) -> None:
         ("trials = 4\nspace.seed = {low = 2, high = 9}\n", "search.space.seed: all trials have the seed of [search]"),
         ("trials = 4\nspace.optimizer.lrr = {factor = 3.0, points = 3}\n", "optimizer.lrr: unknown setting; did you"),
         ("trials = 4\nspace.training.steps = {factor = 3.0, points = 3}\n", "its own value is 160, but a geometric"),
+        ("trials = 4\nspace.optimizer.parts.head.lr = {factor = 3.0, points = 3}\n", "its own value is not set, but a"),
         (
             "trials = 4\nsampler = 'tpe'\nspace.optimizer.weight_decay = {low = -1.0, high = 1.0}\n",
             "optimizer.weight_decay = -1.0: should be greater than or equal to 0",
@@ -96,3 +97,16 @@ def test_final_runs_have_seeds_and_not_the_searchs_own(path: Path) -> None:
     assert plan_of(path, text, seeds=(1, 3)).finals == ["a-s1", "b-s1", "a-s3", "b-s3"]
     with pytest.raises(UsageError, match="the final runs of a search need seeds"):
         plan_of(path, text.replace("seeds = [1, 2]", ""))
+
+
+def test_keywords_of_parts_and_of_imported_optimizers_can_be_searched(path: Path) -> None:
+    space = "[search]\ntrials = 4\nsampler = 'random'\nspace.optimizer.weight_decay = [0.0, 0.1]\n"
+    space += "space.optimizer.parts.embedding.lr = {low = 0.01, high = 0.1}\n"
+    runs = (
+        '[[runs]]\nname = "nadam"\noptimizer.name = "torch.NAdam"\n[optimizers."torch.NAdam"]\nmomentum_decay = 0.01\n'
+    )
+    plan = plan_of(path, 'task = "gpt"\npreset = "tiny"\nseeds = [1, 2]\n' + runs + space)
+    (contender,) = plan.contenders
+    trial = contender.trial(0, {"optimizer.weight_decay": 0.1, "optimizer.parts.embedding.lr": 0.05})
+    expected = {"lr": 2e-3, "momentum_decay": 0.01, "weight_decay": 0.1, "parts": {"embedding": {"lr": 0.05}}}
+    assert {key: trial.config.optimizer_keywords()[key] for key in expected} == expected
