@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.config import ImportedOptimizerSettings
-from pipelines.errors import UsageError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.imported_optimizers import one_line
 from pipelines.tensors import Tensors
 from pipelines.training.distributed import seed_of_rank
@@ -41,13 +41,21 @@ class ImportedOptimizer:
     def __init__(
         self, optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], scheduled: Collection[str]
     ) -> None:
-        """`params` are the model's, by name; `scheduled` the keys of groups that the schedule sets at every step."""
+        """`params` are the model's, by name; `scheduled` the keys of groups that the schedule sets at every step.
+
+        Raises `UsageError` if the optimizer's state cannot be read.
+        """
         self.optimizer = optimizer
         self._names = {param: name for name, param in params.items() if param.requires_grad}
         self._left_out = {"params", "param_names", *scheduled}
         self.has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
-        self._set_mode("train")
-        self._fresh = self._global_state()
+        try:
+            self._set_mode("train")
+            self._fresh = self._global_state()
+        except Exception as error:  # code of other libraries may raise anything
+            raise UsageError(
+                f"--optimizer {type(optimizer).__name__}: its state_dict() raises {one_line(error)}"
+            ) from error
 
     def _set_mode(self, mode: str) -> None:
         if self.has_modes:
@@ -105,8 +113,11 @@ class ImportedOptimizer:
             self.optimizer.state[param] = _with_dtypes(self.optimizer.state[param], state)
 
     @contextlib.contextmanager
-    def random_numbers(self, seed: int, step: int, device: torch.device) -> Iterator[None]:
-        """Context manager around a step: its random numbers depend on seed and step only, on all ranks alike."""
+    def around_step(self, seed: int, step: int, device: torch.device) -> Iterator[None]:
+        """Context manager around a step: its random numbers depend on seed and step only, on all ranks alike.
+
+        Raises `AsgoError` if the optimizer raises an error.
+        """
         of_step = seed_of_rank(seed, _GLOBAL_RANK, step)
         python, numpy = random.getstate(), np.random.get_state()
         devices = [device] if device.type == "cuda" else []
@@ -116,6 +127,11 @@ class ImportedOptimizer:
             np.random.seed(of_step % 2**32)
             try:
                 yield
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                what = f"step {step + 1}: the optimizer, {type(self.optimizer).__name__}, raises {one_line(error)}"
+                raise AsgoError(f"{what}; earlier checkpoints are not affected") from error
             finally:
                 random.setstate(python)
                 np.random.set_state(numpy)
@@ -161,9 +177,12 @@ def rehearse(
             raise UsageError(
                 f"{name}: its state cannot be saved: {error}; asgo saves tensors, numbers and texts, without pickle"
             ) from None
+        except UsageError:
+            raise
         except Exception as error:
-            hint = "; a second backward pass is not supported" if "grad_fn" in str(error) else ""
-            raise UsageError(f"{name}: a step with it raises {one_line(error)}{hint}") from error
+            reason = one_line(error.__cause__ or error)
+            hint = "; a second backward pass is not supported" if "grad_fn" in reason else ""
+            raise UsageError(f"{name}: a step with it raises {reason}{hint}") from error
         saved = {key: tensor.clone() for key, tensor in tensors.items()}
         warning = f"{name}: this run cannot be resumed exactly: "
         try:
@@ -186,7 +205,7 @@ def _make_step(imported: ImportedOptimizer, params: Sequence[Tensor], step: int,
     generator = torch.Generator().manual_seed(step)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(param)
-    with imported.random_numbers(0, step, device):
+    with imported.around_step(0, step, device):
         imported.optimizer.step()
 
 

@@ -148,7 +148,7 @@ def train_step(run: Run) -> tuple[float, float, float]:
     state.scheduler.apply(state.step)
     loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the only device sync in a step
     _refuse_not_finite(run, loss_value, norm_value)
-    with run.around_step(state.step + 1), state.clock.optimizer(), state.random_numbers(run.config.seed):
+    with run.around_step(state.step + 1), state.clock.optimizer(), state.around_step(run.config.seed):
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if state.average is not None:

@@ -5,33 +5,38 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipelines.tensors import Tensors
 
+_IN_TENSORS = ("tensor", "array", "number")
 _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
 class CannotPack(Exception):
-    """A value is neither a tensor, a JSON value, nor a container of those."""
+    """A value is neither a tensor, a NumPy value, a JSON value, nor a container of those."""
 
 
 def pack(value: Any, name: str, tensors: Tensors) -> Any:
     """Return a JSON value for `value`, and put its tensors into `tensors`, under names that begin with `name`.
 
-    Lists are lists. Tensors, other containers and mappings (with any keys) become objects with one key. Raises
-    `CannotPack` with the name for any other value, such as a function.
+    Lists are lists. Tensors, NumPy values, other containers and mappings (with any keys) become objects with one key.
+    Raises `CannotPack` with the name for any other value, such as a function.
     """
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        tensors[name] = torch.from_numpy(np.array(value))
+        return {"array" if isinstance(value, np.ndarray) else "number": name}
     if value is None or type(value) in (bool, int, float, str):
         return value
     if type(value) is list:
         return [pack(each, f"{name}/{index}", tensors) for index, each in enumerate(value)]
-    kind = type(value).__name__
-    if type(value) is _CONTAINERS.get(kind):
+    kind = "tuple" if isinstance(value, torch.Size) else type(value).__name__
+    if isinstance(value, torch.Size) or type(value) is _CONTAINERS.get(kind):
         return {kind: [pack(each, f"{name}/{index}", tensors) for index, each in enumerate(value)]}
     if isinstance(value, Mapping):
         items = enumerate(value.items())
@@ -48,6 +53,9 @@ def unpack(packed: Any, tensors: Tensors) -> Any:
     ((kind, content),) = packed.items()
     if kind == "tensor":
         return tensors[content]
+    if kind in ("array", "number"):
+        array = tensors[content].numpy()
+        return array[()] if kind == "number" else array
     if kind == "mapping":
         return {unpack(key, tensors): unpack(value, tensors) for key, value in content}
     return _CONTAINERS[kind](unpack(each, tensors) for each in content)
@@ -84,7 +92,8 @@ def _tensor_names(packed: Any) -> list[str]:
         return [name for each in packed for name in _tensor_names(each)]
     if not isinstance(packed, dict):
         return []
-    return [packed["tensor"]] if "tensor" in packed else _tensor_names(list(packed.values()))
+    ((kind, content),) = packed.items()
+    return [content] if kind in _IN_TENSORS else _tensor_names([content])
 
 
 def same(a: Any, b: Any) -> bool:
@@ -95,7 +104,9 @@ def same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and type(a) is type(b):
         return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and bool(a == b or a != a)
+    if isinstance(a, np.ndarray | np.generic) and isinstance(b, np.ndarray | np.generic):
+        return type(a) is type(b) and (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
 def _bits(tensor: Tensor) -> Tensor:

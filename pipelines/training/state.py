@@ -65,11 +65,11 @@ class TrainState:
             return self.average.in_place_of_weights()
         return contextlib.nullcontext() if self.imported is None else self.imported.evaluation_weights()
 
-    def random_numbers(self, seed: int) -> contextlib.AbstractContextManager[None]:
-        """Context manager around an optimizer step. Optimizers of other libraries may draw random numbers in it."""
+    def around_step(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        """Context manager around an optimizer step; see `ImportedOptimizer.around_step`."""
         if self.imported is None:
             return contextlib.nullcontext()
-        return self.imported.random_numbers(seed, self.step, self.clock.device)
+        return self.imported.around_step(seed, self.step, self.clock.device)
 
     def gather_optimizer(self) -> tuple[Tensors, dict[str, Any]]:
         """Gather the optimizer's state by `<parameter name>/<key>`; returns tensors and other values separately."""

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from pipelines.config import GPTRunConfig, RunConfig
-from pipelines.errors import UsageError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import open_checkpoint
 from pipelines.training.lineage import BranchPoint
 from pipelines.training.packing import CannotPack, pack, same, unpack
@@ -217,13 +218,17 @@ def test_wrong_settings_are_one_line(changes: dict[str, Any], message: str, smal
 
 def test_values_keep_their_kinds() -> None:
     tensors: dict[str, torch.Tensor] = {}
-    value = {
+    value: dict[Any, Any] = {
         0: [torch.ones(2), None, (1, 2.5)],
         "a": {3: {4, 5}, (1, 2): "x"},
         "nan": [float("nan"), float("inf"), True, 2**70, torch.ones(2, dtype=torch.bfloat16)],
+        "numpy": [np.arange(3.0), np.float64(0.1), np.int32(4), torch.ones(2, 3).shape],
     }
     packed = json.loads(json.dumps(pack(value, "state", tensors)))
+    value["numpy"][3] = (2, 3)
     assert same(unpack(packed, tensors), value)
+    assert not same([1.0], [float("nan")])
+    assert not same([float("nan")], [1.0])
     assert type(unpack(packed, tensors)["a"][3]) is set
     with pytest.raises(CannotPack, match="state is a builtins"):
         pack(lambda: 0, "state", tensors)
@@ -243,3 +248,15 @@ def test_a_branch_keeps_the_state_unless_a_keyword_may_change_its_shape(
         other = small_config(**{"optimizer__name": f"{path}:SophiaG", "optimizer__lr": 1e-3, **changes})
         train(other, tmp_path / f"new-{is_new}", reporter, branch=point)
         assert any("with a new state" in note for note in reporter.notes) == is_new
+
+
+def test_an_error_in_a_step_is_one_line_and_leaves_the_checkpoint(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    text = "import torch\nclass Late(torch.optim.SGD):\n    def step(self, closure=None):\n        super().step()\n"
+    text += "        group = self.param_groups[0]\n        group['calls'] = group.get('calls', 0) + 1\n"
+    text += "        if group['calls'] == 27: raise KeyError('gone')\n"
+    config = small_config(optimizer__name=f"{module(text)}:Late", optimizer__lr=0.1, training__steps=30)
+    with pytest.raises(AsgoError, match="step 27: the optimizer, Late, raises KeyError: 'gone'; earlier checkpoints"):
+        train(config, tmp_path / "run", reporter)
+    assert RunFolder(tmp_path / "run").rows()[-1]["step"] == 26
