@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, cast
 
@@ -23,7 +23,7 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
 
 def build_optimizer(
     model: nn.Module,
-    name: str | type[torch.optim.Optimizer],
+    name: str | Callable[..., torch.optim.Optimizer],
     total_steps: int,
     *,
     row_blocks: RowBlocks | None = None,
@@ -71,7 +71,7 @@ def build_optimizer(
     else:
         is_unused = head is not None and "head" not in no_decay and not parts
         given = {"row_blocks": row_blocks is not None, "by_heads": by_heads, "head": is_unused, "adam": adam != ()}
-        _refuse_keywords_of_matrices(cls if spec is None else spec.name, given)
+        _refuse_keywords_of_matrices(getattr(cls, "__name__", "it") if spec is None else spec.name, given)
         groups = decay_groups(model, no_decay, head)
     if parts:
         if spec is not None:
@@ -81,8 +81,8 @@ def build_optimizer(
 
 
 def _class_of(
-    name: str | type[torch.optim.Optimizer], total_steps: int, settings: Mapping[str, Any]
-) -> tuple[type[torch.optim.Optimizer], OptimizerSpec | None, dict[str, Any]]:
+    name: str | Callable[..., torch.optim.Optimizer], total_steps: int, settings: Mapping[str, Any]
+) -> tuple[Callable[..., torch.optim.Optimizer], OptimizerSpec | None, dict[str, Any]]:
     """Return the class, its specification if it has one, and the keywords. Raises `ValueError` for an unknown one."""
     if not isinstance(name, str):
         return name, None, dict(settings)
@@ -98,7 +98,7 @@ def _class_of(
     return cls, spec, {**fixed, **settings, **length}
 
 
-def _for_any(cls: type[torch.optim.Optimizer], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _for_any(cls: Callable[..., torch.optim.Optimizer], groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return groups for a class of another library: without names, and without weight decay if it has none."""
     accepted = inspect.signature(cls).parameters
     has_decay = "weight_decay" in accepted or any(each.kind is each.VAR_KEYWORD for each in accepted.values())
@@ -130,8 +130,7 @@ def _attention_row_blocks(model: nn.Module) -> RowBlocks:
     raise ValueError(f"by_heads: {type(model).__name__} has no attention_row_blocks(); use row_blocks instead")
 
 
-def _refuse_keywords_of_matrices(optimizer: str | type, given: Mapping[str, bool]) -> None:
-    name = optimizer if isinstance(optimizer, str) else optimizer.__name__
+def _refuse_keywords_of_matrices(name: str, given: Mapping[str, bool]) -> None:
     takers = ", ".join(spec.name for spec in SPECS.values() if spec.takes_matrices)
     for keyword, is_given in given.items():
         if is_given:

@@ -194,5 +194,6 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
     by_lower = {each.lower(): each for each in known}
     nearest = difflib.get_close_matches(name.lower(), by_lower, n=1)
     more = f" and {len(known) - 20} more" if len(known) > 20 else ""
-    hint = f"did you mean {by_lower[nearest[0]]!r}?" if nearest else f"known: {', '.join(known[:20])}{more}"
+    listed = f"known: {', '.join(known[:20])}{more}" if known else "there are none"
+    hint = f"did you mean {by_lower[nearest[0]]!r}?" if nearest else listed
     return ValueError(f"unknown {kind}: {name!r}; {hint}")

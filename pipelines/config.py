@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -107,11 +108,26 @@ class ImportedOptimizerSettings(NamedOptimizerSettings):
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
     parts: dict[Literal[PARTS], dict[str, Any]] | None = None  # type: ignore[assignment, valid-type]
 
+    @model_validator(mode="after")
+    def _can_be_recorded(self) -> Self:
+        """Refuse what JSON cannot hold: a resumed run would begin with other keywords."""
+        for key, value in {**(self.__pydantic_extra__ or {}), "parts": self.parts}.items():
+            if not _is_json(value):
+                raise ValueError(f"{key} = {value!r}: must be a finite number, a text, true, false, or a list of these")
+        return self
+
     @property
     def keywords(self) -> dict[str, Any]:
-        """Keywords of the constructor, with tuples for TOML's lists."""
+        """Keywords of the constructor: tuples for TOML's lists, and None for the text "None", which TOML cannot say."""
         given = {"lr": self.lr, **(self.__pydantic_extra__ or {})}
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        values = {key: None if value == "None" else value for key, value in given.items()}
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict | list | tuple):
+        return all(map(_is_json, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
 
 
 IMPORTED = "import path"

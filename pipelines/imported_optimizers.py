@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,8 +65,23 @@ def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
         raise UsageError(f"--optimizer {name}: {error}") from None
 
 
+def named_constructor(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the class of an import path as a function. It raises an error of the constructor as a `UsageError`."""
+    cls = import_optimizer(name)
+
+    def construct(*arguments: Any, **keywords: Any) -> torch.optim.Optimizer:
+        with errors_named(name, "its constructor fails"):
+            optimizer = cls(*arguments, **keywords)
+            if not hasattr(optimizer, "param_groups"):
+                raise UsageError("its constructor does not call that of torch.optim.Optimizer")
+            return optimizer
+
+    construct.__wrapped__ = cls  # type: ignore[attr-defined]  # for inspect.signature
+    return construct
+
+
 def check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if the constructor does not have a keyword, or has others without a default."""
+    """Raise `UsageError` if the constructor lacks a keyword, needs another, or has a default of another type."""
     parameters = _keywords_of(import_optimizer(name))
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     named = {key: each for key, each in parameters.items() if each.kind is not each.VAR_KEYWORD}
@@ -75,7 +90,9 @@ def check_keywords(name: str, keywords: Mapping[str, Any]) -> None:
     unknown = [key for key in keywords if key not in named and (not takes_any or near(key, named, cutoff=0.8))]
     problems = [str(unknown_name(f"keyword of {name}", key, named)) for key in unknown]
     missing = [key for key, each in named.items() if each.default is each.empty and key not in keywords]
-    problems += [f"its keyword {key} has no default: give optimizer.{key}" for key in missing]
+    problems += [f"its keyword {key} has no default: set it" for key in missing]
+    given = [(key, value) for key, value in keywords.items() if key in named]
+    problems += [problem for key, value in given for problem in _type_problems(key, value, named[key].default)]
     if problems:
         raise UsageError("\n".join(f"--optimizer {name}: {problem}" for problem in problems))
 
@@ -84,8 +101,41 @@ def default_lr(name: str) -> float:
     """Return the default learning rate of the constructor. Raises `UsageError` if there is none."""
     default = _keywords_of(import_optimizer(name))["lr"].default
     if isinstance(default, bool) or not isinstance(default, int | float):
-        raise UsageError(f"--optimizer {name}: its learning rate has no default: give --lr X, or optimizer.lr")
+        raise UsageError(f"--optimizer {name}: its learning rate, lr, has no default: set it")
     return float(default)
+
+
+def _type_problems(key: str, value: Any, default: Any) -> Iterator[str]:
+    """Yield a problem if a flag or a number gets a value of another type."""
+    if isinstance(default, bool) and not isinstance(value, bool | None):
+        yield f"its keyword {key} takes true or false, not {value!r}"
+    elif isinstance(default, int | float) and isinstance(value, str):
+        yield f"its keyword {key} takes a number, not {value!r}"
+
+
+def check_part_keywords(optimizer: torch.optim.Optimizer, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `ValueError` for a keyword of a part of the model that an imported optimizer does not read from its groups.
+
+    Some read keys that their constructors do not have, such as `use_muon`. Those are in quotes in the class's file.
+    """
+    cls = type(optimizer)
+    named = _keywords_of(cls)
+    for part, keywords in parts.items():
+        for key, value in keywords.items():
+            if key in named and key not in optimizer.defaults:
+                raise ValueError(f"parts.{part}: {key} is a keyword of the constructor only; it cannot differ by part")
+            if key not in named and (key in ("params", "part") or not _is_quoted(key, cls)):
+                raise unknown_name(f"keyword in parts.{part}", key, [key for key in named if key in optimizer.defaults])
+            if key == "lr" and not (isinstance(value, int | float) and value >= 0):
+                raise ValueError(f"parts.{part}: lr is {value!r}; it must be a number >= 0")
+
+
+def _is_quoted(key: str, cls: type) -> bool:
+    try:
+        text = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
+    except (OSError, TypeError, ValueError):
+        return False
+    return f"'{key}'" in text or f'"{key}"' in text
 
 
 def source_of(name: str) -> OptimizerSource:
@@ -107,7 +157,8 @@ def _keywords_of(cls: type[torch.optim.Optimizer]) -> dict[str, inspect.Paramete
 
 def _load_file(file: Path) -> Any:
     if not file.is_file():
-        raise UsageError(f"{file}: no such file")
+        where = "" if file.is_absolute() else f" in the working directory, {Path.cwd()}"
+        raise UsageError(f"{file}: no such file{where}; a run that used it has a copy in its folder, in optimizer/")
     module_name = f"asgo_optimizer_{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     if module_name in sys.modules:
         return sys.modules[module_name]
@@ -117,8 +168,8 @@ def _load_file(file: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses and torch.compile look the module up
     try:
-        with _searching(file.resolve().parent):
-            spec.loader.exec_module(module)
+        _search(file.resolve().parent)
+        spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]
         raise
@@ -128,27 +179,23 @@ def _load_file(file: Path) -> Any:
 def _load_module(path: ImportPath) -> Any:
     module_name = _ALIASES.get(path.place, path.place)
     top = module_name.partition(".")[0]
-    is_found = top in sys.modules or importlib.util.find_spec(top) is not None
+    if top not in sys.modules and importlib.util.find_spec(top) is None:
+        _search(Path.cwd())
     try:
-        with contextlib.nullcontext() if is_found else _searching(Path.cwd()):
-            return importlib.import_module(module_name)
+        return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != top:
             raise
         # A misspelled name must not be installed: it may be somebody's trap.
         near = difflib.get_close_matches(top, _KNOWN, n=1)
-        advice = f"did you mean {near[0]!r}?" if near and near[0] != top else f"pip install {top}"
-        raise UsageError(f"{top} is not installed; {advice}, or give a file, ./FILE.py:{path.name}") from None
+        advice = f"did you mean {near[0]!r}" if near and near[0] != top else f"pip install {top}"
+        raise UsageError(f"{top} is not installed: {advice}, or ./FILE.py:{path.name} for a file") from None
 
 
-@contextlib.contextmanager
-def _searching(folder: Path) -> Iterator[None]:
-    """Context manager in which imports also search a folder, last: it must not hide an installed module."""
-    sys.path.append(str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
+def _search(folder: Path) -> None:
+    """Make later imports search a folder too, last: it must not hide an installed module."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 @contextlib.contextmanager
@@ -158,7 +205,9 @@ def errors_named(name: str, what: str) -> Iterator[None]:
         yield
     except UsageError as error:
         raise UsageError(f"--optimizer {name}: {error}") from None
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit
         raise UsageError(f"--optimizer {name}: {what}: {one_line(error)}") from error
 
 

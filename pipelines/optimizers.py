@@ -23,7 +23,7 @@ _SHORT_FLOAT = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")
 
 
 _DOTS_OUTSIDE_QUOTES = re.compile(r'\.(?=[^"]*(?:"[^"]*"[^"]*)*$)')
-_IMPORT_PATH = re.compile(r"(?P<place>.+\.py):(?P<file_class>\w+)|(?P<module>[\w.]+)[.:](?P<name>\w+)")
+_IMPORT_PATH = re.compile(r"(?P<place>.+\.py):(?P<file_class>\w+)|(?P<module>\w+(?:\.\w+)*)[.:](?P<name>\w+)")
 
 
 @dataclass(frozen=True)

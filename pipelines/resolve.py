@@ -261,7 +261,8 @@ def _explain(
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name", "") if isinstance(value, dict) else value
         hint = _hint(str(name), OPTIMIZER_NAMES)
-        return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}"
+        paths = "; or an import path, such as torch.NAdam or ./FILE.py:Class"
+        return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}{paths}"
     if kind == "value_error":
         return f"{where}: {details['msg'].removeprefix('Value error, ')}"
     message = details["msg"].removeprefix("Input ")

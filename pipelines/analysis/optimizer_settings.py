@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from models.matrix_problems import PROBLEMS
 from optim import optimizer_class
 from optim.specs import REQUIRED, spec_of, unknown_name
 from pipelines.errors import UsageError
-from pipelines.imported_optimizers import check_keywords, default_lr, import_optimizer, one_line
-from pipelines.optimizers import import_path_of, parse_value, short_name_of, split_optimizer
+from pipelines.imported_optimizers import check_keywords, default_lr, named_constructor, one_line
+from pipelines.optimizers import import_path_of, parse_value, split_optimizer
 from pipelines.resolve import read_preset
 
 POINTS, MATRICES = "asro-functions", "matrix-problems"  # presets for 2-D functions and for matrix problems
@@ -81,6 +82,8 @@ def _imported(name: str, texts: Mapping[str, str], preset: str, all_rates: bool)
     settings = _settings(name, keywords, shown=[*([] if all_rates else ["lr"]), *given])
     try:
         build(settings, [{"params": [torch.zeros((2,) if preset == POINTS else (2, 2), requires_grad=True)]}], 1)
+    except UsageError:
+        raise
     except Exception as error:  # code of other libraries may raise anything
         raise ValueError(f"its constructor raises {one_line(error)}") from error
     return settings
@@ -94,7 +97,8 @@ def _refuse_rate(given: Mapping[str, Any], all_rates: bool) -> None:
 def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], total_steps: int) -> torch.optim.Optimizer:
     """Build the optimizer for parameter groups, which may override any keyword."""
     imported = import_path_of(settings.optimizer) is not None
-    cls, fixed = (import_optimizer(settings.optimizer), {}) if imported else optimizer_class(settings.optimizer)
+    cls: Callable[..., torch.optim.Optimizer]
+    cls, fixed = (named_constructor(settings.optimizer), {}) if imported else optimizer_class(settings.optimizer)
     keywords = {**fixed, **settings.keywords}
     if "total_steps" in inspect.signature(cls).parameters:
         keywords["total_steps"] = total_steps
@@ -103,7 +107,8 @@ def build(settings: OptimizerSettings, groups: Sequence[Mapping[str, Any]], tota
 
 def _settings(name: str, keywords: Mapping[str, Any], shown: Collection[str]) -> OptimizerSettings:
     values = [f"{key} {_plain(value)}" for key, value in keywords.items() if key in shown]
-    title = short_name_of(name) if import_path_of(name) is not None else spec_of(name).title
+    path = import_path_of(name)
+    title = spec_of(name).title if path is None else f"{path.name} ({Path(path.place).name})"
     return OptimizerSettings(name, dict(keywords), ", ".join([title, *values]))
 
 

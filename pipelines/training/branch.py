@@ -9,6 +9,7 @@ from typing import Any
 
 from pipelines.config import RunConfig, differences
 from pipelines.errors import AsgoError, UsageError
+from pipelines.imported_optimizers import source_of
 from pipelines.storage import refuse_file, sha256_of
 from pipelines.training.checkpoint import STATE, Checkpoint, find_checkpoint, keeps_optimizer_state, open_checkpoint
 from pipelines.training.distributed import Ranks
@@ -29,6 +30,8 @@ class Parent:
 
     checkpoint: Checkpoint
     lineage: tuple[Ancestor, ...]
+    optimizer_sha256: str | None = None
+    """Of the code of the parent's optimizer, if it is imported."""
 
     def notes(self, config: RunConfig, fingerprint: str) -> Iterator[str]:
         """Yield a line for what the branch does not take from its parent. `fingerprint` is that of its data."""
@@ -37,6 +40,8 @@ class Parent:
         if not keeps_optimizer_state(before, config):
             other = "other settings" if before.optimizer.name == config.optimizer.name else before.optimizer.name
             yield f"{config.optimizer.name} begins at step {step} with a new state (before: {other})"
+        elif config.optimizer.is_imported and source_of(config.optimizer.name).sha256 != self.optimizer_sha256:
+            yield f"from step {step} on, {config.optimizer.name} has other code than in the parent; its state is kept"
         if config.seed != before.seed:
             yield f"from step {step} on, data order and random numbers are those of seed {config.seed}"
         if fingerprint != self.checkpoint.state["data"]["fingerprint"]:
@@ -60,7 +65,8 @@ def open_parent(point: BranchPoint, config: RunConfig, note: Note) -> Parent:
         sha256=sha256_of(checkpoint.folder / STATE),
         optimizer=checkpoint.config().optimizer.name,
     )
-    return Parent(checkpoint, (*RunFolder(point.run).lineage(), ancestor))
+    run = RunFolder(point.run)
+    return Parent(checkpoint, (*run.lineage(), ancestor), run.optimizer_source().get("sha256"))
 
 
 def _checkpoint(point: BranchPoint, note: Note) -> Checkpoint:
@@ -109,13 +115,14 @@ def find_parent(
         if continues and [*parent.lineage] != folder.lineage():
             raise AsgoError(f"{folder.path}: {wanted} has changed since this branch began; choose another --out")
         lineage = [ancestor.model_dump() for ancestor in parent.lineage]
-        return {"folder": str(parent.checkpoint.folder), "state": parent.checkpoint.state, "lineage": lineage}
+        found = {"folder": str(parent.checkpoint.folder), "state": parent.checkpoint.state, "lineage": lineage}
+        return {**found, "optimizer_sha256": parent.optimizer_sha256}
 
     found = ranks.on_rank_0(find)
     if found is None:
         return None
     lineage = tuple(map(Ancestor.model_validate, found["lineage"]))
-    return Parent(Checkpoint(Path(found["folder"]), found["state"]), lineage)
+    return Parent(Checkpoint(Path(found["folder"]), found["state"]), lineage, found["optimizer_sha256"])
 
 
 def _interrupted(folder: RunFolder) -> BranchPoint | None:

@@ -46,16 +46,22 @@ class ImportedOptimizer:
         Raises `UsageError` if the optimizer's state cannot be read.
         """
         self.optimizer = optimizer
+        self._is_checked = False
         self._names = {param: name for name, param in params.items() if param.requires_grad}
         self._left_out = {"params", "param_names", *scheduled}
+        self._scheduled = [{key: group[key] for key in scheduled if key in group} for group in optimizer.param_groups]
         self.has_modes = all(callable(getattr(optimizer, mode, None)) for mode in ("train", "eval"))
         try:
             self._set_mode("train")
             self._fresh = self._global_state()
-        except Exception as error:  # code of other libraries may raise anything
-            raise UsageError(
-                f"--optimizer {type(optimizer).__name__}: its state_dict() raises {one_line(error)}"
-            ) from error
+        except (Exception, SystemExit) as error:  # code of other libraries may raise anything
+            what = f"--optimizer {type(optimizer).__name__}: its train() or state_dict() raises {one_line(error)}"
+            raise UsageError(what) from error
+
+    def reset_schedule(self) -> None:
+        """Set the scheduled values of the groups to those of the new optimizer, as the schedule does at every step."""
+        for group, values in zip(self.optimizer.param_groups, self._scheduled, strict=True):
+            group.update(values)
 
     def _set_mode(self, mode: str) -> None:
         if self.has_modes:
@@ -93,17 +99,30 @@ class ImportedOptimizer:
 
         Of state that belongs to no parameter, only what a new optimizer does not have. Raises `CannotPack`.
         """
-        in_order = [self._names[param] for group in self.optimizer.param_groups for param in group["params"]]
+        members = self._members()
+        in_order = [name for names in members for name in names]
         packed = self.optimizer.state_dict()["state"]
         states = {in_order[key]: state for key, state in packed.items() if isinstance(key, int)}
-        return pack_states({**states, _OPTIMIZER: _changes(self._global_state(), self._fresh)}, tensors)
+        own = _changes(self._global_state(), self._fresh)
+        if "groups" in own:
+            own["members"] = members  # a branch may have other groups
+        return pack_states({**states, _OPTIMIZER: own}, tensors)
+
+    def _members(self) -> list[list[str]]:
+        """Return the names of the parameters of each group."""
+        return [[self._names[param] for param in group["params"]] for group in self.optimizer.param_groups]
 
     def load_state(self, tensors: Tensors, values: dict[str, Any]) -> None:
         """Load what `gather_state` returned into a new optimizer."""
         states = unpack_states(tensors, values)
-        own = _merged(self._fresh, states.pop(_OPTIMIZER, {}))
+        saved = states.pop(_OPTIMIZER, {})
+        group_of = {name: index for index, names in enumerate(saved.pop("members", [])) for name in names}
+        changed = saved.pop("groups", {})
+        own = _merged(self._fresh, saved)
         groups = self.optimizer.state_dict()["param_groups"]
-        groups = [{**group, **own["groups"][index]} for index, group in enumerate(groups)]
+        for index, names in enumerate(self._members()):
+            before = group_of.get(names[0])
+            groups[index] = {**groups[index], **_merged(own["groups"][index], changed.get(before, {}))}
         in_order = [param for group in self.optimizer.param_groups for param in group["params"]]
         places = {self._names[param]: index for index, param in enumerate(in_order)}
         by_place: dict[Any, Any] = {places[name]: state for name, state in states.items()}
@@ -111,6 +130,20 @@ class ImportedOptimizer:
         for name, state in states.items():
             param = in_order[places[name]]
             self.optimizer.state[param] = _with_dtypes(self.optimizer.state[param], state)
+
+    def _check_first_step(self) -> None:
+        """Raise `AsgoError` after the first step if groups have changed, or if the state cannot be saved."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        name = type(self.optimizer).__name__
+        params = [param for group in self.optimizer.param_groups for param in group["params"]]
+        if len(self.optimizer.param_groups) != len(self._fresh["groups"]) or {*params} - {*self._names}:
+            raise AsgoError(f"the optimizer, {name}, adds parameters or groups in a step, which asgo does not support")
+        try:
+            self.gather_state({})
+        except CannotPack as error:
+            raise AsgoError(f"the state of the optimizer, {name}, cannot be saved: {error}") from None
 
     @contextlib.contextmanager
     def around_step(self, seed: int, step: int, device: torch.device) -> Iterator[None]:
@@ -127,9 +160,10 @@ class ImportedOptimizer:
             np.random.seed(of_step % 2**32)
             try:
                 yield
-            except torch.OutOfMemoryError:
+                self._check_first_step()
+            except (torch.OutOfMemoryError, AsgoError):
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 what = f"step {step + 1}: the optimizer, {type(self.optimizer).__name__}, raises {one_line(error)}"
                 raise AsgoError(f"{what}; earlier checkpoints are not affected") from error
             finally:
@@ -172,14 +206,14 @@ def rehearse(
             first, params = new()
             for step in range(_STEPS):
                 _make_step(first, params, step, device)
+            with first.evaluation_weights():
+                first.optimizer.zero_grad()
             values = first.gather_state(tensors)
-        except CannotPack as error:
-            raise UsageError(
-                f"{name}: its state cannot be saved: {error}; asgo saves tensors, numbers and texts, without pickle"
-            ) from None
         except UsageError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, AsgoError) and error.__cause__ is None:
+                raise UsageError(f"{name}: {error}; asgo saves tensors, numbers and texts, without pickle") from None
             reason = one_line(error.__cause__ or error)
             hint = "; a second backward pass is not supported" if "grad_fn" in reason else ""
             raise UsageError(f"{name}: a step with it raises {reason}{hint}") from error
@@ -194,7 +228,7 @@ def rehearse(
             for step in range(_STEPS, 2 * _STEPS):
                 _make_step(first, params, step, device)
                 _make_step(second, loaded, step, device)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return f"{warning}loading its state raises {one_line(error)}"
         if all(map(same, params, loaded)):
             return None
@@ -205,6 +239,7 @@ def _make_step(imported: ImportedOptimizer, params: Sequence[Tensor], step: int,
     generator = torch.Generator().manual_seed(step)
     for param in params:
         param.grad = torch.randn(param.shape, generator=generator).to(param)
+    imported.reset_schedule()
     with imported.around_step(0, step, device):
         imported.optimizer.step()
 

@@ -23,6 +23,7 @@ from pipelines.training.metrics import Counts, Row
 from pipelines.training.parallel import gradients_synchronized
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
+from pipelines.training.schedule import factor_at
 from pipelines.training.state import TrainState
 from pipelines.training.task import Task
 
@@ -154,7 +155,14 @@ def train_step(run: Run) -> tuple[float, float, float]:
     if state.average is not None:
         state.average.update()
     state.optimizer.zero_grad()
-    return loss_value, norm_value, state.optimizer.param_groups[0]["lr"]
+    return loss_value, norm_value, _learning_rate(run)
+
+
+def _learning_rate(run: Run) -> float:
+    """Return `optimizer.lr` under the general schedule; parts of the model may have other rates."""
+    config = run.config
+    step = run.state.step
+    return config.optimizer.lr * factor_at(config.schedule, step, config.training.steps)
 
 
 def accumulate_gradients(run: Run) -> Tensor:
@@ -223,7 +231,7 @@ def _refuse_not_finite(run: Run, loss: float, grad_norm: float) -> None:
     scaler = run.state.scaler
     if math.isfinite(loss) and (math.isfinite(grad_norm) or (scaler.is_enabled() and scaler.get_scale() >= 1.0)):
         return
-    lr = run.state.optimizer.param_groups[0]["lr"]
+    lr = _learning_rate(run)
     names = [
         name
         for name, param in run.state.model.named_parameters()

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipelines.tensors import Tensors
 
 _IN_TENSORS = ("tensor", "array", "number")
+_UNSUPPORTED = (torch.complex128, torch.complex32)
 _CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset}
 
 
@@ -26,6 +27,8 @@ def pack(value: Any, name: str, tensors: Tensors) -> Any:
     Raises `CannotPack` with the name for any other value, such as a function.
     """
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or value.dtype in _UNSUPPORTED:
+            raise CannotPack(f"{name} is a tensor that safetensors cannot store ({value.layout}, {value.dtype})")
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
@@ -64,11 +67,11 @@ def unpack(packed: Any, tensors: Tensors) -> Any:
 def pack_states(states: Mapping[str, Mapping[Any, Any]], tensors: Tensors) -> dict[str, Any]:
     """Return other values of states by `<name>/<key>`, and put tensors into `tensors` under the same names.
 
-    A state with keys that are not texts is one value, `<name>/`.
+    A state with keys that cannot be parts of such a name is one value, `<name>/`.
     """
     values: dict[str, Any] = {}
     for name, state in states.items():
-        has_names = all(isinstance(key, str) for key in state)
+        has_names = all(isinstance(key, str) and key and "/" not in key for key in state)
         for key, value in state.items() if has_names else [("", dict(state))]:
             packed = pack(value, f"{name}/{key}", tensors)
             if not isinstance(value, Tensor):

@@ -71,11 +71,15 @@ class RunFolder:
         """Holds a copy of the file that defines an imported optimizer. It is never executed."""
         return self.path / "optimizer"
 
-    def require_source(self, source: OptimizerSource) -> None:
-        """Raise `UsageError` unless an imported optimizer has the code with which the run began."""
+    def optimizer_source(self) -> dict[str, Any]:
+        """Return the record of an imported optimizer's code; empty for other optimizers."""
         with naming(self.config_path):
             content = parse_json(self.config_path.read_text(encoding="utf-8"))
-        began = content.get("optimizer_source") or {}
+        return content.get("optimizer_source") or {}
+
+    def require_source(self, source: OptimizerSource) -> None:
+        """Raise `UsageError` unless an imported optimizer has the code with which the run began."""
+        began = self.optimizer_source()
         if began.get("sha256") != source.sha256:
             package = f" ({began['package']})" if began.get("package") else ""
             raise UsageError(

@@ -19,7 +19,7 @@ from optim.specs import PARTS
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
-from pipelines.imported_optimizers import import_optimizer, one_line, source_of
+from pipelines.imported_optimizers import check_part_keywords, named_constructor, source_of
 from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.tasks import task_of
@@ -96,6 +96,16 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
     )
 
 
+def _rehearse(model: nn.Module, config: RunConfig, device: torch.device, note: Callable[[str], None]) -> None:
+    """Check whether a run with an optimizer of another library can be resumed; raises like `rehearse`."""
+    if isinstance(config.optimizer, ImportedOptimizerSettings):
+        optimizer = new_optimizer(model, config)
+        scheduler = Scheduler(config.schedule, config.training.steps, optimizer)
+        problem = rehearse(config.optimizer, optimizer, scheduler.keys, device)
+        if problem is not None:
+            note(problem)
+
+
 def _planned_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[PlannedPart, ...]:
     """Return what the optimizer does with each part of the model."""
     part_of, params = parts_of(model), dict(model.named_parameters())
@@ -137,6 +147,7 @@ def train(
         parent = find_parent(folder, branch, continues, config, ranks, reporter.note)
         torch.manual_seed(config.seed)
         with contextlib.closing(task_of(config).build(config, device, ranks)) as task, contextlib.closing(folder):
+            _rehearse(task.model, config, device, reporter.note)
             ranks.on_rank_0(lambda: _claim(folder, continues))
             return _train(task, config, folder, device, reporter, ranks, beat, continues, parent)
 
@@ -247,10 +258,6 @@ def _initial_state(
     if checkpoint is None:
         task.load_initial_weights()
     state = fresh_state(task, config, device, ranks)
-    if isinstance(config.optimizer, ImportedOptimizerSettings):
-        problem = rehearse(config.optimizer, state.optimizer, state.scheduler.keys, device)
-        if problem is not None:
-            reporter.note(problem)
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
         restore(checkpoint, state, config)
@@ -294,11 +301,12 @@ def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
             return build_optimizer(model, name, config.training.steps, **keywords)
         except ValueError as error:
             raise UsageError(f"--optimizer {name}: {error}") from None
-    cls = import_optimizer(name)
     try:
-        return build_optimizer(model, cls, config.training.steps, **keywords)
-    except Exception as error:  # code of other libraries may raise anything
-        raise UsageError(f"--optimizer {name}: its constructor raises {one_line(error)}") from error
+        optimizer = build_optimizer(model, named_constructor(name), config.training.steps, **keywords)
+        check_part_keywords(optimizer, config.optimizer_keywords().get("parts", {}))
+    except ValueError as error:
+        raise UsageError(f"--optimizer {name}: {error}") from None
+    return optimizer
 
 
 def _require_same_config(place: Path, saved: RunConfig, config: RunConfig, advice: Sequence[str] = ()) -> None:

@@ -316,7 +316,7 @@ def test_an_optimizer_by_import_path_moves_like_the_same_one_by_name(asgo: Run) 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("torch.Muon:lr=0.1", "its constructor raises ValueError: Muon only supports 2D parameters"),
+        ("torch.Muon:lr=0.1", "its constructor fails: ValueError: Muon only supports 2D parameters"),
         ("torch.AdamW:wait_decay=1", "unknown keyword of torch.AdamW: 'wait_decay'; did you mean 'weight_decay'?"),
         ("./mine.py:Fails", "a step with it fails: ZeroDivisionError: division by zero"),
     ],

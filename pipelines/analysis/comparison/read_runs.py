@@ -102,6 +102,7 @@ def read_run(name: str, path: Path) -> Run:
         reason=reason,
         repeated_rows=len(recorded["step"]) - len(columns["step"]),
         lineage=lineage,
+        optimizer_sha256=_sha256(record.get("optimizer_source")),
     )
 
 
@@ -113,6 +114,10 @@ def _texts(record: Any) -> dict[str, Any]:
         for key, value in table.items()
         if key in _READ
     }
+
+
+def _sha256(source: Any) -> str:
+    return printable(str(source.get("sha256", "")))[:8] if isinstance(source, dict) else ""
 
 
 def _rows(columns: Columns, split: Split) -> npt.NDArray[np.intp]:

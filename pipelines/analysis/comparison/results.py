@@ -93,6 +93,8 @@ class Run:
     repeated_rows: int = 0
     """Rows left out because a later row has the same step."""
     lineage: tuple[Ancestor, ...] = ()
+    optimizer_sha256: str = ""
+    """First digits of the SHA-256 of an imported optimizer's code."""
     """The checkpoints that it descends from, oldest first; none unless it is a branch. Its metrics include theirs."""
     drawn_from: int = 0
     """First step of its curves in figures: the curve of another run shows those before."""

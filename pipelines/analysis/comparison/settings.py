@@ -22,12 +22,14 @@ _VAGUE = ("every", "kind", "name", "batches")
 def settings_of(run: Run) -> Settings:
     """Return the settings that affect the result by more than chance, by dotted key.
 
-    `data` is the fingerprint; `branch` says with which optimizer a branch began, and until which step.
+    `data` is the fingerprint; `optimizer.code` that of an imported optimizer's file; `branch` says with which optimizer
+    a branch began, and until which step.
     """
     flat = flatten(run.config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
     branch = ",".join(f"{ancestor.optimizer}@{ancestor.step}" for ancestor in run.lineage)
-    return {**kept, _DATA: run.data.get("fingerprint"), "branch": branch or "no"}
+    code = {"optimizer.code": run.optimizer_sha256} if run.optimizer_sha256 else {}
+    return {**kept, **code, _DATA: run.data.get("fingerprint"), "branch": branch or "no"}
 
 
 def identity(settings: Settings) -> str:

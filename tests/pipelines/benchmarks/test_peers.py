@@ -138,7 +138,7 @@ def test_the_default_ones_of_heavyball_can_be_built(name: str) -> None:
         ("torch.lr_scheduler", "not a subclass of torch.optim.Optimizer"),
         ("xyzzy", "unknown optimizer: 'xyzzy'; known: asgo, dasgo, muon"),
         ("torch.Optimizer", "unknown optimizer of torch.optim: 'Optimizer'"),
-        ("torhc.AdamW", "torhc is not installed; did you mean 'torch'?"),
+        ("torhc.AdamW", "torhc is not installed: did you mean 'torch'"),
         ("asgo:root_steps", "'root_steps' is not key=value"),
         ("asgo:root_stepz=3", "unknown keyword of asgo: 'root_stepz'; did you mean 'root_steps'?"),
         ("asgo:lr=-1", "--optimizer asgo:lr=-1: invalid lr: -1"),
@@ -154,7 +154,7 @@ def test_what_cannot_be_built_is_refused_before_anything_is_measured(name: str, 
 
 def test_a_library_that_is_asked_for_and_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "heavyball")
-    with pytest.raises(UsageError, match="heavyball is not installed; pip install heavyball, or give a file"):
+    with pytest.raises(UsageError, match="heavyball is not installed: pip install heavyball"):
         choose(["heavyball.SOAP"])
 
 

@@ -12,6 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipelines.analysis.comparison.read_runs import read_run
+from pipelines.analysis.comparison.settings import identity, settings_of
 from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.checkpoint import open_checkpoint
@@ -21,7 +23,7 @@ from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 from tests.pipelines.training.test_kills import finish, start, wait_for_records
-from tests.pipelines.training.test_resume import assert_same_run
+from tests.pipelines.training.test_resume import assert_same_run, final_tensors
 
 Make = Callable[..., RunConfig]
 
@@ -204,7 +206,7 @@ def test_what_is_no_optimizer_is_one_line(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer__name": "nonesuch.Lion"}, "nonesuch is not installed; pip install nonesuch"),
+        ({"optimizer__name": "nonesuch.Lion"}, "nonesuch is not installed: pip install nonesuch"),
         ({"optimizer__name": "torch.AdamWW"}, "unknown optimizer of torch.optim: 'AdamWW'; did you mean 'AdamW'"),
         ({"optimizer__name": "torch.AdamW", "optimizer__wait_decay": 0.1}, "did you mean 'weight_decay'"),
         ({"optimizer__name": "torch.AdamW", "runtime__shard_model": True}, "works with asgo's own optimizers"),
@@ -260,3 +262,125 @@ def test_an_error_in_a_step_is_one_line_and_leaves_the_checkpoint(
     with pytest.raises(AsgoError, match="step 27: the optimizer, Late, raises KeyError: 'gone'; earlier checkpoints"):
         train(config, tmp_path / "run", reporter)
     assert RunFolder(tmp_path / "run").rows()[-1]["step"] == 26
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__clip": float("inf")}, "clip = inf: must be a finite number"),
+        ({"optimizer__nesterov": "maybe"}, "its keyword nesterov takes true or false, not 'maybe'"),
+        ({"optimizer__momentum": "much"}, "its keyword momentum takes a number, not 'much'"),
+        ({"optimizer__parts__vectors__momentun": 7}, "unknown keyword in parts.vectors: 'momentun'; did you mean 'mom"),
+        ({"optimizer__parts__vectors__lr": -1}, "parts.vectors: lr is -1; it must be a number >= 0"),
+        ({"optimizer__parts__head__lr": 1.0}, "parts.head: the model has no such parameters"),
+        ({"optimizer__name": "torch.SGD.x"}, "torch is|it does not import"),
+    ],
+)
+def test_wrong_keywords_are_refused_before_anything_is_written(
+    changes: dict[str, Any], message: str, small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    settings = {"optimizer__name": "torch.SGD", "optimizer__lr": 0.1, **changes}
+    with pytest.raises(UsageError, match=message):
+        train(small_config(**settings), tmp_path / "run", reporter)
+    assert not (tmp_path / "run").exists()
+
+
+ODD = """
+import sys, torch
+class Base(torch.optim.SGD):
+    def __init__(self, params, lr=0.1, momentum=0.9):
+        super().__init__(params, lr=lr, momentum=momentum)
+class NotCalled(Base):
+    def __init__(self, params, lr=0.1): pass
+class Exits(Base):
+    def __init__(self, params, lr=0.1): sys.exit('bye')
+class Grows(Base):
+    def step(self, closure=None):
+        super().step()
+        if len(self.param_groups) < 9: self.add_param_group({'params': [torch.nn.Parameter(torch.ones(1))]})
+class Large(Base):
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for param in group['params']:
+                if param.numel() > 100: self.state[param]['f'] = print
+class BadEval(Base):
+    def train(self): pass
+    def eval(self): raise RuntimeError('no eval')
+class Sparse(Base):
+    def step(self, closure=None):
+        super().step()
+        for param in self.param_groups[0]['params']: self.state[param]['s'] = torch.ones(2).to_sparse()
+class Keys(Base):
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for param in group['params']:
+                state = self.state[param]
+                state['a/b'], state[''], state[3] = torch.ones(2), 4, (1, {2})
+                group['lr'] = group['lr'] * 0.5
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("NotCalled", "its constructor fails: UsageError|does not call that of torch.optim.Optimizer"),
+        ("Exits", "its constructor fails: SystemExit: bye"),
+        ("Grows", "adds parameters or groups in a step"),
+        ("Large", "the state of the optimizer, Large, cannot be saved: .*/f is a builtins"),
+        ("BadEval", "a step with it raises RuntimeError: no eval"),
+        ("Sparse", "cannot be saved: .*/s is a tensor that safetensors cannot store"),
+    ],
+)
+def test_an_odd_optimizer_is_refused_in_one_line_at_its_first_step(
+    name: str, message: str, module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    config = small_config(optimizer__name=f"{module(ODD)}:{name}", checkpoint__every=100)
+    with pytest.raises(AsgoError, match=message) as raised:
+        train(config, tmp_path / "run", reporter)
+    assert "\n" not in str(raised.value)
+
+
+def test_odd_keys_and_a_changed_rate_are_saved_without_a_warning(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    config = small_config(optimizer__name=f"{module(ODD)}:Keys")
+    train(config, tmp_path / "run", reporter)
+    assert not any("exactly" in note for note in reporter.notes)
+    train(config, tmp_path / "same", reporter, branch=BranchPoint(tmp_path / "run", 4))
+    assert_same_run(tmp_path / "run", tmp_path / "same")
+
+
+def test_a_branch_that_splits_groups_keeps_their_state_and_one_of_edited_code_says_so(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """The counter of steps is in the groups: a new group with the same settings continues from its old one's."""
+    path = module(SOPHIA)
+    config = small_config(optimizer__name=f"{path}:SophiaG", optimizer__weight_decay=0.1)
+    train(config, tmp_path / "trunk", reporter)
+    split = small_config(
+        optimizer__name=f"{path}:SophiaG", optimizer__weight_decay=0.1, optimizer__parts__embedding__lr=1e-3
+    )
+    point = BranchPoint(tmp_path / "trunk", 4)
+    train(split, tmp_path / "split", reporter, branch=point)
+    weights = [final_tensors(tmp_path / run) for run in ("trunk", "split")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert not any("other code" in note for note in reporter.notes)
+    config_file = tmp_path / "trunk" / "config.json"
+    config_file.write_text(config_file.read_text().replace('"sha256": "', '"sha256": "0'))
+    train(config, tmp_path / "edited", reporter, branch=point)
+    assert any("has other code than in the parent" in note for note in reporter.notes)
+
+
+def test_runs_with_other_code_are_other_contenders(
+    module: Callable[[str], str], small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    path = module(SOPHIA)
+    config = small_config(optimizer__name=f"{path}:SophiaG")
+    train(config, tmp_path / "one", reporter)
+    train(config.model_copy(update={"seed": 7}), tmp_path / "two", reporter)
+    Path(path).write_text(SOPHIA + "# edited")
+    train(config.model_copy(update={"seed": 8}), tmp_path / "edited", reporter)
+    one, two, edited = (identity(settings_of(read_run(run, tmp_path / run))) for run in ("one", "two", "edited"))
+    assert one == two != edited
