@@ -292,9 +292,9 @@ def check_keywords(values: Mapping[str, Any]) -> None:
 
 
 def _is_within(wanted: Range, value: Any) -> bool:
-    if wanted.is_pair:
-        is_pair = isinstance(value, tuple | list) and len(value) == 2
-        return is_pair and all(_is_within(replace(wanted, is_pair=False), each) for each in value)
+    if wanted.length > 1:
+        is_tuple = isinstance(value, tuple | list) and len(value) == wanted.length
+        return is_tuple and all(_is_within(replace(wanted, length=1), each) for each in value)
     if wanted.type is bool:
         return isinstance(value, bool)
     if wanted.choices:

@@ -17,6 +17,8 @@ from .specs import RootMethod
 
 _NEWTON_TOLERANCE = 1e-6
 _NEWTON_STEPS = 50
+_WHOLE_ORDER = 1e-6
+"""Distance from a whole number within which an order is one: -0.333333333 in a settings file is -1/3."""
 
 # Polar Express, Amsel et al., arXiv 2505.16932: optimal quintic polynomials; the last one repeats.
 _POLAR_EXPRESS = (
@@ -30,7 +32,7 @@ _POLAR_EXPRESS = (
 )
 _POLAR_EXPRESS_LAST = (1.875, -1.25, 0.375)
 _NEWTON_SCHULZ = (2.0, -1.5, 0.5)
-_MUON = (3.4445, -4.7750, 2.0315)
+MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def inverse_sqrt(matrix: Tensor, method: RootMethod, steps: int, eps: float | Tensor) -> Tensor:
@@ -51,14 +53,17 @@ def inverse_sqrt(matrix: Tensor, method: RootMethod, steps: int, eps: float | Te
     return _coupled_inverse_sqrt(matrix, coefficients, eps)
 
 
-def inverse_fourth_root(matrix: Tensor, eps: float | Tensor) -> Tensor:
-    """Return `(A + eps I)^{-1/4}` of symmetric positive semi-definite matrices (..., m, m), float32 or float64."""
-    if matrix.device.type == "cpu":
-        return inverse_root_eigh(matrix, 4, ridge=eps)
-    return inverse_root_newton(matrix, 4, eps)
+def damped_inverse_root(matrix: Tensor, order: float, eps: float | Tensor) -> Tensor:
+    """Return `(A + eps I)^{-1/order}` of symmetric positive semi-definite matrices (..., m, m), float32 or float64.
+
+    On a GPU, an order that is not a whole number takes `eigh`, and waits for the GPU.
+    """
+    if matrix.device.type == "cpu" or abs(order - round(order)) > _WHOLE_ORDER:
+        return inverse_root_eigh(matrix, order, ridge=eps)
+    return inverse_root_newton(matrix, round(order), eps)
 
 
-def inverse_root_eigh(matrix: Tensor, order: int, ridge: float | Tensor | None = None) -> Tensor:
+def inverse_root_eigh(matrix: Tensor, order: float, ridge: float | Tensor | None = None) -> Tensor:
     """Return `A^{-1/order}` by eigendecomposition, or `(A + ridge I)^{-1/order}` if a ridge (..., 1, 1) is given.
 
     Eigenvalues below the rounding error of `A` or of the decomposition are noise. Without a ridge, they contribute zero
@@ -153,13 +158,17 @@ def inverse_root_newton(matrix: Tensor, order: int, eps: float | Tensor) -> Tens
         return _without_ridge(_symmetrized(root), order, ridge - eps)
 
 
-def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Return approximately the nearest semi-orthogonal matrix to each of (..., m, n), by Muon's Newton–Schulz steps.
+def orthogonalize(
+    matrix: Tensor, steps: int, coefficients: tuple[float, float, float] = MUON_COEFFICIENTS
+) -> Tensor:
+    """Return approximately the nearest semi-orthogonal matrix to each of (..., m, n), by Newton–Schulz steps.
 
-    The singular values are between about 0.7 and 1.2, as in Jordan et al., 2024. Computed in bfloat16 on devices with
-    fast bfloat16 products (its error is below that of five steps); else in the dtype of the matrix.
+    A step maps each singular value s to a s + b s³ + c s⁵. With the default coefficients (a, b, c) the singular values
+    are between about 0.7 and 1.2, as in Jordan et al., 2024; with (2, -1.5, 0.5) they converge to 1, but need about 12
+    steps. Computed in bfloat16 on devices with fast bfloat16 products (its error is below that of five default steps);
+    else in the dtype of the matrix.
     """
-    a, b, c = _MUON
+    a, b, c = coefficients
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     scale = largest(wide).clamp_min(torch.finfo(wide.dtype).tiny)
     x = wide / scale

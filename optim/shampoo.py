@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from .base import Group, State, describe, state_dtype
 from .blocks import Stack, block_sizes
-from .matrix_functions import frobenius_norm, inverse_fourth_root, scaled_to_one
+from .matrix_functions import damped_inverse_root, frobenius_norm, scaled_to_one
 from .matrix_optimizer import with_norm
 from .preconditioned import PreconditionedOptimizer
 
@@ -20,7 +20,7 @@ SIDE_LIMIT = 10_000
 
 
 def shampoo_update(momenta: Tensor, rms: Tensor, left: Tensor | None, right: Tensor | None, eps: float) -> Tensor:
-    """Return `L^{-1/4} M R^{-1/4}`, shape (k, p, q), scaled to the norm of `M / √(v + eps)`.
+    """Return `L^exponent M R^exponent`, shape (k, p, q), scaled to the norm of `M / √(v + eps)`.
 
     `momenta` and `rms = √v` have shape (k, p, q). `left` (k, p, p) and `right` (k, q, q) are the inverse roots; None
     means that the side is not preconditioned.
@@ -38,7 +38,7 @@ class Shampoo(PreconditionedOptimizer):
 
         M ← lerp(M, G, 1 − momentum);       v ← lerp(v, G², 1 − beta2)
         L ← lerp(L, G Gᵀ, 1 − beta2);       R ← lerp(R, Gᵀ G, 1 − beta2)
-        U ← (L + eps I)^{-1/4} M (R + eps I)^{-1/4}
+        U ← (L + eps I)^exponent M (R + eps I)^exponent
         U ← U · ‖M / √(v + eps)‖_F / ‖U‖_F
         W ← (1 − lr · weight_decay) W − lr · U
 
@@ -54,6 +54,8 @@ class Shampoo(PreconditionedOptimizer):
         eps: added to the squares and to the factors' diagonals.
         weight_decay: decoupled weight decay, multiplied by `lr`.
         precond_frequency: number of steps between two computations of the inverse roots.
+        exponent: power of both factors, -1/4 in the paper; -1/3 and -1/2 are used too. On a GPU, `-1 / exponent` should be
+            a whole number: other roots are slow.
         maximize: maximize the objective instead of minimizing it.
         capturable: count steps on the parameter's device, for use in a CUDA graph.
 
@@ -73,6 +75,7 @@ class Shampoo(PreconditionedOptimizer):
         eps: float = 1e-10,
         weight_decay: float = 0.1,
         precond_frequency: int = 1,
+        exponent: float = -0.25,
         *,
         maximize: bool = False,
         capturable: bool = False,
@@ -86,6 +89,7 @@ class Shampoo(PreconditionedOptimizer):
                 "eps": eps,
                 "weight_decay": weight_decay,
                 "precond_frequency": precond_frequency,
+                "exponent": exponent,
                 "maximize": maximize,
                 "capturable": capturable,
             },
@@ -110,8 +114,8 @@ class Shampoo(PreconditionedOptimizer):
         return {**super().param_state(param, group), "exp_avg_rms": torch.zeros_like(param, dtype=state_dtype(param))}
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
-        """Return `(A + eps I)^{-1/4}` of each factor `A`."""
-        return inverse_fourth_root(factors, ridges)
+        """Return `(A + eps I)^exponent` of each factor `A`."""
+        return damped_inverse_root(factors, -1 / group["exponent"], ridges)
 
     def updates(
         self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
 RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
+UpdateScale = Literal["match_rms_adamw", "original"]
 
 PARTS = ("embedding", "head", "vectors", "matrices")
 """Parts of a model whose parameters may have keywords of their own: embeddings (token and positional, tied or not),
@@ -35,7 +36,8 @@ class Range:
     lt: float | None = None
     most: float | None = None
     """Upper limit in settings files, so that they cannot cause an unbounded loop. Constructors do not check it."""
-    is_pair: bool = False
+    length: int = 1
+    """Numbers in a value; more than one are a tuple."""
     choices: tuple[str, ...] = ()
 
 
@@ -43,13 +45,16 @@ NOT_NEGATIVE = Range("a finite number >= 0", float, ge=0)
 POSITIVE = Range("a finite number > 0", float, gt=0)
 FRACTION = Range("a number in [0, 1]", float, ge=0, most=1)
 DECAY = Range("a number in [0, 1)", float, ge=0, lt=1)
-PAIR_OF_DECAYS = Range("two numbers in [0, 1)", float, ge=0, lt=1, is_pair=True)
+PAIR_OF_DECAYS = Range("two numbers in [0, 1)", float, ge=0, lt=1, length=2)
+COEFFICIENTS = Range("three finite numbers", float, length=3)
+EXPONENT = Range("a number in [-1, 0)", float, ge=-1, lt=0)
 COUNT = Range("a whole number >= 0", int, ge=0, most=10**12)
 POSITIVE_COUNT = Range("a whole number >= 1", int, gt=0, most=10**12)
 REPEATS = Range("a whole number >= 1", int, gt=0, most=1000)
 """For iterations within a step."""
 FLAG = Range("True or False", bool)
 ROOT_METHODS = Range(f"one of {', '.join(get_args(RootMethod))}", str, choices=get_args(RootMethod))
+UPDATE_SCALES = Range(f"one of {', '.join(get_args(UpdateScale))}", str, choices=get_args(UpdateScale))
 
 RANGES: Mapping[str, Range] = {
     "lr": NOT_NEGATIVE,
@@ -72,6 +77,9 @@ RANGES: Mapping[str, Range] = {
     "total_steps": POSITIVE_COUNT,
     "scale_start_step": COUNT,
     "root_method": ROOT_METHODS,
+    "ns_coefficients": COEFFICIENTS,
+    "adjust_lr_fn": UPDATE_SCALES,
+    "exponent": EXPONENT,
 }
 """Ranges by keyword, for constructors and parameter groups of the optimizers in this package, and for settings."""
 
@@ -134,12 +142,16 @@ _SPECS = (
         takes_matrices=True,
     ),
     OptimizerSpec(
-        "muon", "Muon", ".muon", "Muon", {**_MATRIX, "nesterov": False, "ns_steps": 5, "weight_decay": 0.1},
+        "muon", "Muon", ".muon", "Muon",
+        {
+            **_MATRIX, "nesterov": False, "ns_steps": 5, "weight_decay": 0.1,
+            "ns_coefficients": (3.4445, -4.7750, 2.0315), "adjust_lr_fn": "match_rms_adamw",
+        },
         takes_matrices=True,
     ),
     OptimizerSpec(
         "shampoo", "Shampoo", ".shampoo", "Shampoo",
-        {**_MATRIX, "lr": 5e-3, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1},
+        {**_MATRIX, "lr": 5e-3, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1, "exponent": -0.25},
         takes_matrices=True,
     ),
     OptimizerSpec(

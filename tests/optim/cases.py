@@ -78,17 +78,27 @@ DESCRIPTIONS = [
         Muon,
         reference.Muon,
         keywords={"lr": 0.1},
-        overrides={"lr": 0.05, "momentum": 0.5, "nesterov": True, "ns_steps": 3, "weight_decay": 0.0},
-        refused={**COMMON, "momentum": DECAY, "nesterov": ["yes", 2, None], "ns_steps": COUNT},
+        overrides={
+            "lr": 0.05, "momentum": 0.5, "nesterov": True, "ns_steps": 3, "weight_decay": 0.0,
+            "ns_coefficients": (2.0, -1.5, 0.5), "adjust_lr_fn": "original",
+        },
+        refused={
+            **COMMON, "momentum": DECAY, "nesterov": ["yes", 2, None], "ns_steps": COUNT,
+            "ns_coefficients": [(2.0, -1.5), (2.0, -1.5, NAN), 2.0, "auto", None], "adjust_lr_fn": ["rms", "", None, 3],
+        },
     ),
     Description(
         Shampoo,
         reference.Shampoo,
         keywords={"lr": 0.1},
         overrides={
-            "lr": 0.05, "momentum": 0.5, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.0, "precond_frequency": 3
+            "lr": 0.05, "momentum": 0.5, "beta2": 0.9, "eps": 1e-3, "weight_decay": 0.0, "precond_frequency": 3,
+            "exponent": -1 / 3,
         },
-        refused={**COMMON, "momentum": DECAY, "beta2": DECAY, "eps": NOT_NEGATIVE, "precond_frequency": COUNT},
+        refused={
+            **COMMON, "momentum": DECAY, "beta2": DECAY, "eps": NOT_NEGATIVE, "precond_frequency": COUNT,
+            "exponent": [0.0, 0.25, -1.5, NAN, "-1/4", None],
+        },
     ),
     Description(
         Asro,

@@ -121,24 +121,32 @@ class DASGO(Reference):
 
 
 class Muon(Reference):
-    def __init__(self, w, lr=1e-2, momentum=0.9, nesterov=False, ns_steps=5, weight_decay=0.1):
+    def __init__(
+        self, w, lr=1e-2, momentum=0.9, nesterov=False, ns_steps=5, weight_decay=0.1,
+        ns_coefficients=(3.4445, -4.7750, 2.0315), adjust_lr_fn="match_rms_adamw",
+    ):  # fmt: skip
         super().__init__(w, lr, weight_decay)
         self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
+        self.coefficients, self.original = ns_coefficients, adjust_lr_fn == "original"
         self.M = np.zeros(self.w.shape)
 
     def update(self, g):
         self.M = lerp(self.M, g, 1 - self.momentum)
         x = lerp(g, self.M, self.momentum) if self.nesterov else self.M
-        return 0.2 * np.sqrt(max(g.shape)) * newton_schulz_orthogonalization(x, self.ns_steps)
+        scale = np.sqrt(max(1, g.shape[0] / g.shape[1])) if self.original else 0.2 * np.sqrt(max(g.shape))
+        return scale * newton_schulz_orthogonalization(x, self.ns_steps, self.coefficients)
 
 
-def newton_schulz_orthogonalization(x: np.ndarray, steps: int) -> np.ndarray:
+def newton_schulz_orthogonalization(
+    x: np.ndarray, steps: int, coefficients: tuple[float, float, float] = (3.4445, -4.7750, 2.0315)
+) -> np.ndarray:
     if x.shape[0] > x.shape[1]:
-        return newton_schulz_orthogonalization(x.T, steps).T
+        return newton_schulz_orthogonalization(x.T, steps, coefficients).T
+    a, b, c = coefficients
     x = x / (np.linalg.norm(x) + 1e-7)
     for _ in range(steps):
         gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x
 
 
@@ -146,9 +154,10 @@ class Shampoo(Reference):
     """arXiv 1802.09568 with moving averages and Adam's norm. Its roots are of `L + eps I`: nothing is dropped."""
 
     def __init__(
-        self, w, lr=5e-3, momentum=0.9, beta2=0.999, eps=1e-10, weight_decay=0.1, precond_frequency=1
+        self, w, lr=5e-3, momentum=0.9, beta2=0.999, eps=1e-10, weight_decay=0.1, precond_frequency=1, exponent=-1 / 4
     ):  # fmt: skip
         super().__init__(w, lr, weight_decay)
+        self.power = -exponent
         self.momentum, self.beta2, self.eps, self.frequency = momentum, beta2, eps, precond_frequency
         m, n = self.w.shape
         self.M, self.v, self.L, self.R = (
@@ -165,8 +174,8 @@ class Shampoo(Reference):
         self.L = lerp(self.L, g @ g.T, 1 - self.beta2)
         self.R = lerp(self.R, g.T @ g, 1 - self.beta2)
         if (self.t - 1) % self.frequency == 0:
-            self.left = inverse_root(self.L + self.eps * np.eye(m), 1 / 4)
-            self.right = inverse_root(self.R + self.eps * np.eye(n), 1 / 4)
+            self.left = inverse_root(self.L + self.eps * np.eye(m), self.power)
+            self.right = inverse_root(self.R + self.eps * np.eye(n), self.power)
         grafted = np.linalg.norm(self.M / np.sqrt(self.v + self.eps))
         return rescaled(self.left @ self.M @ self.right, grafted)
 

@@ -28,15 +28,16 @@ def run_both(
     return mine.detach(), other.detach()
 
 
+@pytest.mark.parametrize("adjust_lr_fn", ["match_rms_adamw", "original"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("shape", [(32, 48), (48, 32), (32, 32), (1, 16), (16, 1)], ids=str)
-def test_muon_agrees_with_torch(shape, nesterov, weight_decay):
+def test_muon_agrees_with_torch(shape, nesterov, weight_decay, adjust_lr_fn):
     """torch orthogonalizes in bfloat16: five steps leave about one per cent."""
     keywords = {"lr": 0.1, "momentum": 0.9, "nesterov": nesterov, "ns_steps": 5, "weight_decay": weight_decay}
     params = [parameter(start(shape), torch.float32) for _ in range(2)]
-    ours = Muon([params[0]], **keywords)
-    theirs = torch.optim.Muon([params[1]], **keywords, adjust_lr_fn="match_rms_adamw")
+    ours = Muon([params[0]], **keywords, adjust_lr_fn=adjust_lr_fn)
+    theirs = torch.optim.Muon([params[1]], **keywords, adjust_lr_fn=adjust_lr_fn)
     mine, other = run_both(ours, theirs, noise(shape))
     assert torch.linalg.norm(mine - other) < 0.02 * torch.linalg.norm(other)
 

@@ -21,9 +21,13 @@ CONSTRUCTORS: dict[type, dict[str, Any]] = {
         "root_steps": 10, "precond_frequency": 1,
     },
     DASGO: {"lr": 1e-2, "momentum": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
-    Muon: {"lr": 1e-2, "momentum": 0.9, "nesterov": False, "ns_steps": 5, "weight_decay": 0.1},
+    Muon: {
+        "lr": 1e-2, "momentum": 0.9, "nesterov": False, "ns_steps": 5, "weight_decay": 0.1,
+        "ns_coefficients": (3.4445, -4.7750, 2.0315), "adjust_lr_fn": "match_rms_adamw",
+    },
     Shampoo: {
-        "lr": 5e-3, "momentum": 0.9, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1
+        "lr": 5e-3, "momentum": 0.9, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1,
+        "exponent": -0.25,
     },
     Asro: {"lr": REQUIRED, "decrement": REQUIRED, "min_scale": REQUIRED, "scale_start_step": 0, **ADAM},
     AccAsro: {
@@ -88,7 +92,7 @@ def test_a_learning_rate_of_other_than_one_element_is_refused_in_one_line(case, 
 def test_values_at_the_edge_of_their_range_are_taken(case, keyword):
     edges = {"momentum": 0.0, "beta2": 0.0, "betas": (0.0, 0.0), "lr": 0, "weight_decay": 0, "decrement": 0.0,
              "increment": 0.0, "scale_start_step": 0, "total_steps": 1, "precond_frequency": 1, "ns_steps": 1,
-             "root_steps": 1, "eps": 1e-30}  # fmt: skip
+             "root_steps": 1, "eps": 1e-30, "exponent": -1.0}  # fmt: skip
     if keyword in {"min_scale", "max_scale"}:
         edges |= {"min_scale": 1.0 if case.name == "Asro" else 1.5, "max_scale": 0.75}
     param = parameter(start((3, 4)))

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from optim import matrix_functions
 from optim.matrix_functions import (
+    damped_inverse_root,
     full_float32_products,
-    inverse_fourth_root,
     inverse_root_eigh,
     inverse_root_newton,
     inverse_sqrt,
@@ -173,7 +173,7 @@ def test_what_is_not_finite_gives_what_is_not_finite(method, bad):
 
 
 @every_dtype
-@pytest.mark.parametrize("order", [2, 4])
+@pytest.mark.parametrize("order", [2, 3, 4])
 @pytest.mark.parametrize("condition", [1.0, 10.0, 1e3])
 def test_coupled_inverse_newton_reaches_its_tolerance(order, condition, dtype):
     matrix = spectrum(condition)
@@ -182,20 +182,33 @@ def test_coupled_inverse_newton_reaches_its_tolerance(order, condition, dtype):
 
 
 @every_dtype
-@pytest.mark.parametrize("function", [inverse_fourth_root, lambda matrix, eps: inverse_root_newton(matrix, 4, eps)])
-def test_fourth_roots_add_the_ridge(function, dtype):
+@pytest.mark.parametrize("order", [2, 3, 4])
+@pytest.mark.parametrize("function", [damped_inverse_root, inverse_root_newton])
+def test_damped_roots_add_the_ridge(function, order, dtype):
     """A ridge well above rounding shows in full, on singular matrices too."""
     for matrix in (spectrum(100.0), spectrum(10.0, rank=2), np.zeros((12, 12))):
-        expected = inverse_root(matrix + 1e-2 * np.eye(12), 1 / 4)
-        assert error(function(stack(matrix, dtype=dtype), 1e-2)[0], expected) < 1e-4
+        expected = inverse_root(matrix + 1e-2 * np.eye(12), 1 / order)
+        assert error(function(stack(matrix, dtype=dtype), order, 1e-2)[0], expected) < 1e-4
 
 
-@pytest.mark.parametrize("function", [inverse_fourth_root, lambda matrix, eps: inverse_root_newton(matrix, 4, eps)])
-def test_fourth_roots_of_singular_float32_matrices_are_finite(function):
+@pytest.mark.parametrize("order", [3, 4])
+@pytest.mark.parametrize("function", [damped_inverse_root, inverse_root_newton])
+def test_damped_roots_of_singular_float32_matrices_are_finite(function, order):
     """Rounding makes eigenvalues slightly negative, by more than a ridge of 1e-10."""
     rng = np.random.default_rng(0)
     factor = torch.tensor(rng.standard_normal((4, 64, 3)), dtype=torch.float32)
-    assert torch.isfinite(function(factor @ factor.mT, EPS)).all()
+    assert torch.isfinite(function(factor @ factor.mT, order, EPS)).all()
+
+
+@pytest.mark.parametrize(
+    ("order", "method"), [(4.0, "newton"), (-1 / -0.333333333, "newton"), (2.5, "eigh")], ids=["4", "3", "2.5"]
+)
+def test_damped_roots_on_other_devices_iterate_for_whole_orders(order, method, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(matrix_functions, "inverse_root_newton", lambda *given: chosen.append(("newton", given[1])))
+    monkeypatch.setattr(matrix_functions, "inverse_root_eigh", lambda *given, ridge: chosen.append(("eigh", given[1])))
+    damped_inverse_root(torch.empty(1, 3, 3, device="meta"), order, EPS)
+    assert chosen == [(method, round(order) if method == "newton" else order)]
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (1, 7), (7, 1), (1, 1)], ids=str)
@@ -205,6 +218,13 @@ def test_orthogonalize_is_muons_iteration(shape, steps):
     result = orthogonalize(stack(*matrix), steps)
     for one, expected in zip(result, matrix, strict=True):
         assert error(one, newton_schulz_orthogonalization(expected, steps)) < 1e-12
+
+
+def test_orthogonalize_converges_with_coefficients_that_keep_one_fixed():
+    matrix = spectrum(10.0)[:, :8]
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    result = orthogonalize(stack(matrix), 12, (2.0, -1.5, 0.5))
+    assert error(result[0], left @ right) < 1e-6
 
 
 def test_orthogonalize_brings_singular_values_near_one():
@@ -353,7 +373,7 @@ def test_roots_are_right_where_eigh_fails(size, rank, failure, break_eigh):
     root = inverse_sqrt(stack(matrix, dtype=torch.float32), "eigh", 10, EPS)[0]
     assert error(root, inverse_root(matrix, 1 / 2)) < tolerance
     ridge = 1e-2
-    root = inverse_fourth_root(stack(matrix, dtype=torch.float32), ridge)[0]
+    root = damped_inverse_root(stack(matrix, dtype=torch.float32), 4, ridge)[0]
     # where the eigenvalue is zero, the root's derivative is ridge^(-5/4) / 4, 32 times what it is at 1
     assert error(root, inverse_root(matrix + ridge * np.eye(size), 1 / 4)) < 32 * tolerance
 
@@ -380,7 +400,7 @@ def test_matrices_of_one_value(value, failure, dtype, break_eigh):
     # its one eigenvalue is 7 times the value, its vector constant; a denormal number holds five digits or fewer
     expected = 0.0 if value == 0 else (7 * value) ** -0.5 / 7
     torch.testing.assert_close(root, torch.full_like(root, expected), rtol=1e-4, atol=1e-4 * expected)
-    assert torch.isfinite(inverse_fourth_root(matrix, EPS)).all()
+    assert torch.isfinite(damped_inverse_root(matrix, 4, EPS)).all()
 
 
 @every_dtype
