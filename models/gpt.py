@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.cache import KeyValueCache, LayerCache
+
 _INIT_STD = 0.02
 Gelu = Literal["exact", "tanh"]
 
@@ -25,14 +27,18 @@ class CausalSelfAttention(nn.Module):
         self.value = nn.Linear(d_model, d_model, bias=bias)
         self.output = nn.Linear(d_model, d_model, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, time, d_model) → (batch, time, d_model)."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """(batch, time, d_model) → the same; attends to the positions in the cache too, and adds to it."""
+        queries, keys, values = (self._split_heads(part(x)) for part in (self.query, self.key, self.value))
+        is_first = cache is None or cache.length == 0
+        if cache is not None:
+            keys, values = cache.extend(keys, values)
         attended = functional.scaled_dot_product_attention(
-            self._split_heads(self.query(x)),
-            self._split_heads(self.key(x)),
-            self._split_heads(self.value(x)),
+            queries,
+            keys,
+            values,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=True,
+            is_causal=is_first,  # later calls have one query, which sees every key
         )
         return self.output(attended.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -63,9 +69,9 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(d_model, d_ff, bias, gelu)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """(batch, time, d_model) → (batch, time, d_model)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cache))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))  # type: ignore[no-any-return]
 
 
@@ -119,13 +125,21 @@ class GPT(nn.Module):
             self.head.weight = self.token_embedding.weight
         self._initialize()
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token: (batch, time) integers → (batch, time, vocab_size)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+    def forward(self, tokens: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits of the next token: (batch, time) integers → (batch, time, vocab_size).
+
+        With a cache, `tokens` follow those of earlier calls; see `KeyValueCache`.
+        """
+        start = 0 if cache is None else cache.length
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         x = self.dropout(self.token_embedding(tokens) + self.position_embedding(positions))
-        for block in self.blocks:
-            x = block(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, None if cache is None else cache.layers[index])
         return self.head(self.norm(x))  # type: ignore[no-any-return]
+
+    def new_cache(self, capacity: int) -> KeyValueCache:
+        """Return an empty cache for `capacity` positions, at most `context_length`."""
+        return KeyValueCache(len(self.blocks), capacity)
 
     def get_output_embeddings(self) -> nn.Linear:
         """Return the output head; the method has the name used by Hugging Face models."""
@@ -154,9 +168,15 @@ class GPT(nn.Module):
                 nn.init.zeros_(param)
 
 
-def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats, computed in float32; (batch, time, vocab_size), (batch, time) → ()."""
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    """Return the mean cross-entropy in nats, computed in float32; (batch, time, vocab_size), (batch, time) → ().
+
+    Adds `z_loss` times the mean of the squared logarithm of the softmax's denominator, which keeps logits from
+    drifting (PaLM, arXiv 2204.02311, section 5).
+    """
+    logits = logits.float().flatten(0, 1)
+    loss = functional.cross_entropy(logits, targets.flatten())
+    return loss + z_loss * logits.logsumexp(-1).square().mean() if z_loss else loss
 
 
 @torch.no_grad()
@@ -176,10 +196,19 @@ def sample(
     Samples only from the first `vocab_size` symbols, because a vocabulary may be padded. Temperature 0 selects the most
     likely token. The model gets the last `context_length` tokens. `generator` is on the CPU, so a seed gives the same
     text on any device, up to rounding.
+
+    A model with `new_cache` gets each token once, as long as all tokens fit into its context. Then the window slides,
+    and every step computes the whole window: the kept keys and values of its tokens depend on tokens that left it.
     """
     tokens = prompt
+    capacity = min(len(prompt) + new_tokens, context_length)
+    cache: KeyValueCache | None = model.new_cache(capacity) if hasattr(model, "new_cache") else None  # type: ignore[operator]
     for _ in range(new_tokens):
-        logits = model(tokens[None, -context_length:])[0, -1, :vocab_size].float().cpu()
+        if cache is not None and len(tokens) <= context_length:
+            logits = model(tokens[None, cache.length :], cache)
+        else:
+            logits = model(tokens[None, -context_length:])
+        logits = logits[0, -1, :vocab_size].float().cpu()
         tokens = torch.cat([tokens, _draw(logits, temperature, top_k, generator).to(tokens.device)])
     return tokens
 

@@ -158,9 +158,7 @@ def inverse_root_newton(matrix: Tensor, order: int, eps: float | Tensor) -> Tens
         return _without_ridge(_symmetrized(root), order, ridge - eps)
 
 
-def orthogonalize(
-    matrix: Tensor, steps: int, coefficients: tuple[float, float, float] = MUON_COEFFICIENTS
-) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int, coefficients: tuple[float, float, float] = MUON_COEFFICIENTS) -> Tensor:
     """Return approximately the nearest semi-orthogonal matrix to each of (..., m, n), by Newton–Schulz steps.
 
     A step maps each singular value s to a s + b s³ + c s⁵. With the default coefficients (a, b, c) the singular values

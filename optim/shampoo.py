@@ -54,8 +54,8 @@ class Shampoo(PreconditionedOptimizer):
         eps: added to the squares and to the factors' diagonals.
         weight_decay: decoupled weight decay, multiplied by `lr`.
         precond_frequency: number of steps between two computations of the inverse roots.
-        exponent: power of both factors, -1/4 in the paper; -1/3 and -1/2 are used too. On a GPU, `-1 / exponent` should be
-            a whole number: other roots are slow.
+        exponent: power of both factors, -1/4 in the paper; -1/3 and -1/2 are used too. On a GPU, `-1 / exponent` should
+            be a whole number: other roots are slow.
         maximize: maximize the objective instead of minimizing it.
         capturable: count steps on the parameter's device, for use in a CUDA graph.
 

@@ -151,7 +151,10 @@ _SPECS = (
     ),
     OptimizerSpec(
         "shampoo", "Shampoo", ".shampoo", "Shampoo",
-        {**_MATRIX, "lr": 5e-3, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1, "exponent": -0.25},
+        {
+            **_MATRIX, "lr": 5e-3, "beta2": 0.999, "eps": 1e-10, "weight_decay": 0.1, "precond_frequency": 1,
+            "exponent": -0.25,
+        },
         takes_matrices=True,
     ),
     OptimizerSpec(

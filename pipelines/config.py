@@ -95,7 +95,7 @@ def _annotation(values: Range) -> Any:
     if values.choices:
         return Literal[values.choices]
     number: Any = Annotated[values.type, Field(ge=values.ge, gt=values.gt, lt=values.lt, le=values.most)]
-    return tuple[number, number] if values.is_pair else number
+    return number if values.length == 1 else tuple[(number,) * values.length]  # type: ignore[misc]
 
 
 OPTIMIZER_SETTINGS = {name: _settings_of(spec) for name, spec in SPECS.items()}
@@ -217,7 +217,7 @@ class GPTSettings(DecoderSettings):
         return GPT(vocab_size=self._padded(vocab_size), **shape)
 
     def _padded(self, vocab_size: int) -> int:
-        return -(-vocab_size // self.vocab_multiple) * self.vocab_multiple
+        return _round_up(vocab_size, self.vocab_multiple)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -226,7 +226,93 @@ class GPTSettings(DecoderSettings):
         return self
 
 
-DECODERS: dict[str, type[DecoderSettings]] = {"gpt": GPTSettings}
+class TransformerSettings(DecoderSettings):
+    """Dimensions and parts of `models.transformer.Transformer`, which has the formulas. The defaults are Llama's."""
+
+    kind: Literal["transformer"]
+    n_layers: Annotated[int, Field(gt=0, le=10_000)]
+    n_heads: Size
+    n_kv_heads: Size | None = None
+    """Heads of keys and values, each shared by several query heads; `n_heads` if absent."""
+    d_model: Size
+    d_ff: Size
+    norm: Literal["rms", "layer"] = "rms"
+    norm_gain: bool = True
+    norm_eps: NonNegativeFloat = 1e-5
+    embedding_norm: bool = False
+    """Whether the embedded tokens are normalized."""
+    positions: Literal["rotary", "learned"] = "rotary"
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The first pairs of each head that turn, as a fraction."""
+    rotary_base: Annotated[float, Field(ge=1)] = 10_000.0
+    rotary_endpoint: bool = False
+    """Whether the slowest pair turns by exactly 1 / base a position; if not, it is the next one that would."""
+    rotary_style: Literal["half", "interleaved"] = "half"
+    """A pair: elements i and i + d_head / 2, as in Hugging Face's Llama, or 2i and 2i + 1."""
+    rotary_clockwise: bool = False
+    """Whether pairs turn by negative angles."""
+    qk_norm: bool = False
+    """Whether queries and keys are RMS-normalized in each head, without a gain."""
+    attention_scale: Positive | None = None
+    """Factor of the attention scores; 1 / √d_head if absent."""
+    mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
+    bias: bool = False
+    """Whether linear layers, the head too, and layer norms have biases."""
+    tied_head: bool = False
+    softcap: NonNegativeFloat = 0.0
+    """Bound c of the logits; 0 for none."""
+    softcap_form: Literal["sqrt", "tanh"] = "sqrt"
+    """c · z / √(z² + c²), or c · tanh(z / c)."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient of the z-loss, which is added to the training loss, not to the validation loss."""
+    init: Literal["gpt2", "track3", "width-scaled"] = "gpt2"
+    embedding_dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout: Decay = 0.0
+    vocab_multiple: Size = 1
+    """The vocabulary is padded to a multiple of this."""
+
+    @property
+    def title(self) -> str:
+        return "transformer"
+
+    def parameters(self, vocab_size: int) -> int:
+        d_head = self.d_model // self.n_heads
+        attention = 2 * self.d_model * (self.d_model + d_head * (self.n_kv_heads or self.n_heads))
+        feed_forward = (3 if self.mlp in ("swiglu", "geglu") else 2) * self.d_model * self.d_ff
+        tables = _round_up(vocab_size, self.vocab_multiple) * (1 if self.tied_head else 2)
+        tables += self.context_length if self.positions == "learned" else 0
+        return self.n_layers * (attention + feed_forward) + tables * self.d_model
+
+    def build(self, vocab_size: int) -> nn.Module:
+        from models.transformer import Transformer, TransformerConfig
+
+        parts = self.model_dump(exclude={"kind", "vocab_multiple", "z_loss"})
+        parts |= {"n_kv_heads": self.n_kv_heads or self.n_heads}
+        return Transformer(TransformerConfig(vocab_size=_round_up(vocab_size, self.vocab_multiple), **parts))
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        if self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
+        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
+        d_head = self.d_model // self.n_heads
+        if self.positions == "rotary" and d_head % 2:
+            raise ValueError(f"positions=rotary needs an even head size; d_model / n_heads is {d_head}")
+        turning = self.rotary_fraction * (d_head // 2)
+        if self.positions == "rotary" and (turning < 0.5 or abs(turning - round(turning)) > 1e-6):
+            raise ValueError(f"rotary_fraction={self.rotary_fraction} of {d_head // 2} pairs is not a whole number")
+        for key, ties in (("init", ("gpt2",)), ("embedding_dtype", ("float32",))):
+            if self.tied_head and getattr(self, key) not in ties:
+                raise ValueError(f"{key}={getattr(self, key)} is not for a head too; use tied_head=false")
+        return self
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+DECODERS: dict[str, type[DecoderSettings]] = {"gpt": GPTSettings, "transformer": TransformerSettings}
 """Settings classes by `kind`. A configuration without `kind` is a "gpt"."""
 
 

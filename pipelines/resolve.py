@@ -180,12 +180,19 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
     try:
         config = kind.model_validate(nested)
     except ValidationError as error:
-        problems += [_explain(details, sources, kind) for details in error.errors()]
+        problems += [_explain(details, sources, kind) for details in _without_consequences(error.errors())]
     if problems or conflicts:
         raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
     if isinstance(config.optimizer, ImportedOptimizerSettings):
         check_keywords(config.optimizer.name, config.optimizer.keywords)
     return config
+
+
+def _without_consequences(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out the other keys of a decoder of an unknown kind: they may be right for the one that was meant."""
+    if all(details["loc"] != ("model", "kind") for details in errors):
+        return errors
+    return [details for details in errors if details["loc"][0] != "model" or details["loc"] == ("model", "kind")]
 
 
 def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:

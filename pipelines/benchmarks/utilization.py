@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 
+from torch import nn
+
 from models.gpt import GPT
-from pipelines.config import GPTSettings
+from models.transformer import Transformer
+from pipelines.config import GPTSettings, TransformerSettings
 
 _PEAKS = (
     (r"B200", 2_250e12),
@@ -34,15 +37,14 @@ def peak_flops(device: str) -> float | None:
     return next((peak for name, peak in _PEAKS if re.search(rf"\b(?:{name})(?!\w)", device)), None)
 
 
-def flops_per_token(model: GPT, settings: GPTSettings) -> int:
+def flops_per_token(model: GPT | Transformer, settings: GPTSettings | TransformerSettings) -> int:
     """Return the FLOP of forward and backward for one token: 6 N + 12 L d T (PaLM, arXiv 2204.02311, appendix B).
 
     L layers of width d see T tokens of context; causal masking is not deducted. N counts the parameters in matrix
     products: all except position embeddings and, if the head has its own weight, token embeddings. nanoGPT counts the
     same.
     """
-    looked_up = model.position_embedding.weight.numel()
-    if not settings.tied_head:
-        looked_up += model.token_embedding.weight.numel()
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    looked_up = sum(weight.numel() for weight in tables if weight is not model.head.weight)
     multiplied = sum(param.numel() for param in model.parameters()) - looked_up
     return 6 * multiplied + 12 * settings.n_layers * settings.d_model * settings.context_length

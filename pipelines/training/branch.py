@@ -20,7 +20,7 @@ Note = Callable[[str], None]
 
 _FIXED = ("task", "model.", "training.batch_size", "initial_weights_sha256")
 """Keys, or prefixes, that a branch cannot change. The position in the data is step × batch size."""
-_FREE = ("model.dropout", "model.channels_last")
+_FREE = ("model.dropout", "model.z_loss", "model.channels_last")
 """Exceptions: they change neither the weights nor the function that is evaluated."""
 
 

@@ -83,6 +83,7 @@ class GPTTask:
         self.network: nn.Module = self.model
         # Compiled, it makes no float32 copy of the logits, the largest tensor of all.
         self._cross_entropy = torch.compile(next_token_loss) if config.runtime.compile else next_token_loss
+        self._z_loss = getattr(config.model, "z_loss", 0.0)
         self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
@@ -97,11 +98,13 @@ class GPTTask:
             yield self.batches.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch, shape ()."""
+        """Return the mean cross-entropy of a micro-batch, with the model's z-loss, shape ()."""
+        return self._cross_entropy(*self._logits_and_targets(batch), self._z_loss)
+
+    def _logits_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
-            logits = self.network(inputs)
-        return self._cross_entropy(logits, targets)
+            return self.network(inputs), targets
 
     def training_metrics(self) -> dict[str, float]:
         """Return no metrics."""
@@ -109,7 +112,7 @@ class GPTTask:
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
-        """Return the mean loss over the validation windows; None if `should_stop` ended it."""
+        """Return the mean cross-entropy over the validation windows; None if `should_stop` ended it."""
         dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
         total = torch.zeros((), dtype=dtype, device=self._device)
         self.model.eval()
@@ -118,7 +121,7 @@ class GPTTask:
                 self.model.train()
                 return None
             # A rank without windows computes one too, with weight 0: the forward pass of a sharded model is collective.
-            loss = self.loss(self._validation.read(windows or range(1)))
+            loss = self._cross_entropy(*self._logits_and_targets(self._validation.read(windows or range(1))))
             total += loss.to(dtype) * len(windows)
         self.model.train()
         return {"loss": self._ranks.sum(total).item() / len(self._validation)}

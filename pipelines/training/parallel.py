@@ -27,7 +27,10 @@ def place_model(model: nn.Module, device: torch.device, ranks: Ranks, runtime: R
     if not (runtime.shard_model and ranks.joined):
         return model.to(device)
     mesh = init_device_mesh(device.type, (ranks.size,))
-    for layer in _layers(model):
+    # FSDP2 gathers parameters of one dtype together: a bfloat16 embedding has a group of its own.
+    embeddings = [child for child in model.children() if isinstance(child, nn.Embedding)]
+    halves = [each for each in embeddings if each.weight.dtype == torch.bfloat16]
+    for layer in [*_layers(model), *halves]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model.to(device)  # the buffers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pipelines.benchmarks.utilization import flops_per_token, peak_flops
-from pipelines.config import GPTSettings
+from pipelines.config import GPTSettings, TransformerSettings
 from pipelines.training.gpt_task import build_decoder
 
 GPT2 = {"context_length": 1024, "n_layers": 12, "n_heads": 12, "d_model": 768, "d_ff": 3072, "vocab_multiple": 128}
@@ -19,6 +19,16 @@ def test_a_token_of_gpt2_costs_six_flop_a_multiplied_parameter_and_the_attention
         model = build_decoder(settings, 50_257)
     multiplied = 50_304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768  # the head, layers with two gains, the last gain
     assert flops_per_token(model, settings) == 6 * multiplied + 12 * 12 * 768 * 1024
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_a_token_of_llama_costs_the_same_by_its_own_matrices(tied_head: bool) -> None:
+    shape = {key: value for key, value in GPT2.items() if key != "d_ff"}
+    settings = TransformerSettings(kind="transformer", **shape, n_kv_heads=4, d_ff=2048, tied_head=tied_head)
+    with torch.device("meta"):
+        model = build_decoder(settings, 50_257)
+    block = 2 * 768**2 + 2 * 256 * 768 + 3 * 768 * 2048 + 2 * 768  # query, output; key, value; gated; two gains
+    assert flops_per_token(model, settings) == 6 * (50_304 * 768 + 12 * block + 768) + 12 * 12 * 768 * 1024
 
 
 @pytest.mark.parametrize(

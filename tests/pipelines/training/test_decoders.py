@@ -85,7 +85,7 @@ def test_an_added_decoder_trains_resumes_and_generates(
 
 
 def test_an_unknown_decoder_is_named_with_those_that_there_are(token_folder: Path) -> None:
-    with pytest.raises(UsageError, match="unknown decoder 'trigram'; known: gpt, bigram"):
+    with pytest.raises(UsageError, match="unknown decoder 'trigram'; known: gpt, transformer, bigram"):
         resolve([Layer("test", settings(token_folder) | {"model.kind": "trigram"})])
 
 
