@@ -34,7 +34,7 @@ Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
 """A dimension of a model. Bounded: a number in a file must not size an allocation or a loop without a limit."""
 Count = Annotated[int, Field(gt=0, le=10**12)]
-"""A number of steps."""
+"""A number of steps, batches or tokens."""
 Length = Annotated[float, Field(gt=0, le=10**9)]
 """Length of a run in epochs, or in tokens per parameter."""
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -317,9 +317,19 @@ DECODERS: dict[str, type[DecoderSettings]] = {"gpt": GPTSettings, "transformer":
 
 
 class DataSettings(Settings):
-    """Location of the token shards."""
+    """Location of the data."""
 
     folder: LocalPath
+
+
+DataOrder = Literal["shuffled", "sequential"]
+
+
+class TokenDataSettings(DataSettings):
+    """Location of the token shards, and the order of their windows."""
+
+    order: DataOrder = "shuffled"
+    """`shuffled`: each epoch in its own order; `sequential`: in the order of the shards, as in modded-nanogpt."""
 
 
 class ImageDataSettings(DataSettings):
@@ -506,6 +516,19 @@ class EvaluationSettings(Settings):
     """Micro-batches per validation, always the same ones; all validation data if absent."""
 
 
+class GPTEvaluationSettings(EvaluationSettings):
+    """How often to validate a decoder, and on how many tokens."""
+
+    tokens: Count | None = None
+    """Instead of `batches`: the first tokens of the validation shards; a multiple of the context length."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if self.batches is not None and self.tokens is not None:
+            raise ValueError("give batches or tokens, not both")
+        return self
+
+
 class MetricsSettings(Settings):
     """How often to record metrics."""
 
@@ -616,12 +639,26 @@ class GPTRunConfig(RunConfig):
     """Pretraining of a GPT on token shards."""
 
     task: Literal["gpt"]
+    data: TokenDataSettings
     model: GPTSettings
     training: GPTTrainingSettings
+    evaluation: GPTEvaluationSettings
     init_from: LocalPath | None = None
     """A local Hugging Face GPT-2 folder with the initial weights; random ones if absent."""
     initial_weights_sha256: str | None = None
     """SHA-256 of those weights."""
+
+    @model_validator(mode="after")
+    def _validation_tokens_fill_windows(self) -> Self:
+        tokens, window = self.evaluation.tokens, self.model.context_length
+        if tokens is not None and tokens % window:
+            raise ValueError(f"evaluation.tokens={tokens} is not a multiple of model.context_length={window}")
+        return self
+
+    @property
+    def validation_samples(self) -> int | None:
+        tokens = self.evaluation.tokens
+        return super().validation_samples if tokens is None else tokens // self.model.context_length
 
 
 class ImageNetRunConfig(RunConfig):

@@ -1,4 +1,4 @@
-"""Resolve the configuration of a run whose length may be given in tokens, epochs or tokens per parameter."""
+"""Resolve the configuration of a run: alternatives replace each other, and its length becomes a number of steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pipelines.tasks import task_of
 
 _STEPS = "training.steps"
 LENGTHS = (_STEPS, "training.tokens", "training.tokens_per_parameter", "training.epochs")
-"""Settings of the length of a run. Each replaces the others of lower layers."""
+"""Settings of the length of a run."""
+_ALTERNATIVES = (LENGTHS, ("evaluation.batches", "evaluation.tokens"))
+"""Settings of which a run has one: each replaces the others of lower layers."""
 _MOST_STEPS = 10**12
 
 
@@ -21,18 +23,15 @@ def resolve_run(layers: Sequence[Layer]) -> RunConfig:
     """Merge layers like `resolve_with_initial_model`, and convert the length of the run to `training.steps`.
 
     The steps are rounded up. Epochs and tokens per parameter need the data, of which only the manifest is read.
-    Raises `UsageError` if a layer gives two lengths, and `AsgoError` if the data cannot be read.
+    Raises `UsageError` if a layer gives two alternatives, and `AsgoError` if the data cannot be read.
     """
-    length = _highest_length(layers)
-    if length is None:
-        return resolve_with_initial_model(layers)
-    source, key = length
-    others = set(LENGTHS) - {key}
-    layers = [Layer(each.source, {k: v for k, v in each.values.items() if k not in others}) for each in layers]
+    layers = _without_replaced(layers)
+    given = ((each.source, key) for each in reversed(layers) for key in LENGTHS if key in each.values)
+    source, key = next(given, ("", _STEPS))
     if key == _STEPS:
         return resolve_with_initial_model(layers)
-    base, *given = layers  # the lowest layer gets steps, which every configuration needs, until the number is known
-    config = resolve_with_initial_model([Layer(base.source, {**base.values, _STEPS: 1}), *given])
+    base, *others = layers  # the lowest layer gets steps, which every configuration needs, until the number is known
+    config = resolve_with_initial_model([Layer(base.source, {**base.values, _STEPS: 1}), *others])
     training, task = config.training, task_of(config)
     steps = math.ceil(task.length(config) / (training.batch_size * task.units_per_sample(config)))
     if steps > _MOST_STEPS:
@@ -41,10 +40,20 @@ def resolve_run(layers: Sequence[Layer]) -> RunConfig:
     return config.model_copy(update={"training": known})
 
 
-def _highest_length(layers: Sequence[Layer]) -> tuple[str, str] | None:
-    """Return source and key of the highest layer that gives a length. Raises `UsageError` if a layer gives two."""
-    found = [(layer.source, [key for key in LENGTHS if key in layer.values]) for layer in layers]
-    problems = [f"{source}: give one of {' and '.join(keys)}" for source, keys in found if len(keys) > 1]
+def alternatives_of(key: str) -> tuple[str, ...]:
+    """Return the settings that `key` replaces, itself included."""
+    return next((group for group in _ALTERNATIVES if key in group), (key,))
+
+
+def _without_replaced(layers: Sequence[Layer]) -> list[Layer]:
+    """Return the layers without the settings that a higher one replaces. Raises `UsageError` if a layer gives two."""
+    problems: list[str] = []
+    replaced: set[str] = set()
+    for group in _ALTERNATIVES:
+        given = [(layer.source, [key for key in group if key in layer.values]) for layer in layers]
+        problems += [f"{source}: give one of {' and '.join(keys)}" for source, keys in given if len(keys) > 1]
+        kept = next((keys[0] for _, keys in reversed(given) if keys), None)
+        replaced |= set(group) - {kept} if kept else set()
     if problems:
         raise UsageError("\n".join(problems))
-    return next(((source, keys[0]) for source, keys in reversed(found) if keys), None)
+    return [Layer(each.source, {k: v for k, v in each.values.items() if k not in replaced}) for each in layers]

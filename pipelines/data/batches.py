@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.config import DataOrder
 from pipelines.data.foreign import open_foreign_tokens
 from pipelines.data.manifest import MANIFEST, UNFINISHED, ShardEntry, fingerprint, load_manifest
 from pipelines.data.permutation import EpochStream
@@ -93,33 +94,45 @@ def _open_without_manifest(folder: Path) -> TokenData:
 
 
 class TrainingBatches:
-    """The training windows, in an order that depends only on `seed`, the batch size and the data.
+    """The training windows, in an order that depends only on `order`, `seed`, the batch size and the data.
 
     A window is `context_length + 1` consecutive tokens of one shard: the inputs, and the targets one token later.
-    Inputs do not overlap. Each epoch contains all windows once, in its own order. Global batch `step` (0-based) holds
-    the windows `step * batch_size` up to `(step + 1) * batch_size` of that stream, also across the end of an epoch.
-    Ranks and micro-batches take slices of the same global batch, so their number does not change the training data.
+    Inputs do not overlap. Global batch `step` (0-based) holds the windows `step * batch_size` up to
+    `(step + 1) * batch_size` of an endless stream of epochs. Ranks and micro-batches take slices of the same global
+    batch, so their number does not change the training data.
+
+    "shuffled": each epoch contains all windows once, in its own order. "sequential": each epoch contains them in the
+    order of the shards, without those at the end of a shard that do not fill a batch, as modded-nanogpt reads shards;
+    `seed` has no effect.
     """
 
     def __init__(
-        self, data: TokenData, context_length: int, batch_size: int, seed: int, *, pinned: bool = False
+        self,
+        data: TokenData,
+        context_length: int,
+        batch_size: int,
+        seed: int,
+        *,
+        order: DataOrder = "shuffled",
+        pinned: bool = False,
     ) -> None:
         """With `pinned`, batches are in pinned memory, so copies to a CUDA device can be asynchronous.
 
-        Raises `AsgoError` if no shard is long enough for one window.
+        Raises `AsgoError` if no shard is long enough for one window, or, if "sequential", for one batch.
         """
-        self._windows = _Windows(data.train, context_length, pinned)
+        at_once = batch_size if order == "sequential" else 1
+        self._windows = _Windows(data.train, context_length, pinned, at_once)
         self._batch_size = batch_size
-        self._stream = EpochStream(self._windows.count, seed)
+        self._stream = EpochStream(self._windows.count, seed) if order == "shuffled" else None
         self.windows_per_epoch = self._windows.count
         if not self.windows_per_epoch:
-            raise _too_short(data.folder, data.train, context_length, "training")
+            raise _too_short(data.folder, data.train, context_length, "training", at_once)
 
     def batch(self, step: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of the given rows of global batch `step`: int64 tensors, (rows, context_length)."""
         first = step * self._batch_size
-        _, windows = self._stream.at(np.arange(first, first + self._batch_size)[rows])
-        return self._windows.read(windows)
+        places = np.arange(first, first + self._batch_size)[rows]
+        return self._windows.read(self._stream.at(places)[1] if self._stream else places % self.windows_per_epoch)
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs completed before global batch `step`, with a fraction."""
@@ -127,18 +140,33 @@ class TrainingBatches:
 
 
 class ValidationBatches:
-    """A fixed set of windows, evenly spaced over the validation shards; `len` is the number of windows."""
+    """A fixed set of windows of the validation shards; `len` is their number."""
 
-    def __init__(self, data: TokenData, context_length: int, count: int | None, *, pinned: bool = False) -> None:
-        """Choose `count` windows, or all if there are fewer or `count` is None.
+    def __init__(
+        self,
+        data: TokenData,
+        context_length: int,
+        count: int | None,
+        *,
+        from_start: bool = False,
+        pinned: bool = False,
+    ) -> None:
+        """Choose `count` evenly spaced windows, or all if there are fewer or `count` is None.
 
-        Raises `AsgoError` if no shard is long enough for one window.
+        With `from_start`, choose exactly the first `count`. Raises `AsgoError` if there are fewer, or if no shard is
+        long enough for one window.
         """
         self._windows = _Windows(data.validation, context_length, pinned)
-        if not self._windows.count:
+        available = self._windows.count
+        if not available:
             raise _too_short(data.folder, data.validation, context_length, "validation")
-        chosen = self._windows.count if count is None else min(count, self._windows.count)
-        self._chosen = np.linspace(0, self._windows.count - 1, chosen, dtype=np.int64)
+        chosen = available if count is None else min(count, available)
+        if from_start and count is not None and count > available:
+            raise AsgoError(
+                f"{data.folder}: its validation shards have {available * context_length:,} tokens in windows of "
+                f"context length {context_length:,}, and evaluation.tokens is {count * context_length:,}; lower it"
+            )
+        self._chosen = np.linspace(0, (chosen if from_start else available) - 1, chosen, dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -149,14 +177,18 @@ class ValidationBatches:
 
 
 class _Windows:
-    """The windows of several shards, numbered from the start of the first shard to the end of the last."""
+    """The windows of several shards, numbered from the start of the first shard to the end of the last.
 
-    def __init__(self, shards: Sequence[TokenFile], context_length: int, pinned: bool) -> None:
+    Each shard has a multiple of `multiple` windows: the last ones may be left out.
+    """
+
+    def __init__(self, shards: Sequence[TokenFile], context_length: int, pinned: bool, multiple: int = 1) -> None:
         self._shards = shards
         self._context_length = context_length
         self._pinned = pinned
         self._at_once = max(1, _TOKENS_AT_ONCE // context_length)
-        self._first = np.cumsum([0, *((len(shard) - 1) // context_length for shard in shards)])
+        counts = ((len(shard) - 1) // (multiple * context_length) * multiple for shard in shards)
+        self._first = np.cumsum([0, *counts])
         self.count = int(self._first[-1])
 
     def read(self, windows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -202,8 +234,12 @@ def _open(folder: Path, shard: ShardEntry, vocab_size: int) -> TokenFile:
     return tokens
 
 
-def _too_short(folder: Path, shards: Sequence[TokenFile], context_length: int, part: str) -> AsgoError:
+def _too_short(
+    folder: Path, shards: Sequence[TokenFile], context_length: int, part: str, windows: int = 1
+) -> AsgoError:
+    needing = "one window" if windows == 1 else f"one batch of {windows:,} windows in sequential order,"
+    remedy = "shorter context" if windows == 1 else "smaller batch"
     return AsgoError(
-        f"{folder}: the longest {part} shard has {max(map(len, shards)):,} tokens, and one window of context length "
-        f"{context_length:,} needs {context_length + 1:,}; use more text or a shorter context"
+        f"{folder}: the longest {part} shard has {max(map(len, shards)):,} tokens, and {needing} of context length "
+        f"{context_length:,} needs {windows * context_length + 1:,}; use more text or a {remedy}"
     )

@@ -15,7 +15,7 @@ from typing import Any
 from pipelines.config import RunConfig, flatten
 from pipelines.errors import UsageError
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
-from pipelines.steps import LENGTHS, resolve_run
+from pipelines.steps import alternatives_of, resolve_run
 from pipelines.sweeps.search_table import Search, read_search
 from pipelines.tasks import TASKS, task_of
 
@@ -254,7 +254,7 @@ def _refuse_to_overrule(variants: Sequence[Variant], set_layer: Layer) -> None:
     """Raise `UsageError` if --set changes a setting in which runs differ: their names would be wrong."""
     problems = []
     for key in set_layer.values:
-        keys = LENGTHS if key in LENGTHS else (key,)
+        keys = alternatives_of(key)
         owners = [variant.name for variant in variants if not variant.settings.keys().isdisjoint(keys)]
         if key == "seed":
             problems.append("--set seed: give --seeds 1,2,3")

@@ -42,8 +42,12 @@ class Parent:
             yield f"{config.optimizer.name} begins at step {step} with a new state (before: {other})"
         elif config.optimizer.is_imported and source_of(config.optimizer.name).sha256 != self.optimizer_sha256:
             yield f"from step {step} on, {config.optimizer.name} has other code than in the parent; its state is kept"
+        order = getattr(config.data, "order", "shuffled")  # images are always shuffled
+        if order != getattr(before.data, "order", "shuffled"):
+            yield f"from step {step} on, the order of the data is {order}"
         if config.seed != before.seed:
-            yield f"from step {step} on, data order and random numbers are those of seed {config.seed}"
+            seeded = "data order and random numbers" if order == "shuffled" else "random numbers"
+            yield f"from step {step} on, {seeded} are those of seed {config.seed}"
         if fingerprint != self.checkpoint.state["data"]["fingerprint"]:
             yield f"from step {step} on, the data is {config.data.folder}, which the parent was not trained on"
         if config.training.ema_decay is not None and before.training.ema_decay is None:

@@ -74,10 +74,19 @@ class GPTTask:
         # Only copies from pinned memory overlap with the work that is queued on the GPU.
         pinned = device.type == "cuda"
         self.batches = TrainingBatches(
-            self.data, self.tokens_per_sample, training.batch_size, config.seed, pinned=pinned
+            self.data,
+            self.tokens_per_sample,
+            training.batch_size,
+            config.seed,
+            order=config.data.order,
+            pinned=pinned,
         )
         self._validation = ValidationBatches(
-            self.data, self.tokens_per_sample, config.validation_samples, pinned=pinned
+            self.data,
+            self.tokens_per_sample,
+            config.validation_samples,
+            from_start=config.evaluation.tokens is not None,
+            pinned=pinned,
         )
         self.model = place_model(build_decoder(config.model, self.data.vocab_size), device, ranks, config.runtime)
         self.network: nn.Module = self.model

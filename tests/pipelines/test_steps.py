@@ -1,4 +1,4 @@
-"""The length of a run in tokens, epochs or tokens per parameter becomes `training.steps`."""
+"""The length of a run in tokens, epochs or tokens per parameter becomes `training.steps`; one amount of validation."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_highest_layer_that_gives_a_length_replaces_all_others() -> None:
 def test_steps_are_all_that_the_rest_of_the_program_sees() -> None:
     config = resolve_run([TINY, given(tokens=5 * A_STEP)])
     assert config == resolve([TINY, given(steps=5)])
-    assert "tokens" not in config.model_dump_json()
+    assert "tokens" not in config.training.model_dump_json()
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,43 @@ def test_steps_are_all_that_the_rest_of_the_program_sees() -> None:
 def test_a_length_that_cannot_be_is_one_line(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError) as error:
         steps_of(given(**values))
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(message)
+
+
+def test_the_validation_is_in_batches_or_in_tokens_as_the_highest_layer_says() -> None:
+    tokens, batches = (Layer("here", {f"evaluation.{key}": value}) for key, value in (("tokens", 512), ("batches", 3)))
+    config = resolve_run([TINY, batches, tokens])
+    assert isinstance(config, GPTRunConfig)
+    assert (config.evaluation.batches, config.evaluation.tokens, config.validation_samples) == (None, 512, 4)
+    assert resolve_run([TINY, tokens, batches]).validation_samples == 3 * 16
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        (
+            "gpt",
+            {"evaluation.batches": 3, "evaluation.tokens": 512},
+            "here: give one of evaluation.batches and evaluation.tokens",
+        ),
+        (
+            "gpt",
+            {"evaluation.tokens": 500},
+            "configuration: evaluation.tokens=500 is not a multiple of model.context_length=128",
+        ),
+        ("gpt", {"evaluation.tokens": 0}, "here: evaluation.tokens = 0: should be greater than 0"),
+        ("gpt", {"data.order": "random"}, "here: data.order = 'random': should be 'shuffled' or 'sequential'"),
+        ("imagenet", {"evaluation.tokens": 512}, "here: evaluation.tokens: unknown key; known: every, batches"),
+        ("imagenet", {"data.order": "sequential"}, "here: data.order: unknown key"),
+    ],
+)
+def test_an_amount_of_validation_or_an_order_that_cannot_be_is_one_line(
+    task: str, values: dict[str, Any], message: str
+) -> None:
+    preset = TINY if task == "gpt" else preset_layer("imagenet", "asro-imagenet")
+    with pytest.raises(UsageError) as error:
+        resolve_run([preset, Layer("here", values)])
     (line,) = str(error.value).splitlines()
     assert line.startswith(message)
 
@@ -125,3 +162,5 @@ def test_a_sweep_gives_each_run_its_length(tmp_path: Path) -> None:
     assert [config.training.steps for config in sweep_of(tmp_path, tokens + grid, "training.steps=4")] == [4, 4, 4]
     with pytest.raises(UsageError, match=r"--set training\.tokens: the sweep sets it for each run \(b\)"):
         sweep_of(tmp_path, tokens + runs, "training.tokens=5")
+    with pytest.raises(UsageError, match=r"--set evaluation\.tokens: the sweep sets it for each run \(batches2, b"):
+        sweep_of(tmp_path, "[grid]\nevaluation.batches = [2, 4]\n", "evaluation.tokens=128")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipelines.config import DataOrder
 from pipelines.data.batches import TokenData, TrainingBatches, ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
 
@@ -80,13 +81,34 @@ def test_a_gpu_fetches_batches_from_where_they_were_made(data: TokenData):
     assert all(part.is_pinned() for part in ValidationBatches(data, CONTEXT, 6, pinned=True).read(range(3)))
 
 
+def test_in_sequence_a_shard_gives_whole_batches_in_its_order_and_every_epoch_is_the_same(data: TokenData):
+    batches = TrainingBatches(data, CONTEXT, batch_size=5, seed=3, order="sequential")
+    first_of_shard, expected = SIZES[0], []
+    for size, whole_batches in zip(SIZES[1:], (5, 2, 0, 3), strict=True):  # of 25, 11, 0 and 19 windows
+        starts = range(first_of_shard, first_of_shard + 5 * whole_batches * CONTEXT, CONTEXT)
+        expected += [tuple(range(start, start + CONTEXT + 1)) for start in starts]
+        first_of_shard += size
+    assert batches.windows_per_epoch == len(expected) == 50
+    assert [row for step in range(20) for row in rows(*batches.batch(step))] == 2 * expected
+    assert batches.epoch_at(15) == 1.5
+
+
+def test_in_sequence_a_shard_must_fill_a_batch(data: TokenData):
+    assert TrainingBatches(data, CONTEXT, batch_size=25, seed=0, order="sequential").windows_per_epoch == 25
+    with pytest.raises(
+        AsgoError, match=r"longest training shard has 201 tokens, and one batch of 26 windows in .* 209"
+    ):
+        TrainingBatches(data, CONTEXT, batch_size=26, seed=0, order="sequential")
+
+
+@pytest.mark.parametrize("order", ["shuffled", "sequential"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_processes_take_slices_of_the_same_batch(data: TokenData, ranks: int):
-    whole = TrainingBatches(data, CONTEXT, batch_size=8, seed=1)
+def test_processes_take_slices_of_the_same_batch(data: TokenData, ranks: int, order: DataOrder):
+    whole = TrainingBatches(data, CONTEXT, batch_size=8, seed=1, order=order)
     each = 8 // ranks
     for step in (0, 6, 7, 13, 100):
         parts = [
-            TrainingBatches(data, CONTEXT, batch_size=8, seed=1).batch(step, slice(rank * each, (rank + 1) * each))
+            TrainingBatches(data, CONTEXT, 8, seed=1, order=order).batch(step, slice(rank * each, (rank + 1) * each))
             for rank in range(ranks)
         ]
         for place in (0, 1):
@@ -159,6 +181,16 @@ def test_several_validation_shards_are_used_like_one(data: TokenData):
     assert set(read) == windows_of_an_epoch()
     chosen = rows(*ValidationBatches(several, CONTEXT, 5).read(range(5)))
     assert [read.index(row) for row in chosen] == [0, 13, 27, 40, 54]
+
+
+def test_validation_from_the_start_is_the_first_windows_in_their_order(data: TokenData):
+    inputs, _ = ValidationBatches(data, CONTEXT, 6, from_start=True).read(range(6))
+    assert inputs.flatten().tolist() == list(range(6 * CONTEXT))
+    several = ValidationBatches(replace(data, validation=data.train), CONTEXT, 30, from_start=True)
+    assert set(rows(*several.read(range(30)))) == set(sorted(windows_of_an_epoch())[:30])
+    assert len(ValidationBatches(data, CONTEXT, 18, from_start=True)) == 18
+    with pytest.raises(AsgoError, match=r"have 144 tokens in windows .* 8, and evaluation\.tokens is 152; lower it"):
+        ValidationBatches(data, CONTEXT, 19, from_start=True)
 
 
 def test_shards_too_short_for_a_window_are_refused_with_the_figures(data: TokenData):

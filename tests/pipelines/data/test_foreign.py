@@ -85,16 +85,26 @@ def test_files_follow_each_other_by_their_numbers_and_the_last_whole_word_says_w
     assert [part.read().tolist() for part in data.validation] == [[4], [5]]
 
 
-@pytest.mark.parametrize("layout", ["modded-nanogpt", "nanoGPT"])
+def test_a_hundred_and_more_shards_are_read_in_the_order_of_their_numbers(make: Callable[..., Path]):
+    training = {f"fineweb_train_{number}.bin": shard([number] * 9) for number in range(1, 104)}
+    assert sorted(training) != list(training)
+    data = open_token_data(make({**training, "fineweb_val_0.bin": shard(VAL)}))
+    batches = TrainingBatches(data, context_length=4, batch_size=2, seed=0, order="sequential")
+    read = [batches.batch(step)[0].unique().tolist() for step in range(104)]
+    assert read == [*([number] for number in range(1, 104)), [1]]
+
+
+@pytest.mark.parametrize(("layout", "order"), [("modded-nanogpt", "sequential"), ("nanoGPT", "shuffled")])
 def test_a_run_on_them_trains_and_resumes_exactly(
     make: Callable[..., Path],
     layout: str,
+    order: str,
     small_config: Make,
     tmp_path: Path,
     reporter: SilentReporter,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    config = small_config(data__folder=str(make(LAYOUTS[layout][0])), training__steps=4)
+    config = small_config(data__folder=str(make(LAYOUTS[layout][0])), data__order=order, training__steps=4)
     rows = train(config, tmp_path / "whole", reporter)
     assert rows[-1]["loss"] < rows[0]["loss"]
     with monkeypatch.context() as patch:

@@ -113,6 +113,8 @@ def test_a_branch_may_change_the_optimizers_settings_and_keep_its_state(
         ({"optimizer__name": "asgo"}, {"optimizer__name": "adamw"}, "adamw begins at step 4 with a new state"),
         ({"optimizer__name": "muon"}, {"optimizer__name": "muon", "optimizer__by_heads": True}, "other settings"),
         ({}, {"seed": 7}, "data order and random numbers are those of seed 7"),
+        ({}, {"seed": 7, "data__order": "sequential"}, "from step 4 on, random numbers are those of seed 7"),
+        ({"data__order": "sequential"}, {}, "from step 4 on, the order of the data is shuffled"),
         ({}, {"training__ema_decay": 0.5}, "the moving average begins with the weights of step 4"),
         ({"training__ema_decay": 0.5}, {}, "branching from"),
         ({}, {"training__precision": "fp16"}, "branching from"),

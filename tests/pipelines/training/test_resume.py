@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import safetensors.torch
 import torch
 
 from optim import OPTIMIZER_NAMES
-from pipelines.config import RunConfig
+from pipelines.config import GPTRunConfig, RunConfig
+from pipelines.data.batches import open_token_data
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.training.gpt_task import GPTTask
 from pipelines.training.metrics import Row
@@ -104,6 +106,22 @@ def test_accumulation_changes_nothing_but_rounding(
         assert one["loss"] == pytest.approx(other["loss"], rel=bound(6))
 
 
+def test_validation_on_tokens_is_the_mean_over_the_first_windows_for_any_micro_batch(
+    small_config: Make, token_folder: Path
+) -> None:
+    (shard,) = open_token_data(token_folder).validation
+    tokens = torch.from_numpy(shard.read().astype("int64"))[: 9 * 16 + 1]
+    for micro_batch_size in (1, 2, 4):
+        amount = {"evaluation__batches": None, "evaluation__tokens": 9 * 16}
+        config = small_config(**amount, training__micro_batch_size=micro_batch_size)
+        assert isinstance(config, GPTRunConfig)
+        with double_precision():
+            task = GPTTask(config, torch.device("cpu"))
+            metrics = task.evaluate(lambda: False)
+            expected = task.loss((tokens[:-1].view(9, 16), tokens[1:].view(9, 16)))
+        assert metrics == {"loss": pytest.approx(expected.item(), rel=1e-12)}
+
+
 def test_resume_before_the_first_checkpoint_starts_again(
     small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +193,25 @@ def test_resume_with_another_configuration_says_what_differs(
         f"asgo train gpt --branch {tmp_path / 'run'} --steps 8 --out ANOTHER",
     ]
     train(small_config(checkpoint__every=3, checkpoint__keep=5), tmp_path / "run", reporter, resume=True)
+
+
+def test_the_order_and_the_validation_of_a_run_stay_and_a_run_from_before_they_were_settings_resumes(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    run, config = tmp_path / "run", small_config()
+    train(config, run, reporter)
+    other = small_config(data__order="sequential", evaluation__batches=None, evaluation__tokens=32)
+    with pytest.raises(UsageError) as error:
+        train(other, run, reporter, resume=True)
+    assert [line.rpartition("configuration: ")[2] for line in str(error.value).splitlines()] == [
+        "data.order is shuffled in the run, sequential now",
+        "evaluation.batches is 2 in the run, None now",
+        "evaluation.tokens is None in the run, 32 now",
+    ]
+    record = json.loads((run / "config.json").read_text())
+    del record["config"]["data"]["order"], record["config"]["evaluation"]["tokens"]
+    (run / "config.json").write_text(json.dumps(record))
+    train(config, run, reporter, resume=True)
 
 
 def test_resume_on_other_data_is_refused(small_config: Make, tmp_path: Path, reporter: SilentReporter) -> None:
