@@ -10,6 +10,8 @@ import typer
 
 from asgo_cli import console
 from asgo_cli.help_text import examples
+from asgo_cli.names import completing
+from pipelines.analysis.comparison.rules import RULES
 from pipelines.shell import command
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "asgo compare runs/asgo runs/adamw",
     "asgo compare runs --target 3.28 --out report",
+    "asgo compare runs --rule track3",
 )
 
 
@@ -33,6 +36,14 @@ def compare(
         float,
         typer.Option(min=0.5, max=0.9999, metavar="X", help="Confidence level of intervals and verdicts."),
     ] = 0.95,
+    rule: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Evidence rule of a benchmark: {', '.join(RULES)}.",
+            autocompletion=completing(list(RULES)),
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare training runs: one HTML page, figures and tables.
@@ -44,7 +55,7 @@ def compare(
     from pipelines.analysis.comparison.verdicts import headline
 
     check_report_folder(out)
-    comparison = compare_runs(runs, target, confidence)
+    comparison = compare_runs(runs, target, confidence, rule)
     page = write_report(comparison, out, command("asgo", *sys.argv[1:]))
     for caution in comparison.cautions:
         console.warn(caution)
@@ -52,6 +63,7 @@ def compare(
         console.show_json(summary(comparison))
     else:
         _show_contenders(comparison)
+        _show_evidence(comparison)
     console.say(headline(comparison))
     console.say(f"{page}: the report; figures and tables are in the same folder")
     console.suggest_next(command("python", "-m", "webbrowser", page))
@@ -69,3 +81,12 @@ def _show_contenders(comparison: Comparison) -> None:
     left_out = len(comparison.contenders) - len(table.texts)
     if left_out:
         console.say(f"and {left_out} more in the report")
+
+
+def _show_evidence(comparison: Comparison) -> None:
+    from pipelines.analysis.comparison.tables import evidence_table
+
+    if comparison.evidence_rule is not None:
+        table = evidence_table(comparison)
+        console.show_table(table.heads, table.texts)
+        console.say(comparison.evidence_rule.sentence)

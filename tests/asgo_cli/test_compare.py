@@ -14,6 +14,7 @@ import pytest
 
 from pipelines.analysis.comparison.figures import FIGURES
 from pipelines.analysis.comparison.report import check_report_folder
+from pipelines.analysis.comparison.rules import RULES
 from pipelines.errors import UsageError
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
@@ -88,6 +89,26 @@ def test_json_is_the_numbers_and_replaces_an_earlier_report(
     assert (numbers["confidence"], numbers["target"]["loss"]) == (0.9, 3.2)
     assert (folder / "report/index.html").stat().st_mtime_ns > before
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_rule_has_a_table_and_a_line_for_each_reason(tmp_path: Path) -> None:
+    terms = {key.replace(".", "__"): value for key, value in RULES["track3"].settings.items()}
+    for seed, final in enumerate((3.274, 3.275)):
+        write_run(tmp_path / f"runs/muon-s{seed}", falling_to(final), optimizer="muon", seed=seed, **terms)
+    terms["data__order"] = "shuffled"
+    write_run(tmp_path / "runs/asgo", falling_to(3.2), optimizer="asgo", **terms)
+    result = compare(tmp_path, "runs", "--rule", "track3")
+    assert result.returncode == 0, result.stderr
+    table = result.stdout[result.stdout.index("margin") :]
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if "│" in line]
+    assert ["muon", "2", "3.2745", "+0.0078", "met", "1", "160"] in rows
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    reasons = [line.partition("track3: ")[2] for line in result.stderr.splitlines() if "warning: track3: " in line]
+    assert reasons == [
+        "asgo order=shuffled does not qualify: data.order is shuffled, and the rule needs sequential.",
+        "asgo order=shuffled: a single run; more runs, with seeds fixed in advance, are better evidence.",
+    ]
+    assert "Rule track3: (3.28 − mean final loss) · √n ≥ 0.004 over all n runs" in result.stderr
 
 
 def test_what_is_not_a_report_stays_as_it_is(folder: Path) -> None:

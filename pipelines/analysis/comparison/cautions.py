@@ -11,6 +11,7 @@ from pipelines.analysis.comparison.settings import differing_keys, in_words, set
 from pipelines.tasks import task_of
 
 _SHOWN = 4
+_ORDER = "data.order"  # unlike other settings of the data, it does not change what validates
 
 
 def cautions_of(
@@ -75,16 +76,19 @@ def _no_results(results: Sequence[Run]) -> list[str]:
 def _different_work(entries: Sequence[Entry]) -> list[str]:
     """Warn about differences that make losses incomparable."""
 
+    differing = differing_keys([settings_of(entry.runs[0]) for entry in entries])
+
     def owners(prefix: str) -> dict[str, list[str]]:
-        keys = [
-            key for key in differing_keys([settings_of(entry.runs[0]) for entry in entries]) if key.startswith(prefix)
-        ]
+        keys = [key for key in differing if key.startswith(prefix) and (key != _ORDER or prefix == _ORDER)]
         return _owners(entries, lambda run: in_words(settings_of(run), keys))
 
     decays = any(entry.runs[0].config.schedule.kind != "constant" for entry in entries)
     at_other_rates = ", and at equal steps their learning rates have not decayed equally" if decays else ""
     return [
         *_sentence("Different data", owners("data"), "their losses do not compare"),
+        *_sentence(
+            "Different orders of the data", owners(_ORDER), "a difference may be the order's, not the optimizer's"
+        ),
         *_sentence(
             "Validated on different amounts of data", _owners(entries, _validated_on), "this changes losses too"
         ),
@@ -97,7 +101,9 @@ def _different_work(entries: Sequence[Entry]) -> list[str]:
 
 
 def _validated_on(run: Run) -> str:
-    samples = run.config.validation_samples
+    tokens, samples = getattr(run.config.evaluation, "tokens", None), run.config.validation_samples
+    if tokens is not None:
+        return f"the first {tokens:,} tokens"
     return "all" if samples is None else f"{samples:,} samples"
 
 

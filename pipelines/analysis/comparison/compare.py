@@ -18,24 +18,30 @@ from pipelines.analysis.comparison.entries import (
     target_of,
     with_reach,
 )
+from pipelines.analysis.comparison.evidence import evidence_cautions, evidence_of, rule_named
 from pipelines.analysis.comparison.find_runs import find_runs
 from pipelines.analysis.comparison.read_runs import read_runs
-from pipelines.analysis.comparison.results import Comparison, Run
+from pipelines.analysis.comparison.results import Comparison, Run, Target
 from pipelines.analysis.comparison.verdicts import rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
 
 
-def compare_runs(paths: Sequence[Path], target: float | None = None, confidence: float = 0.95) -> Comparison:
+def compare_runs(
+    paths: Sequence[Path], target: float | None = None, confidence: float = 0.95, evidence_rule: str | None = None
+) -> Comparison:
     """Compare runs, or all runs in folders of runs. A run in progress counts up to its last record.
 
-    `target` is a validation loss to reach, in nats; `confidence` is that of intervals and verdicts, between 0 and 1.
+    `target` is a validation loss to reach, in nats; `confidence` is that of intervals and verdicts, between 0 and 1;
+    `evidence_rule` is a name in `rules.RULES`.
 
     Raises:
-        UsageError: a path contains no run, the runs have different tasks, or a number is out of range.
+        UsageError: a path contains no run, the runs have different tasks, a number is out of range, or the rule is
+            unknown.
         AsgoError: no run can be read.
     """
     _check_numbers(target, confidence)
+    asked = None if evidence_rule is None else rule_named(evidence_rule)
     runs, left_out = read_runs(find_runs(paths))
     runs = drawn_from_their_parents(runs)
     task = _common_task(runs)
@@ -43,9 +49,13 @@ def compare_runs(paths: Sequence[Path], target: float | None = None, confidence:
     labels = Labels(families)
     entries = entries_of(families, labels, confidence)
     aim = target_of(contenders_of(entries), target)
+    if asked is not None and target is None:
+        aim = Target(asked.target, f"the target of {asked.name}")
     entries = [with_reach(entry, aim) for entry in entries]
     contenders = contenders_of(entries)
     sensitivities = sensitivities_of(families, labels)
+    evidence = () if asked is None else evidence_of(asked, entries, contenders)
+    objections = [] if asked is None else evidence_cautions(asked, evidence, left_out)
     return Comparison(
         task=task,
         unit=TASKS[task].unit,
@@ -57,7 +67,9 @@ def compare_runs(paths: Sequence[Path], target: float | None = None, confidence:
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),
-        cautions=(*left_out, *cautions_of(runs, entries, contenders, sensitivities)),
+        cautions=(*left_out, *objections, *cautions_of(runs, entries, contenders, sensitivities)),
+        evidence_rule=asked,
+        evidence=evidence,
     )
 
 

@@ -27,7 +27,7 @@ from pipelines.analysis.comparison.figures import (
     write_layers,
 )
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
-from pipelines.analysis.comparison.tables import TABLES, Table, entry_table, make_tables, run_table
+from pipelines.analysis.comparison.tables import TABLES, Table, entry_table, evidence_table, make_tables, run_table
 from pipelines.analysis.comparison.verdicts import by_pair, headline
 from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
@@ -167,6 +167,7 @@ def render_page(
         final=entry_table(comparison, contenders),
         others=_other_entries(comparison),
         contenders=contenders,
+        evidence=evidence_table(comparison),
         matrix=_matrix(comparison),
         curves=_curves(comparison),
         left_out=_left_out(comparison),

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.analysis.comparison.rules import EvidenceRule
 from pipelines.config import RunConfig
 from pipelines.training.lineage import Ancestor
 
@@ -220,6 +221,28 @@ class SettingEffect:
 
 
 @dataclass(frozen=True)
+class Evidence:
+    """Whether the runs of a contender meet an evidence rule."""
+
+    entry: Entry
+    margin: float | None
+    """`(target - mean final loss) * sqrt(n)`; None without finished runs."""
+    is_met: bool
+    """Whether it is large enough, leaving the objections aside."""
+    runs_needed: int | None
+    """Number of runs that would meet the rule with this mean; None if no number does."""
+    objections: tuple[str, ...]
+    """Why the runs do not qualify."""
+    doubts: tuple[str, ...]
+    """Why they may not, which only their author knows."""
+
+    @property
+    def outcome(self) -> Literal["met", "not met", "does not qualify"]:
+        """The result."""
+        return "does not qualify" if self.objections else "met" if self.is_met else "not met"
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All results of a comparison."""
 
@@ -241,4 +264,7 @@ class Comparison:
     setting_effects: tuple[SettingEffect, ...]
     """Effects of the numeric settings in which contenders differ."""
     cautions: tuple[str, ...]
-    """Sentences that say why runs may not be comparable."""
+    """Sentences that say why runs may not be comparable, or do not qualify for the evidence rule."""
+    evidence_rule: EvidenceRule | None = None
+    evidence: tuple[Evidence, ...] = ()
+    """The evidence of each contender, in their order; none without a rule."""

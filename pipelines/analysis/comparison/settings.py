@@ -15,7 +15,7 @@ LR = "optimizer.lr"
 _DATA = "data"
 _NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", *MAY_CHANGE_ON_RESUME)
 """Settings, or prefixes of settings, that change a run's result only by chance."""
-_VAGUE = ("every", "kind", "name", "batches")
+_VAGUE = ("every", "kind", "name", "batches", "tokens")
 """Last parts of keys that are not clear without the first part."""
 
 

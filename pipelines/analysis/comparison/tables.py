@@ -57,9 +57,10 @@ def _table(
 
 
 def make_tables(comparison: Comparison) -> tuple[Table, ...]:
-    """Return the tables of entries, verdicts, runs, sensitivity, settings and curves that have rows."""
+    """Return the tables of entries, evidence, verdicts, runs, sensitivity, settings and curves that have rows."""
     made = (
         entry_table(comparison, comparison.entries),
+        evidence_table(comparison),
         _verdict_table(comparison),
         run_table(comparison),
         _sensitivity_table(comparison),
@@ -69,7 +70,7 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
     return tuple(table for table in made if table.records)
 
 
-TABLES = ("entries", "verdicts", "runs", "sensitivity", "settings", "curves")
+TABLES = ("entries", "evidence", "verdicts", "runs", "sensitivity", "settings", "curves")
 """The names of the tables of `make_tables`."""
 
 
@@ -118,6 +119,39 @@ def _entry_record(entry: Entry) -> Record:
         "state_bytes": entry.state_bytes,
         "diverged": entry.diverged,
     }
+
+
+def evidence_table(comparison: Comparison) -> Table:
+    """Return the table of the evidence rule, with a row per contender; without rows if there is no rule."""
+    rule = comparison.evidence_rule
+    name = "" if rule is None else rule.name
+    texts, records = [], []
+    for each in comparison.evidence:
+        entry, final = each.entry, each.entry.final
+        margin = "" if each.margin is None else f"{each.margin:+.4f}"
+        needed = "" if final is None else "none is enough" if each.runs_needed is None else f"{each.runs_needed:,}"
+        steps = entry.runs[0].config.training.steps
+        mean = None if final is None else final.mean
+        count = 0 if final is None else final.count
+        texts.append((entry.label, str(count), loss(mean), margin, each.outcome, needed, f"{steps:,}"))
+        records.append(
+            {
+                "entry": entry.label,
+                "rule": name,
+                "target": None if rule is None else rule.target,
+                "threshold": None if rule is None else rule.threshold,
+                "runs": count,
+                "mean_loss": mean,
+                "margin": each.margin,
+                "outcome": each.outcome,
+                "runs_needed": each.runs_needed,
+                "steps": steps,
+                "objections": "; ".join(each.objections) or None,
+                "doubts": "; ".join(each.doubts) or None,
+            }
+        )
+    heads = ("", "n", "mean loss", "margin", name, "n needed", "steps")
+    return _table("evidence", heads, texts, records)
 
 
 def _verdict_table(comparison: Comparison) -> Table:

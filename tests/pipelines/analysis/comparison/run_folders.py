@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import RunConfig
-from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.resolve import Layer, preset_layer
+from pipelines.steps import resolve_run
 from pipelines.training.lineage import Ancestor
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import Divergence, RunFolder
@@ -18,7 +19,7 @@ PRESETS = {"gpt": "tiny", "imagenet": "asro-imagenet"}
 def config_of(task: str = "gpt", **settings: Any) -> RunConfig:
     """The preset's configuration; keywords are dotted keys with `__` for the dot."""
     values = {key.replace("__", "."): value for key, value in settings.items()}
-    return resolve([preset_layer(task, PRESETS[task]), Layer("test", values)])
+    return resolve_run([preset_layer(task, PRESETS[task]), Layer("test", values)])
 
 
 def write_run(

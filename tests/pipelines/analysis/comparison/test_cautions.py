@@ -46,6 +46,16 @@ def test_a_fair_comparison_has_none(runs: Path) -> None:
              "32 samples (adamw evaluation.batches=2); this changes losses too."],
         ),
         (
+            {"evaluation__tokens": 2048},
+            ["Validated on different amounts of data: 128 samples (asgo evaluation.batches=8), "
+             "the first 2,048 tokens (adamw evaluation.batches=null); this changes losses too."],
+        ),
+        (
+            {"data__order": "sequential"},
+            ["Different orders of the data: order=shuffled (asgo order=shuffled), order=sequential "
+             "(adamw order=sequential); a difference may be the order's, not the optimizer's."],
+        ),
+        (
             {"model__d_ff": 256},
             ["Different models: d_ff=512 (asgo d_ff=512), d_ff=256 (adamw d_ff=256); "
              "a difference may be the model's, not the optimizer's."],

@@ -1,0 +1,77 @@
+"""Apply the evidence rule of a benchmark to contenders, and say which runs it does not accept, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from pipelines.analysis.comparison.results import Entry, Evidence
+from pipelines.analysis.comparison.rules import RULES, EvidenceRule
+from pipelines.analysis.comparison.settings import identity, settings_of
+from pipelines.config import flatten
+from pipelines.errors import UsageError
+
+_STEPS = "training.steps"
+
+
+def rule_named(name: str) -> EvidenceRule:
+    """Return a rule of `RULES`. Raises `UsageError` for an unknown name."""
+    if name not in RULES:
+        raise UsageError(f"--rule {name}: unknown rule; known: {', '.join(RULES)}")
+    return RULES[name]
+
+
+def evidence_of(rule: EvidenceRule, entries: Sequence[Entry], contenders: Sequence[Entry]) -> tuple[Evidence, ...]:
+    """Return the evidence of each contender; `entries` also has the settings that are not contenders."""
+    return tuple(_evidence(rule, entry, entries) for entry in contenders)
+
+
+def _evidence(rule: EvidenceRule, entry: Entry, entries: Sequence[Entry]) -> Evidence:
+    final = entry.final
+    return Evidence(
+        entry=entry,
+        margin=None if final is None else rule.margin(final.mean, final.count),
+        is_met=final is not None and rule.is_met(final.mean, final.count),
+        runs_needed=None if final is None else rule.runs_needed(final.mean),
+        objections=tuple(_objections(rule, entry)),
+        doubts=tuple(_doubts(entry, entries)),
+    )
+
+
+def evidence_cautions(rule: EvidenceRule, found: Sequence[Evidence], unreadable: Sequence[str]) -> list[str]:
+    """Return a sentence for each reason why runs do not qualify, or may not."""
+    lost = [f"{rule.name}: runs that cannot be read are left out, and the rule takes all."] if unreadable else []
+    return [
+        *(f"{rule.name}: {each.entry.label} does not qualify: {text}." for each in found for text in each.objections),
+        *(f"{rule.name}: {each.entry.label}: {text}." for each in found for text in each.doubts),
+        *lost,
+    ]
+
+
+def _objections(rule: EvidenceRule, entry: Entry) -> Iterator[str]:
+    given = flatten(entry.runs[0].config.model_dump(mode="json"))
+    for key, needed in rule.settings.items():
+        if given.get(key) != needed:
+            value = "not set" if given.get(key) is None else given[key]
+            yield f"{key} is {value}, and the rule needs {needed}"
+    without = [f"{run.name} ({run.state})" for run in entry.runs if run.final_loss is None]
+    if without:
+        yield f"runs without a final loss, and the rule takes all: {', '.join(without)}"
+    repeated = [str(seed) for seed, count in Counter(run.config.seed for run in entry.runs).items() if count > 1]
+    if repeated:
+        yield f"several runs of seed {', '.join(repeated)} are not independent"
+    if any(run.lineage for run in entry.runs):
+        yield "branches are not independent runs"
+
+
+def _doubts(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
+    if entry.final is not None and entry.final.count == 1:
+        yield "a single run; more runs, with seeds fixed in advance, are better evidence"
+    others = [other for other in entries if other is not entry and _but_for_steps(other) == _but_for_steps(entry)]
+    if others:
+        steps = ", ".join(f"{other.runs[0].config.training.steps:,}" for other in others)
+        yield f"the same settings have runs of {steps} steps too, and the stopping step must be fixed in advance"
+
+
+def _but_for_steps(entry: Entry) -> str:
+    return identity({key: value for key, value in settings_of(entry.runs[0]).items() if key != _STEPS})
