@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 FINEWEB_EXAMPLES = examples(
     "asgo data fineweb --shards 10",
     "asgo data fineweb --subset CC-MAIN-2024-10",
+    "asgo data fineweb --no-edu --shards 20 --out data/fineweb10B    # FineWeb, not FineWeb-Edu",
     "asgo data fineweb --source /data/fineweb-edu    # a copy of the files",
 )
 OPENWEBTEXT_EXAMPLES = examples(
@@ -56,25 +57,25 @@ def fineweb(
     shards: Shards = 10,
     shard_tokens: ShardTokens = 100_000_000,
     subset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A subset of FineWeb-Edu.", show_default="sample-10BT")
+        str | None, typer.Option(metavar="NAME", help="A subset of the repository.", show_default="sample-10BT")
     ] = None,
+    edu: Annotated[bool, typer.Option("--edu/--no-edu", help="FineWeb-Edu, or FineWeb.")] = True,
     source: SourceOption = "hub",
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")] = Path("data/fineweb"),
     workers: Workers = None,
     text_column: TextColumnOption = "text",
     overwrite: Overwrite = False,
 ) -> None:
-    """Stream FineWeb-Edu into shards of GPT-2 tokens.
+    """Stream FineWeb-Edu, or FineWeb, into shards of GPT-2 tokens.
 
     The first shard of the stream is the validation data. After an interruption, run the same command again to resume. A
     failed connection is retried; the command gives up after eight failures in a row, with pauses of 1 to 60 seconds.
     """
     from pipelines.data.corpus.corpus_to_shards import CorpusOptions
-    from pipelines.data.corpus.sources import FINEWEB
+    from pipelines.data.corpus.sources import FINEWEB, FINEWEB_NO_EDU
 
-    _prepare(
-        FINEWEB, out, CorpusOptions(shards, shard_tokens, subset, source, workers, text_column=text_column), overwrite
-    )
+    options = CorpusOptions(shards, shard_tokens, subset, source, workers, text_column=text_column)
+    _prepare(FINEWEB if edu else FINEWEB_NO_EDU, out, options, overwrite)
     console.suggest_next(command("asgo", "train", "gpt", "--data", out))
 
 

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
+FINEWEB_NO_EDU = "HuggingFaceFW/fineweb"
 OPENWEBTEXT = "Skylion007/openwebtext"
 
 Text = str | bytes | None
@@ -248,20 +249,22 @@ class Hub:
             self._heads[repo] = sha
         return sha
 
-    def add_fineweb(self, subsets: Mapping[str, Sequence[Sequence[Text]]], *, rows_per_group: int = 100) -> str:
-        """Make FineWeb-Edu of the texts of each file of some subsets; the sha.
+    def add_fineweb(
+        self, subsets: Mapping[str, Sequence[Sequence[Text]]], *, rows_per_group: int = 100, repo: str = FINEWEB
+    ) -> str:
+        """Make FineWeb-Edu, or FineWeb, of the texts of each file of some subsets; the sha.
 
         A subset is `sample-…` or a crawl, `CC-MAIN-…`. The default subset is all crawls; one is always there.
         """
         subsets = {"CC-MAIN-2013-20": [["A page of another crawl."]], **subsets}
-        self.add(FINEWEB, "README.md", _readme({"default": "data/*/*"} | {name: _glob(name) for name in subsets}))
+        self.add(repo, "README.md", _readme({"default": "data/*/*"} | {name: _glob(name) for name in subsets}))
         for name, files in subsets.items():
             for index, texts in enumerate(files):
                 file = f"train-{index:05d}-of-{len(files):05d}" if name.startswith("CC-") else f"{index:03d}_00000"
                 path = _glob(name).replace("*", f"{file}.parquet")
-                made = self._folder / FINEWEB / path
-                self.add(FINEWEB, path, write_parquet(made, texts, rows_per_group=rows_per_group, columns="fineweb"))
-        return self.sha(FINEWEB)
+                made = self._folder / repo / path
+                self.add(repo, path, write_parquet(made, texts, rows_per_group=rows_per_group, columns="fineweb"))
+        return self.sha(repo)
 
     def add_openwebtext(self, files: Sequence[Sequence[Text]], *, rows_per_group: int = 100) -> str:
         """Make OpenWebText of the texts of each file; the sha."""

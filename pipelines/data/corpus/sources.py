@@ -42,6 +42,7 @@ class Corpus:
 
 
 FINEWEB = Corpus("fineweb", "HuggingFaceFW/fineweb-edu", subset="sample-10BT", validate_every=None)
+FINEWEB_NO_EDU = Corpus("fineweb-no-edu", "HuggingFaceFW/fineweb", subset="sample-10BT", validate_every=None)
 OPENWEBTEXT = Corpus("openwebtext", "Skylion007/openwebtext", subset=None, validate_every=2000)
 """ASGO's experiments use a fraction of 0.0005 of the documents for validation: one in 2,000."""
 

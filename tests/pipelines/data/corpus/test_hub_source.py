@@ -21,7 +21,9 @@ from pyarrow import parquet
 
 from pipelines.data import retries
 from pipelines.data.corpus.corpus_to_shards import CorpusOptions
-from pipelines.data.corpus.sources import FINEWEB, OPENWEBTEXT
+from pipelines.data.corpus.sources import FINEWEB, FINEWEB_NO_EDU, OPENWEBTEXT
+from pipelines.data.manifest import load_manifest
+from pipelines.data.verify import verify
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from tests import hub as protocol
 from tests.hub import Drip, Drop, Fault, Hub, Stall, Truncate, client_environment, refusing_endpoint, silent_endpoint
@@ -136,6 +138,27 @@ def test_another_subset_is_its_own_files_and_an_unknown_one_is_answered_with_a_l
     assert all(f"'{name}'" in str(refused.value) for name in ("default", "sample-10BT", "CC-MAIN-2024-10"))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "other").exists()
+
+
+def test_fineweb_itself_is_another_repository_whose_preparation_resumes_and_is_not_mixed_with_edu(
+    hub: Hub, tmp_path: Path
+):
+    texts, out = [make_texts(11, 500), make_texts(12, 700)], tmp_path / "out"
+    sha = hub.add_fineweb({"sample-10BT": texts}, rows_per_group=150, repo=protocol.FINEWEB_NO_EDU)
+    command = [*COMMAND, "--no-edu", "--out", str(out)]
+    stopped = Preparation(FINEWEB_NO_EDU, ALL, report=stop_at(30_000))
+    with pytest.raises(RunInterrupted):
+        stopped.run(out)
+    mixed = subprocess.run([*COMMAND, "--out", str(out)], capture_output=True, text=True, check=False)
+    assert mixed.returncode == 2
+    assert "unfinished, made with corpus fineweb-no-edu and not fineweb" in mixed.stderr
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
+    assert shards_in(out) == expected_shards(list(chain(*texts)), ALL.shards, ALL.shard_tokens, None)
+    manifest = load_manifest(out)
+    assert (manifest.revision, manifest.source) == (sha, "HuggingFaceFW/fineweb, sample-10BT")
+    assert [result.problem for result in verify(out)] == [None] * len(manifest.shards)
+    assert {request.path.split("/resolve/")[0] for request in hub.downloads()} == {"/datasets/HuggingFaceFW/fineweb"}
 
 
 def test_openwebtext_comes_with_every_nth_document_for_validation(hub: Hub, texts: list[list[str]], tmp_path: Path):
