@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FINEWEB_EXAMPLES = examples(
     "asgo data fineweb --shards 10",
     "asgo data fineweb --subset CC-MAIN-2024-10",
-    "asgo data fineweb --no-edu --shards 20 --out data/fineweb10B    # FineWeb, not FineWeb-Edu",
+    "asgo data fineweb --no-edu --out data/fineweb10B    # FineWeb itself",
     "asgo data fineweb --source /data/fineweb-edu    # a copy of the files",
 )
 OPENWEBTEXT_EXAMPLES = examples(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _ROUNDING = 1e-9  # in float64, 3.28 - 3.276 is below 0.004
 
@@ -18,7 +18,7 @@ class EvidenceRule:
     """Validation loss to reach."""
     threshold: float
     """The critical value of z times the known standard deviation of a run's final loss."""
-    settings: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object]
     """Values, by dotted key, that a run must have."""
 
     def margin(self, mean: float, count: int) -> float:
