@@ -268,7 +268,7 @@ def _explain(
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         name = value.get("name", "") if isinstance(value, dict) else value
         hint = _hint(str(name), OPTIMIZER_NAMES)
-        paths = "; or an import path, such as torch.NAdam or ./FILE.py:Class"
+        paths = "" if hint.startswith("did") else "; or an import path, such as torch.NAdam or ./FILE.py:Class"
         return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}{paths}"
     if kind == "value_error":
         return f"{where}: {details['msg'].removeprefix('Value error, ')}"

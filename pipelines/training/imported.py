@@ -201,22 +201,14 @@ def rehearse(
     name = f"--optimizer {settings.name}"
     with torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):  # compiling may take minutes
         torch.manual_seed(0)
-        tensors: Tensors = {}
-        try:
+        with _explained(name):
             first, params = new()
             for step in range(_STEPS):
                 _make_step(first, params, step, device)
             with first.evaluation_weights():
                 first.optimizer.zero_grad()
+            tensors: Tensors = {}
             values = first.gather_state(tensors)
-        except UsageError:
-            raise
-        except (Exception, SystemExit) as error:
-            if isinstance(error, AsgoError) and error.__cause__ is None:
-                raise UsageError(f"{name}: {error}; asgo saves tensors, numbers and texts, without pickle") from None
-            reason = one_line(error.__cause__ or error)
-            hint = "; a second backward pass is not supported" if "grad_fn" in reason else ""
-            raise UsageError(f"{name}: a step with it raises {reason}{hint}") from error
         saved = {key: tensor.clone() for key, tensor in tensors.items()}
         warning = f"{name}: this run cannot be resumed exactly: "
         try:
@@ -233,6 +225,21 @@ def rehearse(
         if all(map(same, params, loaded)):
             return None
         return f"{warning}it has state that its state_dict() does not contain, or that it does not load as it was"
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Context manager that raises an error in the steps of a rehearsal as a `UsageError` with the optimizer's name."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, AsgoError) and error.__cause__ is None:
+            raise UsageError(f"{name}: {error}; asgo saves tensors, numbers and texts, without pickle") from None
+        reason = one_line(error.__cause__ or error)
+        hint = "; a second backward pass is not supported" if "grad_fn" in reason else ""
+        raise UsageError(f"{name}: a step with it raises {reason}{hint}") from error
 
 
 def _make_step(imported: ImportedOptimizer, params: Sequence[Tensor], step: int, device: torch.device) -> None:
