@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from pipelines.compiler_cache import separate_instruction_sets
 from pipelines.config import RunConfig
+from pipelines.data import child
 from pipelines.data.text_to_shards import prepare_text
 from pipelines.resolve import Layer, preset_layer, resolve
+from tests import forks
 
 torch.set_num_threads(1)
 separate_instruction_sets()
@@ -25,6 +30,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """Keep `gc.collect` from visiting the million objects of all imported modules, for half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "all", "was", "well", "with", "its", "tail")
@@ -65,6 +76,13 @@ def small_config(token_folder: Path) -> Callable[..., RunConfig]:
         return resolve([preset_layer("gpt", "tiny"), layer])
 
     return make
+
+
+@pytest.fixture(scope="module")
+def forked_children() -> Iterator[None]:
+    """Fork the processes that read, tokenize and decode, which otherwise import for seconds when they start."""
+    with mock.patch.object(child, "multiprocessing", SimpleNamespace(get_context=lambda _: forks.server())):
+        yield
 
 
 class SilentReporter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from asgo_cli.launch import Launch
 from asgo_cli.worker import Outcome
+from tests import forks
 from tests.asgo_cli.test_train_commands import SETTINGS, asgo  # noqa: F401  (a fixture)
 from tests.long import long
 from tests.pipelines.training.processes import free_port
@@ -32,11 +32,6 @@ HOST = socket.gethostname()
 PATIENCE_S = 60
 _LISTENS = "0A"
 _LOOPBACK = {"0100007F", "0" * 24 + "01000000"}
-
-# A server process loads torch once, and every launcher is a fork of it. Like `start`, before torch is loaded:
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["asgo_cli.supervisor", "torch.distributed"])
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
@@ -165,9 +160,7 @@ class Launcher:
         self, folder: Path, scenario: str, asked: Launch, name: str, ignored: Sequence[signal.Signals]
     ) -> None:
         self._words = folder / name
-        told = (scenario, asked, folder, str(self._words), ignored)
-        self.process = processes.Process(target=run_launcher, args=told)
-        self.process.start()
+        self.process = forks.start(run_launcher, scenario, asked, folder, str(self._words), ignored)
 
     def end(self) -> tuple[int | None, str]:
         """Its exit code and what it said, at its end."""

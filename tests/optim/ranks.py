@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests import forks
+
 _TIMEOUT = datetime.timedelta(seconds=60)
 
 
@@ -53,16 +55,11 @@ class Ranks:
         self._processes, self._ends = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # One process imports, once, and the ranks are its forks.
-        context.set_forkserver_preload(["torch.distributed.fsdp", "torch._dynamo"])
         self._folder = tempfile.mkdtemp()
         meeting_point = Path(self._folder) / "store"
         for rank in range(self.size):
-            end, other = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, meeting_point, other), daemon=True)
-            process.start()
-            self._processes.append(process)
+            end, other = multiprocessing.Pipe()
+            self._processes.append(forks.start(_serve, rank, self.size, meeting_point, other))
             self._ends.append(end)
 
 

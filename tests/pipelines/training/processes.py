@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from pipelines.config import RunConfig
+import torch
+
+from pipelines.config import RunConfig, load_run_config
+from pipelines.errors import RunInterrupted
 from pipelines.training.lineage import BranchPoint
-
-ROOT = Path(__file__).parents[3]
-WORKER = Path(__file__).with_name("worker.py")
+from pipelines.training.train import train
+from tests import forks
+from tests.conftest import SilentReporter
+from tests.pipelines.training.double_precision import double_precision
 
 
 @dataclass(frozen=True)
@@ -37,54 +42,52 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(
-    jobs: list[Job], size: int, scratch: Path, of_ranks: Sequence[Mapping[str, str]] = ()
-) -> list[subprocess.Popen[str]]:
+def start(jobs: list[Job], size: int, scratch: Path, of_ranks: Sequence[Mapping[str, str]] = ()) -> list[BaseProcess]:
     """Start `size` processes that carry out the jobs together, one after the other.
 
-    `of_ranks` has environment variables that each has besides.
+    What each prints is in `scratch`. `of_ranks` has environment variables that each has besides.
     """
-    described = [
-        {
-            "config": job.config.model_dump(mode="json"),
-            "out": str(job.out),
-            "resume": job.resume,
-            "double": job.double,
-            "branch": str(job.branch or ""),
-            "port": free_port(),
-        }
-        for job in jobs
-    ]
     scratch.mkdir(parents=True, exist_ok=True)
-    path = scratch / f"jobs-{free_port()}.json"
-    path.write_text(json.dumps(described), encoding="utf-8")
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1"}
+    told = [
+        (job.config.model_dump(mode="json"), job.out, job.resume, job.double, job.branch, free_port()) for job in jobs
+    ]
+    shared = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(size)}
     shared["TORCHELASTIC_RUN_ID"] = "tests"  # or one alone would not make a group
     return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(path)],
-            env={
+        forks.start(
+            _carry_out,
+            told,
+            output=scratch / f"rank-{rank}.txt",
+            variables={
                 **shared,
                 **(of_ranks[rank] if of_ranks else {}),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(size),
             },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
         )
         for rank in range(size)
     ]
 
 
-def carry_out(jobs: list[Job], size: int, scratch: Path) -> list[str]:
-    """Do the jobs by `size` processes; returns what each of them printed. An error in one is an `AssertionError`."""
+def carry_out(jobs: list[Job], size: int, scratch: Path) -> None:
+    """Do the jobs by `size` processes. An error in one is an `AssertionError` with what it printed."""
     processes = start(jobs, size, scratch)
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
+        for process in processes:
+            process.join(240)
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(outputs)
-    return outputs
+    outputs = [path.read_text() for path in scratch.glob("rank-*.txt")]
+    assert [process.exitcode for process in processes] == [0] * size, "\n".join(outputs)
+
+
+def _carry_out(jobs: list[tuple[dict[str, Any], Path, bool, bool, BranchPoint | None, int]]) -> None:
+    torch.set_num_threads(1)
+    for config, out, resume, double, branch, port in jobs:
+        os.environ["MASTER_PORT"] = str(port)
+        try:
+            with double_precision() if double else contextlib.nullcontext():
+                train(load_run_config(config), out, SilentReporter(), resume=resume, branch=branch)
+        except RunInterrupted as interrupted:
+            sys.exit(interrupted.exit_code)

@@ -20,10 +20,11 @@ from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.lineage import Ancestor, BranchPoint
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import train
+from tests import forks
 from tests.conftest import SilentReporter
 from tests.long import sampled
 from tests.pipelines.training.processes import Job, carry_out
-from tests.pipelines.training.test_kills import processes, wait_for_records
+from tests.pipelines.training.test_kills import wait_for_records
 from tests.pipelines.training.test_resume import assert_same_run, without_times
 
 Make = Callable[..., RunConfig]
@@ -223,8 +224,7 @@ def test_a_killed_branch_resumes_exactly_without_its_parent(
     )
     train(config, tmp_path / "whole", reporter, branch=BranchPoint(tmp_path / "trunk", 4))
     arguments = (config.model_dump_json(), tmp_path / "killed", tmp_path / "trunk")
-    process = processes.Process(target=branch_in_a_process, args=arguments)
-    process.start()
+    process = forks.start(branch_in_a_process, *arguments)
     wait_for_records(process, tmp_path / "killed", 25)
     process.kill()
     process.join()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 import weakref
 from collections.abc import Callable, Mapping
@@ -243,10 +242,12 @@ def test_as_many_processes_go_on_bit_for_bit_and_a_signal_to_one_stops_and_saves
     processes = start([Job(config, tmp_path / "stopped")], 2, tmp_path)
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < 20:
-        assert all(process.poll() is None for process in processes)
+        assert all(process.is_alive() for process in processes)
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    assert [process.wait(60) for process in processes] == [RunInterrupted.exit_code] * 2
+    processes[1].terminate()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [RunInterrupted.exit_code] * 2
     carry_out([Job(config, tmp_path / "stopped", resume=True)], 2, tmp_path)
     assert figures(tmp_path / "stopped") == figures(tmp_path / "whole")
     expected, found = (checkpoint_tensors(tmp_path / run, 60) for run in ("whole", "stopped"))

@@ -30,6 +30,8 @@ from tests.pipelines.data.imagenet.archive_makers import pictures, write_archive
 from tests.pipelines.training.double_precision import bound, double_precision
 from tests.pipelines.training.processes import Job, carry_out
 
+pytestmark = pytest.mark.usefixtures("forked_children")  # data/images/test_loader.py starts them as a run does
+
 SMALL: dict[str, Any] = {
     "model.name": "squeezenet1_1",
     "data.resolution": 32,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ import pytest
 from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.train import train
+from tests import forks
 from tests.conftest import SilentReporter
 from tests.long import LONG, long
 from tests.pipelines.training.test_resume import assert_same_run
@@ -25,10 +25,6 @@ KILLS = 20 if LONG else 4
 STEPS = 20
 Make = Callable[..., RunConfig]
 
-# A server process loads torch once (and what torch's optimizers load late), and every run is a fork of it.
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pipelines.training.train", "torch._dynamo", "tests.conftest"])
-
 
 def train_in_a_process(config: str, out: Path) -> None:
     """What a killed process runs."""
@@ -36,9 +32,7 @@ def train_in_a_process(config: str, out: Path) -> None:
 
 
 def start(config: RunConfig, out: Path) -> BaseProcess:
-    process = processes.Process(target=train_in_a_process, args=(config.model_dump_json(), out))
-    process.start()
-    return process
+    return forks.start(train_in_a_process, config.model_dump_json(), out)
 
 
 def finish(config: RunConfig, out: Path) -> float:

@@ -22,11 +22,11 @@ from pipelines.training.gpt_task import GPTTask
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.statistics_file import Record, Statistics, read_statistics
 from pipelines.training.train import train
+from tests import forks
 from tests.conftest import SilentReporter
 from tests.long import long
 from tests.pipelines.training.double_precision import bound, double_precision
 from tests.pipelines.training.processes import Job, carry_out
-from tests.pipelines.training.test_kills import processes
 from tests.pipelines.training.test_resume import assert_same_run
 
 Make = Callable[..., RunConfig]
@@ -200,8 +200,7 @@ def train_until_killed(config: str, out: Path, step: int, saved: str) -> None:
 
 
 def killed_at(config: RunConfig, out: Path, step: int, saved: str) -> None:
-    process = processes.Process(target=train_until_killed, args=(config.model_dump_json(), out, step, saved))
-    process.start()
+    process = forks.start(train_until_killed, config.model_dump_json(), out, step, saved)
     process.join()
     assert process.exitcode == -signal.SIGKILL
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +17,15 @@ import torch
 import torch.distributed as dist
 
 from pipelines.training.watchdog import Watchdog
+from tests import forks
 from tests.long import long
 
 TIMEOUT_S = 3.0
 BOUND_S = 60.0
 """Much more than the timeout, for a machine under load, and much less than what hangs here would take."""
 
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pipelines.training.watchdog"])
 
-
-def serve_store(ports: multiprocessing.SimpleQueue[int]) -> None:
+def serve_store(ports: SimpleQueue[int]) -> None:
     """Keep a store, as the launcher does, until killed."""
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     ports.put(store.port)
@@ -92,15 +90,12 @@ def a_run(tmp_path: Path) -> Iterator[Callable[..., SimpleNamespace]]:
     started: list[BaseProcess] = []
 
     def start(work: Callable[..., None]) -> SimpleNamespace:
-        ports: multiprocessing.SimpleQueue[int] = processes.SimpleQueue()
-        server = processes.Process(target=serve_store, args=(ports,))
+        ports: SimpleQueue[int] = forks.context.SimpleQueue()
+        server = forks.start(serve_store, ports)
         started.append(server)
-        server.start()
         port = ports.get()
-        workers = [processes.Process(target=run, args=(work, port, rank, tmp_path)) for rank in range(2)]
+        workers = [forks.start(run, work, port, rank, tmp_path) for rank in range(2)]
         started.extend(workers)
-        for worker in workers:
-            worker.start()
         while len(list(tmp_path.glob("begun-*"))) < 2:
             time.sleep(0.01)
         return SimpleNamespace(server=server, workers=workers, folder=tmp_path)

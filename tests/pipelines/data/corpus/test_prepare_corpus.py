@@ -25,6 +25,8 @@ from pipelines.errors import AsgoError, RunInterrupted, UsageError
 
 from .mirrors import Preparation, contents, expected_shards, shards_in, write_mirror
 
+pytestmark = pytest.mark.usefixtures("forked_children")  # test_kills.py starts them as the command does
+
 SMALL = {"shards": 4, "shard_tokens": 20_000, "workers": 2}
 
 
