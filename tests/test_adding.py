@@ -48,28 +48,47 @@ def insert(file: Path, after: str, text: str) -> None:
     file.write_text(whole.replace(after, after + text))
 
 
-def asgo(source: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(source: Path, *command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-P", "-m", "asgo_cli", *arguments]
-    ended = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-P", *command], cwd=source, env=environment, capture_output=True, text=True
+    )
     assert ended.returncode == code, ended.stderr
     return ended
+
+
+def asgo(source: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    return run(source, "-m", "asgo_cli", *arguments, code=code)
+
+
+# Commands one after the other in one process, which loads torch once.
+IN_TURN = """
+import json, sys
+from asgo_cli.app import main
+for words in json.loads(sys.argv[1]):
+    sys.argv = ["asgo", *words]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, words
+"""
 
 
 def test_an_optimizer_trains_with_its_settings_recorded_by_path_and_by_name(extended: Path, token_folder: Path) -> None:
     """Both ways of the page: the runs are equal."""
     small = [f"--set={key}={value}" for key, value in SMALL.items()]
-    losses = {}
+    losses, lines, runs = {}, [], {}
     for command in re.findall(r"^asgo (train gpt .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE):
         words = command.split()
         words[words.index("data/mine")] = str(token_folder)
         name = words[words.index("--optimizer") + 1]
-        run = f"run-{len(losses)}"
-        asgo(extended, *words, *small, "--out", run)
-        settings = json.loads((extended / run / "config.json").read_text())["config"]["optimizer"]
+        runs[name] = f"run-{len(runs)}"
+        lines += [[*words, *small, "--out", runs[name]], ["train", "gpt", "--resume", "--out", runs[name]]]
+    run(extended, "-c", IN_TURN, json.dumps(lines))
+    for name, folder in runs.items():
+        settings = json.loads((extended / folder / "config.json").read_text())["config"]["optimizer"]
         assert (settings["name"], settings["lr"], settings["weight_decay"]) == (name, 3e-4, 0.1)
-        asgo(extended, "train", "gpt", "--resume", "--out", run)
-        rows = [json.loads(line) for line in (extended / run / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (extended / folder / "metrics.jsonl").read_text().splitlines()]
         losses[name] = [row["loss"] for row in rows if row["split"] == "val"]
     assert losses["./lion.py:Lion"] == losses["lion"]
     assert losses["lion"][-1] < losses["lion"][0]

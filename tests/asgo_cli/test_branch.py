@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from asgo_cli import app as command_line
 from pipelines.training.run_folder import RunFolder
+from tests import command_lines
 from tests.conftest import SMALL
 from tests.pipelines.training.test_resume import assert_same_run
 
@@ -21,33 +20,37 @@ CONSTANT = ("--set", "schedule.kind=constant", "--set", "schedule.warmup_fractio
 
 
 @pytest.fixture
-def asgo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Asgo:
+def asgo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Asgo:
     """Run a command in an empty folder; returns its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["asgo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            command_line.main()
-        captured = capsys.readouterr()
-        return int(exit_.value.code or 0), captured.out + captured.err
+        result = command_lines.asgo(*arguments)
+        return result.code, result.out + result.err
 
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def begin(token_folder: Path) -> tuple[object, ...]:
     settings = [f"--set={key}={value}" for key, value in SMALL.items() if not key.startswith(("training.s", "check"))]
     return ("train", "gpt", "--preset", "tiny", "--optimizer", "asgo", "--data", token_folder, *settings)
 
 
-@pytest.fixture
-def trunk(asgo: Asgo, begin: tuple[object, ...]) -> str:
+@pytest.fixture(scope="module")
+def trained(begin: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 6 steps with checkpoints at 2, 4 and 6."""
-    code, words = asgo(
-        *begin, *CONSTANT, "--steps", 6, "--out", "trunk", "--set", "checkpoint.every=2", "--set", "checkpoint.keep=9"
-    )
-    assert code == 0, words
+    folder = tmp_path_factory.mktemp("trained")
+    checkpoints = ("--set", "checkpoint.every=2", "--set", "checkpoint.keep=9")
+    done = command_lines.asgo(*begin, *CONSTANT, "--steps", 6, "--out", "trunk", *checkpoints, folder=folder)
+    assert done.code == 0, done.err
+    return folder / "trunk"
+
+
+@pytest.fixture
+def trunk(asgo: Asgo, trained: Path) -> str:
+    """A copy of it in the working directory."""
+    shutil.copytree(trained, "trunk")
     return "trunk"
 
 

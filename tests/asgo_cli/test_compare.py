@@ -4,30 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from asgo_cli import console
 from pipelines.analysis.comparison.figures import FIGURES
 from pipelines.analysis.comparison.report import check_report_folder
 from pipelines.analysis.comparison.rules import RULES
 from pipelines.errors import UsageError
+from tests.command_lines import Result, asgo
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 FINALS = {"asgo": (3.0, 3.01, 3.02), "adamw": (3.2, 3.21, 3.25)}
-
-
-def compare(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "asgo_cli", "compare", *arguments],
-        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +33,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def compared(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The command, with a target."""
-    return compare(folder, "runs", "--target", "3.1")
+def compared(folder: Path) -> Result:
+    """The command, with a target, on a terminal of 80 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(console.data, "width", 80)
+        return asgo("compare", "runs", "--target", "3.1", folder=folder)
 
 
-def test_the_terminal_tells_who_won_and_where_the_report_is(compared: subprocess.CompletedProcess[str]) -> None:
-    assert compared.returncode == 0, compared.stderr
-    asgo = next(line for line in compared.stdout.splitlines() if line.startswith("│ asgo"))
-    assert [cell.strip() for cell in asgo.strip("│").split("│")][:2] == ["asgo", "3"]
-    assert f"{np.mean(FINALS['asgo']):.4f} ± " in asgo
-    assert max(map(len, compared.stdout.splitlines())) <= 80
-    *warnings, won, page, following = compared.stderr.splitlines()
+def test_the_terminal_tells_who_won_and_where_the_report_is(compared: Result) -> None:
+    assert compared.code == 0, compared.err
+    row = next(line for line in compared.out.splitlines() if line.startswith("│ asgo"))
+    assert [cell.strip() for cell in row.strip("│").split("│")][:2] == ["asgo", "3"]
+    assert f"{np.mean(FINALS['asgo']):.4f} ± " in row
+    assert max(map(len, compared.out.splitlines())) <= 80
+    *warnings, won, page, following = compared.err.splitlines()
     assert any(line.startswith("warning: ") and "muon (at step 90 of 160)" in line for line in warnings)
     assert won.startswith("asgo wins: it ends at 3.0100, 0.2100 (95% interval")
     assert page == "report/index.html: the report; figures and tables are in the same folder"
     assert following == "next: python -m webbrowser report/index.html"
 
 
-def test_the_report_holds_the_page_the_figures_and_the_tables(
-    folder: Path, compared: subprocess.CompletedProcess[str]
-) -> None:
-    assert compared.returncode == 0, compared.stderr
+def test_the_report_holds_the_page_the_figures_and_the_tables(folder: Path, compared: Result) -> None:
+    assert compared.code == 0, compared.err
     report = folder / "report"
     assert "asgo compare runs --target 3.1" in (report / "index.html").read_text(encoding="utf-8")
     drawn = {path.stem for path in (report / "figures").iterdir()}
@@ -77,12 +67,10 @@ def test_the_report_holds_the_page_the_figures_and_the_tables(
     assert (report / "tables/runs.md").read_text(encoding="utf-8").startswith("| run | entry | seed |")
 
 
-def test_json_is_the_numbers_and_replaces_an_earlier_report(
-    folder: Path, compared: subprocess.CompletedProcess[str]
-) -> None:
+def test_json_is_the_numbers_and_replaces_an_earlier_report(folder: Path, compared: Result) -> None:
     before = (folder / "report/index.html").stat().st_mtime_ns
-    result = compare(folder, "runs/asgo-s0", "runs/adamw-s0", "--json", "--confidence", "0.9")
-    numbers = json.loads(result.stdout)
+    result = asgo("compare", "runs/asgo-s0", "runs/adamw-s0", "--json", "--confidence", "0.9", folder=folder)
+    numbers = json.loads(result.out)
     assert numbers["contenders"] == ["asgo", "adamw"]
     assert [row["final_loss"] for row in numbers["entries"]] == [3.0, 3.2]
     assert numbers["verdicts"][0]["outcome"] == "cannot tell"
@@ -113,15 +101,13 @@ def test_a_rule_has_a_table_and_a_line_for_each_reason(tmp_path: Path) -> None:
 
 def test_what_is_not_a_report_stays_as_it_is(folder: Path) -> None:
     kept = (folder / "runs/muon/metrics.jsonl").read_bytes()
-    result = compare(folder, "runs", "--out", "runs")
-    assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error: runs: exists and is not a report; choose another --out\n"
+    result = asgo("compare", "runs", "--out", "runs", folder=folder)
+    assert (result.code, result.out) == (2, "")
+    assert result.err == "error: runs: exists and is not a report; choose another --out\n"
     assert (folder / "runs/muon/metrics.jsonl").read_bytes() == kept
 
 
-def test_a_report_with_something_of_the_users_in_it_is_not_replaced(
-    folder: Path, compared: subprocess.CompletedProcess[str]
-) -> None:
+def test_a_report_with_something_of_the_users_in_it_is_not_replaced(folder: Path, compared: Result) -> None:
     note = folder / "report/figures/mine.png"
     note.touch()
     with pytest.raises(UsageError, match=r"report: contains figures/mine.png beside a report; move it away, or"):
@@ -134,7 +120,7 @@ def test_a_report_with_something_of_the_users_in_it_is_not_replaced(
 
 
 def test_a_path_without_runs_is_one_line(folder: Path) -> None:
-    result = compare(folder, "nowhere", "--out", "new")
-    assert result.returncode == 2
-    assert result.stderr == "error: nowhere: no such folder; give runs, or folders of runs\n"
+    result = asgo("compare", "nowhere", "--out", "new", folder=folder)
+    assert result.code == 2
+    assert result.err == "error: nowhere: no such folder; give runs, or folders of runs\n"
     assert not (folder / "new").exists()

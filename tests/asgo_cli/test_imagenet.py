@@ -18,6 +18,7 @@ from asgo_cli import data, train
 from pipelines.data.imagenet.hub import REPOSITORY
 from pipelines.data.images.manifest import load_image_manifest
 from pipelines.errors import UsageError
+from tests import command_lines
 from tests.hub import Hub, Status, client_environment, refusing_endpoint
 from tests.pipelines.data.imagenet.archive_makers import pictures, write_archives
 from tests.pipelines.data.imagenet.hub_makers import write_hub_copy
@@ -140,9 +141,8 @@ def test_the_archives_address_is_refused_for_the_hub(tmp_path: Path):
 
 def test_a_dry_run_says_what_would_be_trained(archives: Path, tmp_path: Path):
     asgo_data("imagenet", "--archives", archives, "--out", tmp_path / "data", "--no-extract")
-    command = [sys.executable, "-m", "asgo_cli", "train", "imagenet", "--data", str(tmp_path / "data"), "--dry-run"]
-    command += ["--model", "squeezenet1_1", "--steps", "10", "--device", "cpu", "--workers", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    small = ["--model", "squeezenet1_1", "--steps", "10", "--device", "cpu", "--workers", "1"]
+    done = command_lines.asgo("train", "imagenet", "--data", tmp_path / "data", "--dry-run", *small)
+    assert done.code == 0, done.err
     for words in ("squeezenet1_1, 724,035 parameters", "256 images", "2,560 (106.67 epochs)"):
-        assert words in done.stdout
+        assert words in done.out

@@ -73,23 +73,14 @@ def final_weights(run: Path) -> bytes:
     return (newest / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def finished(
-    token_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A sweep of two good runs and, between them, one that diverges, in two slots."""
-    folder = tmp_path_factory.mktemp("sweep")
-    write_sweep(folder / "my.toml", token_folder, GOOD[0], DIVERGING, GOOD[1])
-    return folder, run_sweep(folder, "my.toml", "--slots", 2)
-
-
 @long
-def test_a_diverging_run_leaves_the_others_alone_and_is_listed(finished) -> None:  # type: ignore[no-untyped-def]
-    folder, result = finished
+def test_a_diverging_run_leaves_the_others_alone_and_is_listed(token_folder: Path, tmp_path: Path) -> None:
+    write_sweep(tmp_path / "my.toml", token_folder, GOOD[0], DIVERGING, GOOD[1])
+    result = run_sweep(tmp_path, "my.toml", "--slots", 2)
     assert result.returncode == 1, result.stderr
     (error,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "run wild-s42 failed: step 2: the loss is" in error
-    log = folder / "runs/my/sweep/wild-s42.log"
+    log = tmp_path / "runs/my/sweep/wild-s42.log"
     assert error.endswith("its log: runs/my/sweep/wild-s42.log")
     assert "the loss is" in log.read_text()
     words = result.stderr.splitlines()
@@ -100,18 +91,14 @@ def test_a_diverging_run_leaves_the_others_alone_and_is_listed(finished) -> None
     assert states == {"a-s42": "done", "wild-s42": "failed", "b-s42": "done"}
 
 
-def test_what_is_done_is_not_done_again(finished, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    folder, _ = finished
-    monkeypatch.chdir(folder)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("[ab]-s42/**/*") if path.is_file()}
-    text = Path("my.toml").read_text().replace('name = "wild"', 'name = "a-again"')
-    document = [part for part in text.split("[[runs]]") if "a-again" not in part]
-    Path("two.toml").write_text("[[runs]]".join(document))
-    monkeypatch.setattr(sys, "argv", ["asgo", "sweep", "two.toml", "--out", "runs/my", "--json"])
-    with pytest.raises(SystemExit) as exit_:
-        command_line.main()
+def test_what_is_done_is_not_done_again(token_folder: Path, tmp_path: Path, monkeypatch, capsys, reporter) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    definition = write_sweep(tmp_path / "my.toml", token_folder, *GOOD)
+    for run in resolve_runs(read_sweep(str(definition)), assignment_layer([])):
+        train(run.config, Path("runs/my", run.name), reporter)
+    before = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*") if path.is_file()}
+    assert asgo(monkeypatch, "my.toml", "--json") == 0
     captured = capsys.readouterr()
-    assert exit_.value.code == 0
     assert "2 of 2 runs are done already" in captured.err
     results = json.loads(captured.out)
     assert results["failures"] == []

@@ -15,32 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from asgo_cli import app as command_line
+from tests import command_lines
 from tests.conftest import SMALL
 
 SETTINGS = [part for key, value in SMALL.items() for part in ("--set", f"{key}={value}")]
 
 
-class Result:
-    """What a command printed and returned."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
 @pytest.fixture
-def asgo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):  # type: ignore[no-untyped-def]
+def asgo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
     """Run a command in an empty folder, through the error boundary."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["asgo", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_:
-            command_line.main()
-        captured = capsys.readouterr()
-        return Result(int(exit_.value.code or 0), captured.out, captured.err)
-
-    return run
+    return command_lines.asgo
 
 
 @pytest.fixture
