@@ -14,7 +14,7 @@ demo: $(VENV)/.asgo
 	$(BIN)/asgo demo
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
@@ -22,7 +22,7 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 check: lint
-	ASGO_TESTS=all $(BIN)/pytest -n 2 --durations=25
+	ASGO_TESTS=all $(BIN)/pytest -n 2 --dist worksteal --durations=25
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import random
 import re
 import shutil
@@ -85,6 +86,11 @@ def reason_to_leave(words: list[str]) -> str | None:
     return next((why for key, why in ELSEWHERE.items() for word in words if key in re.split("[:/]", word)), None)
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Files of tensors, which are only ever replaced, are linked: they are tens of megabytes."""
+    (os.link if source.endswith(".safetensors") else shutil.copy2)(source, target)
+
+
 @pytest.mark.parametrize("words", list(commands()))
 def test_a_command_in_the_documents_does_its_work(
     words: list[str], request: pytest.FixtureRequest, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -92,7 +98,7 @@ def test_a_command_in_the_documents_does_its_work(
     reason = reason_to_leave(words)
     if reason is not None:
         pytest.skip(reason)
-    shutil.copytree(world, tmp_path / "world")
+    shutil.copytree(world, tmp_path / "world", copy_function=link_or_copy)
     monkeypatch.chdir(tmp_path / "world")
     page = request.node.callspec.id.partition(":")[0]
     Path("my.toml").write_text(FILES.get(page, ""))

@@ -31,8 +31,8 @@ def test_the_quadratics_hessian_is_a_kronecker_product_of_condition_1000() -> No
     m, n = 24, 40
     # Van Loan and Pitsianis: B ⊗ A, with its blocks as rows, is the outer product of B's and A's entries: of rank 1.
     blocks = full.reshape(n, m, n, m).transpose(0, 2, 1, 3).reshape(n * n, m * m)
-    assert blocks * blocks[0, 0] == pytest.approx(np.outer(blocks[:, 0], blocks[0]), abs=1e-14)
-    assert full == pytest.approx(full.T, abs=1e-14)
+    np.testing.assert_allclose(blocks * blocks[0, 0], np.outer(blocks[:, 0], blocks[0]), rtol=1e-6, atol=1e-14)
+    np.testing.assert_allclose(full, full.T, rtol=1e-6, atol=1e-14)
     eigenvalues = np.linalg.eigvalsh(full)
     assert eigenvalues[-1] / eigenvalues[0] == pytest.approx(1000)
     assert eigenvalues[-1] == pytest.approx(1)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from optim import OPTIMIZER_NAMES
+from tests.long import sampled
 
 from . import sharded_jobs as jobs
 from .ranks import Ranks, ranks
@@ -26,7 +27,7 @@ def four() -> Iterator[Ranks]:
         yield group
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_NAMES)
+@pytest.mark.parametrize("name", sampled(OPTIMIZER_NAMES, *EVERY_KIND_OF_STATE))
 def test_sharded_steps_are_the_unsharded_ones(four: Ranks, name):
     results = four.run(jobs.compare, LAYOUTS, name)
     for layout in LAYOUTS:

@@ -14,6 +14,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.errors import UsageError
+from tests.long import long
 
 
 @pytest.fixture
@@ -56,6 +57,16 @@ def test_a_temporary_folder_of_the_users_own_stays(shared: Path) -> None:
     assert tempfile.gettempdir() == str(shared)
 
 
+def test_each_instruction_set_has_a_folder_of_its_own(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = set()
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+        use_private_compiler_cache()
+        folders.add(cache_dir())
+    assert len(folders) == 2
+
+
 def test_a_cache_that_the_user_names_must_be_safe(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,6 +80,7 @@ def test_a_cache_that_the_user_names_must_be_safe(
         use_private_compiler_cache()
 
 
+@long
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this CPU has one instruction set")
 def test_code_for_another_instruction_set_is_not_used(tmp_path: Path) -> None:
     """Two nodes may share a home folder. With one cache, the second would compile loops made for wider vectors."""

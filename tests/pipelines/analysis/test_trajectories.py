@@ -13,6 +13,7 @@ from models.functions import FUNCTIONS, PAPER_FUNCTIONS
 from pipelines.analysis.optimizer_settings import default_settings, parse_settings
 from pipelines.analysis.trajectories import Trajectory, choose_functions, gradient_noise, run_trajectories
 from pipelines.errors import UsageError
+from tests.long import LONG
 
 Points = npt.NDArray[np.float64]
 Gradient = Callable[[float, float], tuple[float, float]]
@@ -36,6 +37,11 @@ GRADIENTS: dict[str, Gradient] = {
     "beale": beale_gradient,
     "rosenbrock": lambda x, y: (-2 * (1 - x) - 400 * x * (y - x**2), 200 * (y - x**2)),
 }
+
+
+STEPS = {name: FUNCTIONS[name].steps for name in GRADIENTS}
+if not LONG:
+    STEPS["beale"] = 2_000  # of 20,000
 
 
 class Adam:
@@ -78,10 +84,10 @@ class AccAsro(Adam):
 
 def reference_run(name: str, setting: int, error: float = 0.0) -> Points:
     """All points of a run, `(steps + 1, 2)`; each gradient is wrong by a share of at most `error`."""
-    function, noise = FUNCTIONS[name], random.Random(0)
-    rule_x, rule_y = ([Adam(0.01), Adam(0.2), AccAsro(function.steps)][setting] for _ in range(2))
-    points = [function.start]
-    for _ in range(function.steps):
+    noise = random.Random(0)
+    rule_x, rule_y = ([Adam(0.01), Adam(0.2), AccAsro(STEPS[name])][setting] for _ in range(2))
+    points = [FUNCTIONS[name].start]
+    for _ in range(STEPS[name]):
         x, y = points[-1]
         along_x, along_y = GRADIENTS[name](x, y)
         along_x, along_y = along_x * (1 + noise.uniform(-error, error)), along_y * (1 + noise.uniform(-error, error))
@@ -91,7 +97,7 @@ def reference_run(name: str, setting: int, error: float = 0.0) -> Points:
 
 @functools.cache
 def default_runs(name: str) -> list[Trajectory]:
-    return run_trajectories(FUNCTIONS[name], default_settings())
+    return run_trajectories(FUNCTIONS[name], default_settings(), steps=STEPS[name])
 
 
 @pytest.mark.parametrize("setting", range(3), ids=["adam_0.01", "adam_0.2", "accasro"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -33,12 +34,17 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare_runs([folder])
 
 
-def drawn(comparison: Comparison, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
+def draw(comparison: Comparison) -> dict[str, Figure]:
     """The figures, before they become files."""
     kept: dict[str, Figure] = {}
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: kept.setdefault(path.stem, figure))
-    write_figures(comparison, folder)
+    with mock.patch.object(figures, "save_figure", lambda figure, path: kept.setdefault(path.stem, figure)):
+        write_figures(comparison, Path())
     return kept
+
+
+@pytest.fixture(scope="module")
+def drawn(comparison: Comparison) -> dict[str, Figure]:
+    return draw(comparison)
 
 
 def test_every_figure_is_written_as_png_and_pdf(comparison: Comparison, tmp_path: Path) -> None:
@@ -51,10 +57,8 @@ def test_every_figure_is_written_as_png_and_pdf(comparison: Comparison, tmp_path
 
 
 @pytest.mark.parametrize(("abscissa", "last"), [("steps", 160), ("tokens", 160 * 2048), ("seconds", 80)])
-def test_losses_are_drawn_over_steps_tokens_and_seconds(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abscissa: str, last: float
-) -> None:
-    training, validation = drawn(comparison, tmp_path, monkeypatch)[f"loss-{abscissa}"].axes
+def test_losses_are_drawn_over_steps_tokens_and_seconds(drawn: dict[str, Figure], abscissa: str, last: float) -> None:
+    training, validation = drawn[f"loss-{abscissa}"].axes
     asgo, adamw, target = validation.lines
     np.testing.assert_allclose(asgo.get_xdata(), [0, last / 2, last])
     np.testing.assert_allclose(asgo.get_ydata(), [5.0, (5 + 3.05) / 2, 3.05])
@@ -66,18 +70,16 @@ def test_losses_are_drawn_over_steps_tokens_and_seconds(
     assert len(training.lines) == 2
 
 
-def test_a_diverged_run_is_drawn_beside_the_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverged_run_is_drawn_beside_the_band(tmp_path: Path) -> None:
     write_run(tmp_path / "good", falling_to(3.0), TRAIN, seed=1)
     write_run(tmp_path / "lost", {0: 5.0, 160: 7.0}, TRAIN, seed=2)
-    training, validation = drawn(compare_runs([tmp_path]), tmp_path, monkeypatch)["loss-steps"].axes
+    training, validation = draw(compare_runs([tmp_path]))["loss-steps"].axes
     assert [line.get_ydata()[-1] for line in validation.lines] == [3.0, 7.0]
     assert len(training.lines) == 2
 
 
-def test_final_losses_show_every_seed_and_the_interval(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (axes,) = drawn(comparison, tmp_path, monkeypatch)["final-losses"].axes
+def test_final_losses_show_every_seed_and_the_interval(comparison: Comparison, drawn: dict[str, Figure]) -> None:
+    (axes,) = drawn["final-losses"].axes
     assert [label.get_text() for label in axes.get_yticklabels()] == [entry.label for entry in shown(comparison)]
     interval, seeds, mean = axes.lines[:3]
     final = comparison.contenders[0].final
@@ -87,10 +89,8 @@ def test_final_losses_show_every_seed_and_the_interval(
     assert list(mean.get_xdata()) == [pytest.approx(3.05)]
 
 
-def test_learning_rates_show_what_diverged_and_what_was_stopped(
-    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (axes,) = drawn(comparison, tmp_path, monkeypatch)["sensitivity"].axes
+def test_learning_rates_show_what_diverged_and_what_was_stopped(drawn: dict[str, Figure]) -> None:
+    (axes,) = drawn["sensitivity"].axes
     assert axes.get_xscale() == "log"
     (cross,) = [line for line in axes.lines if line.get_marker() == "x"]
     assert list(cross.get_xdata()) == [0.5]
@@ -129,8 +129,8 @@ def test_one_far_off_does_not_press_the_others_into_a_line() -> None:
     assert without_outliers(3.0, [3.0]) == 3.0
 
 
-def test_the_target_is_in_the_legend(comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_target_is_in_the_legend(comparison: Comparison, drawn: dict[str, Figure]) -> None:
     assert comparison.target is not None
     for name in ("loss-steps", "final-losses"):
-        (legend,) = drawn(comparison, tmp_path, monkeypatch)[name].legends
+        (legend,) = drawn[name].legends
         assert f"target, {comparison.target.loss:.4f}" in [text.get_text() for text in legend.get_texts()]

@@ -310,7 +310,7 @@ def test_what_datasets_once_stored_is_not_taken_for_the_hub(hub: Hub, expected: 
     ("fault", "attempts", "what"),
     [
         (protocol.Status(503), 2, "HTTP 503 Service Unavailable: status 503, made by the test"),
-        (Drop(), 2, "Server disconnected without sending a response."),
+        pytest.param(Drop(), 2, "Server disconnected without sending a response.", marks=long),
         (Truncate(0.6), 3, "ArrowInvalid: Parquet magic bytes not found"),
     ],
     ids=["503", "dropped", "truncated"],
