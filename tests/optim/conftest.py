@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
-from optim import matrix_functions
+from optim import matrix_functions, native
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +17,9 @@ def _float32_products_on_every_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return matrix.device.type != "cpu" and fast(matrix)
 
     monkeypatch.setattr(matrix_functions, "_has_fast_bfloat16", on_devices)
+
+
+@pytest.fixture(autouse=True)
+def _kernels_as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that another test trained in this process may have switched them off."""
+    monkeypatch.setattr(native, "_wanted", True)
