@@ -25,6 +25,8 @@ _LONGEST_SIDE = 5
 _PARAMETERS_OF_A_SHAPE = 3
 _OPTIMIZER = ""
 """Name of the state that belongs to no parameter."""
+_STRIDES = "/strides"
+"""Key of the strides of tensors that are not contiguous; checkpoints hold contiguous ones."""
 _GLOBAL_RANK = 0
 """The optimizer draws the same random numbers on all ranks: else their replicas would differ."""
 
@@ -106,7 +108,9 @@ class ImportedOptimizer:
         own = _changes(self._global_state(), self._fresh)
         if "groups" in own:
             own["members"] = members  # a branch may have other groups
-        return pack_states({**states, _OPTIMIZER: own}, tensors)
+        values = pack_states({**states, _OPTIMIZER: own}, tensors)
+        strides = {name: tensor.stride() for name, tensor in tensors.items() if not tensor.is_contiguous()}
+        return {**values, _STRIDES: strides} if strides else values
 
     def _members(self) -> list[list[str]]:
         """Return the names of the parameters of each group."""
@@ -114,7 +118,9 @@ class ImportedOptimizer:
 
     def load_state(self, tensors: Tensors, values: dict[str, Any]) -> None:
         """Load what `gather_state` returned into a new optimizer."""
-        states = unpack_states(tensors, values)
+        strides = values.get(_STRIDES, {})
+        tensors = {name: _laid_out(tensor, strides.get(name)) for name, tensor in tensors.items()}
+        states = unpack_states(tensors, {name: value for name, value in values.items() if name != _STRIDES})
         saved = states.pop(_OPTIMIZER, {})
         group_of = {name: index for index, names in enumerate(saved.pop("members", [])) for name in names}
         changed = saved.pop("groups", {})
@@ -209,7 +215,7 @@ def rehearse(
                 first.optimizer.zero_grad()
             tensors: Tensors = {}
             values = first.gather_state(tensors)
-        saved = {key: tensor.clone() for key, tensor in tensors.items()}
+        saved = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
         warning = f"{name}: this run cannot be resumed exactly: "
         try:
             second, loaded = new()
@@ -263,6 +269,18 @@ def _small(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
     ]
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     return {**copy.deepcopy({key: value for key, value in group.items() if key != "params"}), "params": params}
+
+
+def _laid_out(tensor: Tensor, strides: Sequence[int] | None) -> Tensor:
+    """Return a copy with these strides; contiguous if there are none, or if elements would overlap.
+
+    Trap: matrix kernels round differently for a transposed matrix, and for one that starts at an odd address, as the
+    tensors of a file may.
+    """
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides or (), strict=False))
+    if strides is None or extent != tensor.numel():
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
 
 
 def _changes(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any]:
