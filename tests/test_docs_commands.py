@@ -35,6 +35,8 @@ ELSEWHERE = {
     "imagenet": "needs ImageNet: tests/asgo_cli/test_imagenet.py makes archives",
     "bench": "measures for minutes: tests/asgo_cli/test_bench*.py do it on less",
     "lion": "is to be added: tests/test_adding.py does it",
+    "lion.py": "is to be written: tests/test_adding.py does it",
+    "trunk": "needs a run of thousands of steps: tests/asgo_cli/test_branch.py does it on less",
     "track3": "needs the benchmark's shards; tests/asgo_cli/test_compare.py makes runs for its rule",
     "shakespeare": "needs a network, or --input",
     "results": "trains for an hour: `make results` does it, and tests/test_results.py looks at what it made",

@@ -78,7 +78,8 @@ class Choice:
         if self.library == OURS:
             keywords = {**_OUR_KEYWORDS.get(self.optimizer, {}), **self.keywords}
             return [build_optimizer(model, self.optimizer, total_steps=_TOTAL_STEPS, **keywords)]
-        cls = import_optimizer(split_optimizer(self.name)[0])
+        joint = ":" if self.library.endswith(".py") else "."
+        cls = import_optimizer(f"{self.library}{joint}{self.optimizer}")
         if (self.library, self.optimizer) == ("torch", "Muon"):
             matrices, others = _split(model, max_dims=2)
             muon = cls(matrices, **self.keywords)
@@ -124,7 +125,7 @@ def parse_choice(text: str) -> Choice:
         if path is None:
             library, optimizer = OURS, spec_of(name).name
         else:
-            library, optimizer = path.place.partition(".")[0] if not path.is_file else path.place, path.name
+            library, optimizer = path.place, path.name
             import_optimizer(name)
         values = {key: parse_value(each) for key, each in texts.items()}
         keywords = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -184,7 +184,7 @@ def test_without_a_budget_every_first_step_is_the_only_one(asgo: Run) -> None:
     [
         (("--model", "gpt3-layer"), "unknown model 'gpt3-layer'; did you mean 'gpt2-layer'?"),
         (("--optimizer", "asgoo"), "--optimizer asgoo: unknown optimizer: 'asgoo'; did you mean 'asgo'?"),
-        (("--optimizer", "heavyball.SOAP"), "heavyball is not installed; pip install heavyball, or choose another"),
+        (("--optimizer", "heavyball.SOAP"), "heavyball is not installed: pip install heavyball"),
         (("--optimizer", "asgo:root_steps=0"), "invalid root_steps: 0"),
         (("--repeats", "0"), "--repeats"),
         (("--threads", "0"), "--threads"),

@@ -113,7 +113,7 @@ def test_without_sizes_a_cpu_gets_a_small_one_that_says_so(asgo: Run, monkeypatc
     ("arguments", "message"),
     [
         (("--model", "gpt2-layer"), "--model: unknown model 'gpt2-layer'; known: gpt2, asro-gpt"),
-        (("--optimizer", "torch.Muon"), "--optimizer torch.Muon: unknown optimizer 'torch.Muon'; known: asgo"),
+        (("--optimizer", "torch.Muonn"), "--optimizer torch.Muonn: unknown optimizer of torch.optim: 'Muonn'; did you"),
         (("--optimizer", "asgo:lr=fast"), "--optimizer asgo:lr=fast: optimizer.lr = 'fast': should be a valid number"),
         (("--micro-batch-size", "3"), "--micro-batch-size 3: does not divide the batch of 4"),
         (("--batch-size", "0"), "--batch-size"),

@@ -85,18 +85,18 @@ def test_a_rule_has_a_table_and_a_line_for_each_reason(tmp_path: Path) -> None:
         write_run(tmp_path / f"runs/muon-s{seed}", falling_to(final), optimizer="muon", seed=seed, **terms)
     terms["data__order"] = "shuffled"
     write_run(tmp_path / "runs/asgo", falling_to(3.2), optimizer="asgo", **terms)
-    result = compare(tmp_path, "runs", "--rule", "track3")
-    assert result.returncode == 0, result.stderr
-    table = result.stdout[result.stdout.index("margin") :]
+    result = asgo("compare", "runs", "--rule", "track3", folder=tmp_path)
+    assert result.code == 0, result.err
+    table = result.out[result.out.index("margin") :]
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in table.splitlines() if "│" in line]
     assert ["muon", "2", "3.2745", "+0.0078", "met", "1", "160"] in rows
-    assert max(map(len, result.stdout.splitlines())) <= 80
-    reasons = [line.partition("track3: ")[2] for line in result.stderr.splitlines() if "warning: track3: " in line]
+    assert max(map(len, result.out.splitlines())) <= 80
+    reasons = [line.partition("track3: ")[2] for line in result.err.splitlines() if "warning: track3: " in line]
     assert reasons == [
         "asgo order=shuffled does not qualify: data.order is shuffled, and the rule needs sequential.",
         "asgo order=shuffled: a single run; more runs, with seeds fixed in advance, are better evidence.",
     ]
-    assert "Rule track3: (3.28 − mean final loss) · √n ≥ 0.004 over all n runs" in result.stderr
+    assert "Rule track3: (3.28 − mean final loss) · √n ≥ 0.004 over all n runs" in result.err
 
 
 def test_what_is_not_a_report_stays_as_it_is(folder: Path) -> None:

@@ -270,7 +270,7 @@ def test_the_largest_divisor(number: int, at_most: int, divisor: int) -> None:
         ({"model": "gpt3"}, "--model: unknown model 'gpt3'; did you mean 'gpt2'?"),
         ({"micro_batch_size": 3}, "--micro-batch-size 3: does not divide the batch of 4"),
         ({"optimizers": ["asgoo"]}, "--optimizer asgoo: unknown optimizer 'asgoo'; did you mean 'asgo'?"),
-        ({"optimizers": ["torch.Muon"]}, "unknown optimizer 'torch.Muon'"),
+        ({"optimizers": ["torch.Muonn"]}, "unknown optimizer of torch.optim: 'Muonn'"),
         ({"optimizers": ["asgo:beta2"]}, "--optimizer asgo:beta2: 'beta2' is not key=value"),
         (
             {"optimizers": ["asgo:beta2=1.5"]},
