@@ -8,7 +8,14 @@ from pathlib import Path
 from pipelines.optimizers import OPTIMIZER_NAMES, OWN_NAMES
 
 OPTIMIZERS, OWN_OPTIMIZERS = OPTIMIZER_NAMES, OWN_NAMES
-SWEEPS = ("asro-gpt-paper", "asro-imagenet-paper", "asgo-gpt2-paper", "asgo-nanogpt-paper", "asgo-nanogpt-search")
+SWEEPS = (
+    "asro-gpt-paper",
+    "asro-imagenet-paper",
+    "asgo-gpt2-paper",
+    "asgo-nanogpt-paper",
+    "asgo-nanogpt-search",
+    "track3-small",
+)
 TRACKERS = ("tensorboard", "wandb")
 CLASSIFIERS = (
     "efficientnet_b0",

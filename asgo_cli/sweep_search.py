@@ -10,6 +10,7 @@ from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
 from pipelines.errors import AsgoError
+from pipelines.optimizers import short_key
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
@@ -91,8 +92,8 @@ def _points(contender: Contender) -> str:
     if contender.search.sampler == "grid":
         (key,) = contender.search.space
         points = [point[key] for point in contender.first_points()]
-        return f"{_short_key(key)} {min(points):.3g} to {max(points):.3g}, {len(points)} points"
-    return ", ".join(_short_key(key) for key in contender.search.space)
+        return f"{short_key(key)} {min(points):.3g} to {max(points):.3g}, {len(points)} points"
+    return ", ".join(short_key(key) for key in contender.search.space)
 
 
 def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
@@ -155,10 +156,6 @@ def _words(settings: Mapping[str, Any] | None) -> str:
     if settings is None:
         return ""
     return ", ".join(
-        f"{_short_key(key)} {value:.4g}" if isinstance(value, float) else f"{_short_key(key)} {value}"
+        f"{short_key(key)} {value:.4g}" if isinstance(value, float) else f"{short_key(key)} {value}"
         for key, value in settings.items()
     )
-
-
-def _short_key(key: str) -> str:
-    return key.split(".")[-1]

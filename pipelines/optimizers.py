@@ -84,6 +84,11 @@ def join_key(parts: Iterable[str]) -> str:
     return ".".join(f'"{part}"' if "." in part else part for part in parts)
 
 
+def short_key(key: str) -> str:
+    """Return the last part of a key; with the part of the model before it, as in `embedding.lr`."""
+    return key.removeprefix("optimizer.parts.") if key.startswith("optimizer.parts.") else key.split(".")[-1]
+
+
 def parse_value(text: str) -> Any:
     """Parse a TOML value, Python's `True`, `False` and `.5`, or numbers with commas (a list); else return the text.
 

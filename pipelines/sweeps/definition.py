@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.config import RunConfig, flatten
 from pipelines.errors import UsageError
+from pipelines.optimizers import short_key
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
 from pipelines.steps import alternatives_of, resolve_run
 from pipelines.sweeps.search_table import Search, read_search
@@ -245,7 +246,7 @@ def _variants(sweep: Sweep, base: tuple[Layer, ...]) -> list[Variant]:
 
 def _short(key: str, value: Any) -> str:
     """Return a setting as a part of a folder name: `lr0.001`, or the optimizer's name alone."""
-    label = "" if key == "optimizer.name" else key.split(".")[-1]
+    label = "" if key == "optimizer.name" else short_key(key)
     text = "_".join(map(str, value)) if isinstance(value, list) else str(value)
     return label + re.sub(r"[^A-Za-z0-9.-]+", "_", text).strip("._")  # ./FILE.py:Class must not be a hidden folder
 
