@@ -69,7 +69,7 @@ WorkersOption = Annotated[
 ]
 InitFromOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="Local Hugging Face GPT-2 folder: its weights and shape to begin with."),
+    typer.Option(metavar="FOLDER", help="Local Hugging Face GPT-2 or Llama folder: weights and shape to begin with."),
 ]
 StepsOption = Annotated[int | None, typer.Option(metavar="N", help="Optimizer steps.", show_default="the preset's")]
 LrOption = Annotated[float | None, typer.Option(metavar="X", help="Peak learning rate.", show_default="the preset's")]

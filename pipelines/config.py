@@ -644,7 +644,7 @@ class GPTRunConfig(RunConfig):
     training: GPTTrainingSettings
     evaluation: GPTEvaluationSettings
     init_from: LocalPath | None = None
-    """A local Hugging Face GPT-2 folder with the initial weights; random ones if absent."""
+    """A local Hugging Face folder, of a GPT-2 or Llama, with the initial weights; random ones if absent."""
     initial_weights_sha256: str | None = None
     """SHA-256 of those weights."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pipelines.config import RunConfig
 from pipelines.errors import UsageError
-from pipelines.gpt2.initial_model import resolve_with_initial_model
+from pipelines.hf.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer
 from pipelines.tasks import task_of
 

@@ -60,7 +60,7 @@ LAYERS = (
     {"errors", "storage", "locking", "shell", "stopping", "optimizers", "imported_optimizers"},
     {"config", "resolve", "compiler_cache", "tensors"},
     {"data"},
-    {"gpt2"},
+    {"hf"},
     {"tasks", "steps"},
     {"training"},
     {"exchange", "generation"},

@@ -41,9 +41,9 @@ def _length(config: GPTRunConfig) -> Fraction:
 
 
 def _export_to_hugging_face(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Path) -> str:
-    from pipelines.exchange.gpt2_export import write_gpt2
+    from pipelines.exchange.hf_export import write_hf
 
-    return write_gpt2(checkpoint, config, folder, out)
+    return write_hf(checkpoint, config, folder, out)
 
 
 GPT = TaskDescription(

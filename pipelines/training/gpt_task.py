@@ -14,8 +14,8 @@ from models.gpt import next_token_loss
 from pipelines.config import DecoderSettings, GPTRunConfig
 from pipelines.data.batches import TrainingBatches, ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
-from pipelines.gpt2.initial_model import refuse_other_vocabulary
-from pipelines.gpt2.initial_weights import load_initial_weights
+from pipelines.hf.initial_model import refuse_other_vocabulary
+from pipelines.hf.initial_weights import load_initial_weights
 from pipelines.tensors import Tensors, require_same_names
 from pipelines.training.device import autocast, memory_bytes, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
@@ -98,7 +98,7 @@ class GPTTask:
         self._dtype = pick_precision(training, device)
 
     def load_initial_weights(self) -> None:
-        """Load the weights of `init_from`; raises like `pipelines.gpt2.initial_weights.load_initial_weights`."""
+        """Load the weights of `init_from`; raises like `pipelines.hf.initial_weights.load_initial_weights`."""
         load_initial_weights(self.model, self._config)
 
     def micro_batches(self, step: int) -> Iterator[Batch]:

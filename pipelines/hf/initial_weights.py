@@ -10,9 +10,10 @@ from torch import nn
 
 from pipelines.config import GPTRunConfig
 from pipelines.errors import AsgoError, UsageError
-from pipelines.gpt2.initial_model import InitialModel, open_initial_model, refuse_contradictions
-from pipelines.gpt2.weights import from_gpt2
+from pipelines.hf.initial_model import InitialModel, open_initial_model, refuse_contradictions
 from pipelines.tensors import Tensors, copy_into, model_tensors
+
+_POSITIONS = "position_embedding.weight"
 
 
 def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:
@@ -26,22 +27,24 @@ def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:
     initial = open_initial_model(Path(config.init_from))
     refuse_contradictions(config, initial)
     settings = config.model
-    tensors = from_gpt2(_read(initial), settings.n_layers, settings.tied_head, config.init_from)
-    positions = tensors["position_embedding.weight"]
-    tensors["position_embedding.weight"] = positions[: settings.context_length]
+    tensors = initial.architecture.from_weights(_read(initial), settings.n_layers, settings.tied_head)
+    if _POSITIONS in tensors:
+        tensors[_POSITIONS] = tensors[_POSITIONS][: settings.context_length]
     if not settings.bias:
         tensors = _without_biases(tensors, config.init_from)
     copy_into(model_tensors(model), tensors, config.init_from)
 
 
 def _read(initial: InitialModel) -> Tensors:
-    tensors: Tensors = {}
+    """Return the weights in float32, by names without prefix."""
+    found: Tensors = {}
     for path in initial.weights:
         try:
-            tensors |= safetensors.torch.load_file(path)
+            tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise AsgoError(f"{path}: damaged: {error}") from None
-    return tensors
+        found |= {name.removeprefix(initial.architecture.PREFIX): tensor.float() for name, tensor in tensors.items()}
+    return found
 
 
 def _without_biases(tensors: Tensors, folder: str) -> Tensors:

@@ -17,7 +17,7 @@ from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.data.batches import ValidationBatches, open_token_data
 from pipelines.errors import AsgoError, UsageError
 from pipelines.exchange.export import export_model
-from pipelines.gpt2.initial_model import resolve_with_initial_model
+from pipelines.hf.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer, preset_layer
 from pipelines.training.run_folder import RunFolder, checkpoint_folders
 from pipelines.training.train import train
@@ -215,7 +215,7 @@ def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama'; only gpt2 is supported"),
+        ({"model_type": "bert"}, "model_type is 'bert'; supported: gpt2, llama"),
         ({"activation_function": "relu"}, "activation_function is 'relu'; supported: gelu, gelu_new"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"scale_attn_weights": False}, "scale_attn_weights is False; only True is supported"),
@@ -272,7 +272,7 @@ def test_damaged_folders_are_refused_in_one_line(
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     tensors = load_file(weights)
-    for without, message in (("transformer.h.1.attn.c_attn.bias", "has no 'h.1.attn.c_attn.bias'"), (None, "'extra'")):
+    for without, message in (("transformer.h.1.attn.c_attn.bias", "have no 'h.1.attn.c_attn.bias'"), (None, "'extra'")):
         kept = {name: tensor for name, tensor in tensors.items() if name != without}
         save_file(kept if without else {**kept, "extra": torch.zeros(1)}, weights)
         with pytest.raises(AsgoError, match=message):

@@ -1,4 +1,4 @@
-"""Open the local Hugging Face GPT-2 of `init_from`, which defines the model's settings. Does not import torch."""
+"""Open the local Hugging Face model of `init_from`, which defines the model's settings. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.errors import AsgoError, UsageError
-from pipelines.gpt2.config import from_gpt2_config, problems_of
+from pipelines.hf import gpt2, llama
+from pipelines.hf.architecture import Architecture
 from pipelines.resolve import Layer, resolve
 from pipelines.storage import parse_json, refuse_file, sha256_of
 
@@ -21,17 +22,22 @@ _CONFIG = "config.json"
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLE = "pytorch_model*.bin"
+_HEAD = "lm_head.weight"
+_DROPOUT = "model.dropout"
 _LARGEST_PADDING = 255
 """Maximum of extra rows in the embedding: models pad the vocabulary to a multiple of 64 to 256."""
+_ARCHITECTURES: dict[str, Architecture] = {"gpt2": gpt2, "llama": llama}
+"""Architectures by `model_type`."""
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """A verified folder with a GPT-2."""
+    """A verified folder with a model."""
 
     folder: Path
+    architecture: Architecture
     shape: dict[str, Any]
-    """Keys of `GPTSettings`."""
+    """Keys of the decoder's settings."""
     weights: tuple[Path, ...]
     """Safetensors files; together they hold every tensor once."""
 
@@ -45,7 +51,7 @@ class InitialModel:
 def open_initial_model(folder: Path) -> InitialModel:
     """Read the configuration and find the files of weights.
 
-    Raises `UsageError` unless the folder holds a GPT-2 in safetensors, and `AsgoError` if the weights are damaged.
+    Raises `UsageError` unless the folder holds a supported model in safetensors, and `AsgoError` if a file is damaged.
     """
     refuse_file(folder)
     if not folder.is_dir():
@@ -54,52 +60,65 @@ def open_initial_model(folder: Path) -> InitialModel:
             "such as `hf download NAME --local-dir FOLDER` makes"
         )
     config = _read_json(folder / _CONFIG)
-    problems = problems_of(config)
+    model_type = config.get("model_type")
+    if model_type not in [*_ARCHITECTURES]:  # a list, since what stands in a file may have no hash
+        raise UsageError(f"{folder / _CONFIG}: model_type is {model_type!r}; supported: {', '.join(_ARCHITECTURES)}")
+    architecture = _ARCHITECTURES[model_type]
+    problems = architecture.problems_of(config)
     if problems:
         raise UsageError("\n".join(f"{folder / _CONFIG}: {problem}" for problem in problems))
-    weights = _weight_files(folder)
-    _require_sizes(folder / _CONFIG, config, weights)
-    return InitialModel(folder, from_gpt2_config(config), weights)
+    initial = InitialModel(folder, architecture, architecture.from_config(config), _weight_files(folder))
+    _require_weights(initial, architecture.sizes_of(config))
+    return initial
 
 
-def _require_sizes(path: Path, config: Mapping[str, Any], weights: Sequence[Path]) -> None:
-    """Raise `UsageError` unless the weights have the sizes in the configuration, which determine memory use."""
+def _require_weights(initial: InitialModel, sizes: Mapping[str, list[int]]) -> None:
+    """Raise `UsageError` unless the files have all weights of the configuration, no others, and `sizes`.
+
+    The sizes determine memory use: this comes before anything is allocated.
+    """
+    path, architecture, prefix = initial.folder / _CONFIG, initial.architecture, initial.architecture.PREFIX
     shapes: dict[str, list[int]] = {}
-    for file in weights:
+    for file in initial.weights:
         try:
             with safe_open(file, framework="np") as tensors:
                 names = tensors.keys()
-                shapes |= {name.removeprefix("transformer."): tensors.get_slice(name).get_shape() for name in names}
+                shapes |= {name.removeprefix(prefix): tensors.get_slice(name).get_shape() for name in names}
         except SafetensorError as error:
             raise AsgoError(f"{file}: damaged: {error}") from None
-    width, last = config["n_embd"], config["n_layer"] - 1
-    expected = {
-        "wte.weight": [config["vocab_size"], width],
-        "wpe.weight": [config["n_positions"], width],
-        f"h.{last}.mlp.c_fc.weight": [width, config.get("n_inner") or 4 * width],
-    }
-    for name, shape in expected.items():
+    for name, shape in sizes.items():
         if shapes.get(name) != shape:
             found = "none" if name not in shapes else f"one of {' x '.join(map(str, shapes[name]))}"
             raise UsageError(f"{path}: {name} should be {' x '.join(map(str, shape))}, but the weights have {found}")
-    if f"h.{last + 1}.ln_1.weight" in shapes:
-        raise UsageError(f"{path}: n_layer is {last + 1}, but the weights have more layers")
+    # Not more layers than weights: the number is not trusted yet. Names are missing all the same.
+    n_layers = min(initial.shape["n_layers"], len(shapes))
+    expected = architecture.weight_names(n_layers, initial.shape["tied_head"])
+    missing, unknown = expected - shapes.keys(), shapes.keys() - expected - {_HEAD}  # some files also hold a tied head
+    if missing:
+        raise UsageError(f"{path}: of another model: the weights have no {min(missing)!r}")
+    for name in sorted(unknown):
+        if not name.endswith(architecture.BUFFERS):
+            raise UsageError(f"{path}: of another model: the weights also have {name!r}")
 
 
 def resolve_with_initial_model(layers: Sequence[Layer]) -> RunConfig:
-    """Merge layers like `resolve`. If a layer sets `init_from`, that model's settings override the lowest layer.
+    """Merge layers like `resolve`. If a layer sets `init_from`, that model's settings replace the lowest layer's.
 
-    A resumed run, whose configuration is the lowest layer, does not need the folder.
-    Raises `UsageError` if the folder holds no GPT-2, or if settings contradict it.
+    Only dropout stays, which belongs to a run. A resumed run, whose configuration is the lowest layer, does not need
+    the folder. Raises `UsageError` if the folder holds no supported model, or if settings contradict it.
     """
     base, *given = layers
     folder = next((layer.values["init_from"] for layer in reversed(layers) if "init_from" in layer.values), None)
     if folder in (None, base.values.get("init_from")):
         return resolve(layers)
     initial = open_initial_model(Path(str(folder)))
+    kinds = [layer.values["model.kind"] for layer in given if "model.kind" in layer.values]
+    if kinds and kinds[-1] != initial.shape["kind"]:  # `resolve` would refuse each key of the other kind
+        raise UsageError(f"model.kind is {kinds[-1]}, but {initial.shape['kind']} in {folder}: leave it out")
+    kept = {key: value for key, value in base.values.items() if key == _DROPOUT or not key.startswith("model.")}
     values = {f"model.{key}": value for key, value in initial.shape.items()}
     beginning = Layer(str(folder), {**values, "initial_weights_sha256": initial.sha256})
-    config = resolve([base, beginning, *given])
+    config = resolve([Layer(base.source, kept), beginning, *given])
     assert isinstance(config, GPTRunConfig)
     refuse_contradictions(config, initial)
     return config
@@ -108,14 +127,15 @@ def resolve_with_initial_model(layers: Sequence[Layer]) -> RunConfig:
 def refuse_contradictions(config: GPTRunConfig, initial: InitialModel) -> None:
     """Raise `UsageError` with a line for each setting of the model that differs from the initial model.
 
-    A shorter context is allowed: the first positions are used. So is `bias=false`; `load_initial_weights` requires that
-    all biases are zero.
+    A shorter context is allowed: the first positions are used. So is `bias=false` for a model with biases;
+    `load_initial_weights` requires that all biases are zero.
     """
     asked = config.model.model_dump()
+    allowed = {"context_length", "bias"} if initial.shape["bias"] else {"context_length"}
     problems = [
-        f"model.{key} is {asked[key]}, but {value} in {initial.folder}: leave it out"
+        f"model.{key} is {asked.get(key)}, but {value} in {initial.folder}: leave it out"
         for key, value in initial.shape.items()
-        if key not in ("context_length", "bias") and asked[key] != value
+        if key not in allowed and asked.get(key) != value
     ]
     longest = initial.shape["context_length"]
     if config.model.context_length > longest:
