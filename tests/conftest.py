@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,9 @@ from tests import forks
 
 torch.set_num_threads(1)
 separate_instruction_sets()
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # Under nohup, commands that tests start would ignore SIGHUP too. A handler is not inherited.
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
