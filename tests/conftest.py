@@ -23,9 +23,10 @@ from tests import forks
 
 torch.set_num_threads(1)
 separate_instruction_sets()
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # Under nohup, commands that tests start would ignore SIGHUP too. A handler is not inherited.
-    signal.signal(signal.SIGHUP, lambda *_: None)
+for _number in (signal.SIGHUP, signal.SIGINT):
+    # Ignored under nohup, and in the background of a shell script: commands that tests start would ignore it too.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)  # a handler is not inherited
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
