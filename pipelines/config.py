@@ -259,7 +259,7 @@ class TransformerSettings(DecoderSettings):
     bias: bool = False
     """Whether linear layers, the head too, and layer norms have biases."""
     tied_head: bool = False
-    softcap: NonNegativeFloat = 0.0
+    softcap: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Bound c of the logits; 0 for none."""
     softcap_form: Literal["sqrt", "tanh"] = "sqrt"
     """c · z / √(z² + c²), or c · tanh(z / c)."""
@@ -304,7 +304,7 @@ class TransformerSettings(DecoderSettings):
             raise ValueError(f"rotary_fraction={self.rotary_fraction} of {d_head // 2} pairs is not a whole number")
         for key, ties in (("init", ("gpt2",)), ("embedding_dtype", ("float32",))):
             if self.tied_head and getattr(self, key) not in ties:
-                raise ValueError(f"{key}={getattr(self, key)} is not for a head too; use tied_head=false")
+                raise ValueError(f"{key}={getattr(self, key)} needs a head of its own; set tied_head=false")
         return self
 
 

@@ -260,6 +260,9 @@ def _explain(
     origin = source or _origin(key, sources)
     where = f"{origin}: {place}{key}".rstrip(".: ")
     kind, value = details["type"], details["input"]
+    if kind == "missing" and isinstance(details["loc"][-1], int):
+        values = ".".join(loc[:-1])
+        return f"{_origin(key, sources)}: {place}{values} = {value!r}: should have more values"
     if kind == "missing":
         return f"{place}{key} is missing: set it with --set {place}{key}=VALUE or in a --config file"
     if kind == "extra_forbidden":
@@ -272,7 +275,7 @@ def _explain(
         return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}{paths}"
     if kind == "value_error":
         return f"{where}: {details['msg'].removeprefix('Value error, ')}"
-    message = details["msg"].removeprefix("Input ")
+    message = details["msg"].removeprefix("Input ").replace("a valid tuple", "a list of values")
     nearest = _nearest_literal(details, value)
     return f"{where} = {value!r}: {message}{nearest}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,7 +296,11 @@ def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     """
     name, keywords = config.optimizer.name, config.optimizer_keywords()
     parts: dict[str, Any] = {part: {} for part in config.schedule.named_parts}
-    keywords["parts"] = {**parts, **keywords.get("parts", {})}
+    parts |= keywords.get("parts", {})
+    if getattr(config.model, "tied_head", False) and "head" in parts:  # a preset may have them for an untied head
+        del parts["head"]
+        warnings.warn("optimizer.parts.head has no effect: the head has the weight of the embedding", stacklevel=2)
+    keywords["parts"] = parts
     if not config.optimizer.is_imported:
         try:
             return build_optimizer(model, name, config.training.steps, **keywords)

@@ -276,7 +276,6 @@ def test_an_error_in_a_step_is_one_line_and_leaves_the_checkpoint(
         ({"optimizer__momentum": "much"}, "its keyword momentum takes a number, not 'much'"),
         ({"optimizer__parts__vectors__momentun": 7}, "unknown keyword in parts.vectors: 'momentun'; did you mean 'mom"),
         ({"optimizer__parts__vectors__lr": -1}, "parts.vectors: lr is -1; it must be a number >= 0"),
-        ({"optimizer__parts__head__lr": 1.0}, "parts.head: the model has no such parameters"),
         ({"optimizer__name": "torch.SGD.x"}, "torch is|it does not import"),
     ],
 )
@@ -388,3 +387,15 @@ def test_runs_with_other_code_are_other_contenders(
     train(config.model_copy(update={"seed": 8}), tmp_path / "edited", reporter)
     one, two, edited = (identity(settings_of(read_run(run, tmp_path / run))) for run in ("one", "two", "edited"))
     assert one == two != edited
+
+
+def test_a_preset_for_an_untied_head_trains_a_tied_one(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """The settings of the part head have no parameters then, and a warning says so."""
+    config = small_config(optimizer__name="muon", optimizer__parts__head__lr=1.0)
+    with pytest.warns(UserWarning, match=r"optimizer\.parts\.head has no effect"):
+        rows = train(config, tmp_path / "tied", reporter)
+    assert [row["loss"] for row in rows] == [
+        row["loss"] for row in train(small_config(optimizer__name="muon"), tmp_path / "plain", reporter)
+    ]
