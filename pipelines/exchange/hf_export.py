@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from pipelines.config import DecoderSettings, GPTRunConfig, TransformerSettings
+from pipelines.config import DecoderSettings, GPTRunConfig, GPTSettings, TransformerSettings
 from pipelines.data.tokenizers import CharsTokenizer, build_tokenizer
 from pipelines.errors import UsageError
 from pipelines.exchange.tokenizer_files import tokenizer_files
@@ -49,8 +49,10 @@ def write_hf(checkpoint: Checkpoint, config: GPTRunConfig, folder: Path, out: Pa
 
 
 def _architecture_of(settings: DecoderSettings, source: Path) -> Architecture:
-    if not isinstance(settings, TransformerSettings):
+    if isinstance(settings, GPTSettings):
         return gpt2
+    if not isinstance(settings, TransformerSettings):
+        raise UsageError(f"{source}: --format hf does not support decoders of kind {settings.kind}")
     other = llama.other_parts(settings)
     if other:
         raise UsageError(f"{source}: --format hf writes a Llama, which cannot have {', '.join(other)}")
