@@ -301,10 +301,16 @@ def _changes(now: Mapping[Any, Any], before: Mapping[Any, Any]) -> dict[Any, Any
 
 
 def _merged(before: Mapping[Any, Any], changes: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return `before` with the entries that `_changes` returned."""
+    """Return `before` with the entries that `_changes` returned.
+
+    Trap: heavyball unpickles bytes of its `state_dict`, and would unpickle an array of bytes just as well. What `pack`
+    refuses in a new optimizer cannot have been saved, so a checkpoint that replaces it is forged. Raises `AsgoError`.
+    """
     merged = dict(before)
     for key, value in changes.items():
         old = before.get(key)
+        if isinstance(old, bytes | bytearray) or callable(old):
+            raise AsgoError(f"the optimizer's {key!r} is not something that asgo saves")
         merged[key] = _merged(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
     return merged
 

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from optim.sharded import ShardedOptimizer
+from pipelines.errors import AsgoError
+from pipelines.imported_optimizers import one_line
 from pipelines.tensors import Tensors, copy_into, model_tensors, whole
 from pipelines.training.average import WeightAverage
 from pipelines.training.clock import StepClock
@@ -93,9 +95,13 @@ class TrainState:
             copy_into(self.average.tensors, tensors, source)
 
     def load_optimizer(self, tensors: Tensors, scalars: dict[str, Any]) -> None:
-        """Load what `gather_optimizer` returned."""
+        """Load what `gather_optimizer` returned. Raises `AsgoError` if an optimizer of another library refuses it."""
         if self.imported is not None:
-            self.imported.load_state(tensors, scalars)
+            try:
+                self.imported.load_state(tensors, scalars)
+            except Exception as error:  # code of other libraries, and of a checkpoint that may be a stranger's
+                reason = str(error) if isinstance(error, AsgoError) else one_line(error)
+                raise AsgoError(f"the saved state of the optimizer cannot be loaded: {reason}") from error
             return
         by_name = unpack_states(tensors, scalars)
         if isinstance(self.optimizer, ShardedOptimizer):

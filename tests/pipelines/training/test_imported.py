@@ -16,7 +16,9 @@ from pipelines.analysis.comparison.read_runs import read_run
 from pipelines.analysis.comparison.settings import identity, settings_of
 from pipelines.config import GPTRunConfig, RunConfig
 from pipelines.errors import AsgoError, UsageError
+from pipelines.imported_optimizers import import_optimizer
 from pipelines.training.checkpoint import open_checkpoint
+from pipelines.training.imported import ImportedOptimizer
 from pipelines.training.lineage import BranchPoint
 from pipelines.training.packing import CannotPack, pack, same, unpack
 from pipelines.training.run_folder import RunFolder
@@ -399,3 +401,30 @@ def test_a_preset_for_an_untied_head_trains_a_tied_one(
     assert [row["loss"] for row in rows] == [
         row["loss"] for row in train(small_config(optimizer__name="muon"), tmp_path / "plain", reporter)
     ]
+
+
+UNPICKLES = """
+import pickle, torch
+class Unpickles(torch.optim.SGD):
+    '''Keeps pickled bytes in its state_dict and loads them, as heavyball does.'''
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr=lr)
+        self.register_state_dict_post_hook(lambda _, content: content.update(own={"schedule": pickle.dumps(3)}))
+        self.register_load_state_dict_pre_hook(lambda _, content: pickle.loads(content["own"]["schedule"]) and None)
+"""
+
+
+def test_a_forged_checkpoint_cannot_make_an_optimizer_unpickle_it(module: Callable[[str], str], tmp_path: Path) -> None:
+    """Its own bytes are made by its constructor and not saved. An array of bytes would be unpickled too."""
+    optimizer_class = import_optimizer(f"{module(UNPICKLES)}:Unpickles")
+    weight = torch.nn.Parameter(torch.ones(2))
+    imported = ImportedOptimizer(optimizer_class([weight]), {"weight": weight}, ["lr"])
+    tensors: dict[str, torch.Tensor] = {}
+    assert imported.gather_state(tensors) == {}
+    imported.load_state(tensors, {})
+    program = f"cos\nsystem\n(S'touch {tmp_path / 'executed'}'\ntR."
+    forged = {"bytes": torch.tensor(list(program.encode()), dtype=torch.uint8)}
+    values = {"/other": {"mapping": [["own", {"mapping": [["schedule", {"array": "bytes"}]]}]]}}
+    with pytest.raises(AsgoError, match="'schedule' is not something that asgo saves"):
+        imported.load_state(forged, values)
+    assert not (tmp_path / "executed").exists()
