@@ -21,7 +21,7 @@ from asgo_cli.live import clear_left_over
 from asgo_cli.machines import GRACE_S, TICK_S, CutOff, Machines, Stopped, first_of
 from asgo_cli.worker import LAUNCHER, OUTCOMES, Kind, Outcome, read_outcomes
 from pipelines.errors import AsgoError, RunInterrupted
-from pipelines.stopping import stop_signals
+from pipelines.stopping import handling_stop_signals
 
 _TICKS_A_POLL = 10
 
@@ -238,12 +238,8 @@ def _recorded_signals() -> Iterator[list[signal.Signals]]:
     def record(number: int, _frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    before = {number: signal.signal(number, record) for number in stop_signals()}
-    try:
+    with handling_stop_signals(record):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

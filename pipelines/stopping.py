@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 INTERRUPTED = 130
@@ -40,12 +40,19 @@ def stop_on_signals() -> Iterator[StopRequest]:
             _interrupt(number, frame)
         request.signal_name = signal.Signals(number).name
 
-    before = {number: signal.signal(number, request_stop) for number in stop_signals()}
-    try:
+    with handling_stop_signals(request_stop):
         yield request
+
+
+@contextlib.contextmanager
+def handling_stop_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Context manager in which `handler` receives the signals that request to save and stop."""
+    before = {number: signal.signal(number, handler) for number in stop_signals()}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def stop_signals() -> list[signal.Signals]:
