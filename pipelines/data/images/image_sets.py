@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -35,7 +37,10 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class ImageData:
-    """An open data set. Training images are sorted by (class, name), validation images by name."""
+    """An open data set. Training images are sorted by (class, name), validation images by name.
+
+    Both sets are `DecodedImages`, or neither.
+    """
 
     folder: Path
     classes: tuple[ImageClass, ...]
@@ -56,6 +61,8 @@ def open_images(folder: Path) -> ImageData:
         index = read_index(folder / index_file(split), manifest.class_ids, sha256)
         if manifest.layout == "extracted":
             sets[split] = _extracted(folder / split, index, manifest.class_ids)
+        elif manifest.image_shape is not None:
+            sets[split] = _decoded(folder / packed_file(split), index, manifest.class_ids, manifest.image_shape)
         else:
             sets[split] = _packed(folder, manifest, split, index)
     classes = tuple(ImageClass(each.id, each.name) for each in manifest.classes)
@@ -143,6 +150,37 @@ class PackedImages(_Images):
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None:
             os.close(self._descriptor)  # type: ignore[arg-type]
+
+
+class DecodedImages(_Images):
+    """Decoded images of one shape, in a memory-mapped file. `read` returns the raw pixels."""
+
+    def __init__(self, path: Path, index: Index, class_ids: Sequence[str], shape: tuple[int, int, int]) -> None:
+        super().__init__(index, class_ids)
+        self._path = path
+        self._shape = shape
+
+    @functools.cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        """(images, height, width, channels), read-only; 1 or 3 channels."""
+        if not len(self):
+            return np.empty((0, *self._shape), np.uint8)  # an empty file cannot be mapped
+        return np.memmap(self._path, np.uint8, "r", shape=(len(self), *self._shape))
+
+    def read(self, index: int) -> bytes:
+        return bytes(self.pixels[index].data)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes map the file themselves.
+        return {name: value for name, value in self.__dict__.items() if name != "pixels"}
+
+
+def _decoded(path: Path, index: Index, class_ids: Sequence[str], shape: tuple[int, int, int]) -> DecodedImages:
+    size = len(index) * math.prod(shape)
+    if not path.is_file() or path.stat().st_size != size:
+        what = "missing" if not path.is_file() else f"{path.stat().st_size:,} bytes long, not {size:,}"
+        raise AsgoError(f"{path}: {what}; make the folder again with --overwrite")
+    return DecodedImages(path, index, class_ids, shape)
 
 
 def _packed(folder: Path, manifest: ImageManifest, split: str, index: Index) -> PackedImages:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
 from pipelines import shell
 from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed_json
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json, write_atomically
 
-Layout = Literal["extracted", "packed"]
+Layout = Literal["extracted", "packed", "decoded"]
 Recipe = Mapping[str, str]
 
 _KINDS = ("images", "imagenet")
@@ -61,12 +61,15 @@ class ImageManifest(_Made):
     """A complete data set: files in `train/<class id>` and `val/<class id>`, or "packed", one file per split.
 
     A packed split is either a source file, given in `containers`, which is read in place and must stay in
-    `source_folder`; or a copy of the images, described by `pieces`. `revision` is the commit of the source, if known.
+    `source_folder`; or a copy of the images, described by `pieces`. "decoded" is one file per split with the pixels of
+    all images, uint8 of `image_shape` (height, width, channels), one after another and described by `pieces`.
+    `revision` is the commit of the source, if known.
     `train_index` and `validation_index` are the SHA-256 of the index files. `fingerprint` depends only on the images
     and labels, not on the source and the layout.
     """
 
     layout: Layout
+    image_shape: Annotated[tuple[PositiveInt, PositiveInt, Literal[1, 3]] | None, Field(strict=False)] = None
     revision: str | None
     source_folder: str
     source_files: Annotated[tuple[SourceFile, ...], Field(strict=False)]
