@@ -5,12 +5,14 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-SWEEPS := shakespeare paper-settings accasro asgo
+SWEEPS := shakespeare paper-settings accasro asgo track3-small
+DATA-track3-small := shakespeare-bytes
 # Which figures of a comparison the pages show.
 FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
 FIGURES-paper-settings := final-losses loss-steps
 FIGURES-accasro := settings
 FIGURES-asgo := settings
+FIGURES-track3-small := final-losses loss-steps
 BENCHES := optimizers train data loader
 
 .PHONY: results
@@ -23,7 +25,7 @@ $(RESULTS)/functions/functions.json:
 	mv $(RUNS)/functions.json $@
 
 $(RESULTS)/%/entries.csv:
-	$(MAKE) $(RUNS)/data/manifest.json
+	$(MAKE) $(RUNS)/$(or $(DATA-$*),data)/manifest.json
 	$(BIN)/asgo sweep $(RESULTS)/$*/sweep.toml --out $(RUNS)/$* --slots $(SLOTS)
 	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$*
 	cp $(FIGURES-$*:%=$(RUNS)/reports/$*/figures/%.png) $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
@@ -35,3 +37,7 @@ $(RESULTS)/costs/%.txt:
 
 $(RUNS)/data/manifest.json:
 	$(BIN)/asgo data shakespeare --out $(RUNS)/data $(if $(TEXT),--input $(TEXT))
+
+$(RUNS)/shakespeare-bytes/manifest.json:
+	$(if $(TEXT),,$(error the sweep track3-small needs TEXT=tinyshakespeare.txt))
+	$(BIN)/asgo data text $(TEXT) --tokenizer bytes --val-fraction 0.05 --out $(RUNS)/shakespeare-bytes
