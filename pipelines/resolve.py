@@ -190,7 +190,25 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
         raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
     if isinstance(config.optimizer, ImportedOptimizerSettings):
         check_keywords(config.optimizer.name, config.optimizer.keywords)
-    return config
+    return _without_unused(config, layers[0].source, sources)
+
+
+def _without_unused(config: RunConfig, lowest: str, sources: Mapping[str, str]) -> RunConfig:
+    """Give keys of the model that have no effect their defaults, if a preset sets them; others are errors."""
+    model = config.model
+    defaults = {key: type(model).model_fields[key].default for key in model.without_effect()}
+    unused = {key: default for key, default in defaults.items() if getattr(model, key) != default}
+    problems = [
+        f"{sources[f'model.{key}']}: model.{key} = {getattr(model, key)!r}: has no effect with "
+        f"{model.without_effect()[key]}; leave it out"
+        for key in unused
+        if sources[f"model.{key}"] != lowest
+    ]
+    if problems:
+        raise UsageError("\n".join(problems))
+    if not (unused and lowest.startswith(_PRESET)):  # an older run keeps its configuration
+        return config
+    return config.model_copy(update={"model": model.model_copy(update=unused)})
 
 
 def _without_consequences(errors: list[ErrorDetails]) -> list[ErrorDetails]:

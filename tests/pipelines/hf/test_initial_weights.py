@@ -280,7 +280,8 @@ def test_symbols_that_the_data_does_not_have_are_told_once(
         train(config, tmp_path / "run", reporter, resume=resume)
     told = [line for line in reporter.notes if "unused" in line]
     assert told == [
-        f"{config.init_from}: {words} {config.data.folder} has 15 (chars); the data must be made with the model's tokenizer"
+        f"{config.init_from}: {words} {config.data.folder} has 15 (chars); the data must be made with the model's "
+        "tokenizer"
         for words in said
     ]
 
