@@ -160,7 +160,7 @@ def test_older_files_are_the_same_model(save: Save, begin: Make, symbols: int) -
 def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
     save: Save, begin: Make, tmp_path: Path, reporter: SilentReporter
 ) -> None:
-    """Also with a bfloat16 embedding, which FSDP2 shards apart. Only the sum of the micro-batches' losses is rounded."""
+    """Also with a bfloat16 embedding, which FSDP2 shards apart. Only the sum of the losses is rounded otherwise."""
     models: dict[str, tuple[Path, dict[str, Any]]] = {
         "tied": (save("tied", tie_word_embeddings=True), {}),
         "own head, in several files": (save("own", shard="20KB"), {"model__embedding_dtype": "bfloat16"}),
