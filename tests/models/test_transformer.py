@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from models.gpt import next_token_loss
-from models.transformer import Transformer, TransformerConfig, rotate
+from models.transformer import Rotary, Transformer, TransformerConfig, rotate
 from optim import build_optimizer
 from optim.groups import parts_of
 from pipelines.config import TransformerSettings
@@ -179,13 +180,34 @@ def test_logits_and_gradients_are_those_of_track_3() -> None:
     assert (embedding.float() - reference.float()).norm() < 2**-6 * reference.float().norm()
 
 
-def test_track_3_runs_in_bfloat16_between_a_bfloat16_embedding_and_float32_logits() -> None:
-    model, kinds = make(**TRACK3), []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _module, _args, output: kinds.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(tokens_of(1, 5)).dtype == torch.float32
-    assert kinds == [torch.bfloat16] * 2
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_track_3_runs_in_bfloat16_between_a_bfloat16_embedding_and_float32_logits(device: str) -> None:
+    """Fake tensors have the dtypes of a GPU's autocast, where normalizations return float32."""
+    kinds: list[torch.dtype] = []
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        kinds.append(output.dtype)
+
+    with FakeTensorMode(), torch.device(device), autocast_as_on(device):
+        model = make(**TRACK3)
+        for each in model.modules():
+            if not isinstance(each, (Transformer, nn.ModuleList, Rotary)):
+                each.register_forward_hook(note)
+        assert model(torch.empty(1, 5, dtype=torch.int64)).dtype == torch.float32
+    assert set(kinds) == {torch.bfloat16}
+
+
+@contextlib.contextmanager
+def autocast_as_on(device: str) -> Iterator[None]:
+    """`torch.autocast` to bfloat16, also for a device that this machine does not have."""
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    torch.set_autocast_dtype(device, torch.bfloat16)
+    torch.set_autocast_enabled(device, True)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device, before[0])
+        torch.set_autocast_dtype(device, before[1])
 
 
 def test_interleaved_pairs_are_complex_numbers_that_turn() -> None:
