@@ -92,7 +92,7 @@ def train(
 
     A step is forward, backward, accumulation, clipping and optimizer, as in `asgo train gpt`, on random tokens. In each
     round every optimizer takes one step; times are medians over the rounds. The baseline is the same model in plain
-    PyTorch, written like nanoGPT, or like the public scripts of Llama and track 3, with fused AdamW.
+    PyTorch, written like nanoGPT, Hugging Face's Llama, or track 3's script, with fused AdamW.
     """
     from pipelines.benchmarks.training import bench_training
     from pipelines.benchmarks.training_workload import DEFAULT_OPTIMIZERS, TrainingBenchSettings
