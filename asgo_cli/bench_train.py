@@ -12,6 +12,7 @@ from asgo_cli.names import OPTIMIZERS, completing
 from asgo_cli.options import Device
 from asgo_cli.progress import TurnsProgress
 from pipelines.shell import command
+from pipelines.tasks import TASKS
 
 if TYPE_CHECKING:
     from pipelines.benchmarks.training import TrainingMeasurement, TrainingReport
@@ -21,6 +22,7 @@ MODEL_NAMES = ("gpt2", "asro-gpt", "nanogpt", "tiny")
 EXAMPLES = examples(
     "asgo bench train",
     "asgo bench train --model gpt2 --optimizer asgo --optimizer adamw",
+    "asgo bench train --preset track3 --optimizer muon",
     "asgo bench train --optimizer asgo:precond_frequency=5 --json > bench.json",
 )
 
@@ -31,6 +33,14 @@ ModelOption = Annotated[
         help=f"Model to train: {', '.join(MODEL_NAMES)}.",
         show_default="gpt2, which is GPT-2 124 M, on a CUDA device; tiny elsewhere",
         autocompletion=completing(MODEL_NAMES),
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"The model and settings of a preset instead: {', '.join(TASKS['gpt'].presets)}.",
+        autocompletion=completing(TASKS["gpt"].presets),
     ),
 ]
 OptimizersOption = Annotated[
@@ -62,6 +72,7 @@ CompileOption = Annotated[
 
 def train(
     model: ModelOption = None,
+    preset: PresetOption = None,
     optimizer: OptimizersOption = None,
     batch_size: BatchSizeOption = None,
     micro_batch_size: MicroBatchSizeOption = None,
@@ -81,13 +92,14 @@ def train(
 
     A step is forward, backward, accumulation, clipping and optimizer, as in `asgo train gpt`, on random tokens. In each
     round every optimizer takes one step; times are medians over the rounds. The baseline is the same model in plain
-    PyTorch, written like nanoGPT, with fused AdamW.
+    PyTorch, written like nanoGPT, Hugging Face's Llama, or track 3's script, with fused AdamW.
     """
     from pipelines.benchmarks.training import bench_training
     from pipelines.benchmarks.training_workload import DEFAULT_OPTIMIZERS, TrainingBenchSettings
 
     settings = TrainingBenchSettings(
         model=model,
+        preset=preset,
         optimizers=optimizer or DEFAULT_OPTIMIZERS,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -106,7 +118,10 @@ def train(
     else:
         _show(report)
     chosen = [word for name in optimizer or [] for word in ("--optimizer", name)]
-    console.suggest_next(command("asgo", "bench", "optimizers", "--model", report.work.model, *chosen))
+    if preset is None:
+        console.suggest_next(command("asgo", "bench", "optimizers", "--model", report.work.model, *chosen))
+    else:
+        console.suggest_next(command("asgo", "train", "gpt", "--preset", preset, "--print-config"))
 
 
 def _show(report: TrainingReport) -> None:

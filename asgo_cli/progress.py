@@ -81,18 +81,20 @@ class TrainingProgress(RunBars):
     def trained(self, row: Row) -> None:
         """Move the bar."""
         self._metrics = f"{metrics_in_words(row, self._unit)}  "
-        self._show(row["step"])
+        self._show(row)
 
     def validated(self, row: Row) -> None:
         """Show the new validation loss."""
         accuracy = f", top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
         self._validation = f"{row['loss']:.4f}{accuracy}"
-        self._show(row["step"], is_last=row["step"] == self._total)
+        self._show(row)
 
-    def _show(self, step: int, *, is_last: bool = False) -> None:
-        text = f"{self._metrics}val {self._validation}"
+    def _show(self, row: Row) -> None:
+        step, text = row["step"], f"{self._metrics}val {self._validation}"
         self._progress.update(self._bar, completed=step, metrics=text)
-        self._lines.say(f"{self._name}  step {step}/{self._total}  {text}", is_last=is_last)
+        is_last = step == self._total
+        if not is_last or row["split"] == "val":  # a validation follows the last update
+            self._lines.say(f"{self._name}  step {step}/{self._total}  {text}", is_last=is_last)
 
     def hung(self, message: str) -> None:
         """Report that the run is stalled; the process ends afterwards."""

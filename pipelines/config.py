@@ -162,6 +162,10 @@ class ModelSettings(Settings, ABC):
     def title(self) -> str:
         """Display name of the model."""
 
+    def without_effect(self) -> dict[str, str]:
+        """Return the keys that have no effect, each with the setting that makes it so, such as `softcap=0`."""
+        return {}
+
 
 class DecoderSettings(ModelSettings):
     """Settings that every decoder has; one subclass for each `kind`. The data determines the vocabulary."""
@@ -221,9 +225,14 @@ class GPTSettings(DecoderSettings):
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
+        _require_divisor(self, "n_heads", "d_model")
         return self
+
+
+def _not_tiny(softcap: float) -> float:
+    if 0 < softcap < 1e-3:  # its square must not vanish in float32
+        raise ValueError(f"{softcap} is below 0.001; 0 switches the bound off")
+    return softcap
 
 
 class TransformerSettings(DecoderSettings):
@@ -238,7 +247,7 @@ class TransformerSettings(DecoderSettings):
     d_ff: Size
     norm: Literal["rms", "layer"] = "rms"
     norm_gain: bool = True
-    norm_eps: NonNegativeFloat = 1e-5
+    norm_eps: Annotated[float, Field(ge=0, le=1)] = 1e-5
     embedding_norm: bool = False
     """Whether the embedded tokens are normalized."""
     positions: Literal["rotary", "learned"] = "rotary"
@@ -253,17 +262,17 @@ class TransformerSettings(DecoderSettings):
     """Whether pairs turn by negative angles."""
     qk_norm: bool = False
     """Whether queries and keys are RMS-normalized in each head, without a gain."""
-    attention_scale: Positive | None = None
+    attention_scale: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Factor of the attention scores; 1 / √d_head if absent."""
     mlp: Literal["swiglu", "geglu", "gelu", "relu2"] = "swiglu"
     bias: bool = False
     """Whether linear layers, the head too, and layer norms have biases."""
     tied_head: bool = False
-    softcap: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    softcap: Annotated[float, Field(ge=0, le=1e6), AfterValidator(_not_tiny)] = 0.0
     """Bound c of the logits; 0 for none."""
     softcap_form: Literal["sqrt", "tanh"] = "sqrt"
     """c · z / √(z² + c²), or c · tanh(z / c)."""
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Coefficient of the z-loss, which is added to the training loss, not to the validation loss."""
     init: Literal["gpt2", "track3", "width-scaled"] = "gpt2"
     embedding_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -290,22 +299,47 @@ class TransformerSettings(DecoderSettings):
         parts |= {"n_kv_heads": self.n_kv_heads or self.n_heads}
         return Transformer(TransformerConfig(vocab_size=_round_up(vocab_size, self.vocab_multiple), **parts))
 
+    def without_effect(self) -> dict[str, str]:
+        rotary = [key for key in type(self).model_fields if key.startswith("rotary_")]
+        unused = dict.fromkeys(rotary, "positions=learned") if self.positions == "learned" else {}
+        return unused if self.softcap else {**unused, "softcap_form": "softcap=0"}
+
     @model_validator(mode="after")
-    def _parts_fit_together(self) -> Self:
-        if self.d_model % self.n_heads:
-            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
-        if self.n_kv_heads is not None and self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
-        d_head = self.d_model // self.n_heads
-        if self.positions == "rotary" and d_head % 2:
-            raise ValueError(f"positions=rotary needs an even head size; d_model / n_heads is {d_head}")
-        turning = self.rotary_fraction * (d_head // 2)
-        if self.positions == "rotary" and (turning < 0.5 or abs(turning - round(turning)) > 1e-6):
-            raise ValueError(f"rotary_fraction={self.rotary_fraction} of {d_head // 2} pairs is not a whole number")
+    def _heads_divide_width(self) -> Self:
+        is_rotary = self.positions == "rotary"
+        if is_rotary and self.d_model % 2:
+            raise ValueError(f"positions=rotary needs an even d_model, not {self.d_model}")
+        _require_divisor(self, "n_heads", "d_model", even_quotient=is_rotary)
+        if self.n_kv_heads is not None:
+            _require_divisor(self, "n_kv_heads", "n_heads")
+        pairs = self.d_model // self.n_heads // 2
+        turning = self.rotary_fraction * pairs
+        if is_rotary and (turning < 0.5 or abs(turning - round(turning)) > 1e-6):
+            fractions = f"a multiple of 1/{pairs}, since a head has {pairs} pairs"
+            raise ValueError(f"rotary_fraction={self.rotary_fraction} must be {fractions}")
+        return self
+
+    @model_validator(mode="after")
+    def _tied_heads_are_plain(self) -> Self:
         for key, ties in (("init", ("gpt2",)), ("embedding_dtype", ("float32",))):
             if self.tied_head and getattr(self, key) not in ties:
                 raise ValueError(f"{key}={getattr(self, key)} needs a head of its own; set tied_head=false")
         return self
+
+
+def _require_divisor(settings: ModelSettings, key: str, whole_key: str, *, even_quotient: bool = False) -> None:
+    """Raise `ValueError`, with the nearest values that would do, unless a setting divides another."""
+    value, whole = getattr(settings, key), getattr(settings, whole_key)
+    unit = 2 if even_quotient else 1
+    if whole % (unit * value) == 0:
+        return
+    right = [each for each in range(1, whole + 1) if whole % (unit * each) == 0]
+    nearest = [each for each in right if each < value][-1:] + [each for each in right if each > value][:1]
+    advice = f"{' or '.join(map(str, nearest))} would do"
+    if whole % value:
+        raise ValueError(f"{key}={value} does not divide {whole_key}={whole}; {advice}")
+    size = f"{whole_key} / {key} = {whole} / {value} = {whole // value}"
+    raise ValueError(f"positions=rotary needs an even head size, not {size}; {key}={advice}")
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from optim.specs import unknown_name
@@ -56,13 +57,30 @@ def import_optimizer(name: str) -> type[torch.optim.Optimizer]:
     path = import_path_of(name)
     if path is None:
         raise UsageError(f"--optimizer {name}: write an import path as module.Class or ./FILE.py:Class")
-    # On stdout, prints of the module would mix with the command's data.
-    with contextlib.redirect_stdout(sys.stderr), errors_named(name, "it does not import"):
+    with errors_named(name, "it does not import"):
         module = _load_file(Path(path.place).expanduser()) if path.is_file else _load_module(path)
     try:
         return _checked_class(path, module)
     except ValueError as error:
         raise UsageError(f"--optimizer {name}: {error}") from None
+
+
+class NotInstalled(UsageError):
+    """A module that is neither installed nor on the path."""
+
+
+def import_library(name: str) -> ModuleType:
+    """Import a module by name. Raises `NotInstalled`, or `UsageError` if the import fails, with one line."""
+    top = name.partition(".")[0]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # on stdout, its prints would mix with the command's data
+            return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also SystemExit
+        if isinstance(error, ModuleNotFoundError) and error.name == top:
+            raise NotInstalled(f"{top} is not installed") from None
+        raise UsageError(f"{name} does not import: {one_line(error)}") from error
 
 
 def named_constructor(name: str) -> Callable[..., torch.optim.Optimizer]:
@@ -169,7 +187,8 @@ def _load_file(file: Path) -> Any:
     sys.modules[module_name] = module  # dataclasses and torch.compile look the module up
     try:
         _search(file.resolve().parent)
-        spec.loader.exec_module(module)
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[module_name]
         raise
@@ -182,14 +201,12 @@ def _load_module(path: ImportPath) -> Any:
     if top not in sys.modules and importlib.util.find_spec(top) is None:
         _search(Path.cwd())
     try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name != top:
-            raise
+        return import_library(module_name)
+    except NotInstalled as error:
         # A misspelled name must not be installed: it may be somebody's trap.
         near = difflib.get_close_matches(top, _KNOWN, n=1)
         advice = f"did you mean {near[0]!r}" if near and near[0] != top else f"pip install {top}"
-        raise UsageError(f"{top} is not installed: {advice}, or ./FILE.py:{path.name} for a file") from None
+        raise UsageError(f"{error}: {advice}, or ./FILE.py:{path.name} for a file") from None
 
 
 def _search(folder: Path) -> None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipelines.config import (
+    DECODERS,
     IMPORTED,
     OPTIMIZER_SETTINGS,
     ImportedOptimizerSettings,
@@ -37,6 +38,9 @@ from pipelines.optimizers import (
     split_key,
 )
 from pipelines.storage import parse_json
+
+_PRESET = "preset "
+"""The source of a preset's layer begins with this."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def preset_layer(task: str, name: str) -> Layer:
     known = preset_names(task)
     if name not in known:
         raise UsageError(f"--preset: unknown preset {name!r}; {_hint(name, known)}")
-    return Layer(f"preset {name}", {**flatten(read_preset(name)), "preset": name})
+    return Layer(f"{_PRESET}{name}", {**flatten(read_preset(name)), "preset": name})
 
 
 def file_layer(path: Path) -> Layer:
@@ -180,12 +184,31 @@ def resolve(layers: Sequence[Layer]) -> RunConfig:
     try:
         config = kind.model_validate(nested)
     except ValidationError as error:
-        problems += [_explain(details, sources, kind) for details in _without_consequences(error.errors())]
+        known, other_kind = _without_other_kind(_without_consequences(error.errors()), layers, sources)
+        problems += [*other_kind, *(_explain(details, sources, kind) for details in known)]
     if problems or conflicts:
         raise UsageError("\n".join(dict.fromkeys([*conflicts, *problems])))
     if isinstance(config.optimizer, ImportedOptimizerSettings):
         check_keywords(config.optimizer.name, config.optimizer.keywords)
-    return config
+    return _without_unused(config, layers[0].source, sources)
+
+
+def _without_unused(config: RunConfig, lowest: str, sources: Mapping[str, str]) -> RunConfig:
+    """Give keys of the model that have no effect their defaults, if a preset sets them; others are errors."""
+    model = config.model
+    defaults = {key: type(model).model_fields[key].default for key in model.without_effect()}
+    unused = {key: default for key, default in defaults.items() if getattr(model, key) != default}
+    problems = [
+        f"{sources[f'model.{key}']}: model.{key} = {getattr(model, key)!r}: has no effect with "
+        f"{model.without_effect()[key]}; leave it out"
+        for key in unused
+        if sources[f"model.{key}"] != lowest
+    ]
+    if problems:
+        raise UsageError("\n".join(problems))
+    if not (unused and lowest.startswith(_PRESET)):  # an older run keeps its configuration
+        return config
+    return config.model_copy(update={"model": model.model_copy(update=unused)})
 
 
 def _without_consequences(errors: list[ErrorDetails]) -> list[ErrorDetails]:
@@ -193,6 +216,46 @@ def _without_consequences(errors: list[ErrorDetails]) -> list[ErrorDetails]:
     if all(details["loc"] != ("model", "kind") for details in errors):
         return errors
     return [details for details in errors if details["loc"][0] != "model" or details["loc"] == ("model", "kind")]
+
+
+def _without_other_kind(
+    errors: list[ErrorDetails], layers: Sequence[Layer], sources: Mapping[str, str]
+) -> tuple[list[ErrorDetails], list[str]]:
+    """Replace unknown keys of a decoder that a higher layer exchanged for one of another kind by one line."""
+    chosen = [index for index, layer in enumerate(layers) if "model.kind" in layer.values]
+    lower = layers[: chosen[-1]] if chosen else ()
+    places = {layer.source for layer in lower}
+    stale = [
+        details
+        for details in errors
+        if details["type"] == "extra_forbidden"
+        and details["loc"][0] == "model"
+        and sources.get(".".join(map(str, details["loc"]))) in places
+    ]
+    if not stale:
+        return errors, []
+    asked = layers[chosen[-1]]
+    kind = asked.values["model.kind"]
+    before = [(each.source, each.values["model.kind"]) for each in lower if "model.kind" in each.values]
+    source, other = before[-1] if before else (lower[0].source, "gpt")
+    keys = ", ".join(str(details["loc"][-1]) for details in stale)
+    problem = (
+        f"{asked.source}: model.kind = {kind!r}: the model of {source} is a {other!r}, with keys that a {kind!r} "
+        f"does not have: {keys}; {_how_to_get(kind, source)}"
+    )
+    return [details for details in errors if details not in stale], [problem]
+
+
+def _how_to_get(kind: str, source: str) -> str:
+    """Return advice for who wants a decoder of another kind than a preset or a run has."""
+    if not source.startswith(_PRESET):
+        return "leave it out"
+    presets = [name for name in preset_names("gpt") if read_preset(name)["model"].get("kind", "gpt") == kind]
+    if not presets:
+        return f"no preset has a {kind!r}; write one"
+    needed = [key for key, field in DECODERS[kind].model_fields.items() if field.is_required() and key != "kind"]
+    keys = ", ".join(f"model.{key}" for key in needed)
+    return f"choose a --preset with a {kind!r} ({', '.join(presets)}) and set {keys} there"
 
 
 def _nest(values: Mapping[str, Any], sources: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:

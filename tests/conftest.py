@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import random
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,9 @@ from pipelines.data.text_to_shards import prepare_text
 from pipelines.resolve import Layer, preset_layer, resolve
 from tests import forks
 
+if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:  # else it leaves its tables in the working tree
+    _hypothesis = tempfile.TemporaryDirectory(prefix="asgo-hypothesis-")
+    os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = _hypothesis.name
 torch.set_num_threads(1)
 separate_instruction_sets()
 for _number in (signal.SIGHUP, signal.SIGINT):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,14 @@ def ends_well(*arguments: str) -> bool:
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+
+
+@cases(10)
+@given(st.text(min_size=1))
+def test_hypothesis_keeps_its_tables_outside_of_the_working_tree(text: str) -> None:
+    folder = Path(os.environ["HYPOTHESIS_STORAGE_DIRECTORY"])
+    assert any(folder.iterdir())
+    assert Path(__file__).parents[1] not in folder.parents
 
 
 # --- Configurations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -16,20 +15,13 @@ from optim.groups import matrix_groups
 from optim.specs import spec_of
 from pipelines.benchmarks.shapes import Matrices
 from pipelines.errors import UsageError
-from pipelines.imported_optimizers import import_optimizer
-from pipelines.optimizers import import_path_of, parse_value, split_optimizer
+from pipelines.imported_optimizers import import_library, import_optimizer
+from pipelines.optimizers import OWN_NAMES, import_path_of, parse_value, split_optimizer
 
 OURS = "asgo"
-PEER_LIBRARIES = ("pytorch_optimizer", "heavyball")
-
 BASELINE = "torch.AdamW:fused=true"
 DEFAULT_NAMES = (
-    "asgo",
-    "dasgo",
-    "muon",
-    "shampoo",
-    "asro",
-    "accasro",
+    *OWN_NAMES,
     "torch.AdamW:foreach=true",
     "torch.RAdam",
     "torch.Adafactor",
@@ -49,6 +41,9 @@ DEFAULT_NAMES = (
 
 Without heavyball's PSGD, which compiles for minutes on a CPU.
 """
+PEER_LIBRARIES = tuple(
+    dict.fromkeys(name.split(".")[0] for name in DEFAULT_NAMES if "." in name and "torch." not in name)
+)
 
 _TOTAL_STEPS = 10_000
 # Our optimizers without default settings: the authors' settings for a language model, at the first step.
@@ -98,8 +93,7 @@ def choose(names: Sequence[str]) -> tuple[list[Choice], list[str]]:
     keyword, an invalid value, or a missing library.
     """
     choices, left_out = {BASELINE: parse_choice(BASELINE)}, []
-    wanted = () if names else PEER_LIBRARIES  # import a library only if it is needed
-    missing = {library: problem for library in wanted if (problem := _import_problem(library)) is not None}
+    missing = {} if names else _import_problems()  # import a library only if it is needed
     for name in names or DEFAULT_NAMES:
         library = name.partition(".")[0]
         if library in missing:
@@ -150,15 +144,15 @@ def versions(choices: Sequence[Choice]) -> dict[str, str]:
     return found
 
 
-def _import_problem(library: str) -> str | None:
-    """Return why a peer library cannot be imported, or None."""
-    try:
-        importlib.import_module(library)
-    except ModuleNotFoundError as error:
-        return f"{library} is not installed" if error.name == library else f"{library} does not import: {error}"
-    except Exception as error:  # a library may raise anything on import
-        return f"{library} does not import: {error}"
-    return None
+def _import_problems() -> dict[str, str]:
+    """Return why peer libraries cannot be imported, by library."""
+    problems = {}
+    for library in PEER_LIBRARIES:
+        try:
+            import_library(library)
+        except UsageError as error:
+            problems[library] = str(error)
+    return problems
 
 
 def _split(model: nn.Module, max_dims: int | None = None) -> tuple[list[Tensor], list[Tensor]]:

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from models.gpt import GPT
+from models.transformer import Transformer
 from pipelines.benchmarks.batches import write_random_tokens
-from pipelines.benchmarks.plain_gpt import PlainTrainer
+from pipelines.benchmarks.plain_trainer import PlainTrainer
 from pipelines.benchmarks.trainers import LoopTrainer, Trainer
 from pipelines.benchmarks.training_workload import (
     CPU_SIZE,
@@ -194,7 +195,7 @@ def bench_training(settings: TrainingBenchSettings, reporter: BenchReporter) -> 
         )
     return TrainingReport(
         work=work,
-        is_cpu_size=size is CPU_SIZE and settings.model is None and settings.batch_size is None,
+        is_cpu_size=size is CPU_SIZE and not (settings.model or settings.preset or settings.batch_size),
         device=describe_device(device),
         device_type=device.type,
         threads=torch.get_num_threads(),
@@ -209,7 +210,7 @@ def bench_training(settings: TrainingBenchSettings, reporter: BenchReporter) -> 
 def _describe_work(workload: Workload, config: GPTRunConfig, device: torch.device) -> TrainingWork:
     with torch.device("meta"):
         model = build_decoder(config.model, workload.tokenizer.vocab_size)
-    assert isinstance(model, GPT)
+    assert isinstance(model, GPT | Transformer)
     return TrainingWork(
         model=workload.model,
         parameters=sum(param.numel() for param in model.parameters()),

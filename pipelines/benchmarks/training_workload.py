@@ -12,18 +12,19 @@ from pipelines.config import GPTRunConfig
 from pipelines.data.tokenizers import BytesTokenizer, CharsTokenizer, Gpt2Tokenizer, Tokenizer
 from pipelines.errors import UsageError
 from pipelines.optimizers import split_optimizer
-from pipelines.resolve import Layer, assignment_layer, preset_layer, resolve
+from pipelines.resolve import Layer, assignment_layer, preset_layer
+from pipelines.steps import resolve_run
 
 DEFAULT_OPTIMIZERS = ("adamw", "accasro", "muon", "asgo")
 
-# Preset and tokenizer by model. Of the characters only the number matters, which is Shakespeare's.
-_MODELS: dict[str, tuple[str, Tokenizer]] = {
-    "gpt2": ("asgo-gpt2", Gpt2Tokenizer()),
-    "asro-gpt": ("asro-gpt", Gpt2Tokenizer()),
-    "nanogpt": ("asgo-nanogpt", CharsTokenizer("".join(map(chr, range(32, 32 + 65))))),
-    "tiny": ("tiny", BytesTokenizer()),
+_PRESETS = {"gpt2": "asgo-gpt2", "asro-gpt": "asro-gpt", "nanogpt": "asgo-nanogpt", "tiny": "tiny"}
+"""Presets by model."""
+MODEL_NAMES = tuple(_PRESETS)
+_TOKENIZERS: dict[str, Tokenizer] = {
+    "asgo-nanogpt": CharsTokenizer("".join(map(chr, range(32, 32 + 65)))),  # only the number matters: Shakespeare's
+    **dict.fromkeys(("tiny", "llama-tiny", "track3-small"), BytesTokenizer()),
 }
-MODEL_NAMES = tuple(_MODELS)
+"""Tokenizers of presets whose data are not GPT-2 tokens."""
 _CONTEXT_LENGTHS = {"gpt2": 1024}  # GPT-2's own; the preset has a shorter one
 
 
@@ -45,7 +46,7 @@ class TrainingBenchSettings:
     """What to measure; None means a default for the device.
 
     `optimizers` are names of `asgo train`, with keywords after a colon: `asgo:lr=0.01,beta2=0.9`. The batch sizes count
-    sequences of `context_length` tokens.
+    sequences of `context_length` tokens. A `preset` of `asgo train gpt` takes the place of a `model`.
     """
 
     model: str | None = None
@@ -58,6 +59,7 @@ class TrainingBenchSettings:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     repeats: int = 10
     budget_s: float = 20.0
+    preset: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Workload:
     """What all candidates train; the batch sizes count sequences."""
 
     model: str
+    """The name of the model, or of the preset that was asked for."""
     preset: str
     tokenizer: Tokenizer
     context_length: int
@@ -78,14 +81,19 @@ class Workload:
 
 
 def choose_workload(settings: TrainingBenchSettings, size: DefaultSize) -> Workload:
-    """Return the workload of the settings. Raise `UsageError` for an unknown model or an invalid batch."""
-    model = settings.model or size.model
-    if model not in _MODELS:
+    """Return the workload of the settings. Raise `UsageError` for an unknown model or preset, or an invalid batch."""
+    if settings.model and settings.preset:
+        raise UsageError("--preset: has a model of its own; leave --model out")
+    model = settings.preset or settings.model or size.model
+    if not settings.preset and model not in _PRESETS:
         nearest = difflib.get_close_matches(model, MODEL_NAMES, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(MODEL_NAMES)}"
         raise UsageError(f"--model: unknown model {model!r}; {hint}")
-    preset, tokenizer = _MODELS[model]
-    own_context_length = _CONTEXT_LENGTHS.get(model) or preset_layer("gpt", preset).values["model.context_length"]
+    preset = settings.preset or _PRESETS[model]
+    tokenizer = _TOKENIZERS.get(preset, Gpt2Tokenizer())
+    own_context_length = preset_layer("gpt", preset).values["model.context_length"]
+    if not settings.preset:
+        own_context_length = _CONTEXT_LENGTHS.get(model, own_context_length)
     context_length = settings.context_length or own_context_length
     fitting = settings.micro_batch_size or max(1, size.micro_batch_tokens // context_length)
     batch_size = settings.batch_size or max(1, size.tokens // (context_length * fitting)) * fitting
@@ -112,11 +120,12 @@ def configure(
         "training.precision": settings.precision,
         "runtime.device": settings.device,
         "runtime.compile": compiled,
+        "evaluation.batches": 1,  # of the few tokens that there are; nothing is validated
     }
     given = assignment_layer([f"optimizer.{key}={value}" for key, value in keywords.items()])
     optimizer = {"optimizer.name": name, **given.values}
     preset = preset_layer("gpt", workload.preset)
-    config = resolve([preset, Layer("asgo bench train", values), Layer(f"--optimizer {text}", optimizer)])
+    config = resolve_run([preset, Layer("asgo bench train", values), Layer(f"--optimizer {text}", optimizer)])
     assert isinstance(config, GPTRunConfig)
     return config
 

@@ -44,8 +44,14 @@ class Architecture(Protocol):
 
 
 def common_problems(config: Mapping[str, Any], sizes: tuple[str, ...], must_be: Mapping[str, Any]) -> list[str]:
-    """Return one line for each key that is not a size, or has another value than `must_be`, also its default."""
-    return [f"{key} must be a positive whole number" for key in sizes if not is_size(config.get(key))] + [
+    """Return one line for each key of a wrong type, or with another value than `must_be`, which is also its default."""
+    types = {key: ("a positive whole number", is_size(config.get(key))) for key in sizes}
+    types["tie_word_embeddings"] = ("true or false", isinstance(config.get("tie_word_embeddings", False), bool))
+    return [
+        f"{key} is {config[key]!r}; it must be {type_}" if key in config else f"{key} is missing; it must be {type_}"
+        for key, (type_, is_right) in types.items()
+        if not is_right
+    ] + [
         f"{key} is {config[key]!r}; only {value!r} is supported"
         for key, value in must_be.items()
         if config.get(key, value) != value

@@ -41,7 +41,7 @@ def problems_of(config: Mapping[str, Any]) -> list[str]:
     """Return one line for each reason why our model cannot represent the configuration; empty for published GPT-2s."""
     problems = common_problems(config, _SIZES, _MUST_BE)
     if config.get("n_inner") is not None and not is_size(config["n_inner"]):
-        problems.append("n_inner must be a positive whole number or null")
+        problems.append(f"n_inner is {config['n_inner']!r}; it must be a positive whole number or null")
     if config.get("activation_function", "gelu_new") not in [*_GELUS]:
         known = ", ".join(_GELUS)
         problems.append(f"activation_function is {config['activation_function']!r}; supported: {known}")

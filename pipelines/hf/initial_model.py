@@ -16,6 +16,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.hf import gpt2, llama
 from pipelines.hf.architecture import Architecture
 from pipelines.resolve import Layer, resolve
+from pipelines.shell import command
 from pipelines.storage import parse_json, refuse_file, sha256_of
 
 _CONFIG = "config.json"
@@ -25,7 +26,7 @@ _PICKLE = "pytorch_model*.bin"
 _HEAD = "lm_head.weight"
 _DROPOUT = "model.dropout"
 _LARGEST_PADDING = 255
-"""Maximum of extra rows in the embedding: models pad the vocabulary to a multiple of 64 to 256."""
+"""Maximum of symbols that the data does not have: models pad the vocabulary to a multiple of 64 to 256."""
 _ARCHITECTURES: dict[str, Architecture] = {"gpt2": gpt2, "llama": llama}
 """Architectures by `model_type`."""
 
@@ -59,6 +60,7 @@ def open_initial_model(folder: Path) -> InitialModel:
             f"{folder}: no such folder; --init-from needs a local folder, "
             "such as `hf download NAME --local-dir FOLDER` makes"
         )
+    _refuse_run(folder)
     config = _read_json(folder / _CONFIG)
     model_type = config.get("model_type")
     if model_type not in [*_ARCHITECTURES]:  # a list, since what stands in a file may have no hash
@@ -70,6 +72,18 @@ def open_initial_model(folder: Path) -> InitialModel:
     initial = InitialModel(folder, architecture, architecture.from_config(config), _weight_files(folder))
     _require_weights(initial, architecture.sizes_of(config))
     return initial
+
+
+def _refuse_run(folder: Path) -> None:
+    """Raise `UsageError` if the folder is a checkpoint or a run of asgo."""
+    if (folder / "state.json").is_file():
+        what = f"a checkpoint of asgo: begin there with --branch {folder.parent.parent}@STEP"
+    elif {"config", "environment"} <= _read_json(folder / _CONFIG).keys():
+        what = f"a run of asgo: begin there with --branch {folder}"
+    else:
+        return
+    export = command("asgo", "export-model", folder, "--format", "hf", "--out", "FOLDER")
+    raise UsageError(f"{folder}: {what}, or give --init-from the folder that this writes: {export}")
 
 
 def _require_weights(initial: InitialModel, sizes: Mapping[str, list[int]]) -> None:
@@ -146,16 +160,23 @@ def refuse_contradictions(config: GPTRunConfig, initial: InitialModel) -> None:
         raise UsageError("\n".join(problems))
 
 
-def refuse_other_vocabulary(config: GPTRunConfig, vocab_size: int) -> None:
-    """Raise `UsageError` unless the data's tokenizer has as many symbols as the initial model, except for padding."""
+def refuse_other_vocabulary(config: GPTRunConfig, vocab_size: int, tokenizer: str) -> list[str]:
+    """Compare the numbers of symbols of the initial model and of the data's tokenizer; return a line if they differ.
+
+    Raises `UsageError` unless the model has those of the data. More are padding: up to 255, and up to as many as the
+    data has.
+    """
     if config.init_from is None:
-        return
+        return []
     symbols = config.model.vocab_multiple
-    if not vocab_size <= symbols <= vocab_size + _LARGEST_PADDING:
+    has = f"{config.data.folder} has {vocab_size:,} ({tokenizer})"
+    if not vocab_size <= symbols <= vocab_size + min(_LARGEST_PADDING, vocab_size):
         raise UsageError(
-            f"{config.init_from}: the model has {symbols:,} symbols, but {config.data.folder} has {vocab_size:,}; "
+            f"{config.init_from}: the model has {symbols:,} symbols, but {has}; "
             "use --data that was made with the model's tokenizer"
         )
+    unused = f"{symbols - vocab_size} of the model's {symbols:,} symbols are unused, since {has}"
+    return [f"{config.init_from}: {unused}; the data must be made with the model's tokenizer"] * (symbols > vocab_size)
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

@@ -20,7 +20,7 @@ def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:
     """Load the weights of `init_from`, if it is set, into the model, whole or sharded.
 
     Every rank reads the files. Raises `UsageError` if the weights do not fit the configuration, and `AsgoError` if they
-    are damaged.
+    are damaged or not finite.
     """
     if config.init_from is None:
         return
@@ -36,14 +36,19 @@ def load_initial_weights(model: nn.Module, config: GPTRunConfig) -> None:
 
 
 def _read(initial: InitialModel) -> Tensors:
-    """Return the weights in float32, by names without prefix."""
+    """Return the weights in float32, without buffers, by names without prefix."""
     found: Tensors = {}
     for path in initial.weights:
         try:
             tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise AsgoError(f"{path}: damaged: {error}") from None
-        found |= {name.removeprefix(initial.architecture.PREFIX): tensor.float() for name, tensor in tensors.items()}
+        weights = {name: it.float() for name, it in tensors.items() if not name.endswith(initial.architecture.BUFFERS)}
+        for name, tensor in weights.items():
+            bad = tensor.numel() - int(tensor.isfinite().sum())
+            if bad:
+                raise AsgoError(f"{path}: {name}: {bad:,} of {tensor.numel():,} weights are NaN or infinite in float32")
+        found |= {name.removeprefix(initial.architecture.PREFIX): tensor for name, tensor in weights.items()}
     return found
 
 

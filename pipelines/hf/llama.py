@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,11 @@ _LAYER = {
 
 def other_parts(settings: TransformerSettings) -> list[str]:
     """Return `key=value` for each setting with which the model is not a Llama."""
-    return [f"model.{key}={getattr(settings, key)}" for key, value in _FIXED.items() if getattr(settings, key) != value]
+    own = settings.model_dump()
+    scale, usual = settings.attention_scale, (settings.d_model // settings.n_heads) ** -0.5
+    if scale is not None and math.isclose(scale, usual, rel_tol=1e-6):  # written with seven digits or more
+        own["attention_scale"] = None
+    return [f"model.{key}={own[key]}" for key, value in _FIXED.items() if own[key] != value]
 
 
 def problems_of(config: Mapping[str, Any]) -> list[str]:

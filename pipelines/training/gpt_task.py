@@ -69,7 +69,7 @@ class GPTTask:
         self._config = config
         self._rows = local_batch(training, ranks)
         self.data = open_token_data(Path(config.data.folder))
-        refuse_other_vocabulary(config, self.data.vocab_size)
+        self._vocabulary_notes = refuse_other_vocabulary(config, self.data.vocab_size, self.data.tokenizer["name"])
         self.tokens_per_sample = config.model.context_length
         # Only copies from pinned memory overlap with the work that is queued on the GPU.
         pinned = device.type == "cuda"
@@ -97,9 +97,10 @@ class GPTTask:
         self._device = device
         self._dtype = pick_precision(training, device)
 
-    def load_initial_weights(self) -> None:
+    def load_initial_weights(self) -> list[str]:
         """Load the weights of `init_from`; raises like `pipelines.hf.initial_weights.load_initial_weights`."""
         load_initial_weights(self.model, self._config)
+        return self._vocabulary_notes
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Yield (inputs, targets), each int64 of shape (micro_batch_size, context_length)."""

@@ -74,8 +74,9 @@ class ImageNetTask:
         batches = list(rounds(count, self._rows.micro_batch_size, self._ranks))
         self._validation = ValidationImages(self._workers, "validation", batches)
 
-    def load_initial_weights(self) -> None:
+    def load_initial_weights(self) -> list[str]:
         """Do nothing: a classifier begins with random weights."""
+        return []
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
         """Yield (images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""

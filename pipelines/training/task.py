@@ -24,8 +24,8 @@ class Task(Protocol):
     def tokens_per_sample(self) -> int:
         """Tokens in a row of a batch; 1 for an image."""
 
-    def load_initial_weights(self) -> None:
-        """Load the weights that a new run begins with, if its configuration names some."""
+    def load_initial_weights(self) -> list[str]:
+        """Load the weights that a new run begins with, if its configuration names some; return lines for the user."""
 
     def micro_batches(self, step: int) -> Iterable[Batch]:
         """Micro-batches of this rank for a step (0-based), of equal size, on the host; a pure function of the step."""

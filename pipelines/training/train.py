@@ -257,7 +257,8 @@ def _initial_state(
 ) -> TrainState:
     """Return the state of a checkpoint, or without one that before the first step."""
     if checkpoint is None:
-        task.load_initial_weights()
+        for line in task.load_initial_weights():
+            reporter.note(line)
     state = fresh_state(task, config, device, ranks)
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:

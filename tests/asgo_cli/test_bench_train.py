@@ -68,6 +68,15 @@ def test_the_table_has_plain_pytorch_and_a_row_an_optimizer(asgo: Run) -> None:
     assert "next: asgo bench optimizers --model tiny --optimizer asgo --optimizer adamw:lr=0.1" in err
 
 
+def test_a_preset_takes_the_place_of_a_model(asgo: Run) -> None:
+    code, out, err = asgo(*SMALL[2:], "--preset", "track3-small", "--optimizer", "muon:lr=0.01")
+    assert code == 0
+    title = " ".join(out[: out.index("┏")].split())
+    assert title.startswith("track3-small, 0.9 M parameters: 4 layers, 4 heads, d 128, context 16, vocabulary 384;")
+    assert [cells(out, name)[-1] for name in (PLAIN, "muon:lr=0.01")] == ["2", "2"]
+    assert "next: asgo train gpt --preset track3-small --print-config" in err
+
+
 def test_json_is_everything_on_stdout(asgo: Run) -> None:
     code, out, _ = asgo(*SMALL, "--optimizer", "adamw", "--budget", "50", "--precision", "bf16", "--json")
     assert code == 0
@@ -116,6 +125,7 @@ def test_without_sizes_a_cpu_gets_a_small_one_that_says_so(asgo: Run, monkeypatc
         (("--optimizer", "torch.Muonn"), "--optimizer torch.Muonn: unknown optimizer of torch.optim: 'Muonn'; did you"),
         (("--optimizer", "asgo:lr=fast"), "--optimizer asgo:lr=fast: optimizer.lr = 'fast': should be a valid number"),
         (("--micro-batch-size", "3"), "--micro-batch-size 3: does not divide the batch of 4"),
+        (("--preset", "track3"), "--preset: has a model of its own; leave --model out"),
         (("--batch-size", "0"), "--batch-size"),
         (("--precision", "fp8"), "--precision"),
         (("--budget", "-1"), "--budget"),

@@ -64,6 +64,14 @@ def test_a_log_has_the_first_line_then_one_a_minute_and_the_last(
     assert lines[1] == "asgo  step 120/1000  loss 2.5000  lr 1.00e-03  10,000 tok/s  val 2.5000"
 
 
+def test_a_branch_at_the_step_before_the_last_has_one_line(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with TrainingProgress("asgo") as progress:
+        progress.begin(5, 6)
+        progress.trained(row(6))
+        progress.validated(row(6, "val"))
+    assert capsys.readouterr().err == "asgo  step 6/6  loss 2.5000  lr 1.00e-03  10,000 tok/s  val 2.5000\n"
+
+
 def test_work_in_phases_has_one_line_a_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
     progress = PhaseProgress()
     with progress.bar:

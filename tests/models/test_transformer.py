@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
 from models.gpt import next_token_loss
-from models.transformer import Transformer, TransformerConfig, rotate
+from models.transformer import Rotary, Transformer, TransformerConfig, rotate
 from optim import build_optimizer
 from optim.groups import parts_of
+from pipelines.benchmarks.plain_track3 import PlainTrack3
 from pipelines.config import TransformerSettings
 from pipelines.resolve import read_preset
+from tests.autocast import autocast_as_on
 
 SHAPE: dict[str, Any] = {
     "kind": "transformer", "context_length": 16, "n_layers": 2, "n_heads": 4, "d_model": 32, "d_ff": 48,
@@ -128,64 +130,38 @@ def test_logits_and_gradients_are_those_of_hugging_faces_gpt2() -> None:
         torch.testing.assert_close(gradient, theirs.transformer.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
-def track3_logits(w: Mapping[str, Tensor], tokens: Tensor) -> Tensor:
-    """Track 3's model, from its description, with our names of weights; (batch, time) → (batch, time, vocab_size)."""
-    width, heads = SHAPE["d_model"], SHAPE["n_heads"]
-    size, time = width // heads, tokens.shape[1]
-
-    def norm(x: Tensor, name: str | None = None) -> Tensor:
-        unit = x / (x.square().mean(-1, keepdim=True) + 1.1920928955078125e-07).sqrt()
-        return unit if name is None else unit * w[f"{name}.weight"]
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
-
-    turning = (1 / 1024) ** torch.linspace(0, 1, size // 4)
-    angles = torch.arange(time)[:, None] * torch.cat([turning, torch.zeros(size // 4)])
-    cos, sin = angles.cos(), angles.sin()
-
-    def rotary(x: Tensor) -> Tensor:
-        first, second = x[..., : size // 2], x[..., size // 2 :]
-        return torch.cat([first * cos + second * sin, -first * sin + second * cos], -1)
-
-    x = norm(w["token_embedding.weight"].float()[tokens], "embedding_norm")
-    for layer in range(SHAPE["n_layers"]):
-        block = f"blocks.{layer}"
-        y = norm(x, f"{block}.attention_norm")
-        q, k, v = (linear(y, f"{block}.attention.{part}") for part in ("query", "key", "value"))
-        outputs = []
-        for head in range(heads):
-            part = slice(head * size, (head + 1) * size)
-            scores = 0.12 * rotary(norm(q[..., part])) @ rotary(norm(k[..., part])).mT
-            later = torch.ones(time, time).triu(1).bool()
-            outputs.append(scores.masked_fill(later, -math.inf).softmax(-1) @ v[..., part])
-        x = x + linear(torch.cat(outputs, -1), f"{block}.attention.output")
-        y = linear(norm(x, f"{block}.feed_forward_norm"), f"{block}.feed_forward.up")
-        x = x + linear(y.clamp_min(0) ** 2, f"{block}.feed_forward.down")
-    z = norm(x, "norm") @ w["head.weight"].T + w["head_bias"]
-    return 15 * z / (z**2 + 15**2).sqrt()
-
-
 def test_logits_and_gradients_are_those_of_track_3() -> None:
+    """In plain PyTorch, from its description."""
     ours = shaken(make(**TRACK3))
     assert ours.token_embedding.weight.dtype == torch.bfloat16
-    copies = {name: param.detach().clone().requires_grad_() for name, param in ours.named_parameters()}
-    expected = track3_logits(copies, tokens_of(2, 16))
+    theirs = PlainTrack3(TransformerSettings(**TRACK3), VOCAB_SIZE)
+    theirs.load_state_dict({name.replace("head_", "head."): it for name, it in ours.state_dict().items()})
+    expected = theirs.logits(tokens_of(2, 16))
     backward(expected)
-    gradients = {name: copy.grad for name, copy in copies.items() if name != "token_embedding.weight"}
+    gradients = {name.replace("head.bias", "head_bias"): param.grad for name, param in theirs.named_parameters()}
+    reference = gradients.pop("token_embedding.weight")
     assert_same(ours, ours(tokens_of(2, 16)), expected, gradients)
+    assert gradients.keys() == {name for name, _ in ours.named_parameters()} - {"token_embedding.weight"}
     # Sums of a few terms in bfloat16, each rounded by 2^-8.
-    embedding, reference = ours.token_embedding.weight.grad, copies["token_embedding.weight"].grad
+    embedding = ours.token_embedding.weight.grad
     assert (embedding.float() - reference.float()).norm() < 2**-6 * reference.float().norm()
 
 
-def test_track_3_runs_in_bfloat16_between_a_bfloat16_embedding_and_float32_logits() -> None:
-    model, kinds = make(**TRACK3), []
-    for block in model.blocks:
-        block.register_forward_hook(lambda _module, _args, output: kinds.append(output.dtype))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert model(tokens_of(1, 5)).dtype == torch.float32
-    assert kinds == [torch.bfloat16] * 2
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_track_3_runs_in_bfloat16_between_a_bfloat16_embedding_and_float32_logits(device: str) -> None:
+    """Fake tensors have the dtypes of a GPU's autocast, where normalizations return float32."""
+    kinds: list[torch.dtype] = []
+
+    def note(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+        kinds.append(output.dtype)
+
+    with FakeTensorMode(), torch.device(device), autocast_as_on(device):
+        model = make(**TRACK3)
+        for each in model.modules():
+            if not isinstance(each, (Transformer, nn.ModuleList, Rotary)):
+                each.register_forward_hook(note)
+        assert model(torch.empty(1, 5, dtype=torch.int64)).dtype == torch.float32
+    assert set(kinds) == {torch.bfloat16}
 
 
 def test_interleaved_pairs_are_complex_numbers_that_turn() -> None:

@@ -156,7 +156,7 @@ def test_what_is_printed_can_be_read_back(tmp_path: Path) -> None:
 def test_all_problems_are_told_at_once_with_their_places_and_the_nearest_names() -> None:
     file = given("my.toml", {"modle.n_layers": 2, "training.stepz": 9, "schedule.kind": "cosin", "seed": -1})
     assert sorted(problems_of(file, assignment_layer(["training.batch_size=many", "model.n_heads=3"]))) == [
-        "--set: model: n_heads=3 does not divide d_model=128",
+        "--set: model: n_heads=3 does not divide d_model=128; 2 or 4 would do",
         "--set: training.batch_size = 'many': should be a valid integer, unable to parse string as an integer",
         "my.toml: modle: unknown key; did you mean 'model'?",
         "my.toml: schedule.kind = 'cosin': should be 'constant', 'linear', 'cosine', 'wsd' or 'inverse-sqrt'; "

@@ -15,6 +15,7 @@ from optim import ASGO, AccAsro
 from pipelines.benchmarks.peers import BASELINE, DEFAULT_NAMES, OURS, PEER_LIBRARIES, choose, parse_choice, versions
 from pipelines.benchmarks.shapes import Matrices, build_model
 from pipelines.errors import UsageError
+from pipelines.optimizers import OWN_NAMES
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,7 +35,7 @@ def test_without_names_ours_and_torchs_are_measured_after_the_baseline(monkeypat
     choices, left_out = choose([])
     names = [choice.name for choice in choices]
     assert names == [BASELINE, *(name for name in DEFAULT_NAMES if name.partition(".")[0] not in PEER_LIBRARIES)]
-    assert {"asgo", "dasgo", "muon", "shampoo", "asro", "accasro", "torch.Muon"} < set(names)
+    assert {*OWN_NAMES, "torch.Muon"} < set(names)
     assert left_out == [f"{name} is not installed; its optimizers are left out" for name in PEER_LIBRARIES]
     assert versions(choices) == {}
 
@@ -167,7 +168,22 @@ def test_a_library_that_breaks_on_import_is_left_out_with_its_words(
     monkeypatch.syspath_prepend(tmp_path)
     choices, left_out = choose([])
     assert not any(choice.library in PEER_LIBRARIES for choice in choices)
-    assert left_out[1] == "heavyball does not import: No module named 'surely_not_there'; its optimizers are left out"
+    problem = "heavyball does not import: ModuleNotFoundError: No module named 'surely_not_there'"
+    assert left_out[1] == f"{problem}; its optimizers are left out"
+    with pytest.raises(UsageError) as error:
+        choose(["heavyball.SOAP"])
+    assert str(error.value) == f"--optimizer heavyball.SOAP: {problem}"
+
+
+def test_a_library_that_exits_or_prints_on_import_is_left_out_and_stdout_stays_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hide(monkeypatch, "pytorch_optimizer")
+    monkeypatch.delitem(sys.modules, "heavyball", raising=False)
+    (tmp_path / "heavyball.py").write_text("print('hello')\nraise SystemExit('bye')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert choose([])[1][1] == "heavyball does not import: SystemExit: bye; its optimizers are left out"
+    assert capsys.readouterr() == ("", "hello\n")
 
 
 def test_a_default_that_another_version_of_a_library_lacks_is_left_out_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from pipelines.benchmarks import training, turns
-from pipelines.benchmarks.plain_gpt import PlainTrainer
+from pipelines.benchmarks.plain_trainer import PlainTrainer
 from pipelines.benchmarks.trainers import LoopTrainer, Trainer
 from pipelines.benchmarks.training import PLAIN, Candidate, TrainingMeasurement, bench_training, measure
 from pipelines.benchmarks.training_workload import (
@@ -225,6 +225,42 @@ def test_twice_the_tokens_a_second_is_twice_the_speed_and_utilization() -> None:
     assert report.utilization(adamw) == pytest.approx(2 * report.utilization(plain))  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(("preset", "layers", "vocab_size"), [("track3-small", 4, 384), ("llama-tiny", 4, 257)])
+def test_a_preset_is_measured_with_its_own_settings(preset: str, layers: int, vocab_size: int) -> None:
+    small = {**SMALL, "precision": "bf16"}
+    settings = TrainingBenchSettings(optimizers=["adamw", "muon"], preset=preset, **small)  # type: ignore[arg-type]
+    report = bench_training(settings, Stage())
+    assert [(each.name, each.failed, len(each.samples)) for each in report.measurements] == [
+        (name, None, 2) for name in (PLAIN, "adamw", "muon")
+    ]
+    work = report.work
+    assert (work.model, work.layers, work.vocab_size, work.precision) == (preset, layers, vocab_size, "bfloat16")
+    plain, adamw, _ = report.measurements
+    assert (report.speed(adamw) or 0) > 0
+    # Two moments a parameter, of its dtype.
+    halves = 384 * 128 if preset == "track3-small" else 0
+    assert all(0 <= (each.state_bytes or 0) - 8 * work.parameters + 4 * halves < 4 * 100 for each in (plain, adamw))
+
+
+def test_the_loop_of_a_preset_has_the_settings_of_its_optimizer(tmp_path: Path) -> None:
+    settings = TrainingBenchSettings(preset="track3", batch_size=1, context_length=200)
+    config = configure(choose_workload(settings, GPU_SIZE), settings, "muon", tmp_path, True)
+    assert config.optimizer_keywords()["ns_coefficients"] == (2.0, -1.5, 0.5)
+    assert (config.evaluation.batches, config.evaluation.tokens) == (1, None)
+    assert config.data.order == "sequential"
+
+
+def test_track_3_on_a_gpu_has_its_batch_of_half_a_million_tokens(tmp_path: Path) -> None:
+    settings = TrainingBenchSettings(preset="track3")
+    workload = choose_workload(settings, GPU_SIZE)
+    config = configure(workload, settings, "muon", tmp_path, True)
+    work = training._describe_work(workload, config, CPU)
+    assert (work.context_length, work.tokens_per_step, work.vocab_size) == (1024, 524_288, 50_304)
+    assert work.parameters == 2 * 50_304 * 768 + 50_304 + 26 * 768 + 12 * (12 * 768**2 + 4 * 768 + 3072 + 768)
+    assert work.flops_per_token == 6 * (work.parameters - 50_304 * 768) + 12 * 12 * 768 * 1024
+    assert config.training.micro_batch_size == 32
+
+
 def test_on_a_gpu_it_is_gpt2_with_half_a_million_tokens_a_step(tmp_path: Path) -> None:
     settings = TrainingBenchSettings()
     workload = choose_workload(settings, GPU_SIZE)
@@ -268,6 +304,8 @@ def test_the_largest_divisor(number: int, at_most: int, divisor: int) -> None:
     ("changes", "message"),
     [
         ({"model": "gpt3"}, "--model: unknown model 'gpt3'; did you mean 'gpt2'?"),
+        ({"model": None, "preset": "track4"}, "--preset: unknown preset 'track4'; did you mean 'track3'?"),
+        ({"preset": "track3"}, "--preset: has a model of its own; leave --model out"),
         ({"micro_batch_size": 3}, "--micro-batch-size 3: does not divide the batch of 4"),
         ({"optimizers": ["asgoo"]}, "--optimizer asgoo: unknown optimizer 'asgoo'; did you mean 'asgo'?"),
         ({"optimizers": ["torch.Muonn"]}, "unknown optimizer of torch.optim: 'Muonn'"),
@@ -288,12 +326,13 @@ def test_what_cannot_be_is_refused_before_anything_is_built(changes: dict[str, A
 
 
 @pytest.mark.gpu
-def test_a_gpu_adds_memory_and_trains_in_bfloat16() -> None:
-    settings = TrainingBenchSettings("tiny", ["asgo", "accasro"], **{**SMALL, "device": "cuda"})  # type: ignore[arg-type]
-    report = bench_training(settings, Stage())
+@pytest.mark.parametrize("preset", ["tiny", "track3-small", "llama-tiny"])
+def test_a_gpu_adds_memory_and_trains_in_bfloat16(preset: str) -> None:
+    small: dict[str, Any] = {**SMALL, "device": "cuda"}
+    report = bench_training(TrainingBenchSettings(optimizers=["asgo", "accasro"], preset=preset, **small), Stage())
     assert (report.work.precision, report.work.compiled) == ("bfloat16", True)
     for each in report.measurements:
         assert each.failed is None
         # Weights and state are there at any moment, and so is a gradient a weight at the end of the backward pass.
-        assert (each.peak_bytes or 0) >= 8 * report.work.parameters + (each.state_bytes or 0)
+        assert (each.peak_bytes or 0) >= 7 * report.work.parameters + (each.state_bytes or 0)  # 4 of a bfloat16 weight
         assert 0 < (each.optimizer_share or 0) < 1

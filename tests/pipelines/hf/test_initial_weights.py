@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,7 +103,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
         ({}, {}),
         ({"activation_function": "gelu", "tie_word_embeddings": False, "n_inner": 40}, {}),
         ({"n_positions": 32}, {"model__context_length": 16, "training__ema_decay": 0.9}),
-        ({"vocab_size": 64}, {}),
+        ({"vocab_size": 30}, {}),
     ],
     ids=["as published", "exact GELU, own head, width within", "a part of the context, averaged", "padded"],
 )
@@ -221,8 +222,9 @@ def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
         ({"scale_attn_weights": False}, "scale_attn_weights is False; only True is supported"),
         ({"add_cross_attention": True}, "add_cross_attention is True"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon is 1e-06"),
-        ({"n_layer": "two"}, "n_layer must be a positive whole number"),
-        ({"n_inner": 0}, "n_inner must be a positive whole number or null"),
+        ({"n_layer": "two"}, "n_layer is 'two'; it must be a positive whole number"),
+        ({"n_inner": 0}, "n_inner is 0; it must be a positive whole number or null"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
     ],
 )
 def test_what_is_no_gpt2_is_refused_by_name(
@@ -254,13 +256,34 @@ def test_biases_are_not_dropped_in_silence(
         train(begin(save(), model__bias=False), tmp_path / "run", reporter)
 
 
-@pytest.mark.parametrize("difference", [-1, 256])
+@pytest.mark.parametrize("difference", [-1, 16, 256])
 def test_a_model_of_another_vocabulary_is_refused(
     difference: int, symbols: int, save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
 ) -> None:
+    """The data has 15 characters: more than as many unused symbols are no padding."""
+    assert symbols == 15
     config = begin(save(vocab_size=symbols + difference))
-    with pytest.raises(UsageError, match=rf"the model has {symbols + difference} symbols, but .* has {symbols}"):
+    words = (
+        rf"the model has {symbols + difference} symbols, but {config.data.folder} has {symbols} \(chars\); use --data"
+    )
+    with pytest.raises(UsageError, match=words):
         train(config, tmp_path / "run", reporter)
+
+
+@pytest.mark.parametrize(("more", "said"), [(0, []), (15, ["15 of the model's 30 symbols are unused, since"])])
+def test_symbols_that_the_data_does_not_have_are_told_once(
+    more: int, said: list[str], symbols: int, save: Callable[..., Path], begin: Begin, tmp_path: Path,
+    reporter: SilentReporter,
+) -> None:  # fmt: skip
+    config = begin(save(vocab_size=symbols + more))
+    for resume in (False, True):
+        train(config, tmp_path / "run", reporter, resume=resume)
+    told = [line for line in reporter.notes if "unused" in line]
+    assert told == [
+        f"{config.init_from}: {words} {config.data.folder} has 15 (chars); the data must be made with the model's "
+        "tokenizer"
+        for words in said
+    ]
 
 
 def test_damaged_folders_are_refused_in_one_line(
@@ -289,6 +312,43 @@ def test_damaged_folders_are_refused_in_one_line(
     (folder / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(UsageError, match=r"config\.json: damaged"):
         begin(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named_with_their_file_before_training(
+    value: float, save: Callable[..., Path], begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """A mask, which is not a weight, may be infinite."""
+    folder = save()
+    path = folder / "model.safetensors"
+    tensors = load_file(path) | {"transformer.h.0.attn.masked_bias": torch.tensor(-math.inf)}
+    save_file(tensors, path)
+    train(begin(folder, **STILL), tmp_path / "well", reporter)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, path)
+    words = (
+        r"model\.safetensors: transformer\.h\.1\.mlp\.c_fc\.weight: 1 of 2,304 weights are NaN or infinite in float32$"
+    )
+    with pytest.raises(AsgoError, match=words):
+        train(begin(folder), tmp_path / "run", reporter)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_run_of_asgo_is_refused_with_the_commands_that_go_on_there(
+    small_config: Begin, begin: Begin, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    run = tmp_path / "run"
+    train(small_config(), run, reporter)
+    checkpoint = checkpoint_folders(run / "checkpoints")[-1]
+    for folder, what in ((run, f"a run of asgo: begin there with --branch {run},"),
+                         (checkpoint, f"a checkpoint of asgo: begin there with --branch {run}@STEP,")):  # fmt: skip
+        with pytest.raises(UsageError) as error:
+            begin(folder)
+        assert str(error.value) == (
+            f"{folder}: {what} or give --init-from the folder that this writes: "
+            f"asgo export-model {folder} --format hf --out FOLDER"
+        )
 
 
 @pytest.mark.parametrize("claim", [{"n_layer": 10**9}, {"vocab_size": 10**12}, {"n_positions": 10**30}, {"n_layer": 1}])

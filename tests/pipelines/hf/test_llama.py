@@ -23,9 +23,11 @@ from pipelines.hf.initial_weights import load_initial_weights
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.checkpoint import open_checkpoint
 from pipelines.training.gpt_task import build_decoder
-from pipelines.training.run_folder import checkpoint_folders
+from pipelines.training.run_folder import RunFolder, checkpoint_folders
 from pipelines.training.train import train
 from tests.conftest import SMALL, SilentReporter
+from tests.long import long
+from tests.pipelines.training.processes import Job, carry_out
 
 Save = Callable[..., Path]
 Make = Callable[..., RunConfig]
@@ -154,6 +156,28 @@ def test_older_files_are_the_same_model(save: Save, begin: Make, symbols: int) -
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@long
+def test_two_processes_begin_with_it_each_with_a_share_of_every_weight(
+    save: Save, begin: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """Also with a bfloat16 embedding, which FSDP2 shards apart. Only the sum of the losses is rounded otherwise."""
+    models: dict[str, tuple[Path, dict[str, Any]]] = {
+        "tied": (save("tied", tie_word_embeddings=True), {}),
+        "own head, in several files": (save("own", shard="20KB"), {"model__embedding_dtype": "bfloat16"}),
+    }
+    brief = {"training__steps": 1, "training__micro_batch_size": 2, "evaluation__batches": 4}
+    jobs = []
+    for name, (folder, changes) in models.items():
+        train(begin(folder, **brief, **changes), tmp_path / "one" / name, reporter)
+        shares = begin(folder, **brief, **changes, runtime__shard_model=True)
+        jobs.append(Job(shares, tmp_path / "two" / name))
+    carry_out(jobs, 2, tmp_path)
+    for name in models:
+        one, two = (RunFolder(tmp_path / run / name).rows()[0] for run in ("one", "two"))
+        assert one["step"] == 0
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-12)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {},
     "own head, padded": {
@@ -161,6 +185,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "model__rotary_base": 50.0, "model__norm_eps": 0.01,
     },
     "a key for each query": {"model__n_kv_heads": 4, "training__ema_decay": 0.5},
+    "the usual scale": {"model__d_model": 32, "model__attention_scale": 0.3535534},
 }  # fmt: skip
 
 
@@ -202,12 +227,14 @@ def test_it_writes_what_asgo_generate_writes(small_llama: Make, tmp_path: Path, 
 
 def test_a_model_with_other_parts_is_not_exported(small_llama: Make, tmp_path: Path, reporter: SilentReporter) -> None:
     parts = {"model__softcap": 15.0, "model__qk_norm": True, "model__mlp": "relu2", "model__rotary_fraction": 0.5}
+    parts |= {"model__attention_scale": 0.501}
     train(small_llama(training__steps=1, **parts), tmp_path / "run", reporter)
     with pytest.raises(UsageError) as error:
         export_model(tmp_path / "run", "hf", tmp_path / "out")
     assert str(error.value) == (
         f"{tmp_path}/run/checkpoints/step-00000001: --format hf writes a Llama, which cannot have "
-        "model.rotary_fraction=0.5, model.qk_norm=True, model.mlp=relu2, model.softcap=15.0"
+        "model.rotary_fraction=0.5, model.qk_norm=True, model.attention_scale=0.501, model.mlp=relu2, "
+        "model.softcap=15.0"
     )
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +248,13 @@ def test_a_model_with_other_parts_is_not_exported(small_llama: Make, tmp_path: P
         ({"attention_bias": True}, "attention_bias is True; only False is supported"),
         ({"mlp_bias": True}, "mlp_bias is True; only False is supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5; only 1.0 is supported"),
-        ({"num_hidden_layers": "two"}, "num_hidden_layers must be a positive whole number"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers is 'two'; it must be a positive whole number"),
+        ({"hidden_size": 32.0}, "hidden_size is 32.0; it must be a positive whole number"),
+        ({"vocab_size": None}, "vocab_size is missing; it must be a positive whole number"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'; it must be true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+        ({"rope_theta": [7.0], "rope_parameters": None}, "rope_theta is [7.0]; it must be a number"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'; it must divide num_attention_heads, 4"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; it must divide num_attention_heads, 4"),
         ({"head_dim": 16}, "head_dim is 16; only hidden_size / num_attention_heads, 32 / 4, is supported"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "the rotary positions are {'rope_type': 'llama3'"),

@@ -96,3 +96,31 @@ def test_a_configuration_without_a_kind_is_a_gpt(token_folder: Path) -> None:
     assert values["model"].pop("kind") == "gpt"
     assert load_run_config(values) == run_config
     assert torch.nn.Module in type(run_config.model.build(11)).__mro__
+
+
+def test_keys_of_a_preset_with_another_decoder_are_one_line_that_says_what_to_do() -> None:
+    """The user has typed none of them; what the user has typed is named as ever."""
+    asked = {"model.kind": "gpt", "model.softcap": 3.0}
+    with pytest.raises(UsageError) as error:
+        resolve([preset_layer("gpt", "llama-tiny"), Layer("--set", asked)])
+    line, own = str(error.value).splitlines()
+    assert line == (
+        "--set: model.kind = 'gpt': the model of preset llama-tiny is a 'transformer', with keys that a 'gpt' does not "
+        "have: n_kv_heads; choose a --preset with a 'gpt' (asgo-gpt2, asgo-nanogpt, asro-gpt, tiny) and set "
+        "model.context_length, model.n_layers, model.n_heads, model.d_model, model.d_ff there"
+    )
+    assert own.startswith("--set: model.softcap: unknown key; known: kind, context_length")
+
+
+def test_a_run_keeps_its_decoder() -> None:
+    saved = preset_layer("gpt", "llama-tiny").values
+    with pytest.raises(UsageError, match=r"^--set: .* the model of run/config\.json is .*: n_kv_heads; leave it out$"):
+        resolve([Layer("run/config.json", saved), Layer("--set", {"model.kind": "gpt"})])
+
+
+def test_a_decoder_without_a_preset_needs_one() -> None:
+    words = (
+        r"is a 'gpt', with keys that a 'bigram' does not have: n_layers, [^\n]*; no preset has a 'bigram'; write one$"
+    )
+    with pytest.raises(UsageError, match=words):
+        resolve([preset_layer("gpt", "tiny"), Layer("--set", {"model.kind": "bigram"})])

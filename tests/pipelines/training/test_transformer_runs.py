@@ -123,15 +123,40 @@ def test_z_loss_is_in_the_training_loss_and_not_in_the_validation_loss(make: Mak
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model.n_heads": 3}, "model: n_heads=3 does not divide d_model=16"),
-        ({"model.n_kv_heads": 3}, "model: n_kv_heads=3 does not divide n_heads=4"),
-        ({"model.n_heads": 16}, "model: positions=rotary needs an even head size; d_model / n_heads is 1"),
-        ({"model.rotary_fraction": 0.3}, "model: rotary_fraction=0.3 of 2 pairs is not a whole number"),
+        ({"model.n_heads": 3}, "model: n_heads=3 does not divide d_model=16; 2 or 4 would do"),
+        (
+            {"model.n_heads": 32, "model.positions": "learned"},
+            "model: n_heads=32 does not divide d_model=16; 16 would do",
+        ),
+        ({"model.n_kv_heads": 3}, "model: n_kv_heads=3 does not divide n_heads=4; 2 or 4 would do"),
+        (
+            {"model.n_heads": 16},
+            "model: positions=rotary needs an even head size, not d_model / n_heads = 16 / 16 = 1; n_heads=8 would do",
+        ),
+        ({"model.d_model": 15}, "model: positions=rotary needs an even d_model, not 15"),
+        (
+            {"model.rotary_fraction": 0.3},
+            "model: rotary_fraction=0.3 must be a multiple of 1/2, since a head has 2 pairs",
+        ),
+        (
+            {"model.rotary_fraction": 0.1},
+            "model: rotary_fraction=0.1 must be a multiple of 1/2, since a head has 2 pairs",
+        ),
         ({"model.mlp": "swigul"}, "model.mlp = 'swigul': should be 'swiglu', 'geglu', 'gelu' or 'relu2'; did you mean"),
         ({"model.norm": "batch"}, "model.norm = 'batch': should be 'rms' or 'layer'"),
         ({"model.gelu": "tanh"}, "model.gelu: unknown key"),
         ({"model.init": "track3"}, "model: init=track3 needs a head of its own; set tied_head=false"),
         ({"model.embedding_dtype": "bfloat16"}, "model: embedding_dtype=bfloat16 needs a head of its own"),
+        ({"model.z_loss": 1e30}, "model.z_loss = 1e+30: should be less than or equal to 1"),
+        ({"model.attention_scale": 1e30}, "model.attention_scale = 1e+30: should be less than or equal to 1000"),
+        ({"model.norm_eps": 1e30}, "model.norm_eps = 1e+30: should be less than or equal to 1"),
+        ({"model.softcap": 1e30}, "model.softcap = 1e+30: should be less than or equal to 1000000"),
+        ({"model.softcap": 1e-30}, "model.softcap: 1e-30 is below 0.001; 0 switches the bound off"),
+        (
+            {"model.positions": "learned", "model.rotary_base": 500.0},
+            "model.rotary_base = 500.0: has no effect with positions=learned; leave it out",
+        ),
+        ({"model.softcap_form": "tanh"}, "model.softcap_form = 'tanh': has no effect with softcap=0; leave it out"),
         ({"model.kind": "llama"}, "model.kind: unknown decoder 'llama'; known: gpt, transformer"),
     ],
     ids=lambda value: "" if isinstance(value, str) else "".join(value),
@@ -143,6 +168,38 @@ def test_parts_that_do_not_fit_are_one_line(make: Make, changes: dict[str, Any],
     assert "\n" not in str(error.value)
 
 
+def test_keys_of_a_preset_that_have_no_effect_become_defaults(make: Make) -> None:
+    """Else a printed configuration, which has all keys, would be refused. Defaults may be given."""
+    changes: dict[str, Any] = {"model__positions": "learned", "model__softcap": 0.0}
+    model = make("track3-small", **changes, model__rotary_base=10_000.0, model__softcap_form="sqrt").model.model_dump()
+    assert model == make("llama-tiny", **{f"model__{key}": value for key, value in model.items()}).model.model_dump()
+    assert (model["rotary_fraction"], model["rotary_endpoint"], model["qk_norm"]) == (1.0, False, True)
+
+
+def test_a_run_may_have_keys_without_effect(make: Make) -> None:
+    """One of an older version can be resumed."""
+    values = preset_layer("gpt", "track3-small").values
+    saved = Layer("run/config.json", {**values, "model.positions": "learned"})
+    assert resolve([saved]).model.model_dump()["rotary_base"] == 1024.0
+
+
+LIMITS: dict[str, dict[str, Any]] = {
+    "z_loss": {"model__z_loss": 1.0}, "attention_scale": {"model__attention_scale": 1000.0},
+    "norm_eps": {"model__norm_eps": 1.0}, "high softcap": {"model__softcap": 1e6},
+    "low softcap": {"model__softcap": 1e-3}, "rotary_base": {"model__rotary_base": 1e300},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize("preset", ["llama-tiny", "track3-small"])
+def test_a_run_with_a_number_at_its_limit_trains(
+    preset: str, changes: dict[str, Any], make: Make, tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """Logits of track 3 are exactly 0 at first."""
+    rows = train(make(preset, training__precision="bf16", **changes), tmp_path / "run", reporter)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_printed_configuration_reads_as_itself(preset: str, tmp_path: Path) -> None:
     """Also one with what the preset has switched off."""
@@ -150,7 +207,11 @@ def test_a_printed_configuration_reads_as_itself(preset: str, tmp_path: Path) ->
     def printed(*words: object) -> str:
         return CliRunner().invoke(app, ["train", "gpt", *map(str, words), "--print-config"]).stdout
 
-    first = printed("--preset", preset, "--set", "model.softcap=0", "--set", "model.attention_scale=0.5")
+    first = printed(
+        "--preset",
+        preset,
+        *[f"--set=model.{each}" for each in ("softcap=0", "attention_scale=0.5", "positions=learned")],
+    )
     (tmp_path / "my.toml").write_text(first, encoding="utf-8")
     assert printed("--config", tmp_path / "my.toml") == first
     config = load_run_config(tomllib.loads(first))
