@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 
 import torch
@@ -33,6 +34,9 @@ _POLAR_EXPRESS = (
 _POLAR_EXPRESS_LAST = (1.875, -1.25, 0.375)
 _NEWTON_SCHULZ = (2.0, -1.5, 0.5)
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+_bfloat16_wanted: bool | None = None
+_bfloat16_measured: bool | None = None
 
 
 def inverse_sqrt(
@@ -248,28 +252,72 @@ def orthogonalize(matrix: Tensor, steps: int, coefficients: tuple[float, float, 
 
     A step maps each singular value s to a s + b s³ + c s⁵. With the default coefficients (a, b, c) the singular values
     are between about 0.7 and 1.2, as in Jordan et al., 2024; with (2, -1.5, 0.5) they converge to 1, but need about 12
-    steps. Computed in bfloat16 on devices with fast bfloat16 products (its error is below that of five default steps);
-    else in the dtype of the matrix.
+    steps. Computed in bfloat16 on GPUs, and on CPUs on which `bfloat16_on_cpu` is true (its error is below that of five
+    default steps); else in the dtype of the matrix.
     """
     a, b, c = coefficients
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     scale = largest(wide).clamp_min(torch.finfo(wide.dtype).tiny)
     x = wide / scale
     x = x / (frobenius_norm(x) + 1e-7 / scale)
-    if _has_fast_bfloat16(x):
+    x = x.reshape(-1, *x.shape[-2:])
+    if x.dtype is not torch.float64 and (x.device.type != "cpu" or bfloat16_on_cpu()):
         x = x.to(torch.bfloat16)
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    orthogonal: Tensor = x.to(matrix.dtype)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    orthogonal: Tensor = x.reshape(wide.shape).to(matrix.dtype)
     return orthogonal if wide is matrix else orthogonal.mT
 
 
-def _has_fast_bfloat16(matrix: Tensor) -> bool:
-    """Whether bfloat16 products are fast: on GPUs, and CPUs with AMX. On a CPU with AVX2 they took 70 times as long."""
-    if matrix.dtype is torch.float64:
-        return False
-    return matrix.device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+def use_bfloat16_on_cpu(wanted: bool | None) -> None:
+    """Choose whether `orthogonalize` computes in bfloat16 on this CPU; None (default) chooses the faster way.
+
+    The results differ by rounding, so all processes that train replicas of one model should use the same.
+    """
+    global _bfloat16_wanted
+    _bfloat16_wanted = wanted
+
+
+def bfloat16_on_cpu() -> bool:
+    """Whether `orthogonalize` computes in bfloat16 on this CPU. The first call measures what is faster."""
+    global _bfloat16_measured
+    if _bfloat16_wanted is not None:
+        return _bfloat16_wanted
+    if _bfloat16_measured is None:
+        if type(torch.empty(0, device="cpu")) is not Tensor:
+            return False  # fake tensors: there is nothing to measure
+        _bfloat16_measured = _bfloat16_is_faster()
+    return _bfloat16_measured
+
+
+def _bfloat16_is_faster() -> bool:
+    """Measure products of both dtypes, in about 5 ms.
+
+    The names of instruction sets do not decide: a CPU with AVX-512 but without its bfloat16 instructions takes three
+    times as long as in float32, one with AVX2 fifty times as long. With the instructions, bfloat16 takes half the time.
+    One thread, because on a busy machine the threads of a product wait for each other for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # First small products: on a CPU without the instructions, a large one takes 20 ms.
+        return _bfloat16_speed(128) > 1 and _bfloat16_speed(256) > 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _bfloat16_speed(side: int) -> float:
+    """Return how many times as fast as in float32 the product of two square matrices is in bfloat16."""
+    best = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for repeat in range(6):
+        for dtype in best:
+            matrix = torch.ones(side, side, dtype=dtype, device="cpu")
+            start = time.perf_counter()
+            matrix @ matrix
+            if repeat:  # the first one initializes the library
+                best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
 
 
 @contextlib.contextmanager

@@ -239,12 +239,12 @@ def test_orthogonalize_brings_singular_values_near_one():
 
 
 def test_orthogonalize_in_bfloat16_brings_singular_values_near_one(monkeypatch):
-    """As on a GPU, and on a CPU with AMX.
+    """As on a GPU, and on a CPU with instructions for it.
 
     Rounding to u = 2^-8 moves the singular values of a matrix of rank 8 by at most u √8 = 0.011 of the largest. With
     the coefficients 3.4, 4.8 and 2 of the last step, before which all values are near 1, that comes to less than 0.2.
     """
-    monkeypatch.setattr(matrix_functions, "_has_fast_bfloat16", lambda matrix: True)
+    monkeypatch.setattr(matrix_functions, "_bfloat16_wanted", True)
     matrix = torch.tensor(spectrum(10.0)[:, :8], dtype=torch.float32)
     result = orthogonalize(matrix, 5)
     assert result.dtype is torch.float32
