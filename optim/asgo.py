@@ -9,15 +9,20 @@ from torch.optim.optimizer import ParamsT
 
 from .base import Group
 from .blocks import Stack
-from .matrix_functions import inverse_sqrt, scaled_to_one
+from .matrix_functions import factored_inverse_sqrt, inverse_sqrt, precondition, scaled_to_one
 from .matrix_optimizer import UPDATE_RMS, with_norm
 from .preconditioned import PreconditionedOptimizer
-from .specs import RootMethod
+from .specs import RootMethod, RootPrecision
 
 
-def asgo_update(momenta: Tensor, roots: Tensor) -> Tensor:
-    """Return `V^{-1/2} M` scaled to an RMS of 0.2; `momenta` (k, p, q) with `p ≤ q`, `roots` (k, p, p)."""
-    return with_norm(roots @ scaled_to_one(momenta), UPDATE_RMS * math.sqrt(momenta[0].numel()))
+def asgo_update(momenta: Tensor, roots: Tensor, precision: RootPrecision = "fp32") -> Tensor:
+    """Return `V^{-1/2} M` scaled to an RMS of 0.2; `momenta` (k, p, q) with `p ≤ q`.
+
+    `roots` are `V^{-1/2}` (k, p, p), or its factors (k, 2, p, p), applied in `precision`; see `factored_inverse_sqrt`.
+    """
+    scaled = scaled_to_one(momenta)
+    updates = precondition(roots, scaled, precision) if roots.ndim == 4 else roots @ scaled
+    return with_norm(updates, UPDATE_RMS * math.sqrt(momenta[0].numel()))
 
 
 class ASGO(PreconditionedOptimizer):
@@ -43,8 +48,9 @@ class ASGO(PreconditionedOptimizer):
         eps: keeps the scaling of the iterative roots above zero.
         weight_decay: decoupled weight decay, multiplied by `lr`.
         root_method: algorithm for the inverse square root; see `optim.matrix_functions.inverse_sqrt`.
-        root_steps: iterations of `polar_express` and `newton_schulz`.
+        root_steps: iterations of `polar_express`, `newton_schulz` and `cholesky`; 8 are enough for `cholesky`.
         precond_frequency: number of steps between two computations of the inverse root.
+        root_precision: `bf16` or `fp32`, the precision of the iterations of `cholesky`; other methods ignore it.
         maximize: maximize the objective instead of minimizing it.
         capturable: count steps on the parameter's device, for use in a CUDA graph.
 
@@ -65,6 +71,7 @@ class ASGO(PreconditionedOptimizer):
         root_method: RootMethod = "auto",
         root_steps: int = 10,
         precond_frequency: int = 1,
+        root_precision: RootPrecision = "bf16",
         *,
         maximize: bool = False,
         capturable: bool = False,
@@ -80,17 +87,21 @@ class ASGO(PreconditionedOptimizer):
                 "root_method": root_method,
                 "root_steps": root_steps,
                 "precond_frequency": precond_frequency,
+                "root_precision": root_precision,
                 "maximize": maximize,
                 "capturable": capturable,
             },
         )
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
-        """Return `V^{-1/2}`, by the `root_method` of the group."""
-        return inverse_sqrt(factors, group["root_method"], group["root_steps"], ridges)
+        """Return `V^{-1/2}`, by the `root_method` of the group; for `cholesky` its factors, unless roots are kept."""
+        method, steps, precision = group["root_method"], group["root_steps"], group["root_precision"]
+        if method == "cholesky" and group["precond_frequency"] == 1:
+            return factored_inverse_sqrt(factors, steps, precision)
+        return inverse_sqrt(factors, method, steps, ridges, precision)
 
     def updates(
         self, stack: Stack, grads: dict[Tensor, Tensor], momenta: Tensor, roots: dict[str, Tensor], group: Group
     ) -> Tensor:
         """Return `U` of Algorithm 2 for a stack of matrices, transposed so that `p ≤ q`."""
-        return asgo_update(momenta, roots["preconditioner"])
+        return asgo_update(momenta, roots["preconditioner"], group["root_precision"])

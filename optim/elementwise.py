@@ -4,7 +4,7 @@ An update is written as a function on tensors, and again in native.c. It runs
 
 - on a CPU as a C kernel, for many float32 parameters, if there is a C compiler;
 - on a GPU compiled by `torch.compile`, all parameters in one graph, if there are many;
-- else as PyTorch operations, on a CPU in chunks that fit in its cache.
+- else as PyTorch operations, on a CPU in chunks that fit in its cache, on a GPU with parameters joined to long vectors.
 
 A `Row` is the tuple of tensors of one parameter (see rows.py).
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import native
 from .base import BaseOptimizer, Group, Scalar, State, gradient, is_plain, new_step, on_host
-from .rows import Row, Update, as_vectors, in_chunks, update_rows
+from .rows import Row, Update, as_vectors, in_chunks, joined, update_rows
 
 COMPILE_FROM = 2**22
 """Total number of elements from which compilation for a GPU, which takes tens of seconds, pays off."""
@@ -77,7 +77,11 @@ class ElementwiseOptimizer(BaseOptimizer):
     def _run(self, rows: list[Row], scalars: dict[str, Scalar]) -> None:
         elements = sum(row[0].numel() for row in rows)
         update, device = type(self).update, rows[0][0].device.type
-        if device == "cuda" and elements >= COMPILE_FROM and run_compiled(update, rows, scalars):
+        if device == "cuda":
+            if elements < COMPILE_FROM or not run_compiled(update, rows, scalars):
+                for group in joined(rows):
+                    with group as row:
+                        update_rows(update, [row], scalars)
             return
         if device == "cpu" and elements >= native.WORTH_FROM:
             rows = [as_vectors(row) if all(map(is_plain, row)) else row for row in rows]
@@ -96,7 +100,7 @@ class ElementwiseOptimizer(BaseOptimizer):
 
 def run_compiled(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]) -> bool:
     """Update all rows as one compiled graph. Returns False if compilation fails, with a warning the first time."""
-    from torch._dynamo.exc import TorchDynamoException  # loading it takes seconds
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # loading them takes seconds
 
     if update not in _graphs:
         _graphs[update] = _compile(update)
@@ -107,7 +111,8 @@ def run_compiled(update: Update, rows: Sequence[Row], scalars: dict[str, Scalar]
     tensors = {name: torch.as_tensor(value, dtype=rows[0][1].dtype) for name, value in scalars.items()}
     try:
         graph(rows, tensors)
-    except (TorchDynamoException, OSError) as error:  # OSError: no writable folder for the compiler's cache
+    # More than eight groups of different shapes hit a limit. OSError: no writable folder for the compiler's cache.
+    except (TorchDynamoException, FailOnRecompileLimitHit, OSError) as error:
         _graphs[update] = None
         reason = " ".join(str(error).split())[:200]  # the first line may be only "inductor raised:"
         warnings.warn(f"the optimizer's update is not compiled, so it is slower: {reason}", stacklevel=2)

@@ -173,11 +173,11 @@ class MatrixOptimizer(BaseOptimizer):
         return grads, momenta
 
     def finite_or_identity(self, roots: Tensor, names: list[str]) -> Tensor:
-        """Replace inverse roots (k, p, p) that are not finite with the identity; warns once per parameter."""
-        finite = torch.isfinite(roots).all(-1).all(-1)
+        """Replace inverse roots (k, ..., p, p) that are not finite with the identity; warns once per parameter."""
+        finite = torch.isfinite(roots).flatten(1).all(1)
         self._monitor.watch(finite, names)
         identity = torch.eye(roots.shape[-1], dtype=roots.dtype, device=roots.device)
-        return torch.where(finite[:, None, None], roots, identity)
+        return torch.where(finite.view(-1, *(1,) * (roots.ndim - 1)), roots, identity)
 
 
 def with_norm(updates: Tensor, norm: float | Tensor) -> Tensor:

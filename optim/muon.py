@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .base import Group, on_host
-from .matrix_functions import MUON_COEFFICIENTS, orthogonalize
+from .matrix_functions import MUON_COEFFICIENTS, bfloat16_on_cpu, orthogonalize
 from .matrix_optimizer import UPDATE_RMS, MatrixOptimizer
 from .specs import UpdateScale
 
@@ -63,6 +63,8 @@ class Muon(MatrixOptimizer):
         ValueError: invalid keyword value, complex parameter, parameter that is not a matrix, or sparse gradient.
     """
 
+    orthogonalizes = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -77,6 +79,7 @@ class Muon(MatrixOptimizer):
         maximize: bool = False,
         capturable: bool = False,
     ) -> None:
+        bfloat16_on_cpu()  # measures now, because `torch.compile` cannot trace it in `step`
         super().__init__(
             params,
             {

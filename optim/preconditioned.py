@@ -62,7 +62,10 @@ class PreconditionedOptimizer(MatrixOptimizer):
     """Sides above this limit have no factor, and are not preconditioned."""
 
     def inverse_root(self, factors: Tensor, ridges: Tensor, group: Group) -> Tensor:
-        """Return inverse roots of factors (k, p, p), up to a positive multiple; `ridges` (k, 1, 1): scaled `eps`."""
+        """Return inverse roots of factors (k, p, p), up to a positive multiple; `ridges` (k, 1, 1): scaled `eps`.
+
+        The roots have shape (k, p, p), or (k, n, p, p) for n matrices that `updates` combines.
+        """
         raise AssertionError("a subclass implements this")
 
     def updates(

@@ -25,7 +25,7 @@ def shampoo_update(momenta: Tensor, rms: Tensor, left: Tensor | None, right: Ten
     `momenta` and `rms = √v` have shape (k, p, q). `left` (k, p, p) and `right` (k, q, q) are the inverse roots; None
     means that the side is not preconditioned.
     """
-    grafted_norm = frobenius_norm(momenta / torch.hypot(rms, rms.new_tensor(eps**0.5)))
+    grafted_norm = frobenius_norm(momenta / torch.hypot(rms, rms.new_full((), eps**0.5)))
     updates = scaled_to_one(momenta)
     updates = updates if left is None else left @ updates
     return with_norm(updates if right is None else updates @ right, grafted_norm)

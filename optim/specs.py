@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
-RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton"]
+RootMethod = Literal["auto", "eigh", "polar_express", "newton_schulz", "newton", "cholesky"]
+RootPrecision = Literal["bf16", "fp32"]
 UpdateScale = Literal["match_rms_adamw", "original"]
 
 PARTS = ("embedding", "head", "vectors", "matrices")
@@ -54,6 +55,7 @@ REPEATS = Range("a whole number >= 1", int, gt=0, most=1000)
 """For iterations within a step."""
 FLAG = Range("True or False", bool)
 ROOT_METHODS = Range(f"one of {', '.join(get_args(RootMethod))}", str, choices=get_args(RootMethod))
+ROOT_PRECISIONS = Range(f"one of {', '.join(get_args(RootPrecision))}", str, choices=get_args(RootPrecision))
 UPDATE_SCALES = Range(f"one of {', '.join(get_args(UpdateScale))}", str, choices=get_args(UpdateScale))
 
 RANGES: Mapping[str, Range] = {
@@ -77,6 +79,7 @@ RANGES: Mapping[str, Range] = {
     "total_steps": POSITIVE_COUNT,
     "scale_start_step": COUNT,
     "root_method": ROOT_METHODS,
+    "root_precision": ROOT_PRECISIONS,
     "ns_coefficients": COEFFICIENTS,
     "adjust_lr_fn": UPDATE_SCALES,
     "exponent": EXPONENT,
@@ -133,7 +136,7 @@ _SPECS = (
         "asgo", "ASGO", ".asgo", "ASGO",
         {
             **_MATRIX, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto", "root_steps": 10,
-            "precond_frequency": 1,
+            "precond_frequency": 1, "root_precision": "bf16",
         },
         takes_matrices=True,
     ),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from optim import native
+from optim.matrix_functions import bfloat16_on_cpu, use_bfloat16_on_cpu
 from pipelines.config import RuntimeSettings
 from pipelines.training.device import describe_device
 from pipelines.training.distributed import Ranks
@@ -18,6 +19,7 @@ from pipelines.training.distributed import Ranks
 Arithmetic = dict[str, str]
 
 _KERNEL = "optimizer"
+_PRODUCTS = "orthogonalization"
 _OPERATIONS = "PyTorch operations"
 _RECORD_BYTES = 1024
 
@@ -29,12 +31,13 @@ def agree_on_arithmetic(
     ranks: Ranks,
     note: Callable[[str], None],
 ) -> Arithmetic:
-    """Use the optimizer's C kernels on all ranks or on none; returns what this rank computes with.
+    """Use C kernels, and bfloat16 for Muon on a CPU, on all ranks or on none; returns what this rank computes with.
 
     Replicas of a model would drift apart if one rank had a compiler and another did not. Calls `note` if the kernels
     cannot be used, and for what still differs between ranks. A collective: every rank must call it.
     """
     native.use(True)
+    use_bfloat16_on_cpu(None)
     takes_kernels = device.type == "cpu" and _takes_kernels(optimizer)
     local = {
         "torch": torch.__version__,
@@ -42,15 +45,21 @@ def agree_on_arithmetic(
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch.compile": "on" if runtime.compile else "off",
         _KERNEL: native.description() if takes_kernels else _OPERATIONS,
+        _PRODUCTS: "bfloat16" if device.type != "cpu" or bfloat16_on_cpu() else "float32",
     }
     of_ranks = _gather(local, ranks)
+    if any(record[_PRODUCTS] == "float32" for record in of_ranks):
+        use_bfloat16_on_cpu(False)
+        local[_PRODUCTS] = "float32"
+    if not getattr(optimizer, "orthogonalizes", False):
+        del local[_PRODUCTS]
     without = [record[_KERNEL] for record in of_ranks if record[_KERNEL].startswith(_OPERATIONS)]
     if without:
         native.use(False)
         local[_KERNEL] = _OPERATIONS
     if without and takes_kernels and ranks.is_first:
         note(f"the optimizer runs as {without[0]}, 2 to 4 times slower than compiled")
-    for key in local.keys() - {_KERNEL}:
+    for key in local.keys() - {_KERNEL, _PRODUCTS}:
         values = sorted({record[key] for record in of_ranks})
         if len(values) > 1 and ranks.is_first:
             note(f"the processes compute with different {key} ({', '.join(values)}): replicas differ by rounding")

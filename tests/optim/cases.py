@@ -61,10 +61,11 @@ DESCRIPTIONS = [
         overrides={
             "lr": 0.05, "momentum": 0.5, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.0,
             "root_method": "newton_schulz", "root_steps": 3, "precond_frequency": 3,
+            "root_precision": "fp32",
         },
         refused={
             **COMMON, "momentum": DECAY, "beta2": DECAY, "eps": NOT_NEGATIVE, "root_method": ["qr", "", None, 3],
-            "root_steps": COUNT, "precond_frequency": COUNT,
+            "root_steps": COUNT, "precond_frequency": COUNT, "root_precision": ["bfloat16", "", None, 3],
         },
     ),
     Description(

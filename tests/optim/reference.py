@@ -89,7 +89,7 @@ class ASGO(Reference):
 
     def __init__(
         self, w, lr=1e-2, momentum=0.9, beta2=0.8, eps=1e-10, weight_decay=0.1, root_method="auto",
-        root_steps=10, precond_frequency=1,
+        root_steps=10, precond_frequency=1, root_precision="bf16",
     ):  # fmt: skip
         super().__init__(w, lr, weight_decay)
         self.momentum, self.beta2, self.frequency = momentum, beta2, precond_frequency

@@ -154,7 +154,7 @@ REAL_EFFECTS = [
     for case in DESCRIPTIONS
     for keyword in case.overrides
     # these steer the iterations, which an exact root has not: see the tests of root methods below
-    if not (case.name == "ASGO" and keyword in {"root_method", "root_steps", "eps"})
+    if not (case.name == "ASGO" and keyword in {"root_method", "root_steps", "root_precision", "eps"})
 ]
 
 
@@ -240,14 +240,21 @@ def test_learning_rate_zero_moves_the_state_but_not_the_weights(case):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("root_method", "root_steps"), [("polar_express", 14), ("newton_schulz", 30), ("newton", 10), ("auto", 10)]
+    ("root_method", "root_steps"),
+    [("polar_express", 14), ("newton_schulz", 30), ("newton", 10), ("cholesky", 8), ("auto", 10)],
 )
 def test_root_methods_agree(root_method, root_steps, dtype):
     """At moderate condition numbers every method is the exact inverse root; `auto` is one of them."""
     gradients = full_rank((5, 8))
     tolerance = 2e-6 if dtype is torch.float32 else 2e-7
     assert_follows(
-        BY_NAME["ASGO"], gradients, root_method=root_method, root_steps=root_steps, dtype=dtype, tolerance=tolerance
+        BY_NAME["ASGO"],
+        gradients,
+        root_method=root_method,
+        root_steps=root_steps,
+        root_precision="fp32",
+        dtype=dtype,
+        tolerance=tolerance,
     )
 
 
@@ -269,17 +276,17 @@ def test_root_method_and_root_steps_reach_the_iteration(root_method, root_steps)
 @pytest.mark.parametrize("moving", [True, False], ids=["moving", "fixed"])
 @pytest.mark.parametrize("root_steps", [10, 20])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("root_method", ["polar_express", "newton_schulz", "newton"])
+@pytest.mark.parametrize("root_method", ["polar_express", "newton_schulz", "newton", "cholesky"])
 def test_iterative_roots_of_low_rank_gradients(root_method, root_steps, dtype, moving, recwarn):
     """V is singular: rounding errors in its null space must not grow into the update, however many steps are asked."""
-    keywords = {"root_method": root_method, "root_steps": root_steps}
+    keywords = {"root_method": root_method, "root_steps": root_steps, "root_precision": "fp32"}
     assert_follows(BY_NAME["ASGO"], low_rank((24, 40), 3, moving=moving), dtype=dtype, tolerance=1e-2, **keywords)
     assert not recwarn.list
 
 
 @pytest.mark.filterwarnings("ignore:the inverse root")  # the identity in its place has the right length, too
 @pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e15])
-@pytest.mark.parametrize("root_method", ["eigh", "polar_express", "newton_schulz", "newton"])
+@pytest.mark.parametrize("root_method", ["eigh", "polar_express", "newton_schulz", "newton", "cholesky"])
 def test_the_update_has_its_length_whatever_the_scale_of_the_gradients(root_method, scale):
     """Squares of squares leave float32 long before the gradient does; the update must not vanish there unsaid."""
     param = parameter(np.zeros((6, 8)), torch.float32)

@@ -18,7 +18,7 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 CONSTRUCTORS: dict[type, dict[str, Any]] = {
     ASGO: {
         "lr": 1e-2, "momentum": 0.9, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto",
-        "root_steps": 10, "precond_frequency": 1,
+        "root_steps": 10, "precond_frequency": 1, "root_precision": "bf16",
     },
     DASGO: {"lr": 1e-2, "momentum": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1},
     Muon: {

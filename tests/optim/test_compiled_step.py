@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from optim import Asro, elementwise
+from optim.rows import update_rows
 from tests.long import long
 
 from .cases import DESCRIPTIONS, Description, every_optimizer
@@ -131,3 +134,32 @@ def test_a_compiled_step_refreshes_its_roots_on_schedule(case):
         return torch.compile(whole_step(optimizer, loss_of), backend="aot_eager")
 
     assert_same_training(case, compiled, precond_frequency=2)
+
+
+def test_more_shapes_than_the_compiler_takes_are_stepped_without_it(monkeypatch):
+    """The ninth graph is refused. Its group is stepped all the same, as by PyTorch operations."""
+
+    def compiled(update: Any) -> Any:
+        return torch.compile(functools.partial(update_rows, update), fullgraph=True, dynamic=False, backend="eager")
+
+    def run(self: Any, rows: Any, scalars: Any) -> None:
+        if not elementwise.run_compiled(type(self).update, rows, scalars):
+            update_rows(type(self).update, rows, scalars)
+
+    def stepped() -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(4, 4 + index)) for index in range(10)]
+        optimizer = Asro([{"params": [param]} for param in params], lr=1e-3, decrement=0.1, min_scale=0.1)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return params
+
+    expected = stepped()
+    monkeypatch.setattr(elementwise, "_graphs", {})
+    monkeypatch.setattr(elementwise, "_compile", compiled)
+    monkeypatch.setattr(elementwise.ElementwiseOptimizer, "_run", run)
+    with pytest.warns(UserWarning, match="is not compiled"):
+        found = stepped()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -207,3 +207,38 @@ class TestCompiledGraph:
         assert results == [False] * 3
         assert len(caught) == 1
         assert "not compiled" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["Asro", "AccAsro"])
+def test_rows_joined_for_a_gpu_are_stepped_as_they_are_one_by_one(name, dtype, monkeypatch):
+    """Bit for bit: each element has its own update. One row is too long to be joined, one is not contiguous."""
+
+    def run(self, given, scalars):
+        for group in rows.joined(given):
+            with group as row:
+                joined_lengths.append(row[0].numel())
+                rows.update_rows(type(self).update, [row], scalars)
+
+    def stepped() -> list[torch.Tensor]:
+        params = [parameter(start(shape), dtype) for shape in [*SHAPES, (7, 5)]]
+        params[3].data = params[3].data.to(memory_format=torch.channels_last)
+        optimizer = BY_NAME[name].build(params)
+        for step in range(4):
+            for index, param in enumerate(params):
+                set_gradient(param, noise(tuple(param.shape), 1, seed=10 * step + index)[0])
+            optimizer.step()
+        return params
+
+    joined_lengths: list[int] = []
+    native.use(False)
+    try:
+        expected = stepped()
+        monkeypatch.setattr(rows, "JOINED", 1000)
+        monkeypatch.setattr(elementwise.ElementwiseOptimizer, "_run", run)
+        found = stepped()
+    finally:
+        native.use(True)
+    assert joined_lengths[:3] == [260 * 130, 130 * 7 + 5, 3 * 16 * 9 + 35]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,11 +16,13 @@ from torch import Tensor
 from optim import matrix_functions
 from optim.matrix_functions import (
     damped_inverse_root,
+    factored_inverse_sqrt,
     full_float32_products,
     inverse_root_eigh,
     inverse_root_newton,
     inverse_sqrt,
     orthogonalize,
+    precondition,
 )
 
 from .cases import every_optimizer, full_rank, parameter, set_gradient, start
@@ -31,7 +34,7 @@ from .reference import (
     polar_express,
 )
 
-METHODS = ["eigh", "polar_express", "newton_schulz", "newton"]
+METHODS = ["eigh", "polar_express", "newton_schulz", "newton", "cholesky"]
 EPS = 1e-10
 every_method = pytest.mark.parametrize("method", METHODS)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -63,6 +66,8 @@ ACCURACY = [
     ("newton_schulz", 20, 1e4, 1e-10, 2e-2),
     ("newton", 10, 10, 1e-5, 1e-5),
     ("newton", 10, 1e4, 2e-5, 2e-2),
+    ("cholesky", 8, 10, 1e-13, 1e-5),
+    ("cholesky", 8, 1e4, 1e-10, 2e-2),
 ]
 
 
@@ -234,12 +239,12 @@ def test_orthogonalize_brings_singular_values_near_one():
 
 
 def test_orthogonalize_in_bfloat16_brings_singular_values_near_one(monkeypatch):
-    """As on a GPU, and on a CPU with AMX.
+    """As on a GPU, and on a CPU with instructions for it.
 
     Rounding to u = 2^-8 moves the singular values of a matrix of rank 8 by at most u √8 = 0.011 of the largest. With
     the coefficients 3.4, 4.8 and 2 of the last step, before which all values are near 1, that comes to less than 0.2.
     """
-    monkeypatch.setattr(matrix_functions, "_has_fast_bfloat16", lambda matrix: True)
+    monkeypatch.setattr(matrix_functions, "_bfloat16_wanted", True)
     matrix = torch.tensor(spectrum(10.0)[:, :8], dtype=torch.float32)
     result = orthogonalize(matrix, 5)
     assert result.dtype is torch.float32
@@ -422,3 +427,63 @@ def test_a_matrix_that_no_method_decomposes_gives_nan_and_the_others_their_roots
         good, nothing = inverse_root_eigh(stack(spectrum(10.0), bad, dtype=dtype), order, ridge)
         assert error(good, inverse_root(spectrum(10.0), 1 / order)) < 1e-5
         assert nothing.isnan().all()
+
+
+# --- Cholesky factor and its polar factor
+
+
+def gradient_with(condition: float, shape: tuple[int, int] = (48, 96), seed: int = 0) -> Tensor:
+    """A float64 gradient whose Gram matrix has log-spaced eigenvalues from 1 down to 1 / condition."""
+    rng = np.random.default_rng(seed)
+    rows, columns = (np.linalg.qr(rng.standard_normal((side, shape[0])))[0] for side in shape)
+    return torch.tensor((rows * np.logspace(0, -np.log10(condition) / 2, shape[0])) @ columns.T)
+
+
+def direction(update: Tensor) -> Tensor:
+    return update.double() / torch.linalg.matrix_norm(update.double())
+
+
+# Three products and three roundings to bfloat16 a step, 2**-9 each, of which those that rotate the rows add up over
+# eight steps: 3 * sqrt(8) * 2**-9 / sqrt(3) is 1e-2 at most. A ridge of 4 roundings of float32 changes the smallest
+# eigenvalue by 4 * 1.2e-7 * condition, half of which is the error of its root.
+@pytest.mark.parametrize(
+    ("precision", "condition", "limit"),
+    [("bf16", 1e2, 1e-2), ("bf16", 1e4, 1.5e-2), ("bf16", 1e6, 1.5e-1), ("fp32", 1e2, 5e-5), ("fp32", 1e4, 3e-3)],
+)
+def test_the_update_by_cholesky_is_as_exact_as_its_precision(precision, condition, limit):
+    gradient = gradient_with(condition)
+    values, vectors = torch.linalg.eigh(gradient @ gradient.mT)
+    expected = (vectors * values.rsqrt()) @ vectors.mT @ gradient
+    single = gradient.float()
+    factors = factored_inverse_sqrt((single @ single.mT)[None], 8, precision)
+    found = precondition(factors, single[None], precision)[0]
+    assert torch.linalg.matrix_norm(direction(found) - direction(expected)) < limit
+    whole = inverse_sqrt((single @ single.mT)[None], "cholesky", 8, EPS, precision)[0] @ single
+    assert torch.linalg.matrix_norm(direction(whole) - direction(expected)) < limit
+
+
+@pytest.mark.parametrize("rank", [1, 4, 40])
+def test_cholesky_factors_of_low_rank_matrices_exist(rank):
+    """Their zero eigenvalues are rounding errors of either sign, which grow with the largest eigenvalue."""
+    rng = np.random.default_rng(rank)
+    positive = torch.tensor(rng.random((256, rank)) @ rng.random((rank, 256)), dtype=torch.float32)
+    signed = torch.tensor(rng.standard_normal((256, rank)) @ rng.standard_normal((rank, 256)), dtype=torch.float32)
+    grams = torch.stack([each @ each.mT for each in (positive, signed, torch.ones(256, 256))])
+    assert torch.isfinite(factored_inverse_sqrt(grams, 8, "bf16")).all()
+
+
+def test_a_matrix_without_a_cholesky_factor_gives_nan_and_spoils_no_neighbour():
+    indefinite, good = np.diag([1.0, -1.0, 1.0]), spectrum(10.0, size=3)
+    factors = factored_inverse_sqrt(stack(indefinite, good), 8, "fp32")
+    assert torch.isnan(factors[0, 0]).any()
+    assert torch.equal(factors[1], factored_inverse_sqrt(stack(good), 8, "fp32")[0])
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 4, 8])
+def test_newton_converges_within_its_steps_at_any_condition_number(order):
+    for dtype in (torch.float32, torch.float64):
+        for size in (1, 3, 64):
+            matrix = stack(spectrum(1e30, size), spectrum(1.0, size), np.ones((size, size)), dtype=dtype)
+            limited = inverse_root_newton(matrix, order, 0.0)
+            with mock.patch.object(matrix_functions, "_newton_steps", return_value=200):
+                assert torch.equal(inverse_root_newton(matrix, order, 0.0), limited)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optim import native
+from optim import matrix_functions, native
 from pipelines.config import RunConfig
 from pipelines.training.checkpoint import checkpoint_folders, read_state
 from pipelines.training.run_folder import RunFolder
@@ -59,6 +59,19 @@ def test_a_resume_without_the_compiler_is_said_once(
     assert "optimizer: C kernels (cc " in said[0]
     assert "before, PyTorch operations now" in said[0]
     assert any("no C compiler 'no-such-compiler'" in note and "slower" in note for note in reporter.notes)
+
+
+def test_muon_on_a_cpu_that_multiplies_otherwise_is_said(
+    small_config: Make, tmp_path: Path, reporter: SilentReporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(optimizer__name="muon", optimizer__lr=0.01)
+    monkeypatch.setattr(matrix_functions, "_bfloat16_measured", False)
+    train(config, tmp_path / "run", reporter)
+    remove_last_checkpoints(tmp_path / "run", 1)
+    monkeypatch.setattr(matrix_functions, "_bfloat16_measured", True)
+    train(config, tmp_path / "run", reporter, resume=True)
+    (said,) = [note for note in reporter.notes if "not bit for bit" in note]
+    assert "orthogonalization: float32 before, bfloat16 now" in said
 
 
 def test_another_instruction_set_torch_or_number_of_threads_is_said(
