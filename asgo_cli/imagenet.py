@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from asgo_cli import console
+from asgo_cli import console, images
 from asgo_cli.help_text import examples
 from asgo_cli.progress import PhaseProgress
 from pipelines.shell import command
 
 if TYPE_CHECKING:
     from collections.abc import Collection
-
-    from pipelines.data.images.manifest import ImageManifest
 
 EXAMPLES = examples(
     "asgo data imagenet --archives /data/archives",
@@ -82,7 +80,7 @@ def imagenet(
             checked=checked,
             report=progress.show,
         )
-    _summarize(manifest, out)
+    images.summarize(manifest, out)
     console.suggest_next(command("asgo", "train", "imagenet", "--data", out))
 
 
@@ -115,13 +113,3 @@ def _show_terms() -> None:
 
     for line in LICENCE_TERMS.splitlines():
         console.say(line)
-
-
-def _summarize(manifest: ImageManifest, out: Path) -> None:
-    rows = []
-    for part in ("train", "validation"):
-        counts = [getattr(each, part) for each in manifest.classes]
-        rows.append((part, f"{len(counts):,}", f"{sum(counts):,}", f"{min(counts):,}", f"{max(counts):,}"))
-    in_place = manifest.source_folder if manifest.containers else f"{out}/*.images"
-    place = "files" if manifest.layout == "extracted" else f"in {in_place}"
-    console.show_table(("part", "classes", "images", "fewest", "most"), rows, title=f"{out} ({place})")

@@ -13,12 +13,20 @@ from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json, write_atomically
 
-Layout = Literal["extracted", "packed", "decoded"]
+Layout = Literal["extracted", "packed", "auto"]
+"""The layout to make. "auto" is decoded for small images of one size, else packed."""
+ImageShape = tuple[PositiveInt, PositiveInt, Literal[1, 3]]
+"""(height, width, channels)."""
 Recipe = Mapping[str, str]
 
 _KINDS = ("images", "imagenet")
-_DEFAULTS = {"source": "archives", "layout": "extracted"}
-"""Options that a command line may omit."""
+SOURCE = "SOURCE"
+"""Key of a recipe for the argument of a command; the other keys are its options."""
+_DEFAULTS = {"images": {"layout": "auto"}, "imagenet": {"source": "archives", "layout": "extracted"}}
+"""Options that a command line may omit, by command."""
+
+
+LAYOUT_OPTIONS = {"extracted": "--extract", "packed": "--no-extract"}
 
 
 class SourceFile(Frozen):
@@ -65,11 +73,11 @@ class ImageManifest(_Made):
     all images, uint8 of `image_shape` (height, width, channels), one after another and described by `pieces`.
     `revision` is the commit of the source, if known.
     `train_index` and `validation_index` are the SHA-256 of the index files. `fingerprint` depends only on the images
-    and labels, not on the source and the layout.
+    and labels, not on the source, and on the layout only in that decoded images have another.
     """
 
-    layout: Layout
-    image_shape: Annotated[tuple[PositiveInt, PositiveInt, Literal[1, 3]] | None, Field(strict=False)] = None
+    layout: Literal["extracted", "packed", "decoded"]
+    image_shape: Annotated[ImageShape | None, Field(strict=False)] = None
     revision: str | None
     source_folder: str
     source_files: Annotated[tuple[SourceFile, ...], Field(strict=False)]
@@ -161,10 +169,12 @@ def load_unfinished(folder: Path) -> Unfinished | None:
 
 def command(folder: Path, made: _Made) -> str:
     """Return the command line that makes `folder` with the same options."""
-    options = {name: value for name, value in made.recipe.items() if _DEFAULTS.get(name) != value}
-    packed = ["--no-extract"] if options.pop("layout", None) else []
+    defaults = _DEFAULTS.get(made.importer, {})
+    options = {name: value for name, value in made.recipe.items() if defaults.get(name) != value}
+    layout = [LAYOUT_OPTIONS[options.pop("layout")]] if "layout" in options else []
+    source = [Path(options.pop(SOURCE))] if SOURCE in options else []
     words = [word for name, value in options.items() for word in (f"--{name}", Path(value))]
-    return shell.command("asgo", "data", made.importer, *words, "--out", folder, *packed)
+    return shell.command("asgo", "data", made.importer, *source, *words, "--out", folder, *layout)
 
 
 def _current(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
