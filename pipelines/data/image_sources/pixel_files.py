@@ -110,7 +110,7 @@ def read_cifar(
             rows = np.frombuffer(b"".join(content[name] for name in files), np.uint8).reshape(-1, label_bytes + 3072)
         pixels = rows[:, label_bytes:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
         sets[split] = PixelSet(pixels, rows[:, label_bytes - 1].astype(np.int64))
-    return sets, content[names].decode().split()
+    return sets, _lines(content[names])
 
 
 def read_stl10(archive: Path) -> tuple[dict[str, PixelSet], list[str]]:
@@ -124,7 +124,11 @@ def read_stl10(archive: Path) -> tuple[dict[str, PixelSet], list[str]]:
             pixels = np.frombuffer(content[f"{part}_X.bin"], np.uint8).reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)
         labels = np.frombuffer(content[f"{part}_y.bin"], np.uint8).astype(np.int64) - 1
         sets[split] = PixelSet(pixels, labels)
-    return sets, content["class_names.txt"].decode().split()
+    return sets, _lines(content["class_names.txt"])
+
+
+def _lines(content: bytes) -> list[str]:
+    return [line for line in content.decode(errors="replace").splitlines() if line.strip()]
 
 
 def _members(archive: Path, wanted: Sequence[str]) -> dict[str, bytes]:

@@ -38,6 +38,8 @@ def prepare_images(
     Raises as `import_images` does, and `UsageError` for an unknown kind of source.
     """
     importer = _importer(source, options)
+    if extract is not None and isinstance(importer, TorchvisionImporter):
+        raise UsageError(f"{source}: holds pixels, not image files; omit --extract and --no-extract")
     checked = importer.download(report, notify) if options.download else ()
     return import_images(
         importer, out, extract=extract, workers=workers, overwrite=overwrite, checked=checked, report=report

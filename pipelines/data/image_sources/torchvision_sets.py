@@ -204,8 +204,6 @@ class TorchvisionImporter:
         return digest
 
     def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
-        if layout != "auto":
-            raise UsageError(f"{PREFIX}{self.dataset}: holds pixels, not image files; omit --extract and --no-extract")
         report("reading the images", 0, 1)
         sets, names = self._set.read(*self.find())
         for split, images in sets.items():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.data.holding import held_folder
 from pipelines.data.images.extract import flush_to_disk
@@ -145,10 +146,10 @@ def require_room(out: Path, needed: int, otherwise: str) -> None:
         )
 
 
-def require_every_class(classes: Sequence[ImageClass], indices: Mapping[str, Index]) -> None:
-    """Raise `AsgoError` with a class that has no image in a split."""
-    for split, index in indices.items():
-        counts = np.bincount(index.labels, minlength=len(classes))
+def require_every_class(classes: Sequence[ImageClass], labels: Mapping[str, NDArray[np.int64]]) -> None:
+    """Raise `AsgoError` with a class that has no image in a split, given the labels of each split."""
+    for split, numbers in labels.items():
+        counts = np.bincount(numbers, minlength=len(classes))
         if not counts.all():
             empty = classes[int(counts.argmin())]
             raise AsgoError(f"class {empty.id}, {empty.name}: no images in {split}")

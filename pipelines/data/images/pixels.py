@@ -37,6 +37,7 @@ def import_pixels(
     An image is named by its number in the source. Starts again after a kill: the largest of these data sets take
     seconds. Raises `AsgoError` for a class without images, and if the disk has too little room.
     """
+    require_every_class(classes, {split: each.labels for split, each in sets.items()})
     require_room(out, sum(each.pixels.nbytes for each in sets.values()), "choose another --out")
     indices, pieces = {}, []
     for split, images in sets.items():
@@ -48,7 +49,6 @@ def import_pixels(
         write_index(out / index_file(split), indices[split], [each.id for each in classes])
         sha256 = write_pixels(out / packed_file(split), images.pixels, order, report)
         pieces.append(Piece(split=split, bytes=count * size, sha256=sha256))
-    require_every_class(classes, indices)
     height, width, channels = shape
     return Contents(classes, indices, tuple(pieces), image_shape=(height, width, 1 if channels == 1 else 3))
 
