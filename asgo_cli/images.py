@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,20 +16,39 @@ if TYPE_CHECKING:
     from pipelines.data.images.manifest import ImageManifest
 
 EXAMPLES = examples(
+    "asgo data images photos --out data/photos",
+    "asgo data images photos.zip --val-fraction 0.2 --out data/photos",
     "asgo data images torchvision:MNIST --root /data/torchvision --out data/mnist",
     "asgo data images torchvision:CIFAR10 --download --out data/cifar10",
 )
+
+OutOption = Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")]
+WorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Threads that extract.", show_default="one per core")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing data folder.")]
 
 
 def images(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="torchvision:NAME, a data set of torchvision."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder of images, an archive of one (.zip, .tar, .tar.gz), or torchvision:NAME.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")],
-    root: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of torchvision's files, its `root`.")] = Path(
-        "data/torchvision"
-    ),
+    out: OutOption,
+    val_fraction: Annotated[
+        float | None,
+        typer.Option(
+            metavar="X", help="Fraction of each class for validation, if SOURCE has no split.", show_default="0.1"
+        ),
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are not images.")] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of torchvision's files, its `root`.", show_default="data/sources"),
+    ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download missing files.")] = False,
     extract: Annotated[
         bool | None,
@@ -39,31 +58,46 @@ def images(
             show_default="packed; pixels for small images of one size",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that read and write.", show_default="one per core")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data folder.")] = False,
+    workers: WorkersOption = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Prepare a folder of labelled images to train from.
 
     After an interruption, run the same command again to resume.
     """
-    from pipelines.data.image_sources.source import SourceOptions, prepare_images
-
     progress = PhaseProgress()
     with progress.bar:
-        manifest = prepare_images(
+        manifest = prepare(
             source,
             out,
-            SourceOptions(root, download),
-            extract=extract,
+            progress,
             workers=workers,
             overwrite=overwrite,
-            report=progress.show,
-            notify=console.say,
+            root=root,
+            download=download,
+            val_fraction=val_fraction,
+            skip_bad=skip_bad,
+            extract=extract,
         )
     summarize(manifest, out)
     console.suggest_next(command("asgo", "train", "images", "--data", out))
+
+
+def prepare(
+    source: str, out: Path, progress: PhaseProgress, *, workers: int | None, overwrite: bool, **options: Any
+) -> ImageManifest:
+    """Import `source`; `options` are fields of `SourceOptions`."""
+    from pipelines.data.image_sources.source import SourceOptions, prepare_images
+
+    return prepare_images(
+        source,
+        out,
+        SourceOptions(**options),
+        workers=workers,
+        overwrite=overwrite,
+        report=progress.show,
+        notify=console.say,
+    )
 
 
 def summarize(manifest: ImageManifest, out: Path) -> None:

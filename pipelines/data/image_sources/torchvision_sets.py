@@ -163,7 +163,7 @@ class TorchvisionImporter:
         self.folder = self._root / self._set.folder
         self.options = {SOURCE: f"{PREFIX}{name}", "root": str(self._root)}
 
-    def find(self) -> list[Path]:
+    def find(self, report: Progress) -> list[Path]:
         missing = self._missing()
         if missing:
             pickled = " (the pickled version that torchvision reads is not used)" if "CIFAR" in self.dataset else ""
@@ -171,7 +171,7 @@ class TorchvisionImporter:
                 f"{self.folder}: no {', no '.join(file.name for file in missing)}{pickled}; put them there, pass the "
                 "folder that torchvision calls root with --root, or get them with --download"
             )
-        return [path for file in self._set.files if (path := self._path(file)) is not None]
+        return self._paths()
 
     def download(self, progress: Progress, notify: Notify) -> list[str]:
         """Download missing files, or resume that; return their names. They are verified.
@@ -205,7 +205,7 @@ class TorchvisionImporter:
 
     def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
         report("reading the images", 0, 1)
-        sets, names = self._set.read(*self.find())
+        sets, names = self._set.read(*self._paths())
         for split, images in sets.items():
             if len(images.labels) != len(images.pixels) or not 0 <= images.labels.min() <= images.labels.max() < len(
                 names
@@ -216,6 +216,9 @@ class TorchvisionImporter:
     def _path(self, file: SetFile) -> Path | None:
         paths = (self.folder / file.unpacked, self.folder / file.name)
         return next((path for path in paths if path.is_file()), None)
+
+    def _paths(self) -> list[Path]:
+        return [path for file in self._set.files if (path := self._path(file)) is not None]
 
     def _missing(self) -> list[SetFile]:
         return [file for file in self._set.files if self._path(file) is None]

@@ -75,7 +75,7 @@ def _option(name: str, value: str | None) -> str:
         return LAYOUT_OPTIONS.get(value or "", "neither --extract nor --no-extract")
     if name == SOURCE:
         return str(value)
-    return f"--{name} {value or 'none'}"
+    return f"--{name} {'none' if value is None else value}".rstrip()
 
 
 def _require_free(out: Path, new: Unfinished, overwrite: bool) -> None:

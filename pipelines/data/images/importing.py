@@ -69,7 +69,7 @@ class ImageImporter(Protocol):
     def revision(self) -> str | None:
         """The commit of the source, if known."""
 
-    def find(self) -> Sequence[Path]:
+    def find(self, report: Progress) -> Sequence[Path]:
         """Return all source files. Raises `UsageError` or `AsgoError` with what is missing and how to get it."""
 
     def expected(self, path: Path) -> str | None:
@@ -114,7 +114,7 @@ def import_images(
             if not overwrite and (manifest := finished_manifest(out, new)) is not None:
                 return manifest
             report = _stoppable(report, stop)
-            paths = importer.find()
+            paths = importer.find(report)
             state = begin_or_resume(out, new, overwrite)
             _require_same_files(out, state, paths)
             for path in paths:

@@ -21,7 +21,7 @@ Recipe = Mapping[str, str]
 
 _KINDS = ("images", "imagenet")
 SOURCE = "SOURCE"
-"""Key of a recipe for the argument of a command; the other keys are its options."""
+"""Key of a recipe for the argument of a command; the other keys are its options. A flag has the value ""."""
 _DEFAULTS = {"images": {"layout": "auto"}, "imagenet": {"source": "archives", "layout": "extracted"}}
 """Options that a command line may omit, by command."""
 
@@ -122,8 +122,8 @@ def load_image_manifest(folder: Path) -> ImageManifest:
         if unfinished is not None:
             raise AsgoError(f"{folder}: incomplete; resume with: {command(folder, unfinished)}") from None
         raise AsgoError(
-            f"{folder}: no {MANIFEST}, so this is not a folder of `asgo data imagenet`; make one from ImageNet's "
-            "archives or the hub's copy (a plain folder of images is not supported)"
+            f"{folder}: no {MANIFEST}, so `asgo data` did not make this folder; if it holds images, make one from it "
+            f"with: {_import_command(folder)}"
         ) from None
     try:
         fields = parse_json(raw)
@@ -173,8 +173,17 @@ def command(folder: Path, made: _Made) -> str:
     options = {name: value for name, value in made.recipe.items() if defaults.get(name) != value}
     layout = [LAYOUT_OPTIONS[options.pop("layout")]] if "layout" in options else []
     source = [Path(options.pop(SOURCE))] if SOURCE in options else []
-    words = [word for name, value in options.items() for word in (f"--{name}", Path(value))]
+    words = [word for name, value in options.items() for word in (f"--{name}", *([Path(value)] if value else []))]
     return shell.command("asgo", "data", made.importer, *source, *words, "--out", folder, *layout)
+
+
+def _import_command(folder: Path) -> str:
+    """Return the command that imports a plain folder of images."""
+    whole = folder.resolve()
+    out = Path("data", whole.name)
+    if out.resolve().is_relative_to(whole):
+        out = whole.with_name(f"{whole.name}-images")
+    return shell.command("asgo", "data", "images", folder, "--out", out)
 
 
 def _current(path: Path, fields: dict[str, Any]) -> dict[str, Any]:

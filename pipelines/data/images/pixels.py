@@ -1,23 +1,26 @@
-"""Write decoded images of one size: raw pixels, one file per split."""
+"""Decoded images of one size: find the size, decode, and write raw pixels, one file per split."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.images.decode import BadImageError, EncodedImage
 from pipelines.data.images.extract import partial_folder
 from pipelines.data.images.importing import Contents, require_every_class, require_room
 from pipelines.data.images.index import ImageClass, build_index, index_file, packed_file, write_index
-from pipelines.data.images.manifest import Piece
+from pipelines.data.images.manifest import ImageShape, Piece
 from pipelines.data.progress import Progress
 from pipelines.storage import refusing_links, sync
 
+LARGEST_DECODED = 64
+"""Images with sides of at most so many pixels are stored decoded if all have one size."""
 _BYTES_AT_ONCE = 16 << 20
 
 
@@ -74,3 +77,31 @@ def numbered_classes(names: Sequence[str]) -> tuple[ImageClass, ...]:
     """Return classes whose ids are their numbers, so that sorting by id keeps the order of `names`."""
     width = len(str(len(names) - 1))
     return tuple(ImageClass(f"{number:0{width}d}", name) for number, name in enumerate(names))
+
+
+def common_shape(images: Iterable[tuple[str, bytes]]) -> ImageShape | None:
+    """Return the shape of encoded images, given as (name, content), if all have one size of at most 64 x 64 pixels.
+
+    Stops at the first image with another size. Grey images have one channel, unless others have colours. Raises
+    `BadImageError`.
+    """
+    sizes, is_grey = set(), True
+    for name, content in images:
+        image = EncodedImage(content, name)
+        sizes.add((image.height, image.width))
+        is_grey &= image.is_grey
+        if len(sizes) > 1 or max(image.height, image.width) > LARGEST_DECODED:
+            return None
+    if not sizes:
+        return None
+    ((height, width),) = sizes
+    return height, width, 1 if is_grey else 3
+
+
+def decode_to(shape: ImageShape, name: str, content: bytes) -> bytes:
+    """Return the pixels of an image. Raises `BadImageError` for a damaged image and for one of another shape."""
+    image = EncodedImage(content, name)
+    pixels = image.pixels()[..., : shape[2]]
+    if pixels.shape != shape:
+        raise BadImageError(f"{name}: this image has {image.width} x {image.height} pixels; it has changed")
+    return pixels.tobytes()
