@@ -83,6 +83,8 @@ def open_packed_tar(path: Path, *, folders: bool = False) -> Iterator[Tar]:
     """Open an archive compressed with gzip or zstd. Raises `AsgoError` if it cannot be read or is damaged."""
     with unpacked(path) as stream:
         yield Tar(_Forward(stream).read, 0, None, str(path), folders)
+        while stream.read(_PIECE):  # to the end, where the checksum is
+            pass
 
 
 class _Forward:
