@@ -47,6 +47,11 @@ from pipelines.training.task import Task
 from pipelines.training.trackers import require_trackers, tracked
 from pipelines.training.watchdog import Watchdog
 
+_NO_HEAD = (
+    "optimizer.parts.head has no effect: with model.tied_head=true, the head has the weight of the embedding; "
+    "optimizer.parts.embedding sets both"
+)
+
 
 @dataclass(frozen=True)
 class PlannedPart:
@@ -298,9 +303,8 @@ def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     name, keywords = config.optimizer.name, config.optimizer_keywords()
     parts: dict[str, Any] = {part: {} for part in config.schedule.named_parts}
     parts |= keywords.get("parts", {})
-    if getattr(config.model, "tied_head", False) and "head" in parts:  # a preset may have them for an untied head
-        del parts["head"]
-        warnings.warn("optimizer.parts.head has no effect: the head has the weight of the embedding", stacklevel=2)
+    if getattr(config.model, "tied_head", False) and parts.pop("head", None):  # a preset may have an untied head
+        warnings.warn(_NO_HEAD, stacklevel=1)  # of this line, so that Python shows it once
     keywords["parts"] = parts
     if not config.optimizer.is_imported:
         try:

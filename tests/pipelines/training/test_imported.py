@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipelines.training.imported import ImportedOptimizer
 from pipelines.training.lineage import BranchPoint
 from pipelines.training.packing import CannotPack, pack, same, unpack
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.train import train
+from pipelines.training.train import plan, train
 from tests.conftest import SilentReporter
 from tests.long import sampled
 from tests.pipelines.training.test_kills import finish, start, wait_for_records
@@ -394,16 +395,30 @@ def test_runs_with_other_code_are_other_contenders(
     assert one == two != edited
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "torch.SGD"])
 def test_a_preset_for_an_untied_head_trains_a_tied_one(
-    small_config: Make, tmp_path: Path, reporter: SilentReporter
+    optimizer: str, small_config: Make, tmp_path: Path, reporter: SilentReporter
 ) -> None:
-    """The settings of the part head have no parameters then, and a warning says so."""
-    config = small_config(optimizer__name="muon", optimizer__parts__head__lr=1.0)
-    with pytest.warns(UserWarning, match=r"optimizer\.parts\.head has no effect"):
-        rows = train(config, tmp_path / "tied", reporter)
-    assert [row["loss"] for row in rows] == [
-        row["loss"] for row in train(small_config(optimizer__name="muon"), tmp_path / "plain", reporter)
+    """The settings of the part head have no parameters then, and one warning says so."""
+    settings: dict[str, Any] = {"optimizer__name": optimizer, "optimizer__lr": 0.1}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        rows = train(small_config(**settings, optimizer__parts__head__lr=1.0), tmp_path / "tied", reporter)
+    assert [str(each.message) for each in caught if "head" in str(each.message)] == [
+        "optimizer.parts.head has no effect: with model.tied_head=true, the head has the weight of the embedding; "
+        "optimizer.parts.embedding sets both"
     ]
+    assert [row["loss"] for row in rows] == [
+        row["loss"] for row in train(small_config(**settings), tmp_path / "plain", reporter)
+    ]
+
+
+def test_a_schedule_of_a_tied_head_is_an_error_and_no_warning(small_config: Make) -> None:
+    config = small_config(optimizer__name="muon", schedule__parts__head__kind="linear")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UsageError, match=r"^schedule\.parts\.head: no parameter of the model is in this"):
+            plan(config)
 
 
 UNPICKLES = """
