@@ -119,7 +119,7 @@ def test_the_validation_is_in_batches_or_in_tokens_as_the_highest_layer_says() -
 def test_an_amount_of_validation_or_an_order_that_cannot_be_is_one_line(
     task: str, values: dict[str, Any], message: str
 ) -> None:
-    preset = TINY if task == "gpt" else preset_layer("imagenet", "asro-imagenet")
+    preset = TINY if task == "gpt" else preset_layer("images", "asro-imagenet")
     with pytest.raises(UsageError) as error:
         resolve_run([preset, Layer("here", values)])
     (line,) = str(error.value).splitlines()
