@@ -39,7 +39,7 @@ class _Residual(nn.Sequential):
         super().__init__(_convolution(channels, channels), _convolution(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return x + super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _convolution(inputs: int, outputs: int) -> nn.Sequential:

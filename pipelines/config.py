@@ -342,7 +342,7 @@ class ImageDataSettings(DataSettings):
     """Location of the images, and how they are transformed; `pipelines.data.images.inputs` has the defaults."""
 
     transform: TransformName | None = None
-    """Crops of the training images; see docs/images.md. `small` for decoded images and `standard` for others, if absent."""
+    """Crops of training images; see docs/images.md. If absent, `small` for decoded images and `standard` for others."""
     resolution: Annotated[int, Field(gt=0, le=2**14)] | None = None
     """Height and width of the model's input, in pixels; if absent, that of decoded images, and 208 (`paper`) or 224."""
     mean: tuple[Fraction] | tuple[Fraction, Fraction, Fraction] | None = None
@@ -746,7 +746,9 @@ def task_name(name: Any) -> Any:
 
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """Return the configuration class for the "task" in `values`; `GPTRunConfig` if the task is unknown."""
-    run_config: type[RunConfig] = next((kind for kind in RUN_CONFIGS if kind.trains(task_name(values.get("task")))), GPTRunConfig)
+    run_config: type[RunConfig] = next(
+        (kind for kind in RUN_CONFIGS if kind.trains(task_name(values.get("task")))), GPTRunConfig
+    )
     model = values.get("model")
     decoder = DECODERS.get(model.get("kind", "gpt")) if isinstance(model, Mapping) else None
     if run_config is GPTRunConfig and decoder not in (None, GPTSettings):

@@ -204,6 +204,8 @@ def _differences(folder: Path, images: ImageSet) -> tuple[float, float]:
     source = ImageSource(images, build_transforms("paper", SIZE)[0])
     with ImageWorkers({"train": source}, 0) as here:
         part = here.start("train", [(0, index) for index in range(BATCH_SIZE)])
-    values = Normalize()(part.pixels.permute(0, 3, 1, 2)) - torch.stack([theirs[index][0] for index in range(BATCH_SIZE)])
+    values = Normalize()(part.pixels.permute(0, 3, 1, 2)) - torch.stack(
+        [theirs[index][0] for index in range(BATCH_SIZE)]
+    )
     difference = (values * torch.tensor(STD)[:, None, None] * 255).abs()
     return float(difference.max()), float(difference.mean())

@@ -99,9 +99,9 @@ class ImageTask:
         """Do nothing: a classifier begins with random weights."""
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """Yield (images, labels): uint8 (micro_batch_size, channels, resolution, resolution), int64 (micro_batch_size,).
+        """Yield (images, labels): uint8 (n, channels, resolution, resolution), int64 (n,).
 
-        With mixup or CutMix, there may be one row more, before the others.
+        n is `micro_batch_size`; with mixup or CutMix, there may be one row more, before the others.
         """
         self._right.zero_()
         self._seen = 0

@@ -37,7 +37,7 @@ class Mixing:
         return wanted if len(wanted) == self._batch_size else [(wanted.start - 1) % self._batch_size, *wanted]
 
     def __call__(self, images: Tensor, labels: Tensor, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """Mix the `count` rows that `rows` was asked for; `images` (n, channels, h, w) and `labels` (n,) are its answer.
+        """Mix the `count` rows that `rows` was asked for: its answer are `images` (n, channels, h, w), `labels` (n,).
 
         Returns images (count, channels, h, w), and probabilities (count, classes).
         """

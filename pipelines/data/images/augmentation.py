@@ -67,7 +67,8 @@ def _shifts(seed: int, epoch: int, count: int, pad: int) -> NDArray[np.int16]:
 
 def _reflected(places: Integers, size: int) -> Integers:
     """Map places from -size + 1 to 2 size - 2 to those of an image that is mirrored at its first and last pixel."""
-    return size - 1 - np.abs(size - 1 - np.abs(places))
+    reflected: Integers = size - 1 - np.abs(size - 1 - np.abs(places))
+    return reflected
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,18 @@ class Distortion:
         """Return other pixels of the same shape (height, width, channels), which depend on these and on `key` only."""
         image = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
         with seeded(*key, _DISTORTIONS):
-            changed: Pixels = self._transform(image).permute(1, 2, 0).numpy()
+            changed: Pixels = _transform_of(self)(image).permute(1, 2, 0).numpy()
         return changed
 
-    @functools.cached_property
-    def _transform(self) -> Callable[[Tensor], Tensor]:
-        from torchvision.transforms import v2  # takes a second to import
 
-        steps = [v2.RandAugment(self.operations, self.magnitude)] if self.operations else []
-        steps += [v2.RandomErasing(self.erasing, value=self.colour)] if self.erasing else []
-        transform: Callable[[Tensor], Tensor] = v2.Compose(steps)
-        return transform
+@functools.lru_cache(maxsize=2)  # not an attribute: its tensors would be sent to other processes through files
+def _transform_of(distortion: Distortion) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import v2  # takes a second to import
+
+    steps = [v2.RandAugment(distortion.operations, distortion.magnitude)] if distortion.operations else []
+    steps += [v2.RandomErasing(distortion.erasing, value=distortion.colour)] if distortion.erasing else []
+    transform: Callable[[Tensor], Tensor] = v2.Compose(steps)
+    return transform
 
 
 @contextlib.contextmanager
@@ -104,7 +106,9 @@ def seeded(*key: int) -> Iterator[None]:
     Trap: `torch.manual_seed` would reseed the generators of GPUs too, from which dropout draws.
     """
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    torch.default_generator.manual_seed(
+        int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    )
     try:
         yield
     finally:

@@ -42,15 +42,15 @@ def inputs_of(settings: ImageDataSettings, data: ImageData) -> Inputs:
     channels = 3 if decoded is None else decoded.pixels.shape[3]
     if transform == "small" and settings.pad >= resolution:
         raise UsageError(f"data.pad={settings.pad} is not below the resolution, {resolution} pixels; lower it")
-    mean, std = settings.mean, settings.std
-    if mean is None or std is None:
+    if settings.mean is None or settings.std is None:
         mean, std = (MEAN, STD) if decoded is None else _statistics(decoded, data)
-    elif len(mean) != channels:
+        return Inputs(transform, resolution, channels, mean, std)
+    if len(settings.mean) != channels:
         raise UsageError(
-            f"data.mean and data.std have {len(mean)} values, but the images of {data.folder} have {channels} "
+            f"data.mean and data.std have {len(settings.mean)} values, but the images of {data.folder} have {channels} "
             f"channel{'s' * (channels > 1)}: give {channels}"
         )
-    return Inputs(transform, resolution, channels, mean, std)
+    return Inputs(transform, resolution, channels, settings.mean, settings.std)
 
 
 def _resolution(transform: TransformName, data: ImageData) -> int:
@@ -102,10 +102,10 @@ def pixel_statistics(pixels: NDArray[np.uint8]) -> tuple[tuple[float, ...], tupl
         for channel, of_channel in enumerate(counts):
             of_channel += np.bincount(chunk[..., channel].ravel(), minlength=256)
     means, stds = [], []
-    for of_channel in counts.tolist():
-        number = sum(of_channel)
-        total = sum(value * count for value, count in enumerate(of_channel))
-        squares = sum(value**2 * count for value, count in enumerate(of_channel))
+    for histogram in counts.tolist():
+        number = sum(histogram)
+        total = sum(value * count for value, count in enumerate(histogram))
+        squares = sum(value**2 * count for value, count in enumerate(histogram))
         means.append(total / (255 * number))
         stds.append(math.sqrt((number * squares - total**2) / (255 * number) ** 2))
     return tuple(means), tuple(stds)

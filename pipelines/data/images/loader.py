@@ -198,30 +198,26 @@ def open_loaders(
     `workers` is their number; see `TrainingImages` and `ValidationImages` for the rest.
     """
     sources = {"train": train, "validation": validation}
-    to_decode = {name: source for name, source in sources.items() if not _is_ready(source)}
+    ready = {name: images for name, source in sources.items() if (images := _ready_images(source)) is not None}
+    to_decode = {name: source for name, source in sources.items() if name not in ready}
     started = ImageWorkers(to_decode, workers if to_decode else 0, pinned=pinned)
-    training = (
-        TrainingImages(started, "train", batch_size, parts)
-        if "train" in to_decode
-        else DecodedTrainingImages(train.images, train.shift, train.seed, batch_size, pinned=pinned)
-    )
-    validating = (
-        ValidationImages(started, "validation", validation_batches)
-        if "validation" in to_decode
-        else DecodedValidationImages(validation.images, validation_batches)
-    )
-    return training, validating, started
-
-
-def _is_ready(source: ImageSource) -> bool:
-    """Whether the images are decoded, of the network's size, and not distorted."""
-    whole = (source.transform.size,) * 2
     return (
-        isinstance(source.images, DecodedImages)
-        and source.images.pixels.shape[1:3] == whole
-        and source.transform == CentreCrop(*whole)
-        and source.distortion is None
+        DecodedTrainingImages(ready["train"], train.shift, train.seed, batch_size, pinned=pinned)
+        if "train" in ready
+        else TrainingImages(started, "train", batch_size, parts),
+        DecodedValidationImages(ready["validation"], validation_batches)
+        if "validation" in ready
+        else ValidationImages(started, "validation", validation_batches),
+        started,
     )
+
+
+def _ready_images(source: ImageSource) -> DecodedImages | None:
+    """Return the images if they are decoded, have the network's size, and are not distorted."""
+    whole = (source.transform.size,) * 2
+    if not isinstance(source.images, DecodedImages) or source.images.pixels.shape[1:3] != whole:
+        return None
+    return source.images if source.transform == CentreCrop(*whole) and source.distortion is None else None
 
 
 def _finish(part: PendingBatch, labels: NDArray[np.int64], skipped: dict[str, str]) -> ImageBatch:

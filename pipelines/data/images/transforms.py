@@ -151,7 +151,7 @@ class Normalize:
             rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32)
             mean, std = (each.repeat(images.shape[3]) for each in (self._mean, self._std))
             rows = rows.div_(255).sub_(mean).div_(std)
-            return rows.unflatten(2, (-1, self._channels)).permute(0, 3, 1, 2)
+            return rows.view(*rows.shape[:2], -1, self._channels).permute(0, 3, 1, 2)
         mean, std = (each[:, None, None] for each in (self._mean, self._std))
         return images.contiguous().to(torch.float32).div_(255).sub_(mean).div_(std)
 

@@ -63,14 +63,18 @@ class ImageSource:
 
         Raises `BadImageError`.
         """
-        images, key = self.images, (self.seed, epoch, index)
-        is_raw = isinstance(images, DecodedImages)
-        image = RawImage(images.pixels[used]) if is_raw else EncodedImage(images.read(used), images.name(used))
+        key = (self.seed, epoch, index)
+        image = self._image(used)
         pixels = render(image, self.transform.view(image.height, image.width, key), exact=self.exact)
         if self.shift is not None:
             whole, pixels = pixels[None], np.empty_like(pixels)
             self.shift.take(whole, np.array([0]), np.array([epoch]), np.array([index]), pixels[None])
         return pixels if self.distortion is None else self.distortion(pixels, key)
+
+    def _image(self, index: int) -> EncodedImage | RawImage:
+        if isinstance(self.images, DecodedImages):
+            return RawImage(self.images.pixels[index])
+        return EncodedImage(self.images.read(index), self.images.name(index))
 
 
 @dataclass
@@ -258,7 +262,7 @@ def _work(messages: Connection[Any, Any], pixels: socket.socket) -> None:
 
 
 def make_rows(source: ImageSource, rows: Sequence[Row], into: NDArray[np.uint8]) -> DecodedRows:
-    """Decode the images of `rows` into `into` (rows, size, size, channels). Raises `AsgoError` with the image's name."""
+    """Decode the images of `rows` into `into` (rows, size, size, channels). Raises `AsgoError` with an image's name."""
     decoded = DecodedRows()
     for (epoch, index), pixels in zip(rows, into, strict=True):
         decoded.used.append(_make_row(source, epoch, index, pixels, decoded.bad))
