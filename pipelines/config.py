@@ -335,7 +335,6 @@ class TokenDataSettings(DataSettings):
 
 TransformName = Literal["paper", "standard", "small", "none"]
 Alpha = Annotated[float, Field(ge=0, le=1e6)]
-Deviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class ImageDataSettings(DataSettings):
@@ -345,9 +344,9 @@ class ImageDataSettings(DataSettings):
     """Crops of training images; see docs/images.md. If absent, `small` for decoded images and `standard` for others."""
     resolution: Annotated[int, Field(gt=0, le=2**14)] | None = None
     """Height and width of the model's input, in pixels; if absent, that of decoded images, and 208 (`paper`) or 224."""
-    mean: tuple[Fraction] | tuple[Fraction, Fraction, Fraction] | None = None
+    mean: tuple[Fraction, ...] | None = None
     """Mean of each channel, for values between 0 and 1; of decoded training images, or ImageNet, if absent."""
-    std: tuple[Deviation] | tuple[Deviation, Deviation, Deviation] | None = None
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
     """Standard deviation of each channel; as `mean`."""
     flip: bool = True
     """Whether `standard` and `small` mirror half of the training images. Digits and letters need false."""
@@ -369,8 +368,8 @@ class ImageDataSettings(DataSettings):
 
     @model_validator(mode="after")
     def _mean_and_std_belong_together(self) -> Self:
-        if len(self.mean or ()) != len(self.std or ()):
-            raise ValueError("give mean and std, with a value for each channel, or neither")
+        if {len(self.mean or ()), len(self.std or ())} not in ({0}, {1}, {3}):
+            raise ValueError("give mean and std, each with one value for gray or three for colour, or neither")
         return self
 
 
