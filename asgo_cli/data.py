@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.progress import TaskProgressColumn, TimeRemainingColumn
 
-from asgo_cli import console, corpus, data_folder, imagenet
+from asgo_cli import console, corpus, data_folder, imagenet, images
 from asgo_cli.help_text import examples
 from asgo_cli.progress import WorkProgress
 from pipelines.shell import command
@@ -141,5 +141,6 @@ class _CharactersProgress(WorkProgress):
 app.command("fineweb", epilog=corpus.FINEWEB_EXAMPLES)(corpus.fineweb)
 app.command("openwebtext", epilog=corpus.OPENWEBTEXT_EXAMPLES)(corpus.openwebtext)
 app.command("imagenet", epilog=imagenet.EXAMPLES)(imagenet.imagenet)
+app.command("images", epilog=images.EXAMPLES)(images.images)
 app.command("info", epilog=data_folder.INFO_EXAMPLES)(data_folder.info)
 app.command("verify", epilog=data_folder.VERIFY_EXAMPLES)(data_folder.verify)

@@ -18,7 +18,7 @@ from pipelines.shell import command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipelines.data.images.manifest import ImageManifest
+    from pipelines.data.images.manifest import ClassEntry, ImageManifest
     from pipelines.data.info import FolderInfo
     from pipelines.data.manifest import DocumentCounts, Manifest, ShardEntry, SourcePosition
 
@@ -40,28 +40,28 @@ FolderArgument = Annotated[Path, typer.Argument(metavar="FOLDER", help="A data f
 def info(
     folder: FolderArgument,
     lines: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Number of training documents to show a line of; not for ImageNet.")
+        int, typer.Option(min=0, metavar="N", help="Number of training documents to show a line of; not for images.")
     ] = 3,
     contact_sheet: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Draw some of ImageNet's labelled images to a .png, .pdf or .svg file."),
+        typer.Option(metavar="FILE", help="Draw some labelled images to a .png, .pdf or .svg file; only for images."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON on stdout.")] = False,
 ) -> None:
     """Show what a data folder holds.
 
-    Shows the source, the shards, and how the first documents begin; for ImageNet, the number of images of each class.
+    Shows the source, the shards, and how the first documents begin; for images, their number in each class.
     Trusts the manifest and reads only what it shows, so it is fast for large folders too.
     """
     from pipelines.data.images.manifest import holds_images
 
     if holds_images(folder):
-        _show_imagenet(folder, contact_sheet, as_json)
+        _show_images(folder, contact_sheet, as_json)
     else:
         _show_shards(folder, lines, contact_sheet, as_json)
 
 
-def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> None:
+def _show_images(folder: Path, contact_sheet: Path | None, as_json: bool) -> None:
     from pipelines.data.images.manifest import load_image_manifest
 
     manifest = load_image_manifest(folder)
@@ -73,24 +73,22 @@ def _show_imagenet(folder: Path, contact_sheet: Path | None, as_json: bool) -> N
     if as_json:
         console.show_json(manifest.model_dump(mode="json"))
     else:
-        console.show_facts(_imagenet_facts(manifest))
+        console.show_facts(_image_facts(manifest))
         _show_classes(manifest)
     for problem in problems:
         console.warn(problem)
     if contact_sheet is not None:
         console.say(f"wrote {contact_sheet}")
-    console.suggest_next(command("asgo", "train", "imagenet", "--data", folder))
+    _suggest_training(folder)
 
 
-def _imagenet_facts(manifest: ImageManifest) -> Iterator[tuple[str, str]]:
-    extracted = manifest.layout == "extracted"
+def _image_facts(manifest: ImageManifest) -> Iterator[tuple[str, str]]:
     hub = manifest.recipe.get("source") == "hub"
     commit = f", the hub's copy at {manifest.revision or 'an unknown commit'}" if hub else ""
     yield "source", f"{manifest.dataset}{commit}"
-    places = "left in the archives" if manifest.containers else "in train.images and val.images"
-    yield "images", "files in train and val" if extracted else places
-    needed = "they must stay there" if manifest.containers else "no longer needed"
-    yield "archives", f"{manifest.source_folder} ({needed})"
+    yield "images", _place_of_images(manifest)
+    needed = "must stay there" if manifest.containers else "no longer needed"
+    yield "made from", f"{manifest.source_folder} ({needed})"
     yield "classes", f"{len(manifest.classes):,}"
     for split in ("train", "validation"):
         counts = [getattr(each, split) for each in manifest.classes]
@@ -99,13 +97,36 @@ def _imagenet_facts(manifest: ImageManifest) -> Iterator[tuple[str, str]]:
     yield "fingerprint", manifest.fingerprint
 
 
+def _place_of_images(manifest: ImageManifest) -> str:
+    if manifest.layout == "extracted":
+        return "files in train and val"
+    if manifest.containers:
+        return f"left in {', '.join(sorted({*manifest.containers.values()}))}"
+    if manifest.image_shape is None:
+        return "in train.images and val.images"
+    height, width, channels = manifest.image_shape
+    colours = "grey" if channels == 1 else "in colour"
+    return f"pixels in train.images and val.images, {width} x {height}, {colours}"
+
+
 def _show_classes(manifest: ImageManifest) -> None:
     classes = manifest.classes
     shown = classes if len(classes) <= _MOST_CLASSES else classes[:_FIRST_CLASSES]
-    rows = [(f"{each.id} {_visible(each.name)}", f"{each.train:,}", f"{each.validation:,}") for each in shown]
+    rows = [(_class_label(each), f"{each.train:,}", f"{each.validation:,}") for each in shown]
     console.show_table(("class", "train", "validation"), rows)
     if len(shown) < len(classes):
         console.say(f"and {len(classes) - len(shown):,} more classes; --json shows all")
+
+
+def _class_label(entry: ClassEntry) -> str:
+    return _visible(entry.id if entry.name == entry.id else f"{entry.id} {entry.name}")
+
+
+def _suggest_training(folder: Path) -> None:
+    from pipelines.data.images.manifest import load_image_manifest
+
+    task = "imagenet" if load_image_manifest(folder).importer == "imagenet" else "images"
+    console.suggest_next(command("asgo", "train", task, "--data", folder))
 
 
 def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: bool) -> None:
@@ -114,7 +135,7 @@ def _show_shards(folder: Path, lines: int, contact_sheet: Path | None, as_json: 
 
     found = describe(folder, lines)
     if contact_sheet is not None:
-        raise UsageError(f"{folder}: holds token shards; --contact-sheet is only for ImageNet")
+        raise UsageError(f"{folder}: holds token shards; --contact-sheet is only for images")
     if as_json:
         console.show_json(_as_json(found))
     else:
@@ -137,8 +158,8 @@ def verify(
 ) -> None:
     """Check a data folder against its manifest.
 
-    Token shards: finds any altered byte, and missing or foreign files. ImageNet: checks names and sizes of extracted
-    images, and every byte of packed images and archives.
+    Token shards: finds any altered byte, and missing or foreign files. Images: checks names and sizes of extracted
+    images, and every byte of packed and decoded images and of archives.
     """
     from dataclasses import asdict
 
@@ -147,7 +168,7 @@ def verify(
     from pipelines.errors import AsgoError
 
     if holds_images(folder):
-        _verify_imagenet(folder, as_json)
+        _verify_images(folder, as_json)
         return
     progress = _BytesProgress()
     with progress.bar:
@@ -168,7 +189,7 @@ def verify(
     console.suggest_next(command("asgo", "train", "gpt", "--data", folder))
 
 
-def _verify_imagenet(folder: Path, as_json: bool) -> None:
+def _verify_images(folder: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from pipelines.data.images.verify import verify_images
@@ -188,7 +209,7 @@ def _verify_imagenet(folder: Path, as_json: bool) -> None:
             "not belong there, or make the folder again with --overwrite"
         )
     console.say(f"{folder}: good")
-    console.suggest_next(command("asgo", "train", "imagenet", "--data", folder))
+    _suggest_training(folder)
 
 
 def summarize(manifest: Manifest, out: Path) -> None:

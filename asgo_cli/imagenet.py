@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from asgo_cli import console
+from asgo_cli import console, images
 from asgo_cli.help_text import examples
 from asgo_cli.progress import PhaseProgress
 from pipelines.shell import command
@@ -24,15 +24,21 @@ EXAMPLES = examples(
     "asgo data imagenet --source hub --archives /data/hub --download",
 )
 
-Source = Literal["archives", "hub"]
+Source = Literal["archives", "hub", "folder"]
 
 
 def imagenet(
-    archives: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the archives, or of the hub's files.")],
+    archives: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Folder of the archives, of the hub's files, or of images.")
+    ],
     source: Annotated[
-        Source, typer.Option(help="ILSVRC2012's three archives, or the hub's gated copy of the same images.")
+        Source,
+        typer.Option(
+            help="ILSVRC2012's three archives, the hub's gated copy of the same images, or a folder of image files, "
+            "such as Kaggle's, as for `asgo data images`."
+        ),
     ] = "archives",
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")] = Path("data/imagenet"),
+    out: images.OutOption = Path("data/imagenet"),
     download: Annotated[
         bool, typer.Option("--download", help="Download missing files; ImageNet's terms apply.")
     ] = False,
@@ -50,40 +56,49 @@ def imagenet(
             "--extract/--no-extract", help="One file per image, or packed: in the archives, or one file per split."
         ),
     ] = True,
-    workers: Annotated[
-        int | None, typer.Option(metavar="N", help="Threads that extract.", show_default="one per core")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing data folder.")] = False,
+    workers: images.WorkersOption = None,
+    overwrite: images.OverwriteOption = False,
 ) -> None:
     """Prepare a folder of ImageNet to train from.
 
     Checks the archives by the official MD5s, or by a file md5sums.txt beside them, and the hub's files by the hub's
     listing. After an interruption, run the same command again to resume.
     """
-    from pipelines.data.imagenet.importer import prepare_imagenet
     from pipelines.errors import UsageError
 
-    if source == "hub" and base_url is not None:
+    if source != "archives" and base_url is not None:
         raise UsageError("--base-url: only for the archives; set HF_ENDPOINT to use a mirror of the hub")
+    if source == "folder" and download:
+        raise UsageError("--download: not for a folder of image files; omit it")
     progress = PhaseProgress()
     with progress.bar:
-        checked: Collection[str] = ()
-        if download and source == "hub":
-            checked = _download_hub_copy(archives, progress)
-        elif download:
-            checked = _download_archives(archives, base_url, progress)
-        manifest = prepare_imagenet(
-            archives,
-            out,
-            origin=source,
-            extract=extract,
-            workers=workers,
-            overwrite=overwrite,
-            checked=checked,
-            report=progress.show,
-        )
-    _summarize(manifest, out)
+        common: dict[str, Any] = {"extract": extract, "workers": workers, "overwrite": overwrite}
+        if source == "folder":
+            manifest = images.prepare(str(archives.absolute()), out, progress, **common)
+        else:
+            manifest = _prepare(archives, out, source, progress, download=download, base_url=base_url, **common)
+    images.summarize(manifest, out)
     console.suggest_next(command("asgo", "train", "imagenet", "--data", out))
+
+
+def _prepare(
+    archives: Path,
+    out: Path,
+    source: Literal["archives", "hub"],
+    progress: PhaseProgress,
+    *,
+    download: bool,
+    base_url: str | None,
+    **options: Any,
+) -> ImageManifest:
+    from pipelines.data.imagenet.importer import prepare_imagenet
+
+    checked: Collection[str] = ()
+    if download and source == "hub":
+        checked = _download_hub_copy(archives, progress)
+    elif download:
+        checked = _download_archives(archives, base_url, progress)
+    return prepare_imagenet(archives, out, origin=source, checked=checked, report=progress.show, **options)
 
 
 def _download_archives(folder: Path, base_url: str | None, progress: PhaseProgress) -> Collection[str]:
@@ -115,13 +130,3 @@ def _show_terms() -> None:
 
     for line in LICENCE_TERMS.splitlines():
         console.say(line)
-
-
-def _summarize(manifest: ImageManifest, out: Path) -> None:
-    rows = []
-    for part in ("train", "validation"):
-        counts = [getattr(each, part) for each in manifest.classes]
-        rows.append((part, f"{len(counts):,}", f"{sum(counts):,}", f"{min(counts):,}", f"{max(counts):,}"))
-    in_place = manifest.source_folder if manifest.containers else f"{out}/*.images"
-    place = "files" if manifest.layout == "extracted" else f"in {in_place}"
-    console.show_table(("part", "classes", "images", "fewest", "most"), rows, title=f"{out} ({place})")

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from pipelines.analysis.figure_style import check_figure_path, figure_style, save_figure
 from pipelines.data.images.decode import BadImageError, EncodedImage, Pixels
-from pipelines.data.images.image_sets import ImageData, open_images
+from pipelines.data.images.image_sets import DecodedImages, ImageData, ImageSet, open_images
 from pipelines.errors import AsgoError
 
 _COLUMNS, _ROWS = 5, 4
@@ -59,7 +59,7 @@ def _draw_image(axes: Axes, data: ImageData, index: int) -> list[str]:
     problems = []
     name = data.train.name(index)
     try:
-        axes.imshow(_decode(data.train.read(index), name))
+        axes.imshow(_pixels(data.train, index))
     except BadImageError as error:
         problems.append(str(error))
         empty = name.replace("/", "/\n") + "\ncannot be decoded"
@@ -68,12 +68,14 @@ def _draw_image(axes: Axes, data: ImageData, index: int) -> list[str]:
     axes.set(xticks=[], yticks=[], adjustable="datalim", box_aspect=1, facecolor="#f3f3f3")
     axes.spines[:].set_color("#d0d0d0")
     label = data.classes[data.train.labels[index]]
-    words = textwrap.wrap(label.name, _LETTERS, max_lines=2, placeholder=" …")
+    words = textwrap.wrap(label.name, _LETTERS, max_lines=2, placeholder=" …") if label.name != label.id else []
     axes.set_xlabel("\n".join([label.id, *words]), fontsize=7, parse_math=False)
     return problems
 
 
-def _decode(data: bytes, name: str) -> Pixels:
+def _pixels(images: ImageSet, index: int) -> Pixels:
     """Return the pixels of the image, decoded at a reduced size if that suffices for the sheet."""
-    image = EncodedImage(data, name)
+    if isinstance(images, DecodedImages):
+        return np.repeat(images.pixels[index], 3 // images.pixels.shape[3], axis=2)
+    image = EncodedImage(images.read(index), images.name(index))
     return image.pixels(image.largest_shrink(max(image.height, image.width) / _ENOUGH))

@@ -24,10 +24,10 @@ from pipelines.data.imagenet.archive_index import build_train_index, build_valid
 from pipelines.data.imagenet.archives import ARCHIVES, MD5SUMS, expected_archives
 from pipelines.data.imagenet.devkit import Labels
 from pipelines.data.imagenet.importer import prepare_imagenet
-from pipelines.data.imagenet.tar import open_tar
 from pipelines.data.images.extract import flush_to_disk
 from pipelines.data.images.importing import WAITING
 from pipelines.data.images.index import ImageClass
+from pipelines.data.images.tar import open_tar
 from pipelines.errors import UsageError
 
 _MEAN_BYTES = 110_000  # of ImageNet's training images

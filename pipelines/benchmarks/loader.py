@@ -23,10 +23,10 @@ from pipelines.benchmarks.imagenet_archives import tar_of, write_tar
 from pipelines.benchmarks.turns import Contestant, Progress, in_turns
 from pipelines.data.imagenet.archive_index import build_train_index
 from pipelines.data.imagenet.devkit import Labels
-from pipelines.data.imagenet.tar import open_tar
 from pipelines.data.images.image_sets import FolderImages, ImageSet, PackedImages
 from pipelines.data.images.index import ImageClass
 from pipelines.data.images.loader import TrainingImages
+from pipelines.data.images.tar import open_tar
 from pipelines.data.images.transforms import MEAN, STD, Normalize, build_transforms
 from pipelines.data.images.workers import ImageSource, ImageWorkers, default_workers
 from pipelines.errors import AsgoError, UsageError

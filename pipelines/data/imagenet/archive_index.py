@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from pipelines.data.imagenet.devkit import Labels
-from pipelines.data.imagenet.tar import Member, Tar, read_members
 from pipelines.data.images.index import Index, build_index, joined
+from pipelines.data.images.tar import Member, Tar, read_members
 from pipelines.data.progress import Progress
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")

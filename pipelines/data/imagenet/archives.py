@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines import shell
 from pipelines.data.imagenet.archive_index import build_train_index, build_validation_index
 from pipelines.data.imagenet.devkit import Labels, read_devkit
-from pipelines.data.imagenet.tar import open_tar
 from pipelines.data.images.extract import extract_images
 from pipelines.data.images.importing import Contents, on_disk, require_room
 from pipelines.data.images.index import SPLITS, Index, index_file, read_index, write_index
 from pipelines.data.images.manifest import Layout
+from pipelines.data.images.tar import open_tar
 from pipelines.data.progress import Progress, digest_of
 from pipelines.errors import AsgoError, UsageError
 
@@ -99,12 +100,12 @@ class ArchiveImporter:
         self.options = {"source": "archives", "archives": str(self.folder)}
         self._expected: Mapping[str, Archive] = {}
 
-    def find(self) -> list[Path]:
+    def find(self, report: Progress) -> list[Path]:
         missing = [archive.file for archive in ARCHIVES.values() if not (self.folder / archive.file).is_file()]
         if missing:
             raise UsageError(
-                f"{self.folder}: {_other_layout(self.folder)}no {', no '.join(missing)}; "
-                "pass the folder of the archives with --archives, or get them with --download"
+                f"{self.folder}: no {', no '.join(missing)}; "
+                + (_other_layout(self.folder) or "pass the folder of the archives with --archives, or --download them")
             )
         self._expected = {archive.file: archive for archive in expected_archives(self.folder).values()}
         return [self.folder / file for file in self._expected]
@@ -140,11 +141,12 @@ class ArchiveImporter:
 
 
 def _other_layout(folder: Path) -> str:
-    """Return the start of an error message about another known layout of ImageNet in the folder, or ""."""
+    """Return what to do with another known layout of ImageNet in the folder, or ""."""
+    command = shell.command("asgo", "data", "images", folder, "--out", "data/imagenet")
     if (folder / "ILSVRC").is_dir() or (folder / "LOC_synset_mapping.txt").is_file():
-        return "holds Kaggle's layout of ImageNet, which is not supported; use the archives of image-net.org: "
+        return f"it holds Kaggle's layout: import that with: {command}"
     if (folder / "train").is_dir():
-        return "holds a folder of image files, which is not supported; use the archives of image-net.org: "
+        return f"it holds a folder of image files: import that with: {command}"
     return ""
 
 

@@ -149,7 +149,7 @@ class HubImporter:
     def revision(self) -> str | None:
         return None if self._listing is None else self._listing.revision
 
-    def find(self) -> list[Path]:
+    def find(self, report: Progress) -> list[Path]:
         self._listing = load_listing(self.folder)
         self._files = {split: hub_files(self.folder, _HUB_SPLITS[split]) for split in SPLITS}
         return [path for split in SPLITS for path in self._files[split]]

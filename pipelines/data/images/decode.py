@@ -1,4 +1,4 @@
-"""Decode JPEG files, and PNG files with a JPEG name, to pixels."""
+"""Decode image files to pixels: JPEG, PNG, WebP, BMP, GIF (the first frame), PPM and its kin, TIFF (the first page)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ Pixels = NDArray[np.uint8]
 
 # libjpeg supports all multiples of 1/8, but other factors have no SIMD code and are slower than full size.
 _SHRINKS = (8, 4, 2)
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_STARTS = (
+    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
+    *(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \t\r\n"),
+)
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
+"""Endings of the names of images, in lower case. The content decides about the format."""
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 MOST_PIXELS = 2**26
 """Maximum size of an image. It limits the memory for decoding to about 0.8 GB, whatever the header claims."""
 
@@ -29,12 +40,18 @@ class BadImageError(AsgoError):
     """An image cannot be decoded; the message is one line with its name."""
 
 
+def is_image(head: bytes) -> bool:
+    """Whether a file that begins with these 16 bytes is an image of one of the formats."""
+    return head.startswith(_STARTS) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+
+
 class EncodedImage:
     """An image with only its header decoded.
 
     `height` and `width` are in pixels as stored: the EXIF orientation is ignored, as in torchvision's `ImageFolder`.
-    simplejpeg decodes if it is installed; Pillow decodes what it cannot (CMYK, PNG, damaged files), or everything. Both
-    use libjpeg-turbo and return the same pixels.
+    `is_grey` is whether the image has no colours; its three channels are then equal.
+    simplejpeg decodes JPEGs if it is installed; Pillow decodes what it cannot (CMYK, damaged files, other formats), or
+    everything. Both use libjpeg-turbo and return the same pixels.
     """
 
     def __init__(self, data: bytes, name: str) -> None:
@@ -47,9 +64,9 @@ class EncodedImage:
         self._is_jpeg = True
         if size is None:
             self._opened = self._open()
-            self._is_jpeg = self._opened.format != "PNG"
-            size = (self._opened.height, self._opened.width)
-        self.height, self.width = size
+            self._is_jpeg = self._opened.format in ("JPEG", "MPO")
+            size = (self._opened.height, self._opened.width, self._opened.mode in _GREY_MODES)
+        self.height, self.width, self.is_grey = size
         if self.height * self.width > MOST_PIXELS:
             sides = f"{self.width:,} x {self.height:,} pixels"
             raise BadImageError(f"{name}: this image has {sides}, more than the limit of {MOST_PIXELS:,}")
@@ -85,7 +102,7 @@ class EncodedImage:
 
     def _open(self) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(self._data), formats=("JPEG", "PNG"))
+            return Image.open(io.BytesIO(self._data), formats=_FORMATS)
         except Exception as error:
             raise self._bad(error) from None
 
@@ -95,7 +112,7 @@ class EncodedImage:
             return error
         why = "is empty" if not self._data else f"cannot be decoded: {' '.join(str(error).split()) or repr(error)}"
         if isinstance(error, UnidentifiedImageError) and self._data:
-            why = "is neither a JPEG nor a PNG"
+            why = "is no JPEG, PNG, WebP, BMP, GIF, PPM or TIFF"
         return BadImageError(f"{self._name}: this image {why} ({len(self._data):,} bytes)")
 
 
@@ -124,8 +141,8 @@ def picture_of(pixels: Pixels) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
-def _header(data: bytes) -> tuple[int, int] | None:
-    """Return height and width if simplejpeg can decode the image; None if Pillow must."""
+def _header(data: bytes) -> tuple[int, int, bool] | None:
+    """Return height, width and whether it is grey if simplejpeg can decode the image; None if Pillow must."""
     if simplejpeg is None:
         return None
     try:
@@ -134,10 +151,12 @@ def _header(data: bytes) -> tuple[int, int] | None:
         return None
     if colours in ("CMYK", "YCCK"):
         return None
-    return height, width
+    return height, width, colours == "Gray"
 
 
 def _in_colour(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point values")
     if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         grey: NDArray[Any] = np.asarray(image)
         image = Image.fromarray((grey >> 8).astype(np.uint8))

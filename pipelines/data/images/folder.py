@@ -9,6 +9,8 @@ from pathlib import Path
 from pipelines.data.holding import require_same_options
 from pipelines.data.images.index import SPLITS, index_file, packed_file
 from pipelines.data.images.manifest import (
+    LAYOUT_OPTIONS,
+    SOURCE,
     ImageManifest,
     Unfinished,
     holds_images,
@@ -70,8 +72,10 @@ def _difference(name: str, before: str | None, now: str | None) -> str:
 
 def _option(name: str, value: str | None) -> str:
     if name == "layout":
-        return "--no-extract" if value == "packed" else "--extract"
-    return f"--{name} {value or 'none'}"
+        return LAYOUT_OPTIONS.get(value or "", "neither --extract nor --no-extract")
+    if name == SOURCE:
+        return str(value)
+    return f"--{name} {'none' if value is None else value}".rstrip()
 
 
 def _require_free(out: Path, new: Unfinished, overwrite: bool) -> None:

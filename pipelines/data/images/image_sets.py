@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data.images.index import ImageClass, Index, index_file, packed_file, read_index
-from pipelines.data.images.manifest import ImageManifest, command, load_image_manifest
+from pipelines.data.images.manifest import SOURCE, ImageManifest, command, load_image_manifest
 from pipelines.errors import AsgoError
 
 
@@ -187,8 +187,9 @@ def _packed(folder: Path, manifest: ImageManifest, split: str, index: Index) -> 
     if split in manifest.containers:
         path = Path(manifest.source_folder) / manifest.containers[split]
         size = next((each.bytes for each in manifest.source_files if each.file == path.name), 0)
-        moved = manifest.model_copy(update={"recipe": {**manifest.recipe, "archives": "FOLDER"}})
-        advice = f"restore it, or pass its new folder with: {command(folder, moved)} --overwrite"
+        place = {SOURCE: "ARCHIVE"} if SOURCE in manifest.recipe else {"archives": "FOLDER"}
+        moved = manifest.model_copy(update={"recipe": {**manifest.recipe, **place}})
+        advice = f"restore it, or pass its new place with: {command(folder, moved)} --overwrite"
     else:
         path, size = folder / packed_file(split), int(index.sizes.sum())
         advice = "make the folder again with --overwrite"

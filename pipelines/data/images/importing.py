@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.data.holding import held_folder
 from pipelines.data.images.extract import flush_to_disk
@@ -18,6 +19,7 @@ from pipelines.data.images.index import SPLITS, ImageClass, Index, fingerprint, 
 from pipelines.data.images.manifest import (
     ClassEntry,
     ImageManifest,
+    ImageShape,
     Layout,
     Piece,
     SourceFile,
@@ -41,13 +43,14 @@ class Contents:
     """Result of an importer: the classes, sorted by id, and the index of each split.
 
     For packed images, either `pieces` lists the parts of the packed files, or `containers` gives the source file of
-    each split.
+    each split. For decoded images, `image_shape` is (height, width, channels), and each split has one piece.
     """
 
     classes: tuple[ImageClass, ...]
     indices: Mapping[str, Index]
     pieces: tuple[Piece, ...] = ()
     containers: dict[str, str] = field(default_factory=dict)
+    image_shape: ImageShape | None = None
 
 
 class ImageImporter(Protocol):
@@ -66,7 +69,7 @@ class ImageImporter(Protocol):
     def revision(self) -> str | None:
         """The commit of the source, if known."""
 
-    def find(self) -> Sequence[Path]:
+    def find(self, report: Progress) -> Sequence[Path]:
         """Return all source files. Raises `UsageError` or `AsgoError` with what is missing and how to get it."""
 
     def expected(self, path: Path) -> str | None:
@@ -83,7 +86,7 @@ def import_images(
     importer: ImageImporter,
     out: Path,
     *,
-    extract: bool,
+    extract: bool | None,
     workers: int | None = None,
     overwrite: bool = False,
     checked: Collection[str] = (),
@@ -92,8 +95,9 @@ def import_images(
     """Create `out` from the files of `importer`, or resume an earlier call with the same options.
 
     With `extract`, images become files in `train/<class id>` and `val/<class id>`, written by `workers` threads
-    (default: one per CPU core); else they are packed, see `ImageManifest`. `checked` names source files whose digest
-    the caller has just verified. Calls `report` often as (phase, done, total); the unit depends on the phase.
+    (default: one per CPU core); with False they are packed, with None the importer chooses; see `ImageManifest`.
+    `checked` names source files whose digest the caller has just verified. Calls `report` often as (phase, done,
+    total); the unit depends on the phase.
 
     Raises:
         UsageError: a source file is missing, or `out` holds other files or was made with other options.
@@ -102,7 +106,7 @@ def import_images(
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
-    layout: Layout = "extracted" if extract else "packed"
+    layout: Layout = "auto" if extract is None else "extracted" if extract else "packed"
     recipe = {**importer.options, "layout": layout}
     new = Unfinished(dataset=importer.dataset, importer=importer.command, recipe=recipe)
     try:
@@ -110,7 +114,7 @@ def import_images(
             if not overwrite and (manifest := finished_manifest(out, new)) is not None:
                 return manifest
             report = _stoppable(report, stop)
-            paths = importer.find()
+            paths = importer.find(report)
             state = begin_or_resume(out, new, overwrite)
             _require_same_files(out, state, paths)
             for path in paths:
@@ -119,7 +123,7 @@ def import_images(
             if extract:
                 report(WAITING, 0, 1)
                 flush_to_disk(out)
-            manifest = _manifest(out, layout, importer, state, contents)
+            manifest = _manifest(out, importer, state, contents)
             write_image_manifest(out, manifest)
             remove_notes(out)
             return manifest
@@ -142,14 +146,24 @@ def require_room(out: Path, needed: int, otherwise: str) -> None:
         )
 
 
-def _manifest(
-    out: Path, layout: Layout, importer: ImageImporter, state: Unfinished, contents: Contents
-) -> ImageManifest:
+def require_every_class(classes: Sequence[ImageClass], labels: Mapping[str, NDArray[np.int64]]) -> None:
+    """Raise `AsgoError` with a class that has no image in a split, given the labels of each split."""
+    for split, numbers in labels.items():
+        counts = np.bincount(numbers, minlength=len(classes))
+        if not counts.all():
+            empty = classes[int(counts.argmin())]
+            raise AsgoError(f"class {empty.id}, {empty.name}: no images in {split}")
+
+
+def _manifest(out: Path, importer: ImageImporter, state: Unfinished, contents: Contents) -> ImageManifest:
+    is_packed = contents.pieces or contents.containers
+    pixels = [piece.sha256 for piece in contents.pieces] if contents.image_shape else ()
     return ImageManifest(
         dataset=state.dataset,
         importer=state.importer,
         recipe=state.recipe,
-        layout=layout,
+        layout="decoded" if contents.image_shape else "packed" if is_packed else "extracted",
+        image_shape=contents.image_shape,
         revision=importer.revision,
         source_folder=str(importer.folder),
         source_files=state.source_files,
@@ -157,7 +171,7 @@ def _manifest(
         pieces=contents.pieces,
         train_index=sha256_of(out / index_file("train")),
         validation_index=sha256_of(out / index_file("val")),
-        fingerprint=fingerprint([each.id for each in contents.classes], contents.indices.values()),
+        fingerprint=fingerprint([each.id for each in contents.classes], contents.indices.values(), pixels),
         classes=_count(contents),
     )
 

@@ -134,13 +134,19 @@ def read_index(path: Path, class_ids: Sequence[str], sha256: str | None = None) 
     )
 
 
-def fingerprint(class_ids: Sequence[str], indices: Iterable[Index]) -> str:
-    """Return the SHA-256 of the classes and all images' names, sizes and labels. It does not depend on the layout."""
+def fingerprint(class_ids: Sequence[str], indices: Iterable[Index], pixels: Iterable[str] = ()) -> str:
+    """Return the SHA-256 of the classes and all images' names, sizes and labels.
+
+    `pixels` are the digests of decoded images, whose sizes are all equal. Without them, the result does not depend on
+    the layout.
+    """
     digest = hashlib.sha256(json.dumps(list(class_ids)).encode())
     for index in indices:
         digest.update(b"\n".join(index.names.tolist()))
         digest.update(index.sizes.astype("<i8").tobytes())
         digest.update(index.labels.astype("<i8").tobytes())
+    for each in pixels:
+        digest.update(each.encode())
     return digest.hexdigest()
 
 

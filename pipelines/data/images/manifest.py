@@ -13,12 +13,20 @@ from pipelines.data.manifest import MANIFEST, UNFINISHED, Frozen, Sha256, sealed
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json, write_atomically
 
-Layout = Literal["extracted", "packed", "decoded"]
+Layout = Literal["extracted", "packed", "auto"]
+"""The layout to make. "auto" is decoded for small images of one size, else packed."""
+ImageShape = tuple[PositiveInt, PositiveInt, Literal[1, 3]]
+"""(height, width, channels)."""
 Recipe = Mapping[str, str]
 
 _KINDS = ("images", "imagenet")
-_DEFAULTS = {"source": "archives", "layout": "extracted"}
-"""Options that a command line may omit."""
+SOURCE = "SOURCE"
+"""Key of a recipe for the argument of a command; the other keys are its options. A flag has the value ""."""
+_DEFAULTS = {"images": {"layout": "auto"}, "imagenet": {"source": "archives", "layout": "extracted"}}
+"""Options that a command line may omit, by command."""
+
+
+LAYOUT_OPTIONS = {"extracted": "--extract", "packed": "--no-extract"}
 
 
 class SourceFile(Frozen):
@@ -65,11 +73,11 @@ class ImageManifest(_Made):
     all images, uint8 of `image_shape` (height, width, channels), one after another and described by `pieces`.
     `revision` is the commit of the source, if known.
     `train_index` and `validation_index` are the SHA-256 of the index files. `fingerprint` depends only on the images
-    and labels, not on the source and the layout.
+    and labels, not on the source, and on the layout only in that decoded images have another.
     """
 
-    layout: Layout
-    image_shape: Annotated[tuple[PositiveInt, PositiveInt, Literal[1, 3]] | None, Field(strict=False)] = None
+    layout: Literal["extracted", "packed", "decoded"]
+    image_shape: Annotated[ImageShape | None, Field(strict=False)] = None
     revision: str | None
     source_folder: str
     source_files: Annotated[tuple[SourceFile, ...], Field(strict=False)]
@@ -114,8 +122,8 @@ def load_image_manifest(folder: Path) -> ImageManifest:
         if unfinished is not None:
             raise AsgoError(f"{folder}: incomplete; resume with: {command(folder, unfinished)}") from None
         raise AsgoError(
-            f"{folder}: no {MANIFEST}, so this is not a folder of `asgo data imagenet`; make one from ImageNet's "
-            "archives or the hub's copy (a plain folder of images is not supported)"
+            f"{folder}: no {MANIFEST}, so `asgo data` did not make this folder; if it holds images, make one from it "
+            f"with: {_import_command(folder)}"
         ) from None
     try:
         fields = parse_json(raw)
@@ -161,10 +169,21 @@ def load_unfinished(folder: Path) -> Unfinished | None:
 
 def command(folder: Path, made: _Made) -> str:
     """Return the command line that makes `folder` with the same options."""
-    options = {name: value for name, value in made.recipe.items() if _DEFAULTS.get(name) != value}
-    packed = ["--no-extract"] if options.pop("layout", None) else []
-    words = [word for name, value in options.items() for word in (f"--{name}", Path(value))]
-    return shell.command("asgo", "data", made.importer, *words, "--out", folder, *packed)
+    defaults = _DEFAULTS.get(made.importer, {})
+    options = {name: value for name, value in made.recipe.items() if defaults.get(name) != value}
+    layout = [LAYOUT_OPTIONS[options.pop("layout")]] if "layout" in options else []
+    source = [Path(options.pop(SOURCE))] if SOURCE in options else []
+    words = [word for name, value in options.items() for word in (f"--{name}", *([Path(value)] if value else []))]
+    return shell.command("asgo", "data", made.importer, *source, *words, "--out", folder, *layout)
+
+
+def _import_command(folder: Path) -> str:
+    """Return the command that imports a plain folder of images."""
+    whole = folder.resolve()
+    out = Path("data", whole.name)
+    if out.resolve().is_relative_to(whole):
+        out = whole.with_name(f"{whole.name}-images")
+    return shell.command("asgo", "data", "images", folder, "--out", out)
 
 
 def _current(path: Path, fields: dict[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def test_of_many_classes_twenty_are_spread_from_the_first_to_the_last(tmp_path: 
     folder = make(tmp_path, coloured(wnids))
     draw_contact_sheet(folder, tmp_path / "sheet.svg")
     shown = texts(tmp_path / "sheet.svg")
-    assert shown[:-1:2] == wnids[::2]
+    assert shown[:-1] == wnids[::2]
     assert shown[-1] == "First training images, 20 of 39 classes"
 
 

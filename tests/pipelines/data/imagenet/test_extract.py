@@ -12,9 +12,9 @@ import pytest
 from pipelines.data.imagenet.archive_index import build_train_index
 from pipelines.data.imagenet.archives import ARCHIVES
 from pipelines.data.imagenet.devkit import read_devkit
-from pipelines.data.imagenet.tar import open_tar
 from pipelines.data.images.extract import extract_images, flush_to_disk
 from pipelines.data.images.index import Index
+from pipelines.data.images.tar import open_tar
 from pipelines.data.progress import Progress
 from pipelines.errors import AsgoError
 

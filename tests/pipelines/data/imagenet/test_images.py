@@ -104,7 +104,9 @@ def test_threads_may_read_at_once(tmp_path: Path, archives: Path, layout: str) -
 def test_folders_that_are_none_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere: no such data folder"):
         open_images(tmp_path / "nowhere")
-    with pytest.raises(AsgoError, match=r"no manifest\.json, so this is not a folder of `asgo data imagenet`"):
+    with pytest.raises(
+        AsgoError, match=r"no manifest\.json, so `asgo data` did not make this folder; .*with: asgo data images "
+    ):
         open_images(tmp_path)
 
 

@@ -11,13 +11,13 @@ import pytest
 from pipelines.data.imagenet.archive_index import build_train_index, build_validation_index
 from pipelines.data.imagenet.archives import ARCHIVES
 from pipelines.data.imagenet.devkit import Labels, read_devkit
-from pipelines.data.imagenet.tar import open_tar
 from pipelines.data.images.index import (
     Index,
     fingerprint,
     read_index,
     write_index,
 )
+from pipelines.data.images.tar import open_tar
 from pipelines.errors import AsgoError
 
 from .archive_makers import Content, noise, tar_bytes, write_archives

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.imagenet.tar import Member, open_tar, read_members
+from pipelines.data.images.tar import Member, open_tar, read_members
 from pipelines.errors import AsgoError
 
 from .archive_makers import tar_bytes

@@ -16,7 +16,7 @@ from matplotlib import cbook
 from PIL import Image
 
 from pipelines.data.images import decode
-from pipelines.data.images.decode import BadImageError, EncodedImage, Pixels
+from pipelines.data.images.decode import BadImageError, EncodedImage, Pixels, is_image
 
 NAME = "n02105855/n02105855_2933.JPEG"
 
@@ -140,6 +140,44 @@ def test_pngs_by_the_name_of_a_jpeg_are_read(decoder: str):
         np.testing.assert_array_equal(EncodedImage(data, NAME).pixels(), np.asarray(expected))
 
 
+def test_other_formats_have_the_pixels_of_their_first_frame(decoder: str):
+    image = photograph().crop((0, 0, 80, 50))
+    first = image.quantize(200)
+    files = {
+        encode(image, "WEBP", lossless=True): image,
+        encode(image, "BMP"): image,
+        encode(image, "PPM"): image,
+        encode(first, "GIF", save_all=True, append_images=[image.rotate(180).quantize(200)]): first.convert("RGB"),
+        encode(image, "TIFF", compression="tiff_lzw", save_all=True, append_images=[image.rotate(180)]): image,
+        encode(image.convert("L"), "PPM"): image.convert("L").convert("RGB"),
+    }
+    for data, expected in files.items():
+        assert is_image(data[:16])
+        np.testing.assert_array_equal(EncodedImage(data, NAME).pixels(), np.asarray(expected))
+    assert is_image(JPEGS["grey"][:16])
+    assert not any(map(is_image, (b"", b"<html>404 Not Fo", b"RIFF\x10\0\0\0WAVEfmt ", b"P7 20 20")))
+
+
+def test_what_has_no_colours_is_known(decoder: str):
+    image = photograph().resize((20, 20))
+    grey = image.convert("L")
+    wide = Image.fromarray(np.asarray(grey).astype(np.uint16) * 256)
+    files = [
+        (image, "JPEG"),
+        (image, "PNG"),
+        (image.convert("CMYK"), "JPEG"),
+        (image.quantize(9), "PNG"),
+        (image, "BMP"),
+    ]
+    assert not any(EncodedImage(encode(each, kind), NAME).is_grey for each, kind in files)
+    assert not EncodedImage(encode(image.convert("LAB"), "TIFF"), NAME).is_grey
+    files = [(grey, "JPEG"), (grey, "PNG"), (grey.convert("LA"), "PNG"), (grey.convert("1"), "PNG"), (wide, "PNG")]
+    for each, kind in files:
+        opened = EncodedImage(encode(each, kind), NAME)
+        assert opened.is_grey
+        assert (np.ptp(opened.pixels().astype(int), axis=2) == 0).all()
+
+
 def test_how_the_camera_was_held_changes_nothing_as_for_image_folder(decoder: str):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -151,7 +189,11 @@ def test_how_the_camera_was_held_changes_nothing_as_for_image_folder(decoder: st
 BAD = {
     "empty": b"",
     "text": b"<html>404 Not Found</html>",
-    "a GIF": encode(photograph().resize((20, 20)), "GIF"),
+    "an ICO": encode(photograph().resize((20, 20)), "ICO"),
+    "half a WebP": encode(photograph(), "WEBP")[:9_000],
+    "half a TIFF": encode(photograph(), "TIFF")[:50_000],
+    "half a PPM": encode(photograph(), "PPM")[:50_000],
+    "floating-point values": encode(Image.new("F", (20, 20), 0.5), "TIFF"),
     "its first two bytes": JPEGS["grey"][:2],
     "part of its header": JPEGS["grey"][:100],
     "half of it": JPEGS["progressive"][: len(JPEGS["progressive"]) // 2],
@@ -172,13 +214,13 @@ def test_what_is_no_whole_image_is_refused_in_one_line_with_its_name(kind: str, 
 def test_the_reason_is_said(decoder: str):
     with pytest.raises(BadImageError, match=r": this image is empty \(0 bytes\)"):
         EncodedImage(b"", NAME)
-    with pytest.raises(BadImageError, match=r": this image is neither a JPEG nor a PNG \(26 bytes\)"):
+    with pytest.raises(BadImageError, match=r": this image is no JPEG, PNG, WebP, BMP, GIF, PPM or TIFF \(26 bytes\)"):
         EncodedImage(BAD["text"], NAME)
     with pytest.raises(BadImageError, match=r"cannot be decoded: .*truncated.* \([\d,]+ bytes\)"):
         EncodedImage(BAD["half of it"], NAME).pixels()
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF"])
 def test_random_damage_gives_pixels_or_is_refused(kind: str, decoder: str):
     good = encode(photograph().resize((64, 48)), kind)
     chance = random.Random(0)

@@ -1,4 +1,4 @@
-"""Find the members of a tar archive, and of the tar archives inside it, from their headers."""
+"""Find the members of a tar archive, also a compressed one, and of the tar archives inside it, from their headers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import contextlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
+from pipelines.data.unpacking import unpacked
 from pipelines.errors import AsgoError
 
 _BLOCK = 512
@@ -29,6 +31,7 @@ _KINDS = {
     b"6": "a pipe",
 }
 _LONGEST_EXTENSION = 1 << 20
+_PIECE = 1 << 20
 
 
 class Member(NamedTuple):
@@ -41,16 +44,21 @@ class Member(NamedTuple):
 
 @dataclass(frozen=True)
 class Tar:
-    """A tar archive between the offsets `start` and `end` of an open file; error messages use `name`."""
+    """A tar archive between the offsets `start` and `end` of an open file; error messages use `name`.
 
-    descriptor: int
+    `read` returns so many bytes from an offset on; fewer at the end. `end` is None for a compressed archive, where
+    offsets may only grow. With `folders`, members may be in folders.
+    """
+
+    read: Callable[[int, int], bytes]
     start: int
-    end: int
+    end: int | None
     name: str
+    folders: bool = False
 
     def inside(self, member: Member) -> Tar:
         """Return the member as an archive."""
-        return Tar(self.descriptor, member.offset, member.offset + member.size, f"{self.name}: {member.name}")
+        return Tar(self.read, member.offset, member.offset + member.size, f"{self.name}: {member.name}")
 
     def refuse(self, problem: str) -> NoReturn:
         """Raise `AsgoError` with the archive's name."""
@@ -58,26 +66,59 @@ class Tar:
 
 
 @contextlib.contextmanager
-def open_tar(path: Path) -> Iterator[Tar]:
+def open_tar(path: Path, *, folders: bool = False) -> Iterator[Tar]:
     """Open the archive at `path`. Raises `AsgoError` if it cannot be read."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror}") from None
     try:
-        yield Tar(descriptor, 0, os.fstat(descriptor).st_size, str(path))
+        yield Tar(partial(os.pread, descriptor), 0, os.fstat(descriptor).st_size, str(path), folders)
     finally:
         os.close(descriptor)
 
 
-def read_members(tar: Tar) -> list[Member]:
-    """Return the files of `tar` in the order of the archive.
+@contextlib.contextmanager
+def open_packed_tar(path: Path, *, folders: bool = False) -> Iterator[Tar]:
+    """Open an archive compressed with gzip or zstd. Raises `AsgoError` if it cannot be read or is damaged."""
+    with unpacked(path) as stream:
+        yield Tar(_Forward(stream).read, 0, None, str(path), folders)
+        while stream.read(_PIECE):  # to the end, where the checksum is
+            pass
 
-    Only plain files with plain names are accepted. Raises `AsgoError` for a member that is a link, a device or a
-    folder, a name with a slash (so every absolute path and every "..") or unprintable characters, two members with the
-    same name, a truncated archive, and a file that is not a tar archive. Reads the long names of GNU tar and pax.
+
+class _Forward:
+    """Reads a stream from given offsets, which only grow."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._position = 0
+
+    def read(self, size: int, position: int) -> bytes:
+        while self._position < position:
+            skipped = len(self._stream.read(min(_PIECE, position - self._position)))
+            if not skipped:
+                return b""
+            self._position += skipped
+        content = self._stream.read(size)
+        self._position += len(content)
+        return content
+
+
+def read_members(tar: Tar) -> list[Member]:
+    """Return the files of `tar` in the order of the archive; raises as `iterate_members` does."""
+    return list(iterate_members(tar))
+
+
+def iterate_members(tar: Tar) -> Iterator[Member]:
+    """Yield the files of `tar` in the order of the archive. Their content may be read before the next one is requested.
+
+    Only plain files with plain names are accepted. Raises `AsgoError` for a member that is a link or a device, an
+    absolute path, "..", unprintable characters, two members with the same name, a truncated archive, and a file that is
+    not a tar archive; for a folder and a name with a slash, unless `tar.folders`. Reads the long names of GNU tar and
+    pax.
     """
-    members: dict[str, Member] = {}
+    names: set[str] = set()
     position, extended = tar.start, None
     while (header := _read_header(tar, position)) != _END:
         name, size_field, checksum, kind, magic, prefix = _FIELDS.unpack(header)
@@ -91,24 +132,24 @@ def read_members(tar: Tar) -> list[Member]:
                 name = prefix.partition(b"\0")[0] + b"/" + name
             if extended is not None:
                 name, size = extended.name or name, size if extended.size is None else extended.size
-            if position + _BLOCK + size > tar.end:
+            if tar.end is not None and position + _BLOCK + size > tar.end:
                 _refuse_truncated(tar, position + _BLOCK + size)
             plain = _plain_name(tar, kind, name.partition(b"\0")[0])
-            if plain in members:
+            if plain in names:
                 tar.refuse(f"two members are named {plain!r}")
             if plain:
-                members[plain] = Member(plain, position + _BLOCK, size)
+                names.add(plain)
+                yield Member(plain, position + _BLOCK, size)
             extended = None
         position += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    return list(members.values())
 
 
 def _read_header(tar: Tar, position: int) -> bytes:
-    if position + _BLOCK > tar.end:
+    if tar.end is not None and position + _BLOCK > tar.end:
         _refuse_truncated(tar, position + _BLOCK)
-    header = os.pread(tar.descriptor, _BLOCK, position)
+    header = tar.read(_BLOCK, position)
     if len(header) < _BLOCK:
-        tar.refuse("was truncated while it was read")
+        tar.refuse("truncated" if tar.end is None else "was truncated while it was read")
     return header
 
 
@@ -123,6 +164,7 @@ def _is_sound(header: bytes, checksum: bytes) -> bool:
 
 
 def _refuse_truncated(tar: Tar, end: int) -> NoReturn:
+    assert tar.end is not None
     tar.refuse(f"truncated: it has {tar.end - tar.start:,} bytes instead of at least {end - tar.start:,}")
 
 
@@ -143,15 +185,21 @@ def _octal(field: bytes) -> int:
 
 
 def _plain_name(tar: Tar, kind: bytes, raw: bytes) -> str:
-    """Return the name without a leading "./"; "" for the folder "./" itself, which `tar -C folder .` writes first."""
+    """Return the name without a leading "./"; "" for a folder, such as "./", which `tar -C folder .` writes first."""
     name = raw.decode("utf-8", errors="replace").removeprefix("./")
-    if kind == b"5" and name in ("", "."):
+    if kind == b"5" and (name in ("", ".") or (tar.folders and is_plain_path(name.removesuffix("/")))):
         return ""
     if kind not in _FILE_KINDS:
         tar.refuse(f"member {name!r} is {_KINDS.get(kind, f'of the unknown kind {kind!r}')}, not a file: refused")
-    if "/" in name or name in _FOLDERS or not name.isprintable() or "\N{REPLACEMENT CHARACTER}" in name:
+    if not is_plain_path(name) or ("/" in name and not tar.folders):
         tar.refuse(f"member {name!r} is not a plain file name: refused")
     return name
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether a path is relative, without ".." and unprintable characters, and was valid UTF-8."""
+    is_printable = path.isprintable() and "\N{REPLACEMENT CHARACTER}" not in path
+    return is_printable and not any(part in _FOLDERS for part in path.split("/"))
 
 
 @dataclass(frozen=True)
@@ -165,9 +213,9 @@ class _Extended:
 def _extend(tar: Tar, kind: bytes, offset: int, size: int, before: _Extended) -> _Extended:
     if size > _LONGEST_EXTENSION:
         tar.refuse(f"damaged at byte {offset - _BLOCK:,}: an extension header of {size:,} bytes")
-    if offset + size > tar.end:
+    if tar.end is not None and offset + size > tar.end:
         _refuse_truncated(tar, offset + size)
-    body = os.pread(tar.descriptor, size, offset)
+    body = tar.read(size, offset)
     if kind == _LONG_NAME:
         return _Extended(body.rstrip(b"\0"), before.size)
     try:

@@ -1,0 +1,194 @@
+"""Import labelled images from a folder or an archive."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from pipelines.data.image_sources.archives import open_archive
+from pipelines.data.image_sources.files import MAX_IMAGE_BYTES, File, FileSource, Folder, LocalFiles
+from pipelines.data.image_sources.labels import (
+    WHOLE,
+    Found,
+    Images,
+    find_images,
+    require_classes,
+    split_images,
+    with_names,
+)
+from pipelines.data.images.decode import is_image
+from pipelines.data.images.importing import Contents
+from pipelines.data.images.index import SPLITS, ImageClass, Index, build_index, index_file, write_index
+from pipelines.data.images.manifest import SOURCE, Layout
+from pipelines.data.images.pixels import common_shape
+from pipelines.data.images.streams import SourceReader, StreamedImage, all_images, import_streams
+from pipelines.data.progress import Progress, digest_of
+from pipelines.data.retries import Notify
+from pipelines.errors import AsgoError, UsageError
+
+VAL_FRACTION = 0.1
+_PART_BYTES = 64 << 20
+_KAGGLE_FOLDERS = ("CLS-LOC", "Data", "ILSVRC")
+_THREADS = 8
+_REPORT_EVERY = 64
+
+
+@dataclass
+class _Part:
+    """Images that are imported together, as (class id, name, file), and the name of the source."""
+
+    source: str
+    images: list[tuple[str, str, File]] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for *_, file in self.images)
+
+    def __str__(self) -> str:
+        return self.source
+
+
+class FilesImporter:
+    """Imports the images of a folder or archive at `path`; see `ImageImporter`.
+
+    `val_fraction` of each class are validation images (default: `VAL_FRACTION`), where the source has no split.
+    """
+
+    command = "images"
+    revision = None
+
+    def __init__(
+        self, path: Path, notify: Notify, *, val_fraction: float | None = None, skip_bad: bool = False
+    ) -> None:
+        """Raises `UsageError` for a fraction that is not between 0 and 1."""
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise UsageError(f"--val-fraction should be between 0 and 1, not {val_fraction:g}")
+        self._path = path.resolve()
+        self.folder = self._path if self._path.is_dir() else self._path.parent
+        self.dataset = self._path.name.partition(".")[0] or str(self._path)
+        self.options = {SOURCE: str(self._path)}
+        if val_fraction is not None:
+            self.options["val-fraction"] = f"{val_fraction:g}"
+        if skip_bad:
+            self.options["skip-bad"] = ""
+        self._notify = notify
+        self._val_fraction = val_fraction
+        self._skip_bad = skip_bad
+        self._source: FileSource
+        self._images: Mapping[str, Images] = {}
+        self._classes: tuple[ImageClass, ...] = ()
+
+    def find(self, report: Progress) -> list[Path]:
+        beside: list[Folder] = []
+        if self._path.is_dir():
+            self._source = LocalFiles(self._path, _THREADS)
+            if self._path.name in _KAGGLE_FOLDERS:
+                beside = [LocalFiles(parent).top for parent in list(self._path.parents)[:3]]
+        else:
+            self._source = open_archive(self._path, report)
+        found = find_images(self._source, beside)
+        for path in found.unused:
+            self._notify(f"{self._source.where(path)}: not used")
+        images = self._good(found, report)
+        class_ids = require_classes(self._source, images)
+        if WHOLE in images:
+            images = split_images(self._source, images[WHOLE], self._val_fraction or VAL_FRACTION)
+        elif self._val_fraction is not None:
+            raise UsageError(f"--val-fraction: {self._path} has validation images, so it is not used; omit it")
+        self._images, self._classes = images, with_names(class_ids, found.names)
+        return [self._path]
+
+    def expected(self, path: Path) -> str | None:
+        if not path.is_dir():
+            return None
+        lines = [f"{file.path}\0{file.size}\0{file.modified_ns}\n" for *_, file in self._listed()]
+        return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+    def check(self, path: Path, report: Progress) -> str:
+        return self.expected(path) or f"sha256:{digest_of(path, 'sha256', partial(report, f'checking {path.name}'))}"
+
+    def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
+        parts = {split: list(self._parts(split)) for split in SPLITS}
+        reader = SourceReader(self._read, lambda part: len(part.images), lambda part: part.bytes)
+        offsets = {split: self._offsets(split) for split in SPLITS}
+        can_stay = layout != "extracted" and None not in offsets.values()
+        if can_stay and (layout == "packed" or common_shape(all_images(parts, reader, report)) is None):
+            return self._in_place(out, offsets)
+        return import_streams(parts, reader, self._classes, out, layout, workers, report)
+
+    def _good(self, found: Found, report: Progress) -> dict[str, Images]:
+        """Return the images that are images by their first bytes.
+
+        Raises `AsgoError` for other files, unless they are to be skipped, and for an image that is too large.
+        """
+        listed = [(names, name) for classes in found.images.values() for names in classes.values() for name in names]
+        files = [names[name] for names, name in listed]
+        bad = list(found.others)
+        for number, head in enumerate(self._source.heads(files)):
+            names, name = listed[number]
+            if not is_image(head):
+                bad.append(names.pop(name))
+            elif names[name].size > MAX_IMAGE_BYTES:
+                where = self._source.where(names[name].path)
+                raise AsgoError(f"{where}: {names[name].size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
+            if number % _REPORT_EVERY == 0:
+                report("checking the images", number, len(files))
+        if bad:
+            more = f" (and {len(bad) - 1:,} files more)" if len(bad) > 1 else ""
+            first = f"{self._source.where(bad[0].path)}: {'not an image' if bad[0].size else 'empty'}{more}"
+            if not self._skip_bad:
+                raise AsgoError(f"{first}; remove what is no image, or pass --skip-bad")
+            self._notify(f"{first}: skipped")
+        return found.images
+
+    def _listed(self, *splits: str) -> Iterator[tuple[str, str, File]]:
+        """Yield class id, name and file of the images, sorted by split, class and name."""
+        for split in splits or SPLITS:
+            for class_id, files in sorted(self._images[split].items()):
+                for name, file in sorted(files.items()):
+                    yield class_id, name, file
+
+    def _parts(self, split: str) -> Iterator[_Part]:
+        """Divide a split into parts of some megabytes, so that little is repeated after a kill."""
+        part = _Part(str(self._path))
+        size = 0
+        for image in self._listed(split):
+            if size > _PART_BYTES and not self._source.is_stream:
+                yield part
+                part, size = _Part(str(self._path)), 0
+            part.images.append(image)
+            size += image[2].size
+        yield part
+
+    def _read(self, part: _Part) -> Iterator[StreamedImage]:
+        for number, content in self._source.contents([file for *_, file in part.images]):
+            class_id, name, _ = part.images[number]
+            yield StreamedImage(class_id, name, content)
+
+    def _offsets(self, split: str) -> list[int] | None:
+        """Return the offset of each image in the archive; None if one of them cannot be read in place."""
+        offsets = []
+        for *_, file in self._listed(split):
+            offset = self._source.offset(file)
+            if offset is None:
+                return None
+            offsets.append(offset)
+        return offsets
+
+    def _in_place(self, out: Path, offsets: Mapping[str, Sequence[int] | None]) -> Contents:
+        labels = {each.id: label for label, each in enumerate(self._classes)}
+        indices: dict[str, Index] = {}
+        for split in SPLITS:
+            listed = list(self._listed(split))
+            index = build_index(
+                (labels[class_id] for class_id, *_ in listed),
+                [name for _, name, _ in listed],
+                [file.size for *_, file in listed],
+                offsets[split],
+            )
+            indices[split] = index if split == "train" else index.take(index.names.argsort(kind="stable"))
+            write_index(out / index_file(split), indices[split], list(labels))
+        return Contents(self._classes, indices, containers=dict.fromkeys(SPLITS, self._path.name))
