@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from asgo_cli import console
 from asgo_cli.help_text import examples
 from asgo_cli.progress import TurnsProgress
+from pipelines.errors import UsageError
 
 if TYPE_CHECKING:
     from pipelines.benchmarks.corpus import CorpusReport
+    from pipelines.benchmarks.decoded_loader import DecodedLoaderReport
     from pipelines.benchmarks.imagenet_archives import ArchivesReport
     from pipelines.benchmarks.loader import LoaderReport
 
@@ -24,6 +26,7 @@ DATA_EXAMPLES = examples(
 LOADER_EXAMPLES = examples(
     "asgo bench loader",
     "asgo bench loader photographs/ --workers 8 --json",
+    "asgo bench loader --decoded",
 )
 ARCHIVES_EXAMPLES = examples(
     "asgo bench archives",
@@ -73,23 +76,37 @@ def loader(
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Processes that decode.", show_default="one per core")
     ] = None,
+    decoded: Annotated[
+        bool, typer.Option("--decoded", help="Measure decoded images of 32 x 32 pixels, shifted and mirrored.")
+    ] = False,
     repeats: Repeats = 5,
     as_json: AsJson = False,
 ) -> None:
     """Measure the speed of decoding photographs into batches.
 
     Measures in turns, with photographs of 500 x 375 pixels and the paper's transform: torchvision's ImageFolder in a
-    DataLoader, and asgo from files, from an archive, and with exactly torchvision's pixels.
+    DataLoader, and asgo from files, from an archive, and with exactly torchvision's pixels. With --decoded: random
+    crops and flips of small images, by torchvision's transforms in a DataLoader and by asgo.
     """
-    from pipelines.benchmarks.loader import bench_loader
-
+    if decoded and inputs:
+        raise UsageError(f"--decoded: measures random pixels, not {inputs[0]}; leave one of them out")
     progress = TurnsProgress()
+    report: LoaderReport | DecodedLoaderReport
     with progress.bar:
-        report = bench_loader(inputs or (), workers, repeats, progress.advance)
+        if decoded:
+            from pipelines.benchmarks.decoded_loader import bench_decoded_loader
+
+            report = bench_decoded_loader(workers, repeats, progress.advance)
+        else:
+            from pipelines.benchmarks.loader import bench_loader
+
+            report = bench_loader(inputs or (), workers, repeats, progress.advance)
     if as_json:
         console.show_json(report.as_json())
+    elif decoded:
+        _show_decoded_loader(cast("DecodedLoaderReport", report))
     else:
-        _show_loader(report)
+        _show_loader(cast("LoaderReport", report))
     console.suggest_next("asgo bench archives")
 
 
@@ -165,6 +182,18 @@ def _show_loader(report: LoaderReport) -> None:
     console.say(
         f"from the archive {as_json['archives_over_files']:.2f} times as fast as from files; pixels differ from "
         f"torchvision's by {report.mean_difference:.2f} of 255 in the mean, {report.largest_difference:.0f} at most"
+    )
+
+
+def _show_decoded_loader(report: DecodedLoaderReport) -> None:
+    first, *_ = report.contestants
+    console.show_table(
+        ["", "images/s", "± %", f"× {first.name}"],
+        [
+            [each.name, console.figure(each.median), f"{100 * each.spread:.0f}", console.figure(each.speedup(first))]
+            for each in report.contestants
+        ],
+        title=f"images of 32 x 32 pixels; torchvision with {report.workers} workers, asgo in one thread",
     )
 
 

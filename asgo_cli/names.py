@@ -17,7 +17,9 @@ SWEEPS = (
     "track3-small",
 )
 TRACKERS = ("tensorboard", "wandb")
+OWN_CLASSIFIERS = ("mlp", "resnet9", "resnet20", "vit_tiny")
 CLASSIFIERS = (
+    *OWN_CLASSIFIERS,
     "efficientnet_b0",
     "efficientnet_b1",
     "efficientnet_v2_s",
@@ -30,7 +32,7 @@ CLASSIFIERS = (
     "swin_t",
     "vit_b_16",
 )
-"""Common classifiers of torchvision, for completion; the option takes any."""
+"""Our own and common classifiers of torchvision, for completion; the option takes any."""
 
 
 def completing(names: Sequence[str]) -> Callable[[], list[str]]:

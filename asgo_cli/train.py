@@ -1,4 +1,4 @@
-"""`asgo train gpt` and `asgo train imagenet`."""
+"""`asgo train gpt`, `asgo train images` and `asgo train imagenet`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from asgo_cli.worker import is_restarted
 from pipelines.errors import UsageError
 from pipelines.optimizers import short_name_of
 from pipelines.shell import command
-from pipelines.tasks import TASKS, task_of
+from pipelines.tasks import COMMANDS, task_of
 from pipelines.tasks.description import TaskDescription
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Train a model with one of the optimizers.",
     epilog=examples(
-        "asgo train gpt --preset tiny --data data/text --optimizer asgo", "asgo train imagenet --optimizer accasro"
+        "asgo train gpt --preset tiny --data data/text --optimizer asgo",
+        "asgo train images --data data/mine --model resnet18 --optimizer asgo",
     ),
     rich_markup_mode=None,
 )
@@ -59,8 +60,8 @@ ModelOption = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="A classifier of torchvision, such as resnet50.",
-        show_default="efficientnet_b1",
+        help=f"{', '.join(names.OWN_CLASSIFIERS)}, or any classifier of torchvision, such as resnet50.",
+        show_default="the preset's",
         autocompletion=names.completing(names.CLASSIFIERS),
     ),
 ]
@@ -126,7 +127,7 @@ PlotOption = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="With --dry-run: draw the schedule (.png, .pdf or .svg)."),
 ]
-_TASK_OPTIONS = frozenset().union(*(task.options for task in TASKS.values()))
+_TASK_OPTIONS = frozenset().union(*(task.options for task in COMMANDS))
 
 
 @dataclass(frozen=True)
@@ -208,10 +209,10 @@ def _add_command(task: TaskDescription) -> None:
         for option in options
     ]
     train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    app.command(task.name, epilog=examples(*task.examples))(train)
+    app.command(task.command or task.name, epilog=examples(*task.examples))(train)
 
 
-for _task in TASKS.values():
+for _task in COMMANDS:
     _add_command(_task)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -366,28 +367,83 @@ class TokenDataSettings(DataSettings):
     """`shuffled`: each epoch in its own order; `sequential`: in the order of the shards, as in modded-nanogpt."""
 
 
-class ImageDataSettings(DataSettings):
-    """Location of the images, and how they are transformed."""
+TransformName = Literal["paper", "standard", "small", "none"]
+Alpha = Annotated[float, Field(ge=0, le=1e6)]
 
-    transform: Literal["paper", "standard"] = "paper"
-    """`paper`: resize and centre-crop; `standard`: random crops and flips for training."""
-    resolution: Annotated[int, Field(gt=0, le=2**14)] = 208
-    """Height and width of the model's input, in pixels."""
+
+class ImageDataSettings(DataSettings):
+    """Location of the images, and how they are transformed; `pipelines.data.images.inputs` has the defaults."""
+
+    transform: TransformName | None = None
+    """Crops of training images; see docs/images.md. If absent, `small` for decoded images and `standard` for others."""
+    resolution: Annotated[int, Field(gt=0, le=2**14)] | None = None
+    """Height and width of the model's input, in pixels; if absent, that of decoded images, and 208 (`paper`) or 224."""
+    mean: tuple[Fraction, ...] | None = None
+    """Mean of each channel, for values between 0 and 1; of decoded training images, or ImageNet, if absent."""
+    std: tuple[Annotated[float, Field(gt=0, le=1)], ...] | None = None
+    """Standard deviation of each channel; as `mean`."""
+    flip: bool = True
+    """Whether `standard` and `small` mirror half of the training images. Digits and letters need false."""
+    pad: Annotated[int, Field(ge=0, le=2**10)] = 4
+    """Pixels of reflected border from which `small` crops."""
+    randaugment: Annotated[int, Field(ge=0, le=14)] = 0
+    """Operations of RandAugment on each training image."""
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    erasing: Fraction = 0.0
+    """Probability that a rectangle of a training image is erased."""
+    mixup: Alpha = 0.0
+    """Parameter α of mixup's Beta distribution; 0 for no mixup."""
+    cutmix: Alpha = 0.0
+    """The same of CutMix. With both, each step takes one of them, with probability 1/2."""
     reduced_decoding: bool = True
     """Whether a large JPEG may be decoded at a smaller size. The error is bounded; see docs/imagenet.md."""
     bad_images: Literal["stop", "skip"] = "stop"
     """What to do if an image cannot be decoded: stop with an error that names it, or count and skip it."""
 
+    @model_validator(mode="after")
+    def _mean_and_std_belong_together(self) -> Self:
+        if {len(self.mean or ()), len(self.std or ())} not in ({0}, {1}, {3}):
+            raise ValueError("give mean and std, each with one value for gray or three for colour, or neither")
+        return self
+
+
+CLASSIFIER_SIZES: Mapping[str, tuple[str, ...]] = {
+    "mlp": ("widths",),
+    "vit_tiny": ("patch_size", "d_model", "n_layers", "n_heads"),
+}
+"""Keys of `ClassifierSettings` that only some classifiers of `models.vision` have: keywords of their constructors."""
+
 
 class ClassifierSettings(ModelSettings):
-    """A torchvision classifier, without pretrained weights."""
+    """A classifier of `models.vision`, without pretrained weights. Absent sizes are its constructor's defaults."""
 
     name: str = "efficientnet_b1"
     channels_last: bool = False
+    widths: Annotated[tuple[Size, ...], Field(max_length=100)] | None = None
+    """Widths of the hidden layers."""
+    patch_size: Size | None = None
+    """Height and width of a patch, in pixels."""
+    d_model: Size | None = None
+    n_layers: Annotated[int, Field(gt=0, le=10_000)] | None = None
+    n_heads: Size | None = None
 
     @property
     def title(self) -> str:
         return self.name
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Keywords of the classifier's constructor."""
+        known = CLASSIFIER_SIZES.get(self.name, ())
+        return {key: getattr(self, key) for key in known if getattr(self, key) is not None}
+
+    @model_validator(mode="after")
+    def _sizes_are_of_the_classifier(self) -> Self:
+        for name, keys in CLASSIFIER_SIZES.items():
+            given = [key for key in keys if name != self.name and getattr(self, key) is not None]
+            if given:
+                raise ValueError(f"{given[0]} is a size of {name}, not of {self.name}; leave it out")
+        return self
 
 
 ScheduleKind = Literal["constant", "linear", "cosine", "wsd", "inverse-sqrt"]
@@ -612,7 +668,7 @@ class ImageRuntimeSettings(RuntimeSettings):
 
 
 class RunConfig(Settings):
-    """Complete configuration of a training run; `GPTRunConfig` and `ImageNetRunConfig` are the tasks'."""
+    """Complete configuration of a training run; `GPTRunConfig` and `ImageRunConfig` are the tasks'."""
 
     task: str
     preset: str
@@ -695,10 +751,10 @@ class GPTRunConfig(RunConfig):
         return super().validation_samples if tokens is None else tokens // self.model.context_length
 
 
-class ImageNetRunConfig(RunConfig):
-    """Classification of ImageNet, or of image folders in its layout."""
+class ImageRunConfig(RunConfig):
+    """Classification of images."""
 
-    task: Literal["imagenet"]
+    task: Annotated[Literal["images"], BeforeValidator(lambda name: task_name(name))]
     data: ImageDataSettings
     model: ClassifierSettings = ClassifierSettings()
     training: ImageTrainingSettings
@@ -711,12 +767,21 @@ class ImageNetRunConfig(RunConfig):
         return self
 
 
-RUN_CONFIGS = (GPTRunConfig, ImageNetRunConfig)
+RUN_CONFIGS = (GPTRunConfig, ImageRunConfig)
+
+_EARLIER_NAMES = {"imagenet": "images"}
+
+
+def task_name(name: Any) -> Any:
+    """Return the present name of a task, for one that a stored configuration or a user's file has."""
+    return _EARLIER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
     """Return the configuration class for the "task" in `values`; `GPTRunConfig` if the task is unknown."""
-    run_config: type[RunConfig] = next((kind for kind in RUN_CONFIGS if kind.trains(values.get("task"))), GPTRunConfig)
+    run_config: type[RunConfig] = next(
+        (kind for kind in RUN_CONFIGS if kind.trains(task_name(values.get("task")))), GPTRunConfig
+    )
     model = values.get("model")
     decoder = DECODERS.get(model.get("kind", "gpt")) if isinstance(model, Mapping) else None
     if run_config is GPTRunConfig and decoder not in (None, GPTSettings):

@@ -25,6 +25,7 @@ from pipelines.config import (
     flatten,
     run_config_of,
     settings_class_of,
+    task_name,
 )
 from pipelines.errors import UsageError
 from pipelines.imported_optimizers import check_keywords, default_lr
@@ -130,7 +131,8 @@ def branch_layer(task: str, run: Path, later: Sequence[Layer]) -> Layer:
     parent = saved_layer(run, None)
     if parent is None:
         raise UsageError(f"--branch {run}: holds no run")
-    trained, preset, optimizer = (str(parent.values.get(key)) for key in ("task", "preset", "optimizer.name"))
+    preset, optimizer = (str(parent.values.get(key)) for key in ("preset", "optimizer.name"))
+    trained = task_name(parent.values.get("task"))
     if trained != task:
         raise UsageError(f"--branch {run}: a run of asgo train {trained}, not of asgo train {task}")
     name = _optimizer_name([parent, *later])

@@ -21,7 +21,7 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
         "asgo_cli.supervisor", "torch._dynamo", "torch.distributed.fsdp", "pipelines.training.train",
-        "pipelines.training.gpt_task", "pipelines.training.imagenet_task", "pipelines.data.corpus.corpus_to_shards",
+        "pipelines.training.gpt_task", "pipelines.training.image_task", "pipelines.data.corpus.corpus_to_shards",
         "datasets", "tiktoken", "pytorch_optimizer", "tests.conftest",
     ]
 )  # fmt: skip

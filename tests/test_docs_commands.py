@@ -32,6 +32,8 @@ ELSEWHERE = {
     "--branch": "needs a run of thousands of steps: tests/asgo_cli/test_branch.py does it on less",
     "fineweb": "needs a network: tests/pipelines/data/corpus has a hub of its own",
     "openwebtext": "needs a copy of the hub's files: tests/pipelines/data/corpus makes one",
+    "images": "needs images: tests/asgo_cli/test_train_images.py makes some",
+    "pictures": "needs runs on images: tests/asgo_cli/test_train_images.py makes some",
     "imagenet": "needs ImageNet: tests/asgo_cli/test_imagenet.py makes archives",
     "bench": "measures for minutes: tests/asgo_cli/test_bench*.py do it on less",
     "lion": "is to be added: tests/test_adding.py does it",

@@ -38,7 +38,7 @@ SMALL = {
         "model.context_length": 16, "model.n_layers": 2, "model.n_heads": 2, "model.d_model": 32, "model.d_ff": 64,
         "model.dropout": 0.1, "training.batch_size": 4, "evaluation.batches": 2,
     },
-    "imagenet": {
+    "images": {
         "model.name": "squeezenet1_1", "data.resolution": 32, "training.batch_size": 8, "runtime.workers": 1,
     },
 }  # fmt: skip
@@ -78,12 +78,12 @@ def make_data(cwd: Path) -> None:
     (cwd / "text.txt").write_text(" ".join(random.Random(0).choices(WORDS, k=3000)), encoding="utf-8")
     asgo("data", "text", "text.txt", "--tokenizer", "chars", "--val-fraction", 0.1, "--out", "data-gpt", cwd=cwd)
     write_archives(cwd / "archives", pictures(4, 24, 8, (64, 48)), kit="map_clsloc.txt")
-    asgo("data", "imagenet", "--archives", "archives", "--no-extract", "--out", "data-imagenet", cwd=cwd)
+    asgo("data", "imagenet", "--archives", "archives", "--no-extract", "--out", "data-images", cwd=cwd)
 
 
 def run(task: str, optimizer: str, cwd: Path) -> str:
     """Train for six steps; returns what `outcome` does."""
-    preset = "tiny" if task == "gpt" else TASKS[task].presets[0]
+    preset = "tiny" if task == "gpt" else "asro-imagenet"
     table = {**COMMON, **SMALL[task]}
     given = REQUIRED.get(optimizer, {})
     table |= {f"optimizer.{key}": value for key, value in given.items()}

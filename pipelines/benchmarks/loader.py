@@ -27,7 +27,7 @@ from pipelines.data.images.image_sets import FolderImages, ImageSet, PackedImage
 from pipelines.data.images.index import ImageClass
 from pipelines.data.images.loader import TrainingImages
 from pipelines.data.images.tar import open_tar
-from pipelines.data.images.transforms import MEAN, STD, build_transforms, normalize
+from pipelines.data.images.transforms import MEAN, STD, Normalize, build_transforms
 from pipelines.data.images.workers import ImageSource, ImageWorkers, default_workers
 from pipelines.errors import AsgoError, UsageError
 
@@ -180,7 +180,8 @@ def _reference(folder: Path) -> Any:
 
 
 def _our_batches(images: ImageSet, workers: int, exact: bool) -> Iterator[Tensor]:
-    source = ImageSource(images, build_transforms("paper")[0], exact=exact)
+    source = ImageSource(images, build_transforms("paper", SIZE)[0], exact=exact)
+    normalize = Normalize()
     with ImageWorkers({"train": source}, workers) as started:
         training = TrainingImages(started, "train", BATCH_SIZE)
         for step in range(BATCHES):
@@ -200,9 +201,11 @@ def _rate(batches: Iterable[Tensor]) -> float:
 def _differences(folder: Path, images: ImageSet) -> tuple[float, float]:
     """Return the largest and the mean difference, of 255, between our pixels and torchvision's, over a batch."""
     theirs = _reference(folder)
-    source = ImageSource(images, build_transforms("paper")[0])
+    source = ImageSource(images, build_transforms("paper", SIZE)[0])
     with ImageWorkers({"train": source}, 0) as here:
         part = here.start("train", [(0, index) for index in range(BATCH_SIZE)])
-    values = normalize(part.pixels.permute(0, 3, 1, 2)) - torch.stack([theirs[index][0] for index in range(BATCH_SIZE)])
+    values = Normalize()(part.pixels.permute(0, 3, 1, 2)) - torch.stack(
+        [theirs[index][0] for index in range(BATCH_SIZE)]
+    )
     difference = (values * torch.tensor(STD)[:, None, None] * 255).abs()
     return float(difference.max()), float(difference.mean())

@@ -1,4 +1,4 @@
-"""Shuffling that does not change between releases of numpy."""
+"""Random numbers and shuffling that do not change between releases of numpy."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def frozen_permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """Return a random order of 0 .. count-1, shape (count,), which depends only on the non-negative integers `key`.
+def frozen_generator(*key: int) -> np.random.RandomState:
+    """Return a generator whose numbers depend only on the non-negative integers `key`; trailing zeros do not count.
 
     Uses numpy's legacy `RandomState`: NEP 19 freezes its streams, while those of `numpy.random.Generator` may change
     with any release. A run resumed after an upgrade, or on another machine, must see the same data.
     """
-    generator = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
-    return generator.permutation(count).astype(np.int64, copy=False)
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(key)))
+
+
+def frozen_permutation(count: int, *key: int) -> NDArray[np.int64]:
+    """Return a random order of 0 .. count-1, shape (count,), which depends only on `key`; see `frozen_generator`."""
+    return frozen_generator(*key).permutation(count).astype(np.int64, copy=False)
 
 
 class EpochStream:

@@ -8,20 +8,27 @@ from typing import Any
 
 import safetensors.torch
 
-from models.vision import build_classifier
-from pipelines.config import ImageNetRunConfig
-from pipelines.data.images.transforms import MEAN, STD, CentreCrop, build_transforms
+from models.vision import OWN_CLASSIFIERS, build_classifier
+from pipelines.config import ImageRunConfig
+from pipelines.data.images.transforms import MEAN, STD, build_transforms
+from pipelines.errors import UsageError
 from pipelines.shell import command
 from pipelines.tensors import model_tensors, require_same_names
 from pipelines.training.checkpoint import Checkpoint
 
 
-def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:
+def write_classifier(checkpoint: Checkpoint, config: ImageRunConfig, folder: Path, out: Path) -> str:
     """Write weights and description into `folder`; returns a command that loads them from `out`, its final path.
 
-    Raises `AsgoError` if the weights do not fit the model.
+    Raises `UsageError` if torchvision does not have the model, and `AsgoError` if the weights do not fit it.
     """
-    classes = checkpoint.state["data"]["classes"]
+    if config.model.name in OWN_CLASSIFIERS:
+        raise UsageError(
+            f"{checkpoint.folder}: torchvision does not have {config.model.name}; its weights are "
+            f"{checkpoint.folder / 'model.safetensors'}, for models.vision.build_classifier"
+        )
+    data = checkpoint.state["data"]
+    classes = data["classes"]
     tensors = checkpoint.model_tensors()
     model = build_classifier(config.model.name, len(classes))
     require_same_names(model_tensors(model), tensors, str(checkpoint.folder))
@@ -30,16 +37,18 @@ def write_classifier(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: 
     arguments: dict[str, Any] = {"num_classes": len(classes)}
     if hasattr(model, "aux_logits"):  # GoogLeNet and Inception, built without auxiliary outputs
         arguments |= {"aux_logits": False, "init_weights": False}
-    _, seen = build_transforms(config.data.transform, config.data.resolution)
-    assert isinstance(seen, CentreCrop)
+    # Checkpoints of earlier versions do not have `inputs`; their settings have no defaults that depend on the data.
+    settings = {"mean": MEAN, "std": STD, **config.data.model_dump(exclude_none=True), **data.get("inputs", {})}
+    _, seen = build_transforms(settings["transform"], settings["resolution"])
+    mean, std = (list(settings[key]) * (3 // len(settings[key])) for key in ("mean", "std"))
     description = {
         "model": config.model.name,
         "arguments": arguments,
         "resize": seen.resize,
         "resolution": seen.size,
         "interpolation": "bilinear",
-        "mean": MEAN,
-        "std": STD,
+        "mean": mean,
+        "std": std,
         "classes": [{"id": class_id, "name": name} for class_id, name in classes],
     }
     text = json.dumps(description, indent=1, ensure_ascii=False) + "\n"

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import RunConfig, flatten
+from pipelines.config import RunConfig, flatten, task_name
 from pipelines.errors import UsageError
 from pipelines.optimizers import short_key
 from pipelines.resolve import Layer, file_layer, preset_layer, preset_names
@@ -154,7 +154,7 @@ def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
     grid = {key.removeprefix("grid."): value for key, value in values.items() if key.startswith("grid.")}
     runs, problems = _named_runs(values.get("runs", []))
     seeds = values.get("seeds", [])
-    task, preset = common.pop("task", None), common.pop("preset", None)
+    task, preset = task_name(common.pop("task", None)), common.pop("preset", None)
     if task not in TASKS:
         choices = " or ".join(f'task = "{name}"' for name in TASKS)
         problems.append(f"task is {task!r}: write {choices}")

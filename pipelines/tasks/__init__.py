@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING
 
 from pipelines.tasks.description import TaskDescription
 from pipelines.tasks.gpt import GPT
-from pipelines.tasks.images import IMAGES
+from pipelines.tasks.images import IMAGENET, IMAGES
 
 if TYPE_CHECKING:
     from pipelines.config import RunConfig
 
 TASKS = {task.name: task for task in (GPT, IMAGES)}
 """Descriptions by the value of `task` in a configuration."""
+
+COMMANDS = (GPT, IMAGES, IMAGENET)
+"""Descriptions of the subcommands of `asgo train`; two of them train the same task."""
 
 
 def task_of(config: RunConfig) -> TaskDescription:

@@ -25,6 +25,7 @@ class TaskDescription:
     """Everything that the program knows about a task. Callables receive configurations of this task only."""
 
     name: str
+    """The value of `task` in a configuration."""
     summary: str
     """What `asgo train` does, for `--help`."""
     examples: tuple[str, ...]
@@ -59,3 +60,5 @@ class TaskDescription:
     """Exporters by `--format` of `asgo export-model`."""
     writes_text: bool = False
     """Whether `asgo generate` supports its checkpoints."""
+    command: str = ""
+    """Subcommand of `asgo train`; the name if empty."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from pipelines.tasks.description import TaskDescription
 if TYPE_CHECKING:
     import torch
 
-    from pipelines.config import ImageNetRunConfig
+    from pipelines.config import ImageRunConfig
     from pipelines.training.checkpoint import Checkpoint
     from pipelines.training.distributed import Ranks
     from pipelines.training.task import Task
@@ -23,39 +24,40 @@ def _open_data(folder: Path) -> object:
     return open_images(folder)
 
 
-def _build(config: ImageNetRunConfig, device: torch.device, ranks: Ranks) -> Task:
-    from pipelines.training.imagenet_task import ImageNetTask  # takes a second to import, with torchvision
+def _build(config: ImageRunConfig, device: torch.device, ranks: Ranks) -> Task:
+    from pipelines.training.image_task import ImageTask  # takes a second to import, with torchvision
 
-    return ImageNetTask(config, device, ranks)
+    return ImageTask(config, device, ranks)
 
 
-def _length(config: ImageNetRunConfig) -> Fraction:
+def _length(config: ImageRunConfig) -> Fraction:
     from pipelines.data.images.manifest import load_image_manifest
 
     images = sum(each.train for each in load_image_manifest(Path(config.data.folder)).classes)
     return Fraction(str(config.training.epochs)) * images
 
 
-def _export_to_torchvision(checkpoint: Checkpoint, config: ImageNetRunConfig, folder: Path, out: Path) -> str:
+def _export_to_torchvision(checkpoint: Checkpoint, config: ImageRunConfig, folder: Path, out: Path) -> str:
     from pipelines.exchange.classifier_export import write_classifier  # takes a second to import
 
     return write_classifier(checkpoint, config, folder, out)
 
 
 IMAGES = TaskDescription(
-    name="imagenet",
-    summary="Train a classifier on ImageNet.",
+    name="images",
+    summary="Train a classifier of images.",
     examples=(
-        "asgo train imagenet --optimizer accasro",
-        "asgo train imagenet --model resnet50 --optimizer asgo",
-        "asgo train imagenet --optimizer asro --gpus 8 --dry-run",
+        "asgo train images --data data/mine --model resnet18 --optimizer asgo",
+        "asgo train images --preset mnist-mlp --optimizer muon",
+        "asgo train images --preset cifar10-resnet --model vit_tiny --set data.mixup=0.2",
+        "asgo train images --resume --out runs/images-asgo-s42",
     ),
-    model="a classifier of torchvision",
+    model="a classifier of images",
     unit="images",
     short_unit="img",
     samples="Images",
-    data="Images, made by `asgo data imagenet`",
-    presets=("asro-imagenet",),
+    data="Images, made by `asgo data images` or `asgo data imagenet`",
+    presets=("images", "cifar10-resnet", "mnist-mlp", "imagenette-resnet18", "asro-imagenet"),
     options=frozenset({"model", "workers"}),
     open_data=_open_data,
     build=_build,
@@ -63,3 +65,17 @@ IMAGES = TaskDescription(
     length=_length,
     exporters={"torchvision": _export_to_torchvision},
 )
+
+IMAGENET = replace(
+    IMAGES,
+    command="imagenet",
+    summary="Train a classifier on ImageNet: `asgo train images` with the preset asro-imagenet.",
+    examples=(
+        "asgo train imagenet --optimizer accasro",
+        "asgo train imagenet --model resnet50 --optimizer asgo",
+        "asgo train imagenet --optimizer asro --gpus 8 --dry-run",
+    ),
+    data="Images, made by `asgo data imagenet`",
+    presets=("asro-imagenet", *(name for name in IMAGES.presets if name != "asro-imagenet")),
+)
+"""The same task under the name of its largest data set, with that one's preset as the default."""

@@ -164,4 +164,4 @@ def test_a_wrong_branch_is_one_line_and_leaves_nothing(asgo: Asgo, trunk: str, o
 
 def test_a_run_of_another_task_is_refused(asgo: Asgo, trunk: str) -> None:
     code, words = asgo("train", "imagenet", "--branch", "trunk@4", "--out", "new")
-    assert (code, words) == (2, "error: --branch trunk: a run of asgo train gpt, not of asgo train imagenet\n")
+    assert (code, words) == (2, "error: --branch trunk: a run of asgo train gpt, not of asgo train images\n")

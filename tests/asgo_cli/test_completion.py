@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from torchvision.models import list_models
 from typer.testing import CliRunner
 
 from asgo_cli import names, viz
 from asgo_cli.app import app
+from models.vision import OWN_CLASSIFIERS, classifier_names
 from optim import OPTIMIZER_NAMES
 from pipelines.config import RuntimeSettings
 from pipelines.resolve import preset_names
@@ -35,10 +35,11 @@ def complete(*words: str) -> list[str]:
 def test_names_are_those_of_the_registries() -> None:
     assert names.OPTIMIZERS == OPTIMIZER_NAMES
     assert {name: sorted(task.presets) for name, task in TASKS.items()} == {
-        task: preset_names(task) for task in ("gpt", "imagenet")
+        task: preset_names(task) for task in ("gpt", "images")
     }
     assert sorted(names.SWEEPS) == sweep_names()
-    assert set(names.CLASSIFIERS) <= set(list_models())
+    assert (*OWN_CLASSIFIERS,) == names.OWN_CLASSIFIERS
+    assert set(names.CLASSIFIERS) <= {*classifier_names()}
     assert RuntimeSettings(track=names.TRACKERS).track == names.TRACKERS
 
 
@@ -47,9 +48,11 @@ def test_names_are_those_of_the_registries() -> None:
     [
         (["exp"], ["export-metrics", "export-model"]),
         (["train", "gpt", "--preset", "as"], ["asro-gpt", "asgo-gpt2", "asgo-nanogpt"]),
-        (["train", "imagenet", "--preset", ""], ["asro-imagenet"]),
+        (["train", "imagenet", "--preset", "a"], ["asro-imagenet"]),
+        (["train", "images", "--preset", "m"], ["mnist-mlp"]),
         (["train", "gpt", "--optimizer", "sgd"], ["sgd-momentum", "sgd-nesterov"]),
-        (["train", "imagenet", "--model", "resnet1"], ["resnet18", "resnet101"]),
+        (["train", "images", "--model", "resnet1"], ["resnet18", "resnet101"]),
+        (["train", "imagenet", "--model", "v"], ["vit_tiny", "vit_b_16"]),
         (["train", "gpt", "--track", "w"], ["wandb"]),
         (["viz", "abs_sum", "--optimizer", "adam"], ["adam", "adamw"]),
         (["viz", "noisy_r"], ["noisy_rosenbrock"]),

@@ -112,14 +112,14 @@ def test_the_validation_is_in_batches_or_in_tokens_as_the_highest_layer_says() -
         ),
         ("gpt", {"evaluation.tokens": 0}, "here: evaluation.tokens = 0: should be greater than 0"),
         ("gpt", {"data.order": "random"}, "here: data.order = 'random': should be 'shuffled' or 'sequential'"),
-        ("imagenet", {"evaluation.tokens": 512}, "here: evaluation.tokens: unknown key; known: every, batches"),
-        ("imagenet", {"data.order": "sequential"}, "here: data.order: unknown key"),
+        ("images", {"evaluation.tokens": 512}, "here: evaluation.tokens: unknown key; known: every, batches"),
+        ("images", {"data.order": "sequential"}, "here: data.order: unknown key"),
     ],
 )
 def test_an_amount_of_validation_or_an_order_that_cannot_be_is_one_line(
     task: str, values: dict[str, Any], message: str
 ) -> None:
-    preset = TINY if task == "gpt" else preset_layer("imagenet", "asro-imagenet")
+    preset = TINY if task == "gpt" else preset_layer("images", "asro-imagenet")
     with pytest.raises(UsageError) as error:
         resolve_run([preset, Layer("here", values)])
     (line,) = str(error.value).splitlines()

@@ -17,7 +17,7 @@ except ImportError:
     simplejpeg = None
 
 Pixels = NDArray[np.uint8]
-"""(height, width, 3), RGB."""
+"""(height, width, 3), RGB; or (height, width, 1), gray."""
 
 # libjpeg supports all multiples of 1/8, but other factors have no SIMD code and are slower than full size.
 _SHRINKS = (8, 4, 2)
@@ -114,6 +114,31 @@ class EncodedImage:
         if isinstance(error, UnidentifiedImageError) and self._data:
             why = "is no JPEG, PNG, WebP, BMP, GIF, PPM or TIFF"
         return BadImageError(f"{self._name}: this image {why} ({len(self._data):,} bytes)")
+
+
+class RawImage:
+    """An image of a `DecodedImages` set, with the methods of `EncodedImage`."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self._pixels = pixels
+        self.height, self.width = pixels.shape[:2]
+
+    def largest_shrink(self, wanted: float) -> int:
+        """Return 1: there is nothing to save."""
+        return 1
+
+    def pixels(self, shrink: int = 1) -> Pixels:
+        """Return a copy of the pixels, (height, width, 1 or 3); they are mapped read-only, and torch warns of that."""
+        return np.array(self._pixels)
+
+    def picture(self) -> Image.Image:
+        """Return the same as a Pillow image."""
+        return picture_of(self._pixels)
+
+
+def picture_of(pixels: Pixels) -> Image.Image:
+    """Return pixels (height, width, 1 or 3) as a Pillow image."""
+    return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels))
 
 
 def _header(data: bytes) -> tuple[int, int, bool] | None:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from pipelines.data.images.decode import EncodedImage, Pixels
+from pipelines.config import TransformName
+from pipelines.data.images.decode import EncodedImage, Pixels, RawImage, picture_of
+from pipelines.data.permutation import frozen_generator
 
-TransformName = Literal["paper", "standard"]
 Key = tuple[int, ...]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -22,7 +24,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # A reduced decoded image must be at least this many times the resized size, in each direction.
 _MARGIN = 2.0
 _ROUNDING = 1e-6
-_PAPER_SIZE, _STANDARD_SIZE = 208, 224
 # On other CPUs, torch resizes uint8 without vector instructions and takes twenty times as long as Pillow.
 _TORCH_IS_FAST = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
@@ -70,33 +71,33 @@ class CentreCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """torchvision's `RandomResizedCrop(size)`, then a horizontal flip with probability 1/2."""
+    """torchvision's `RandomResizedCrop(size)`, then, with `flip`, a horizontal flip with probability 1/2."""
 
     size: int
+    flip: bool = True
 
     def view(self, height: int, width: int, key: Key) -> View:
         """Return a random crop that depends only on `key` and the size."""
-        # The frozen generator, as in `frozen_permutation`; the 1 separates this stream from that of the epoch's order.
-        draw = np.random.RandomState(np.random.MT19937(np.random.SeedSequence((*key, 1))))
+        draw = frozen_generator(*key, 1)  # the 1 separates this stream from that of the epoch's order
         box = _random_box(height, width, draw)
-        return View(box, (self.size, self.size), (0, 0), self.size, mirrored=draw.random_sample() < 0.5)
+        mirrored = self.flip and draw.random_sample() < 0.5
+        return View(box, (self.size, self.size), (0, 0), self.size, mirrored)
 
 
-def build_transforms(name: TransformName, size: int | None = None) -> tuple[Transform, Transform]:
+def build_transforms(name: TransformName, size: int, flip: bool = True) -> tuple[Transform, CentreCrop]:
     """Return the transforms for training and for validation.
 
-    "paper" resizes the shorter side to `size` (208) and crops the centre, for both. "standard" uses `RandomCrop` for
-    training; for validation it resizes the shorter side to 8/7 of `size` (224) and crops the centre.
+    "standard" uses `RandomCrop` for training; for validation it resizes the shorter side to 8/7 of `size` and crops the
+    centre. All others resize the shorter side to `size` and crop the centre, for both; in training, "small" then uses
+    `RandomShift`.
     """
-    if name == "paper":
-        size = size or _PAPER_SIZE
-        return CentreCrop(size, size), CentreCrop(size, size)
-    size = size or _STANDARD_SIZE
-    return RandomCrop(size), CentreCrop(size * 256 // 224, size)
+    if name == "standard":
+        return RandomCrop(size, flip), CentreCrop(size * 256 // 224, size)
+    return CentreCrop(size, size), CentreCrop(size, size)
 
 
-def render(image: EncodedImage, view: View, *, exact: bool = False) -> Pixels:
-    """Return the pixels of a view, (size, size, 3).
+def render(image: EncodedImage | RawImage, view: View, *, exact: bool = False) -> Pixels:
+    """Return the pixels of a view, (size, size, 3 or 1).
 
     With `exact`, they equal those of torchvision's transforms on Pillow images bit for bit. Otherwise it takes about
     half the time. First, torch resizes with weights of fewer bits: about one value in a thousand differs, by 1 of 255.
@@ -110,21 +111,49 @@ def render(image: EncodedImage, view: View, *, exact: bool = False) -> Pixels:
     rows, columns = slice(top, top + view.size), slice(left, left + view.size)
     if exact:
         part = image.picture().crop(view.box).resize(view.resized[::-1], Image.Resampling.BILINEAR)
-        seen = np.asarray(part)[rows, columns]
+        seen = np.asarray(part).reshape(*view.resized, -1)[rows, columns]
     else:
         shrink = image.largest_shrink(_surplus(view) / _MARGIN)
         seen = _resize(image.pixels(shrink), [edge / shrink for edge in view.box], view.resized)[rows, columns]
     return seen[:, ::-1] if view.mirrored else seen
 
 
-def normalize(images: Tensor, *, channels_last: bool = False) -> Tensor:
-    """Convert uint8 (n, 3, h, w) to float32 of mean 0 and standard deviation 1 over ImageNet, on the same device."""
-    if channels_last:
-        rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32)  # (n, h, w * 3): long rows are fast on a CPU
-        mean, std = (torch.tensor(each, device=images.device).repeat(images.shape[3]) for each in (MEAN, STD))
-        return rows.div_(255).sub_(mean).div_(std).view(*rows.shape[:2], -1, 3).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(each, device=images.device)[:, None, None] for each in (MEAN, STD))
-    return images.contiguous().to(torch.float32).div_(255).sub_(mean).div_(std)
+class Normalize:
+    """Convert uint8 images to float32 of mean 0 and standard deviation 1, on their device.
+
+    The constants are copied to the device once: a copy in each step would wait for the GPU.
+    """
+
+    def __init__(
+        self,
+        mean: Sequence[float] = MEAN,
+        std: Sequence[float] = STD,
+        device: torch.device | None = None,
+        *,
+        channels: int | None = None,
+        channels_last: bool = False,
+    ) -> None:
+        """`mean` and `std` are of values between 0 and 1, one for each channel of the images.
+
+        `channels` is 3 to repeat the only channel of gray images, for a network that takes colour.
+        """
+        repeats = (channels or len(mean)) // len(mean)
+        self._channels = repeats * len(mean)
+        self._channels_last = channels_last
+        constants = (tuple(each) * repeats for each in (mean, std))
+        self._mean, self._std = (torch.tensor(each, dtype=torch.float32, device=device) for each in constants)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return (n, channels, h, w), also if the images are (n, 1, h, w)."""
+        images = images.expand(-1, self._channels, -1, -1)
+        if self._channels_last:
+            # Long rows, (n, h, w * channels), are fast on a CPU.
+            rows = images.permute(0, 2, 3, 1).flatten(2).to(torch.float32)
+            mean, std = (each.repeat(images.shape[3]) for each in (self._mean, self._std))
+            rows = rows.div_(255).sub_(mean).div_(std)
+            return rows.view(*rows.shape[:2], -1, self._channels).permute(0, 3, 1, 2)
+        mean, std = (each[:, None, None] for each in (self._mean, self._std))
+        return images.contiguous().to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def _surplus(view: View) -> float:
@@ -140,13 +169,13 @@ def _resize(pixels: Pixels, box: list[float], size: tuple[int, int]) -> Pixels:
     if not _TORCH_IS_FAST or not (box[0].is_integer() and box[1].is_integer()):
         # Only Pillow supports a box that starts inside a pixel. Rounding its edges would shift the whole image.
         inner = (box[0] - x, box[1] - y, box[2] - x, box[3] - y)
-        image = Image.fromarray(np.ascontiguousarray(part))
-        return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=inner))
+        resized = picture_of(part).resize(size[::-1], Image.Resampling.BILINEAR, box=inner)
+        return np.asarray(resized).reshape(*size, -1)
     planes = torch.from_numpy(part).permute(2, 0, 1)[None]
     # Pass scales, not the size: the part may end inside a pixel. torch rounds the size down, hence `_ROUNDING`.
     scales = ((size[0] + _ROUNDING) / (box[3] - y), (size[1] + _ROUNDING) / (box[2] - x))
-    resized = torch.nn.functional.interpolate(planes, scale_factor=scales, mode="bilinear", antialias=True)
-    seen: Pixels = resized[0].permute(1, 2, 0).numpy()
+    enlarged = torch.nn.functional.interpolate(planes, scale_factor=scales, mode="bilinear", antialias=True)
+    seen: Pixels = enlarged[0].permute(1, 2, 0).numpy()
     return seen
 
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.data.child import begin_child, start_child
-from pipelines.data.images.decode import BadImageError, EncodedImage
-from pipelines.data.images.image_sets import ImageSet
+from pipelines.data.images.augmentation import Distortion, RandomShift
+from pipelines.data.images.decode import BadImageError, EncodedImage, Pixels, RawImage
+from pipelines.data.images.image_sets import DecodedImages, ImageSet
 from pipelines.data.images.transforms import Transform, render
 from pipelines.errors import AsgoError
 
@@ -38,7 +39,7 @@ _BAD_IN_A_ROW = 100
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images and their transform.
+    """Images, their transform, and the random changes after it.
 
     `on_bad`: an image that cannot be decoded stops the run, is replaced by the next good image, or is left out.
     """
@@ -49,6 +50,31 @@ class ImageSource:
     on_bad: OnBad = "stop"
     exact: bool = False
     """Whether pixels equal torchvision's bit for bit; see `render`."""
+    shift: RandomShift | None = None
+    distortion: Distortion | None = None
+
+    def shape(self, rows: int) -> tuple[int, int, int, int]:
+        """Return the shape of so many images: one channel for gray decoded ones; all others become RGB."""
+        channels = self.images.pixels.shape[3] if isinstance(self.images, DecodedImages) else 3
+        return rows, self.transform.size, self.transform.size, channels
+
+    def pixels(self, used: int, epoch: int, index: int) -> Pixels:
+        """Return the pixels of image `used`, (size, size, channels), transformed as `index` is in this epoch.
+
+        Raises `BadImageError`.
+        """
+        key = (self.seed, epoch, index)
+        image = self._image(used)
+        pixels = render(image, self.transform.view(image.height, image.width, key), exact=self.exact)
+        if self.shift is not None:
+            whole, pixels = pixels[None], np.empty_like(pixels)
+            self.shift.take(whole, np.array([0]), np.array([epoch]), np.array([index]), pixels[None])
+        return pixels if self.distortion is None else self.distortion(pixels, key)
+
+    def _image(self, index: int) -> EncodedImage | RawImage:
+        if isinstance(self.images, DecodedImages):
+            return RawImage(self.images.pixels[index])
+        return EncodedImage(self.images.read(index), self.images.name(index))
 
 
 @dataclass
@@ -61,7 +87,7 @@ class DecodedRows:
 
 @dataclass(frozen=True)
 class PendingBatch:
-    """Part of a batch in progress: pixels, uint8 (rows, size, size, 3), and the futures of its pieces."""
+    """Part of a batch in progress: pixels, uint8 (rows, size, size, channels), and the futures of its pieces."""
 
     pixels: Tensor
     pieces: Sequence[Future[DecodedRows]]
@@ -113,8 +139,8 @@ class ImageWorkers:
 
     def start(self, source: str, rows: Sequence[Row]) -> PendingBatch:
         """Start decoding these rows, after all earlier requests."""
-        size = self.sources[source].transform.size
-        pixels = torch.empty((len(rows), size, size, 3), dtype=torch.uint8, pin_memory=self._pinned)
+        shape = self.sources[source].shape(len(rows))
+        pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         into = pixels.numpy()
         starts = range(0, len(rows), _PIECE)
         return PendingBatch(
@@ -223,8 +249,7 @@ def _work(messages: Connection[Any, Any], pixels: socket.socket) -> None:
             name, rows = messages.recv()
         except EOFError:
             return
-        size = sources[name].transform.size
-        into = np.empty((len(rows), size, size, 3), dtype=np.uint8)
+        into = np.empty(sources[name].shape(len(rows)), dtype=np.uint8)
         try:
             messages.send(make_rows(sources[name], rows, into))
         except AsgoError as error:
@@ -237,7 +262,7 @@ def _work(messages: Connection[Any, Any], pixels: socket.socket) -> None:
 
 
 def make_rows(source: ImageSource, rows: Sequence[Row], into: NDArray[np.uint8]) -> DecodedRows:
-    """Decode the images of `rows` into `into` (rows, size, size, 3). Raises `AsgoError` with the image's name."""
+    """Decode the images of `rows` into `into` (rows, size, size, channels). Raises `AsgoError` with an image's name."""
     decoded = DecodedRows()
     for (epoch, index), pixels in zip(rows, into, strict=True):
         decoded.used.append(_make_row(source, epoch, index, pixels, decoded.bad))
@@ -246,13 +271,11 @@ def make_rows(source: ImageSource, rows: Sequence[Row], into: NDArray[np.uint8])
 
 def _make_row(source: ImageSource, epoch: int, index: int, into: NDArray[np.uint8], bad: dict[str, str]) -> int:
     """Decode one row; return the index of the image used: `index`, a replacement, or -1."""
-    key = (source.seed, epoch, index)
     for other in range(index, index + _BAD_IN_A_ROW):
         used = other % len(source.images)
         name = source.images.name(used)
         try:
-            image = EncodedImage(source.images.read(used), name)
-            into[:] = render(image, source.transform.view(image.height, image.width, key), exact=source.exact)
+            into[:] = source.pixels(used, epoch, index)
             return used
         except BadImageError as error:
             if source.on_bad == "stop":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.vision import build_classifier
-from pipelines.data.images.transforms import normalize
+from pipelines.data.images.transforms import Normalize
 from pipelines.exchange.export import export_model
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.tensors import model_tensors
@@ -31,7 +31,7 @@ def save(folder: Path, name: str, **settings: Any) -> tuple[nn.Module, Path]:
             buffer.uniform_(0.5, 1.5)
     values = {f"data.{key}": value for key, value in settings.items()}
     layer = Layer("test", {"model.name": name, "data.folder": "nowhere", "training.steps": 1, **values})
-    config = resolve([preset_layer("imagenet", "asro-imagenet"), layer])
+    config = resolve([preset_layer("images", "asro-imagenet"), layer])
     content = {
         "format": 1, "step": 1, "config": config.model_dump(mode="json"),
         "data": {"fingerprint": "f", "classes": CLASSES}, "optimizer_scalars": {},
@@ -68,4 +68,4 @@ def test_it_says_what_the_images_went_through(
     assert (description["resize"], description["resolution"]) == (resize, resolution)
     pixels = torch.randint(256, (1, 3, 8, 8), dtype=torch.uint8)
     seen = torchvision.transforms.Normalize(description["mean"], description["std"])(pixels / 255)
-    torch.testing.assert_close(seen, normalize(pixels))
+    torch.testing.assert_close(seen, Normalize()(pixels))

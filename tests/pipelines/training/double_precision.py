@@ -9,20 +9,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from pipelines.data.images.transforms import normalize
+from pipelines.data.images.transforms import Normalize
 
 
 @contextmanager
 def double_precision() -> Iterator[None]:
     """Models, optimizers, images and losses in float64."""
 
-    def normalized(images: Tensor, *, channels_last: bool = False) -> Tensor:
-        return normalize(images, channels_last=channels_last).double()
+    normalize = Normalize.__call__
 
-    with (
-        mock.patch.object(Tensor, "float", Tensor.double),
-        mock.patch("pipelines.training.imagenet_task.normalize", normalized),
-    ):
+    def normalized(self: Normalize, images: Tensor) -> Tensor:
+        return normalize(self, images).double()
+
+    with mock.patch.object(Tensor, "float", Tensor.double), mock.patch.object(Normalize, "__call__", normalized):
         torch.set_default_dtype(torch.float64)
         try:
             yield

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from pipelines.config import ImageNetRunConfig, RunConfig
+from pipelines.config import ImageRunConfig, RunConfig
 from pipelines.data.imagenet.importer import prepare_imagenet
 from pipelines.errors import AsgoError, RunInterrupted, UsageError
 from pipelines.resolve import Layer, preset_layer, preset_names, resolve
@@ -63,7 +63,7 @@ def make(folders: Mapping[str, Path]) -> Make:
     def build(layout: str = "archives", optimizer: str = "adam", **changes: Any) -> RunConfig:
         values = {key.replace("__", "."): value for key, value in changes.items()}
         flags = {**SMALL, "data.folder": str(folders[layout]), "optimizer.name": optimizer, **values}
-        return resolve([preset_layer("imagenet", "asro-imagenet"), Layer("test", flags)])
+        return resolve([preset_layer("images", "asro-imagenet"), Layer("test", flags)])
 
     return build
 
@@ -98,7 +98,7 @@ def test_accuracy_rises_far_above_chance_and_is_recorded_for_both_splits(make: M
 def test_epochs_are_rounded_up_to_steps(epochs: float, steps: int, folders: Mapping[str, Path]) -> None:
     """Of 96 images in batches of 8."""
     values = {"training.epochs": epochs, "training.batch_size": 8, "data.folder": str(folders["archives"])}
-    config = resolve_run([preset_layer("imagenet", "asro-imagenet"), Layer("test", values)])
+    config = resolve_run([preset_layer("images", "asro-imagenet"), Layer("test", values)])
     assert config.training.steps == steps
     assert "epochs" not in config.model_dump()["training"]
 
@@ -124,7 +124,7 @@ def test_a_stopped_run_goes_on_in_the_middle_of_an_epoch_to_the_same_weights(
             if row["step"] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(RunInterrupted, match="asgo train imagenet --resume"):
+    with pytest.raises(RunInterrupted, match="asgo train images --resume"):
         train(config, tmp_path / "parts", StopAtThree())
     resumed, other_weights = run(config, tmp_path / "parts", resume=True)
     assert figures(resumed) == figures(rows)
@@ -186,9 +186,9 @@ def test_a_checkpoint_knows_the_classes(make: Make, tmp_path: Path):
 
 
 def test_the_paper_s_settings_are_the_preset_s():
-    config = resolve([preset_layer("imagenet", "asro-imagenet")])
-    assert isinstance(config, ImageNetRunConfig)
-    assert preset_names("imagenet") == ["asro-imagenet"]
+    config = resolve([preset_layer("images", "asro-imagenet")])
+    assert isinstance(config, ImageRunConfig)
+    assert "asro-imagenet" in preset_names("images")
     assert (config.model.name, config.data.resolution, config.data.transform) == ("efficientnet_b1", 208, "paper")
     assert (config.training.batch_size, config.training.steps) == (256, 61 * 5_005)
     accasro = config.optimizer.model_dump()
@@ -280,6 +280,6 @@ def test_no_validation_image_that_can_be_decoded_is_one_line(tmp_path: Path):
     archives = write_archives(tmp_path / "archives", broken, kit="map_clsloc.txt")
     prepare_imagenet(archives, tmp_path / "data", extract=False, report=lambda *_: None)
     flags = {**SMALL, "data.folder": str(tmp_path / "data"), "optimizer.name": "adam", "data.bad_images": "skip"}
-    config = resolve([preset_layer("imagenet", "asro-imagenet"), Layer("test", flags)])
+    config = resolve([preset_layer("images", "asro-imagenet"), Layer("test", flags)])
     with pytest.raises(AsgoError, match="no validation image can be decoded"):
         train(config, tmp_path / "run", SilentReporter())

@@ -13,7 +13,7 @@ from pipelines.training.lineage import Ancestor
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import Divergence, RunFolder
 
-PRESETS = {"gpt": "tiny", "imagenet": "asro-imagenet"}
+PRESETS = {"gpt": "tiny", "images": "asro-imagenet"}
 
 
 def config_of(task: str = "gpt", **settings: Any) -> RunConfig:
@@ -47,7 +47,7 @@ def write_run(
 def rows_of(config: RunConfig, val: Mapping[int, float], train: Sequence[float], seconds_a_step: float) -> list[Row]:
     """The records of a run, in the order of training."""
     rows: list[Row] = []
-    accuracy: dict[str, Any] = {"accuracy": 0.25} if config.task == "imagenet" else {}
+    accuracy: dict[str, Any] = {"accuracy": 0.25} if config.task == "images" else {}
     for step in range(max([len(train), *val]) + 1):
         samples = step * config.training.batch_size
         counts: dict[str, Any] = {

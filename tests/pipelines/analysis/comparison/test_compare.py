@@ -214,8 +214,8 @@ def test_other_settings_that_a_search_tried_stay_out_of_the_labels(tmp_path: Pat
 
 def test_runs_of_different_tasks_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "text", falling_to(3.0))
-    write_run(tmp_path / "images", falling_to(3.0), task="imagenet")
-    with pytest.raises(UsageError, match=r"images trains imagenet, .*text gpt: .* give runs of one task"):
+    write_run(tmp_path / "images", falling_to(3.0), task="images")
+    with pytest.raises(UsageError, match=r"images trains images, .*text gpt: .* give runs of one task"):
         compare_runs([tmp_path])
 
 

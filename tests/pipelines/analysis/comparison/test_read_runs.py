@@ -74,7 +74,7 @@ def test_the_fast_reader_gives_what_the_exact_one_does(trained: RunFolder) -> No
 
 
 def test_accuracies_of_images_are_kept(tmp_path: Path) -> None:
-    write_run(tmp_path, {0: 7.0, 4: 6.0}, [7.0] * 4, task="imagenet", training__steps=4)
+    write_run(tmp_path, {0: 7.0, 4: 6.0}, [7.0] * 4, task="images", training__steps=4)
     run = read(tmp_path)
     assert run.val_accuracy.tolist() == [0.25, 0.25]
     assert run.state == "finished"

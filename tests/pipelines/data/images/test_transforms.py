@@ -19,11 +19,11 @@ from pipelines.data.images.transforms import (
     MEAN,
     STD,
     CentreCrop,
+    Normalize,
     RandomCrop,
     Transform,
     View,
     build_transforms,
-    normalize,
     render,
 )
 
@@ -65,20 +65,20 @@ def test_the_centre_is_exactly_torchvisions(size: tuple[int, int]):
     data = photograph(*size)
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     for transform, chain in (
-        (build_transforms("paper")[1], [reference.Resize(208), reference.CenterCrop(208)]),
-        (build_transforms("standard")[1], [reference.Resize(256), reference.CenterCrop(224)]),
+        (build_transforms("paper", 208)[1], [reference.Resize(208), reference.CenterCrop(208)]),
+        (build_transforms("standard", 224)[1], [reference.Resize(256), reference.CenterCrop(224)]),
         (build_transforms("standard", 33)[1], [reference.Resize(37), reference.CenterCrop(33)]),
     ):
         expected = reference.Compose(chain)(picture)
         np.testing.assert_array_equal(seen(transform, data, exact=True), np.asarray(expected))
-    assert build_transforms("paper")[0] == build_transforms("paper")[1] == CentreCrop(208, 208)
+    assert build_transforms("paper", 208)[0] == build_transforms("paper", 208)[1] == CentreCrop(208, 208)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (100, 60), (1000, 900)], ids=str)
 def test_a_random_part_is_exactly_torchvisions(size: tuple[int, int]):
     data = photograph(*size)
     picture = Image.open(io.BytesIO(data)).convert("RGB")
-    transform = build_transforms("standard")[0]
+    transform = build_transforms("standard", 224)[0]
     mirrored = set()
     for index in range(5):
         view = transform.view(size[1], size[0], (1, 0, index))
@@ -183,7 +183,7 @@ def test_normalizing_is_to_the_bit_what_torchvision_does(channels_last: bool):
     pixels = seen(CentreCrop(208, 208), data, exact=True)
     batch = torch.from_numpy(np.stack([pixels, pixels[::-1]])).permute(0, 3, 1, 2)
     chain = reference.Compose([reference.ToTensor(), reference.Normalize(MEAN, STD)])
-    values = normalize(batch, channels_last=channels_last)
+    values = Normalize(channels_last=channels_last)(batch)
     assert torch.equal(values[0], chain(Image.fromarray(pixels)))
     assert values.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     assert batch.dtype == torch.uint8

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,87 +12,119 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from models.vision import build_classifier, why_refused
-from pipelines.config import ImageNetRunConfig
+from models.vision import build_classifier, takes_channels, why_refused
+from pipelines.config import ImageRunConfig
 from pipelines.data.images.image_sets import open_images
-from pipelines.data.images.loader import TrainingImages, ValidationImages
-from pipelines.data.images.transforms import build_transforms, normalize
-from pipelines.data.images.workers import ImageSource, ImageWorkers
+from pipelines.data.images.inputs import Inputs, inputs_of, random_changes
+from pipelines.data.images.loader import open_loaders
+from pipelines.data.images.transforms import Normalize, build_transforms
+from pipelines.data.images.workers import ImageSource
 from pipelines.errors import AsgoError, UsageError
 from pipelines.training.device import autocast, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
+from pipelines.training.mixing import Mixing
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
 
 _TOP = 5
-_USUAL_RESOLUTIONS = (224, 256, 299, 384, 512)
+_USUAL_RESOLUTIONS = (32, 64, 128, 224, 256, 299, 384, 512)
 _UNKNOWN = -100
 """Label of a dummy image, which the metrics ignore."""
 
 
-class ImageNetTask:
-    """Images, a torchvision classifier, and the mean cross-entropy of the classes in nats."""
+class ImageTask:
+    """Images, a classifier, and the mean cross-entropy of the classes in nats."""
 
     tokens_per_sample = 1
 
-    def __init__(self, config: ImageNetRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
+    def __init__(self, config: ImageRunConfig, device: torch.device, ranks: Ranks = ALONE) -> None:
         """Raises `AsgoError` if the data folder cannot be read.
 
-        Raises `UsageError` if the classifier does not exist or does not accept the images, or if the batch does not
-        divide equally among the ranks.
+        Raises `UsageError` if the classifier does not exist or does not accept the images, if settings do not fit the
+        data, or if the batch does not divide equally among the ranks.
         """
         training = config.training
         self._rows = local_batch(training, ranks)
         self.data = open_images(Path(config.data.folder))
+        self.inputs = inputs_of(config.data, self.data)
+        classes, channels = len(self.data.classes), takes_channels(config.model.name, self.inputs.channels)
         try:
-            _require_possible(config, len(self.data.classes), self._rows.micro_batch_size * ranks.size)
-            model = build_classifier(config.model.name, len(self.data.classes))
+            _require_possible(config, self.inputs, classes, self._rows.micro_batch_size * ranks.size)
+            sizes = config.model.sizes
+            model = build_classifier(config.model.name, classes, channels, self.inputs.resolution, sizes)
         except ValueError as error:
-            raise UsageError(f"model.name: {error}") from None
-        self._channels_last = config.model.channels_last
-        layout = torch.channels_last if self._channels_last else torch.contiguous_format
-        model = model.to(memory_format=layout)
+            raise UsageError(f"model.{error}") from None
+        channels_last = config.model.channels_last
+        model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self.model = place_model(model, device, ranks, config.runtime)
         self.network: nn.Module = self.model
+        self._normalize = Normalize(
+            self.inputs.mean, self.inputs.std, device, channels=channels, channels_last=channels_last
+        )
         self._ranks = ranks
         self._device = device
         self._dtype = pick_precision(training, device)
         self._label_smoothing = training.label_smoothing
+        self._mixing: Mixing | None = None
+        if config.data.mixup or config.data.cutmix:
+            alphas = config.data.mixup, config.data.cutmix
+            self._mixing = Mixing(*alphas, classes, config.seed, training.batch_size)
         self._open_images(config, device)
         self._right = torch.zeros(2, device=device)
         self._seen = 0
+        self._step = 0
 
-    def _open_images(self, config: ImageNetRunConfig, device: torch.device) -> None:
-        train, validation = build_transforms(config.data.transform, config.data.resolution)
-        exact, skips = not config.data.reduced_decoding, config.data.bad_images == "skip"
-        sources = {
-            "train": ImageSource(self.data.train, train, config.seed, "replace" if skips else "stop", exact),
-            "validation": ImageSource(self.data.validation, validation, 0, "leave out" if skips else "stop", exact),
-        }
-        self._workers = ImageWorkers(sources, config.runtime.workers, pinned=device.type == "cuda")
-        self._train = TrainingImages(self._workers, "train", config.training.batch_size, self._rows.micro_batches)
+    def _open_images(self, config: ImageRunConfig, device: torch.device) -> None:
+        settings, seen = config.data, self.inputs
+        crop, centre_crop = build_transforms(seen.transform, seen.resolution, settings.flip)
+        shift, distortion = random_changes(settings, seen, config.seed, len(self.data.train))
+        skips, exact = settings.bad_images == "skip", not settings.reduced_decoding
         images = len(self.data.validation)
         count = min(images, config.validation_samples or images)
-        batches = list(rounds(count, self._rows.micro_batch_size, self._ranks))
-        self._validation = ValidationImages(self._workers, "validation", batches)
+        self._train, self._validation, self._workers = open_loaders(
+            ImageSource(self.data.train, crop, config.seed, "replace" if skips else "stop", exact, shift, distortion),
+            ImageSource(self.data.validation, centre_crop, 0, "leave out" if skips else "stop", exact),
+            config.training.batch_size,
+            [self._rows_of(part) for part in self._rows.micro_batches],
+            list(rounds(count, self._rows.micro_batch_size, self._ranks)),
+            config.runtime.workers,
+            pinned=device.type == "cuda",
+        )
+
+    def _rows_of(self, micro_batch: slice) -> slice | Sequence[int]:
+        """Return the rows of the global batch that a micro-batch needs."""
+        return micro_batch if self._mixing is None else self._mixing.rows(micro_batch)
 
     def load_initial_weights(self) -> list[str]:
         """Do nothing: a classifier begins with random weights."""
         return []
 
     def micro_batches(self, step: int) -> Iterator[Batch]:
-        """Yield (images, labels): uint8 (micro_batch_size, 3, resolution, resolution), int64 (micro_batch_size,)."""
+        """Yield (images, labels): uint8 (n, channels, resolution, resolution), int64 (n,).
+
+        n is `micro_batch_size`; with mixup or CutMix, there may be one row more, before the others.
+        """
         self._right.zero_()
         self._seen = 0
+        self._step = step
         for rows in self._rows.micro_batches:
-            yield self._train.batch(step, rows)
+            yield self._train.batch(step, self._rows_of(rows))
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch, shape ()."""
-        logits, labels = self._classify(batch)
+        """Return the mean cross-entropy of a micro-batch, shape (); with the probabilities of mixed images.
+
+        The accuracy of mixed images is that of the label with the larger weight.
+        """
+        images, targets = self._on_device(batch)
+        with autocast(self._device, self._dtype):
+            seen = self._normalize(images)
+            if self._mixing is not None:
+                seen, targets = self._mixing(seen, targets, self._step, self._rows.micro_batch_size)
+            logits = self.network(seen).float()
+        labels = targets if self._mixing is None else targets.argmax(1)
         self._right += _right_among_top(logits.detach(), labels)
         self._seen += len(labels)
-        return functional.cross_entropy(logits, labels, label_smoothing=self._label_smoothing)
+        return functional.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
 
     def training_metrics(self) -> dict[str, float]:
         """Return top-1 and top-5 accuracy of the last step, over all ranks. Synchronizes with the device."""
@@ -106,7 +140,9 @@ class ImageNetTask:
             if should_stop():
                 self.model.train()
                 return None
-            logits, labels = self._classify(_or_one_unknown(batch))
+            images, labels = self._on_device(_or_one_unknown(batch))
+            with autocast(self._device, self._dtype):
+                logits = self.network(self._normalize(images)).float()
             loss = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=_UNKNOWN)
             sums += torch.stack([loss, *_right_among_top(logits, labels), (labels != _UNKNOWN).sum()])
         self.model.train()
@@ -121,9 +157,9 @@ class ImageNetTask:
         return self._train.epoch_at(step)
 
     def description(self) -> dict[str, Any]:
-        """Return the data's fingerprint, and ids and names of its classes."""
+        """Return the data's fingerprint, ids and names of its classes, and what the network sees of it."""
         classes = [[each.id, each.name] for each in self.data.classes]
-        return {"fingerprint": self.data.fingerprint, "classes": classes}
+        return {"fingerprint": self.data.fingerprint, "classes": classes, "inputs": asdict(self.inputs)}
 
     def notes(self) -> list[str]:
         """Return a line about training and validation images that could not be decoded, with an example."""
@@ -138,26 +174,26 @@ class ImageNetTask:
         """End the worker processes."""
         self._workers.close()
 
-    def _classify(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return float32 logits (n, classes) and labels (n,), on the model's device."""
-        images, labels = (part.to(self._device, non_blocking=True) for part in batch)
-        with autocast(self._device, self._dtype):
-            logits = self.network(normalize(images, channels_last=self._channels_last))
-        return logits.float(), labels
+    def _on_device(self, batch: Batch) -> Batch:
+        return tuple(part.to(self._device, non_blocking=True) for part in batch)
 
 
-def _require_possible(config: ImageNetRunConfig, classes: int, images: int) -> None:
-    """Raise `UsageError` unless the classifier can train on batches of `images` images of `data.resolution`."""
-    name, resolution = config.model.name, config.data.resolution
-    reason = why_refused(name, classes, images, resolution)
+def _require_possible(config: ImageRunConfig, inputs: Inputs, classes: int, images: int) -> None:
+    """Raise `UsageError` unless the classifier can train on batches of `images` images of this size.
+
+    Raises `ValueError` if it cannot be built.
+    """
+    name, resolution = config.model.name, inputs.resolution
+    refusal = partial(why_refused, name, classes, channels=takes_channels(name, inputs.channels))
+    reason = refusal(images, resolution, sizes=config.model.sizes)
     if reason is None:
         return
-    if why_refused(name, classes, 2 * images, resolution) is None:
+    if refusal(2 * images, resolution, sizes=config.model.sizes) is None:
         raise UsageError(
             f"{name} cannot train on batches of {images} at {resolution} pixels ({reason}); "
             "set training.batch_size and training.micro_batch_size to 2 or more"
         )
-    fitting = [size for size in _USUAL_RESOLUTIONS if why_refused(name, classes, 2, size) is None]
+    fitting = [size for size in _USUAL_RESOLUTIONS if refusal(2, size) is None]
     advice = f"set data.resolution={fitting[0]}" if fitting else "choose another data.resolution"
     raise UsageError(f"{name} cannot take images of {resolution} pixels ({reason}); {advice}")
 
