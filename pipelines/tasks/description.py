@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tasks.metric import LOSS, Metric
+
 if TYPE_CHECKING:
     import torch
 
@@ -59,3 +61,5 @@ class TaskDescription:
     """Exporters by `--format` of `asgo export-model`."""
     writes_text: bool = False
     """Whether `asgo generate` supports its checkpoints."""
+    metrics: tuple[Metric, ...] = (LOSS,)
+    """Metrics of a validation by which runs can be compared; the first is the default of `asgo compare`."""

@@ -9,6 +9,7 @@ from itertools import combinations
 from statistics import mean, stdev
 
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Outcome, Verdict
+from pipelines.tasks.metric import Metric
 
 _OPPOSITE: Mapping[Outcome, Outcome] = {"better": "worse", "worse": "better", "cannot tell": "cannot tell"}
 
@@ -52,31 +53,31 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def verdicts(contenders: Sequence[Entry], confidence: float) -> tuple[Verdict, ...]:
-    """Return the verdicts of all pairs of contenders with a final loss, in their order."""
+def verdicts(contenders: Sequence[Entry], confidence: float, metric: Metric) -> tuple[Verdict, ...]:
+    """Return the verdicts of all pairs of contenders with a finished run, in their order."""
     finals = [(entry.label, entry.final) for entry in contenders if entry.final is not None]
     pairs = [(a, b, *welch(first, second, confidence)) for (a, first), (b, second) in combinations(finals, 2)]
     corrected = iter(holm([p for *_, p in pairs if p is not None]))
     found = []
     for first, second, difference, raw in pairs:
         p = None if raw is None else next(corrected)
-        found.append(Verdict(first, second, _outcome(difference, p, confidence), difference, p))
+        found.append(Verdict(first, second, _outcome(metric.sign * difference.mean, p, confidence), difference, p))
     return tuple(found)
 
 
-def rule(confidence: float) -> str:
+def rule(confidence: float, metric: Metric) -> str:
     """Describe the rule of `verdicts`."""
     return (
-        "The verdict is better or worse only if Welch's t-test on the final validation losses over seeds gives "
-        f"p < {1 - confidence:.3g} after Holm's correction over all pairs. With fewer than two seeds on a side, or "
-        "if all seeds of each side end alike, it is cannot tell."
+        f"The verdict is better or worse only if Welch's t-test on the final validation {metric.plural} over seeds "
+        f"gives p < {1 - confidence:.3g} after Holm's correction over all pairs. With fewer than two seeds on a side, "
+        "or if all seeds of each side end alike, it is cannot tell."
     )
 
 
-def _outcome(difference: Interval, p: float | None, confidence: float) -> Outcome:
+def _outcome(extra_cost: float, p: float | None, confidence: float) -> Outcome:
     if p is None or p >= 1 - confidence:
         return "cannot tell"
-    return "better" if difference.mean < 0 else "worse"
+    return "better" if extra_cost < 0 else "worse"
 
 
 def _quantile(degrees: float, confidence: float) -> float:
@@ -110,43 +111,38 @@ def _reversed(verdict: Verdict) -> Verdict:
 
 
 def headline(comparison: Comparison) -> str:
-    """Say which contender ends lowest, by how much, and whether that is certain."""
+    """Say which contender ends best, by how much, and whether that is certain."""
+    metric = comparison.metric
     ranked = [entry for entry in comparison.contenders if entry.final is not None]
     if not ranked:
-        return "No run has finished: there is no final loss to compare."
+        return f"No run has finished: there is no final {metric.name} to compare."
     best, others = ranked[0], ranked[1:]
+    assert best.final is not None
+    end = metric.text(best.final.mean)
     if not others:
-        return f"{best.label} ends at {_loss(best)}; no other has finished to compare it with."
+        return f"{best.label} ends at {end}; no other has finished to compare it with."
     verdicts = by_pair(comparison)
     against = [verdicts[best.label, other.label] for other in others]
-    below = f"{_margin(against[0], comparison.confidence)} below {others[0].label}, the next"
+    ahead = f"{_margin(against[0], comparison)} {metric.either('below', 'above')} {others[0].label}, the next"
     beaten = sum(verdict.outcome == "better" for verdict in against)
     if against[0].outcome == "better":
         p = "" if against[0].p is None else f" (p = {against[0].p:.2g})"
-        won = (
-            f"{best.label} wins: it ends at {_loss(best)}, {below}, which is certain at {comparison.confidence:.0%}{p}."
-        )
+        won = f"{best.label} wins: it ends at {end}, {ahead}, which is certain at {comparison.confidence:.0%}{p}."
         return won + _over(beaten, len(others))
-    doubt = f"{best.label} ends lowest, at {_loss(best)}, {below}; whether it is truly better is uncertain."
+    place = f"{best.label} ends {metric.either('lowest', 'highest')}, at {end}, {ahead}"
+    doubt = f"{place}; whether it is truly better is uncertain."
     return doubt + _over(beaten, len(others))
 
 
-def _loss(entry: Entry) -> str:
-    assert entry.final is not None
-    return f"{entry.final.mean:.4f}"
-
-
-def _margin(verdict: Verdict, confidence: float) -> str:
-    """Format the difference and its interval."""
-    difference = verdict.difference
+def _margin(verdict: Verdict, comparison: Comparison) -> str:
+    """Format by how much the first is better, and the interval of this difference."""
+    metric, difference = comparison.metric, verdict.difference
     assert difference is not None
-    return f"{abs(difference.mean):.4f}{_interval(difference, confidence)}"
-
-
-def _interval(difference: Interval, confidence: float) -> str:
+    margin = metric.difference(abs(difference.mean)) + metric.difference_unit
     if difference.low is None or difference.high is None:
-        return ""
-    return f" ({confidence:.0%} interval {-difference.high:.4f} to {-difference.low:.4f})"
+        return margin
+    low, high = map(metric.difference, sorted((-metric.sign * difference.low, -metric.sign * difference.high)))
+    return f"{margin} ({comparison.confidence:.0%} interval {low} to {high})"
 
 
 def _over(beaten: int, others: int) -> str:

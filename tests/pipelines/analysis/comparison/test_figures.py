@@ -133,4 +133,4 @@ def test_the_target_is_in_the_legend(comparison: Comparison, drawn: dict[str, Fi
     assert comparison.target is not None
     for name in ("loss-steps", "final-losses"):
         (legend,) = drawn[name].legends
-        assert f"target, {comparison.target.loss:.4f}" in [text.get_text() for text in legend.get_texts()]
+        assert f"target, {comparison.target.value:.4f}" in [text.get_text() for text in legend.get_texts()]
