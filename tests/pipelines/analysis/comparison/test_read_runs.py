@@ -54,7 +54,7 @@ def test_a_trained_run_is_read_as_it_was_recorded(trained: RunFolder) -> None:
     assert run.config == trained.config()
     assert len(run.data["fingerprint"]) == 64
     assert "torch" in run.environment["versions"]
-    assert len(run.val_accuracy) == 0
+    assert run.beside is None
 
 
 def test_state_bytes_are_those_of_the_newest_checkpoint(trained: RunFolder) -> None:
@@ -73,11 +73,24 @@ def test_the_fast_reader_gives_what_the_exact_one_does(trained: RunFolder) -> No
         np.testing.assert_array_equal(column, expected[name], err_msg=name)
 
 
-def test_accuracies_of_images_are_kept(tmp_path: Path) -> None:
-    write_run(tmp_path, {0: 7.0, 4: 6.0}, [7.0] * 4, task="imagenet", training__steps=4)
+def test_runs_on_images_are_read_by_accuracy_with_the_loss_beside(tmp_path: Path) -> None:
+    accuracy = {0: 0.1, 2: 0.7, 4: 0.6}
+    write_run(tmp_path, {0: 7.0, 2: 5.5, 4: 6.0}, [6.5] * 4, task="imagenet", training__steps=4, accuracy=accuracy)
     run = read(tmp_path)
-    assert run.val_accuracy.tolist() == [0.25, 0.25]
-    assert run.state == "finished"
+    assert run.val.values.tolist() == [0.1, 0.7, 0.6]
+    assert run.train.values.tolist() == [0.1, 0.7, 0.7, 0.6]
+    assert (run.state, run.final, run.best, run.beside) == ("finished", 0.6, 0.7, 6.0)
+    run = read_run("images", tmp_path, "loss")
+    assert run.val.values.tolist() == [7.0, 5.5, 6.0]
+    assert (run.final, run.best, run.beside) == (6.0, 5.5, 0.6)
+
+
+def test_a_run_without_accuracies_is_left_out_with_the_way_to_compare_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, {0: 7.0, 4: 6.0}, task="imagenet", training__steps=4)
+    folder.metrics_path.write_text(folder.metrics_path.read_text().replace(', "accuracy": 0.25', "", 1))
+    with pytest.raises(AsgoError, match=r"metrics.jsonl: a validation without accuracy; --metric loss compares the"):
+        read(tmp_path)
+    assert read_run("images", tmp_path, "loss").final == 6.0
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
