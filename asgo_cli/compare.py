@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "asgo compare runs/asgo runs/adamw",
     "asgo compare runs --target 3.28 --out report",
+    "asgo compare runs --against adamw",
     "asgo compare runs --rule track3",
     "asgo compare runs/images --metric accuracy --target 0.9",
 )
@@ -60,6 +61,10 @@ def compare(
             autocompletion=completing(list(RULES)),
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Test all others with this contender only.", show_default="all pairs"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare training runs: one HTML page, figures and tables.
@@ -67,11 +72,11 @@ def compare(
     Runs that differ only in the seed are grouped. Only the run folders are read.
     """
     from pipelines.analysis.comparison.compare import compare_runs
+    from pipelines.analysis.comparison.headline import headline
     from pipelines.analysis.comparison.report import check_report_folder, summary, write_report
-    from pipelines.analysis.comparison.verdicts import headline
 
     check_report_folder(out)
-    comparison = compare_runs(runs, target, confidence, rule, metric)
+    comparison = compare_runs(runs, target, confidence, rule, metric, against)
     page = write_report(comparison, out, command("asgo", *sys.argv[1:]))
     for caution in comparison.cautions:
         console.warn(caution)

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 def metrics_in_words(row: Row, unit: str) -> str:
     """Format the metrics of a training row; `unit` is the unit of its throughput, such as "tok"."""
     accuracy = accuracy_in_words(row)
-    return f"loss {row['loss']:.4f}{accuracy and f'  {accuracy}'}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
+    return (
+        f"loss {row['loss']:.4f}{accuracy and f'  {accuracy}'}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
+    )
 
 
 def accuracy_in_words(row: Row) -> str:

@@ -22,7 +22,7 @@ from pipelines.analysis.comparison.evidence import evidence_cautions, evidence_o
 from pipelines.analysis.comparison.find_runs import find_runs
 from pipelines.analysis.comparison.read_runs import read_runs
 from pipelines.analysis.comparison.results import Comparison, Run, Target
-from pipelines.analysis.comparison.verdicts import rule, verdicts
+from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
 from pipelines.tasks.metric import LOSS, Metric, choose_metric
@@ -34,16 +34,18 @@ def compare_runs(
     confidence: float = 0.95,
     evidence_rule: str | None = None,
     metric_name: str | None = None,
+    against: str | None = None,
 ) -> Comparison:
     """Compare runs, or all runs in folders of runs. A run in progress counts up to its last record.
 
     `target` is a validation loss to reach, in nats, or an accuracy, as a fraction; `confidence` is that of intervals
     and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES`; `metric_name` is a name in
-    `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule.
+    `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule; `against` is
+    a contender's label or optimizer, with which all others are tested, instead of all pairs.
 
     Raises:
         UsageError: a path contains no run, the runs have different tasks, a number is out of range, the rule is
-            unknown, or their task does not record the metric.
+            unknown, their task does not record the metric, or there is no such contender.
         AsgoError: no run can be read.
     """
     if not 0 < confidence < 1:
@@ -64,6 +66,7 @@ def compare_runs(
         aim = Target(asked.target, f"the target of {asked.name}")
     entries = [with_reach(entry, aim, metric) for entry in entries]
     contenders = contenders_of(entries)
+    reference = None if against is None else contender_named(contenders, against, "--against")
     sensitivities = sensitivities_of(families, labels)
     evidence = () if asked is None else evidence_of(asked, entries, contenders)
     objections = [] if asked is None else evidence_cautions(asked, evidence, left_out)
@@ -73,9 +76,10 @@ def compare_runs(
         metric=metric,
         entries=tuple(entries),
         contenders=tuple(contenders),
-        verdicts=verdicts(contenders, confidence, metric),
-        rule=rule(confidence, metric),
+        verdicts=verdicts(contenders, confidence, metric, reference),
+        rule=rule(confidence, metric, reference),
         confidence=confidence,
+        against=reference,
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),

@@ -22,7 +22,7 @@ from pipelines.analysis.comparison.results import (
     Target,
 )
 from pipelines.analysis.comparison.settings import LR, Settings, differing_keys, identity, in_words, settings_of
-from pipelines.analysis.comparison.verdicts import interval
+from pipelines.analysis.comparison.t_tests import interval
 from pipelines.tasks.metric import Metric
 
 _OF_THE_OPTIMIZER = ("optimizer.", "schedule.")

@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from pipelines.analysis.comparison.difference_figure import draw_differences
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity, SettingEffect
 from pipelines.analysis.comparison.tables import digits
+from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.figure_style import (
     MOST_STYLES,
     NEUTRAL_COLOUR,
@@ -29,8 +31,8 @@ from pipelines.analysis.figure_style import (
     figure_style,
     legend_below,
     line_style,
-    literal,
     plain_axes,
+    row_labels,
     save_figure,
 )
 from pipelines.analysis.layer_figures import write_layer_figures
@@ -42,7 +44,6 @@ Abscissa = Literal["steps", "tokens", "seconds"]
 MOST_SHOWN = MOST_STYLES
 """Contenders in a figure: more lines could not be distinguished."""
 
-_ROW_LETTERS = 44
 _BEGINNING = 0.2  # of the run: the metric changes so much there that it would hide everything else
 
 _PANELS_IN_A_ROW = 3
@@ -149,18 +150,12 @@ def _range(low: float, high: float, metric: Metric) -> tuple[float, float]:
     return metric.either((low, high), (-high, -low))
 
 
-def without_outliers(low: float, highs: Sequence[float]) -> float:
-    """Return the highest cost; if there are many, without outliers that would compress the rest of the scale."""
-    middle = statistics.median(highs)
-    return max(high for high in highs if len(highs) < 5 or high <= middle + 3 * (middle - low))
-
-
 def _draw_finals(comparison: Comparison) -> Figure | None:
     metric = comparison.metric
     entries = [entry for entry in shown(comparison) if entry.final is not None]
     if not entries:
         return None
-    labels, height = _row_labels(entries)
+    labels, height = row_labels([entry.label for entry in entries])
     figure = Figure(figsize=(7.0, 0.9 + height), layout="constrained")
     axes = figure.subplots()
     costs = [metric.sign * entry.final.mean for entry in entries if entry.final]
@@ -179,13 +174,6 @@ def _draw_finals(comparison: Comparison) -> Figure | None:
     seed = _mark("o", "a seed", markerfacecolor="none")
     legend_below(figure, [mean, seed, *_target_handle(comparison)])
     return figure
-
-
-def _row_labels(entries: Sequence[Entry]) -> tuple[list[str], float]:
-    """Return row labels, wrapped to less than half of the width, and the height of all rows in inches."""
-    labels = [literal(textwrap.fill(entry.label, _ROW_LETTERS)) for entry in entries]
-    lines = max(label.count("\n") for label in labels) + 1
-    return labels, len(entries) * (0.1 + 0.13 * lines)
 
 
 def _draw_final(axes: Axes, row: int, entry: Entry, edge: float, metric: Metric) -> None:
@@ -264,7 +252,7 @@ def _draw_cost(comparison: Comparison) -> Figure | None:
     if not entries:
         return None
     states = [entry.state_bytes or 0 for entry in entries]
-    labels, height = _row_labels(entries)
+    labels, height = row_labels([entry.label for entry in entries])
     figure = Figure(figsize=(7.0, 0.9 + height), layout="constrained")
     panels = figure.subplots(1, 2 if any(states) else 1, sharey=True, squeeze=False)[0]
     rows, times = np.arange(len(entries)), panels[0]
@@ -359,6 +347,7 @@ def _drawers(metric: Metric) -> dict[str, Callable[[Comparison], Figure | None]]
         f"{metric.name}-tokens": partial(_draw_curves, abscissa="tokens"),
         f"{metric.name}-seconds": partial(_draw_curves, abscissa="seconds"),
         f"final-{metric.plural}": _draw_finals,
+        "differences": draw_differences,
         "sensitivity": _draw_sensitivity,
         "settings": draw_setting_effects,
         "optimizer-cost": _draw_cost,

@@ -26,9 +26,18 @@ from pipelines.analysis.comparison.figures import (
     write_figures,
     write_layers,
 )
+from pipelines.analysis.comparison.headline import headline
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run, Verdict
-from pipelines.analysis.comparison.tables import TABLES, Table, entry_table, evidence_table, make_tables, run_table
-from pipelines.analysis.comparison.verdicts import by_pair, headline
+from pipelines.analysis.comparison.tables import (
+    TABLES,
+    Table,
+    entry_table,
+    evidence_table,
+    make_tables,
+    run_table,
+    verdict_table,
+)
+from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
 from pipelines.errors import UsageError
@@ -172,6 +181,7 @@ def render_page(
         contenders=contenders,
         evidence=evidence_table(comparison),
         matrix=_matrix(comparison),
+        verdicts=verdict_table(comparison, _shown_verdicts(comparison)),
         curves=_curves(comparison),
         left_out=_left_out(comparison),
         runs=run_table(comparison),
@@ -192,15 +202,24 @@ def _other_entries(comparison: Comparison) -> Table | None:
 
 
 def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
-    """Return the pairwise differences of contenders with a finished run; an empty list for fewer than two."""
+    """Return the pairwise differences of contenders with a finished run; an empty list for fewer than two.
+
+    A row has a cell for each of them, or only for the one that all others are tested against.
+    """
     labels = [entry.label for entry in shown(comparison) if entry.final is not None]
+    columns = labels if comparison.against is None else [comparison.against.label]
     verdicts = by_pair(comparison)
-    brief = len(labels) > MOST_NUMBERS
+    brief = len(columns) > MOST_NUMBERS
     rows = [
-        (first, [_cell(verdicts.get((first, second)), comparison.metric, brief) for second in labels])
+        (first, [_cell(verdicts.get((first, second)), comparison.metric, brief) for second in columns])
         for first in labels
     ]
     return rows if len(rows) > 1 else []
+
+
+def _shown_verdicts(comparison: Comparison) -> list[Verdict]:
+    labels = {entry.label for entry in shown(comparison)}
+    return [verdict for verdict in comparison.verdicts if {verdict.first, verdict.second} <= labels]
 
 
 def _cell(verdict: Verdict | None, metric: Metric, brief: bool) -> Cell:

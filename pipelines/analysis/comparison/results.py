@@ -22,6 +22,7 @@ State = Literal["finished", "unfinished", "diverged", "empty"]
 or not below the untrained model's; empty: nothing recorded yet."""
 
 Outcome = Literal["better", "worse", "cannot tell"]
+TestName = Literal["paired", "Welch"]
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,15 @@ class Verdict:
     second: str
     outcome: Outcome
     difference: Interval | None
-    """First minus second, mean and Welch's interval (`std` is None, `count` the smaller number of seeds)."""
+    """First minus second, mean and the test's interval (`std` is None, `count` the smaller number of seeds)."""
     p: float | None
-    """p-value of Welch's test after Holm's correction over all pairs; None with too few seeds."""
+    """p-value of the t-test after Holm's correction over all tested pairs; None without a test."""
+    test: TestName | None = None
+    """None with too few seeds, or without variance."""
+    corrected: tuple[float, float] | None = None
+    """Ends of the difference's interval at the level of Holm's procedure: without 0 only if the outcome is certain."""
+    seeds_needed: int | None = None
+    """How many seeds each would need in total to tell; see `t_tests.seeds_needed`. None if the outcome is certain."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +267,7 @@ class Comparison:
     contenders: tuple[Entry, ...]
     """The representative entry of each family, in the same order. Figures and verdicts are about these."""
     verdicts: tuple[Verdict, ...]
-    """One verdict per pair of contenders with a finished run."""
+    """One verdict per tested pair of contenders with a finished run."""
     rule: str
     """How verdicts are made, in a sentence or two."""
     confidence: float
@@ -271,6 +278,8 @@ class Comparison:
     """Effects of the numeric settings in which contenders differ."""
     cautions: tuple[str, ...]
     """Sentences that say why runs may not be comparable, or do not qualify for the evidence rule."""
+    against: Entry | None = None
+    """The contender that all others are tested against; None if all pairs are tested."""
     evidence_rule: EvidenceRule | None = None
     evidence: tuple[Evidence, ...] = ()
     """The evidence of each contender, in their order; none without a rule."""

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run
+from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run, Verdict
+from pipelines.analysis.comparison.t_tests import MOST_SEEDS
 from pipelines.storage import csv_cell, printable
 from pipelines.tasks.metric import LOSS, Metric
 
@@ -62,7 +63,7 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
     made = (
         entry_table(comparison, comparison.entries),
         evidence_table(comparison),
-        _verdict_table(comparison),
+        verdict_table(comparison, comparison.verdicts),
         run_table(comparison),
         _sensitivity_table(comparison),
         _setting_table(comparison),
@@ -156,13 +157,25 @@ def evidence_table(comparison: Comparison) -> Table:
     return _table("evidence", heads, texts, records)
 
 
-def _verdict_table(comparison: Comparison) -> Table:
+def verdict_table(comparison: Comparison, verdicts: Sequence[Verdict]) -> Table:
+    """Return a table with a row per verdict."""
     metric = comparison.metric
     texts, records = [], []
-    for verdict in comparison.verdicts:
-        difference = verdict.difference
+    for verdict in verdicts:
+        difference, needed = verdict.difference, _seeds_needed(verdict)
         p = "" if verdict.p is None else f"{verdict.p:.2g}"
-        texts.append((verdict.first, verdict.second, verdict.outcome, _difference(difference, metric), p))
+        texts.append(
+            (
+                verdict.first,
+                verdict.second,
+                verdict.outcome,
+                _difference(difference, metric),
+                p,
+                verdict.test or "",
+                str(needed or ""),
+            )
+        )
+        low, high = verdict.corrected or (None, None)
         records.append(
             {
                 "first": verdict.first,
@@ -172,10 +185,19 @@ def _verdict_table(comparison: Comparison) -> Table:
                 "low": None if difference is None else difference.low,
                 "high": None if difference is None else difference.high,
                 "p": verdict.p,
+                "test": verdict.test,
+                "corrected_low": low,
+                "corrected_high": high,
+                "seeds_needed": needed,
             }
         )
-    heads = ("first", "second", "the first is", "first minus second", "p, corrected")
+    heads = ("first", "second", "the first is", "first minus second", "p, corrected", "test", "seeds needed")
     return _table("verdicts", heads, texts, records)
+
+
+def _seeds_needed(verdict: Verdict) -> int | str | None:
+    needed = verdict.seeds_needed
+    return f"more than {MOST_SEEDS}" if needed is not None and needed > MOST_SEEDS else needed
 
 
 def run_table(comparison: Comparison) -> Table:

@@ -17,10 +17,11 @@ from scipy import stats
 from pipelines.analysis.comparison import figures
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.figures import figure_names, write_figures
+from pipelines.analysis.comparison.headline import headline
 from pipelines.analysis.comparison.report import render_page, summary
 from pipelines.analysis.comparison.results import Comparison, Target
 from pipelines.analysis.comparison.tables import make_tables
-from pipelines.analysis.comparison.verdicts import by_pair, headline
+from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.errors import UsageError
 from pipelines.tasks.metric import ACCURACY, LOSS, METRICS
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from pipelines.analysis.comparison import figures
 from pipelines.analysis.comparison.compare import compare_runs
-from pipelines.analysis.comparison.figures import MOST_SHOWN, figure_names, shown, without_outliers, write_figures
+from pipelines.analysis.comparison.figures import MOST_SHOWN, figure_names, shown, write_figures
 from pipelines.analysis.comparison.results import Comparison, SettingEffect
+from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.figure_style import line_style
 from pipelines.tasks.metric import LOSS
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
