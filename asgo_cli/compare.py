@@ -13,6 +13,7 @@ from asgo_cli.help_text import examples
 from asgo_cli.names import completing
 from pipelines.analysis.comparison.rules import RULES
 from pipelines.shell import command
+from pipelines.tasks.metric import METRICS
 
 if TYPE_CHECKING:
     from pipelines.analysis.comparison.results import Comparison
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "asgo compare runs/asgo runs/adamw",
     "asgo compare runs --target 3.28 --out report",
+    "asgo compare runs --against adamw",
     "asgo compare runs --rule track3",
+    "asgo compare runs/images --metric accuracy --target 0.9",
 )
 
 
@@ -30,7 +33,21 @@ def compare(
         Path, typer.Option(metavar="FOLDER", help="Folder of the report; an earlier report is replaced.")
     ] = Path("report"),
     target: Annotated[
-        float | None, typer.Option(metavar="LOSS", help="Validation loss to reach.", show_default="AdamW's final one")
+        float | None,
+        typer.Option(
+            metavar="X",
+            help="Validation loss to reach; with --metric accuracy, a fraction.",
+            show_default="AdamW's final one",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Compare by {' or '.join(METRICS)}.",
+            show_default="accuracy for images, else loss",
+            autocompletion=completing(list(METRICS)),
+        ),
     ] = None,
     confidence: Annotated[
         float,
@@ -44,6 +61,10 @@ def compare(
             autocompletion=completing(list(RULES)),
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Test all others with this contender only.", show_default="all pairs"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare training runs: one HTML page, figures and tables.
@@ -51,11 +72,11 @@ def compare(
     Runs that differ only in the seed are grouped. Only the run folders are read.
     """
     from pipelines.analysis.comparison.compare import compare_runs
+    from pipelines.analysis.comparison.headline import headline
     from pipelines.analysis.comparison.report import check_report_folder, summary, write_report
-    from pipelines.analysis.comparison.verdicts import headline
 
     check_report_folder(out)
-    comparison = compare_runs(runs, target, confidence, rule)
+    comparison = compare_runs(runs, target, confidence, rule, metric, against)
     page = write_report(comparison, out, command("asgo", *sys.argv[1:]))
     for caution in comparison.cautions:
         console.warn(caution)
@@ -75,7 +96,8 @@ def _show_contenders(comparison: Comparison) -> None:
     from pipelines.analysis.comparison.tables import entry_table
 
     table = entry_table(comparison, shown(comparison))
-    kept = ["", "seeds", "final loss" if "final loss" in table.heads else "best loss", "steps to target", "step, ms"]
+    final, best = (f"{kind} {comparison.metric.name}" for kind in ("final", "best"))
+    kept = ["", "seeds", final if final in table.heads else best, "steps to target", "step, ms"]
     places = [table.heads.index(head) for head in kept if head in table.heads]
     console.show_table([table.heads[place] for place in places], [[row[p] for p in places] for row in table.texts])
     left_out = len(comparison.contenders) - len(table.texts)

@@ -143,26 +143,29 @@ def _show_plan(plan: Sequence[RunStatus], as_json: bool) -> None:
 
 def _show_results(results: Sequence[RunStatus], failures: Sequence[Failure], as_json: bool) -> None:
     failed = {run.name: run for run in failures}
+    metrics = task_of(results[0].run.config).metrics
     rows = [
         {
             **_facts(run.run),
             "state": "failed" if run.run.name in failed else run.state,
-            "validation_loss": run.final_loss(),
+            **{f"validation_{metric.name}": last.get(metric.name) for metric in metrics},
             "folder": str(run.folder),
         }
         for run in results
+        for last in [run.final_metrics()]
     ]
     if as_json:
         reasons = [{"run": run.name, "reason": run.reason, "log": str(run.log)} for run in failures]
         console.show_json({"runs": rows, "failures": reasons})
         return
+    heads = [f"final validation {metric.name}" for metric in metrics]
     cells = [
         (
             row["run"],
             str(row["seed"]),
-            "" if row["validation_loss"] is None else f"{row['validation_loss']:.4f}",
+            *(metric.text(row[f"validation_{metric.name}"]) for metric in metrics),
             row["state"],
         )
         for row in rows
     ]
-    console.show_table(("run", "seed", "final validation loss", "state"), cells)
+    console.show_table(("run", "seed", *heads, "state"), cells)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.progress import TaskID
 
 from asgo_cli import console
-from asgo_cli.progress import RunBars, metrics_in_words
+from asgo_cli.progress import RunBars, accuracy_in_words, metrics_in_words
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
@@ -40,8 +40,9 @@ class SweepProgress(RunBars):
         if slot in self._bars:
             unit = task_of(run.run.config).short_unit
             self._progress.update(self._bars[slot], completed=row["step"], metrics=metrics_in_words(row, unit))
-        steps = run.run.config.training.steps
-        self._positions[slot] = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"
+        steps, accuracy = run.run.config.training.steps, accuracy_in_words(row)
+        position = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"
+        self._positions[slot] = position + (accuracy and f", {accuracy}")
         self._lines.say("; ".join(self._positions.values()))
 
     def ended(self, run: RunStatus, slot: int, how: str) -> None:

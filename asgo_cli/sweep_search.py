@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipelines.sweeps.contenders import Contender, SearchPlan
     from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.search import SearchResult, SearchRuns
+    from pipelines.tasks.metric import Metric
 
 
 def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, dry_run: bool, as_json: bool) -> None:
@@ -41,10 +42,10 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
 def _left(plan: SearchPlan, runs: SearchRuns) -> int:
     """Return the number of trials and final runs that have not ended, here and on other workers."""
     trials = sum(plan.search.trials - result.trials for result in runs.results())
-    losses = runs.final_losses()
+    ended = runs.final_values()
     without_best = [result.contender.name for result in runs.results() if result.complete and result.settings is None]
     return trials + sum(
-        losses.get(name) is None for name, contender in _finals(plan) if contender.name not in without_best
+        ended.get(name) is None for name, contender in _finals(plan) if contender.name not in without_best
     )
 
 
@@ -54,11 +55,11 @@ def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
 
 def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None:
     done = {} if runs is None else {result.contender.name: result.trials for result in runs.results()}
-    losses = {} if runs is None else runs.final_losses()
+    ended = {} if runs is None else runs.final_values()
     tokens = {run.name: run.samples * run.tokens_per_sample for run in (each.whole for each in plan.contenders)}
     total = (plan.search.trials + len(plan.seeds)) * sum(tokens.values())
     spent = sum(done.get(name, 0) * count for name, count in tokens.items())
-    spent += sum(tokens[contender.name] for name, contender in _finals(plan) if losses.get(name) is not None)
+    spent += sum(tokens[contender.name] for name, contender in _finals(plan) if ended.get(name) is not None)
     unit = task_of(plan.contenders[0].config).unit
     if as_json:
         rows = [
@@ -97,13 +98,13 @@ def _points(contender: Contender) -> str:
 
 
 def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
-    losses, results = runs.final_losses(), runs.results()
+    metric, ended, results = plan.metric, runs.final_values(), runs.results()
     finals = {
-        result.contender.name: {seed: losses.get(result.contender.final_name(seed)) for seed in plan.seeds}
+        result.contender.name: {seed: ended.get(result.contender.final_name(seed)) for seed in plan.seeds}
         for result in results
     }
     if as_json:
-        rows = [_facts(result, finals[result.contender.name]) for result in results]
+        rows = [_facts(result, finals[result.contender.name], metric) for result in results]
         reasons = [{"run": run.name, "reason": run.reason, "log": str(run.log)} for run in failures]
         console.show_json({"contenders": rows, "failures": reasons})
     else:
@@ -112,15 +113,17 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
                 result.contender.name,
                 f"{result.trials} of {plan.search.trials}",
                 _words(result.settings),
-                "" if result.loss is None else f"{result.loss:.4f}",
-                " ".join("-" if loss is None else f"{loss:.4f}" for loss in finals[result.contender.name].values()),
+                metric.text(result.value),
+                " ".join(metric.text(value) or "-" for value in finals[result.contender.name].values()),
             )
             for result in results
         ]
-        console.show_table(("contender", "trials", "best", "its loss", "final losses"), cells)
+        console.show_table(("contender", "trials", "best", f"its {metric.name}", f"final {metric.plural}"), cells)
     for result in results:
         if result.complete and result.settings is None:
-            console.warn(f"{result.contender.name}: no trial ended with a finite loss, so there are no final runs")
+            console.warn(
+                f"{result.contender.name}: no trial ended with a finite {metric.name}, so there are no final runs"
+            )
         if result.complete and result.on_edge:
             console.warn(
                 f"{result.contender.name}: its best, {_words(result.settings)}, lies on the edge of the tried"
@@ -128,16 +131,16 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
             )
 
 
-def _facts(result: SearchResult, finals: Mapping[int, float | None]) -> dict[str, Any]:
+def _facts(result: SearchResult, finals: Mapping[int, float | None], metric: Metric) -> dict[str, Any]:
     return {
         "contender": result.contender.name,
         "trials": result.trials,
         "pruned": result.pruned,
         "diverged": result.diverged,
         "best": result.settings,
-        "best_loss": result.loss,
+        f"best_{metric.name}": result.value,
         "on_edge": result.on_edge,
-        "final_losses": [{"seed": seed, "loss": loss} for seed, loss in finals.items()],
+        f"final_{metric.plural}": [{"seed": seed, metric.name: value} for seed, value in finals.items()],
     }
 
 

@@ -49,6 +49,7 @@ NEUTRAL_COLOUR = "#777777"
 """Colour of targets, and of marks in a legend."""
 TARGET: dict[str, Any] = {"color": NEUTRAL_COLOUR, "linewidth": 0.9, "linestyle": (0, (1, 2))}
 
+_ROW_LETTERS = 44
 _EDGE = 0.05  # inches between a legend and the figure's edge
 _LETTERS = (8.0, 7.0, 6.5)  # font sizes of a legend, in points
 # Of a legend, in em. The handle is long enough for every dash pattern.
@@ -182,6 +183,13 @@ def disable_math(legend: Legend) -> None:
 def literal(label: str) -> str:
     """Return the label with `$` escaped, so matplotlib does not parse a formula."""
     return label.replace("$", r"\$")
+
+
+def row_labels(labels: Sequence[str]) -> tuple[list[str], float]:
+    """Return labels of rows, wrapped to less than half of the width, and the height of all rows in inches."""
+    wrapped = [literal(textwrap.fill(label, _ROW_LETTERS)) for label in labels]
+    lines = max(label.count("\n") for label in wrapped) + 1
+    return wrapped, len(wrapped) * (0.1 + 0.13 * lines)
 
 
 def plain_axes(axes: Axes) -> None:

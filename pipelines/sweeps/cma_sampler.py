@@ -16,6 +16,7 @@ from optuna import Study
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.search_space import IntersectionSearchSpace
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 _Numbers = FloatDistribution | IntDistribution
@@ -47,8 +48,9 @@ class CmaSampler(BaseSampler):
         dimensions = len(space)
         bounds = np.tile([0.0, 1.0], (dimensions, 1))
         cma = cmaes.CMA(np.full(dimensions, 0.5), _SIGMA, bounds, 10 * dimensions, self._seed)
+        sign = -1 if study.direction == StudyDirection.MAXIMIZE else 1  # CMA minimizes
         points = [
-            (_to_unit(ended.params, space), ended.value)
+            (_to_unit(ended.params, space), sign * ended.value)
             for ended in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
             if ended.value is not None
         ]

@@ -15,6 +15,8 @@ from pipelines.resolve import Layer
 from pipelines.sweeps.definition import Problems, Sweep, SweepRun, Variant, resolve_variants
 from pipelines.sweeps.grid import first_positions
 from pipelines.sweeps.search_table import Around, Dimension, Range, Search
+from pipelines.tasks import TASKS
+from pipelines.tasks.metric import METRICS, Metric, choose_metric
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class SearchPlan:
     """Seeds of the final runs."""
 
     @property
+    def metric(self) -> Metric:
+        """What the best settings are chosen by."""
+        return METRICS[self.search.metric]
+
+    @property
     def finals(self) -> list[str]:
         """Names of the final runs."""
         return [contender.final_name(seed) for seed in self.seeds for contender in self.contenders]
@@ -113,6 +120,10 @@ def plan_search(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> Se
         raise UsageError(
             f"{sweep.origin}: the final runs of a search need seeds: add seeds = [1, 2, 3] or --seeds 1,2,3"
         )
+    try:
+        choose_metric(TASKS[sweep.task], search.metric, "search.metric")
+    except UsageError as error:
+        raise UsageError(f"{sweep.origin}: {error}") from None
     if search.seed in final_seeds:
         raise UsageError(
             f"{sweep.origin}: seed {search.seed} is search.seed, with which the best settings are chosen; remove it"

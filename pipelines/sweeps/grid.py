@@ -11,31 +11,31 @@ def first_positions(points: int) -> list[int]:
     return sorted(range(-half, half + 1), key=lambda position: (abs(position), position))
 
 
-def next_position(points: int, losses: Mapping[float, float]) -> float:
+def next_position(points: int, costs: Mapping[float, float]) -> float:
     """Return the next position to try.
 
     First the initial positions. Then, while the best is on an edge, one step beyond that edge; else the middle of the
-    wider gap next to the best. If both gaps are equal, the one towards the better neighbour. `losses` is infinite for
-    a run that diverged, was pruned, or has not ended yet.
+    wider gap next to the best. If both gaps are equal, the one towards the better neighbour. `costs` are losses or
+    negative accuracies: infinite for a run that diverged, was pruned, or has not ended yet.
     """
     for position in first_positions(points):
-        if position not in losses:
+        if position not in costs:
             return position
-    best, tried = best_position(losses), sorted(losses)
+    best, tried = best_position(costs), sorted(costs)
     if best == tried[0]:
         return best - 1
     if best == tried[-1]:
         return best + 1
     below, above = tried[tried.index(best) - 1], tried[tried.index(best) + 1]
-    towards = max((best - below, -losses[below], below), (above - best, -losses[above], above))[-1]
+    towards = max((best - below, -costs[below], below), (above - best, -costs[above], above))[-1]
     return (best + towards) / 2
 
 
-def best_position(losses: Mapping[float, float]) -> float:
-    """Return the position with the lowest loss; the lowest position if all are infinite: a smaller value may help."""
-    return min(losses, key=lambda position: (losses[position], position))
+def best_position(costs: Mapping[float, float]) -> float:
+    """Return the position with the lowest cost; the lowest position if all are infinite: a smaller value may help."""
+    return min(costs, key=lambda position: (costs[position], position))
 
 
-def on_edge(losses: Mapping[float, float]) -> bool:
+def on_edge(costs: Mapping[float, float]) -> bool:
     """Whether the best position is the lowest or the highest one."""
-    return best_position(losses) in (min(losses), max(losses))
+    return best_position(costs) in (min(costs), max(costs))

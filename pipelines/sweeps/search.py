@@ -35,6 +35,7 @@ from pipelines.sweeps.study import (
     open_storage,
     require_sampler,
 )
+from pipelines.tasks.metric import LOSS, Metric
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
 
@@ -74,15 +75,19 @@ def record_search(plan: SearchPlan, out: Path) -> None:
 class ContenderTrials:
     """The trials of one contender, of all workers."""
 
-    def __init__(self, contender: Contender, name: str, storage: BaseStorage) -> None:
+    def __init__(self, contender: Contender, name: str, storage: BaseStorage, metric: Metric) -> None:
         self.contender = contender
         self.search = contender.search
+        self.metric = metric
         config = contender.config
         pruner = make_pruner(self.search.pruner, config.evaluation.every, config.training.steps)
-        self.claims = Claims(storage, name, self.search.trials, pruner)
+        self.claims = Claims(storage, name, self.search.trials, pruner, metric)
 
-    def agree(self) -> list[str]:
-        """Store the search's definition; returns one line for each difference from a stored one."""
+    def agree(self) -> tuple[list[str], list[str]]:
+        """Store the search's definition; returns a line for each difference from a stored one.
+
+        First the lines about the table [search], which all contenders share, then those about this contender.
+        """
         search = self.search.model_dump(mode="json", exclude={"storage"})
         if self.claims.definition is None:
             self.claims.define({"search": search, "config": self.contender.config.model_dump(mode="json")})
@@ -91,20 +96,21 @@ class ContenderTrials:
             changed = differences(load_run_config(saved["config"]), self.contender.config)
         except ValidationError:
             changed = ["a version of asgo with other settings began it"]
-        old, new = flatten(saved["search"]), flatten(search)
+        old = flatten({"metric": LOSS.name, **saved["search"]})  # the first version knew only the loss
+        new = flatten(search)
         lines = [
             f"{key} is {old.get(key)} there, {new.get(key)} now"
             for key in {**old, **new}
             if old.get(key) != new.get(key)
         ]
-        return lines + changed
+        return lines, changed
 
     def claim(self, worker: Worker) -> FrozenTrial | None:
         """Claim a trial for this worker; None if all are claimed."""
         while len(held := self.claims.held()) < self.search.trials:
             choice = params = None
             if self.search.sampler == "grid":
-                choice = next_position(self.contender.row[1].points, _losses(held))
+                choice = next_position(self.contender.row[1].points, self._costs(held))
                 params = self.contender.at(choice)
             trial = self.claims.add(worker, choice, params or {}, self.space if params else {})
             if trial is not None:
@@ -139,17 +145,28 @@ class ContenderTrials:
         """Return the results of the trials so far."""
         held = self.claims.held()
         done = [trial for trial in held if trial.state.is_finished()]
-        finite = [trial for trial in done if trial.state.name == "COMPLETE" and math.isfinite(_loss(trial))]
-        best = min(finite, key=lambda trial: (_loss(trial), trial.number), default=None)
+        finite = [trial for trial in done if math.isfinite(self._cost(trial))]
+        best = min(finite, key=lambda trial: (self._cost(trial), trial.number), default=None)
         return SearchResult(
             self.contender,
             trials=len(done),
             pruned=sum(trial.state.name == "PRUNED" for trial in done),
-            diverged=sum(trial.value == math.inf for trial in done),
+            diverged=sum(trial.value is not None and math.isinf(trial.value) for trial in done),
             settings=None if best is None else best.params,
-            loss=None if best is None else best.value,
-            on_edge=best is not None and self.search.sampler == "grid" and on_edge(_losses(held)),
+            value=None if best is None else best.value,
+            on_edge=best is not None and self.search.sampler == "grid" and on_edge(self._costs(held)),
         )
+
+    def _costs(self, held: Sequence[FrozenTrial]) -> dict[float, float]:
+        """Return costs by position of the grid."""
+        return {trial.user_attrs["choice"]: self._cost(trial) for trial in held}
+
+    def _cost(self, trial: FrozenTrial) -> float:
+        """Return what the search minimizes; infinity for an unfinished, pruned or diverged trial."""
+        if trial.state.name != "COMPLETE":
+            return math.inf
+        assert trial.value is not None
+        return self.metric.sign * trial.value
 
 
 @dataclass(frozen=True)
@@ -162,8 +179,9 @@ class SearchResult:
     pruned: int
     diverged: int
     settings: dict[str, Any] | None
-    """Best settings; None if no trial has a finite loss."""
-    loss: float | None
+    """Best settings; None if no trial has a finite value."""
+    value: float | None
+    """Their final value of the metric."""
     on_edge: bool
     """Whether a grid's best value is its lowest or highest one."""
 
@@ -205,9 +223,11 @@ class SearchRuns:
         self._plan = plan
         self._out = out
         self._contenders = [
-            ContenderTrials(contender, f"{plan.name}/{contender.name}", storage) for contender in plan.contenders
+            ContenderTrials(contender, f"{plan.name}/{contender.name}", storage, plan.metric)
+            for contender in plan.contenders
         ]
-        self._finals = Claims(storage, f"{plan.name}: final runs")  # no contender's study has this name
+        # No contender's study has this name.
+        self._finals = Claims(storage, f"{plan.name}: final runs", metric=plan.metric)
         self._claimed: dict[str, _Claimed] = {}
         """Every run that this process has started, by name."""
         self._failed: set[str] = set()
@@ -218,7 +238,9 @@ class SearchRuns:
 
     def agree(self) -> None:
         """Raise `UsageError` if the storage has another search of this name."""
-        lines = [f"{trials.contender.name}: {line}" for trials in self._contenders for line in trials.agree()]
+        found = [(trials.contender.name, *trials.agree()) for trials in self._contenders]
+        shared = dict.fromkeys(line for _, lines, _ in found for line in lines)
+        lines = [*shared, *(f"{name}: {line}" for name, _, lines in found for line in lines)]
         if lines:
             place = (
                 "choose another --out" if self._plan.search.storage is None else "give the sweep's file another name"
@@ -233,8 +255,8 @@ class SearchRuns:
         """Return the results of each contender so far."""
         return [trials.result() for trials in self._contenders]
 
-    def final_losses(self) -> dict[str, float | None]:
-        """Return the losses of the claimed final runs, by name; None for unfinished ones."""
+    def final_values(self) -> dict[str, float | None]:
+        """Return the metric of the claimed final runs, by name; None for unfinished ones."""
         return {trial.user_attrs["choice"]: trial.value for trial in self._finals.held()}
 
     def elsewhere(self) -> list[Elsewhere]:
@@ -267,30 +289,30 @@ class SearchRuns:
             return RunStatus(run, folder / run.name, 0, begun=False)
 
     def recorded(self, run: RunStatus, row: Row) -> bool:
-        """Report the loss to the pruner, except before the first step and after the last."""
+        """Report the metric to the pruner, except before the first step and after the last."""
         claimed = self._claimed[run.run.name]
         if claimed.trials is None or not 0 < row["step"] < run.run.config.training.steps:
             return False
-        if not claimed.claims.report(claimed.number, row["step"], row["loss"]):
+        value: float = row[self._plan.metric.name]  # type: ignore[literal-required]
+        if not claimed.claims.report(claimed.number, row["step"], value):
             return False
         self._pruned.add(run.run.name)
         return True
 
     def ended(self, run: RunStatus, ending: Ending) -> Ending:
         """Store the result for all workers."""
-        claimed = self._claimed[run.run.name]
+        claimed, metric = self._claimed[run.run.name], self._plan.metric
         self._searched_s = -math.inf
         if ending.kind == "done":
-            loss = run_status(run.run, run.folder.parent).final_loss()
-            assert loss is not None
-            claimed.claims.finish(claimed.number, loss)
-            return Ending("done", f"done, {self._settings(run)}: loss {loss:.4f}")
+            value = run_status(run.run, run.folder.parent).final_metrics()[metric.name]
+            claimed.claims.finish(claimed.number, value)
+            return Ending("done", f"done, {self._settings(run)}: {metric.name} {metric.text(value)}")
         if claimed.trials is not None and ending.kind == "stopped" and run.run.name in self._pruned:
             claimed.claims.prune(claimed.number)
             return Ending("stopped", f"pruned, {self._settings(run)}")
         divergence = RunFolder(run.folder).divergence()
         if claimed.trials is not None and ending.kind == "failed" and divergence is not None:
-            claimed.claims.finish(claimed.number, math.inf)
+            claimed.claims.finish(claimed.number, metric.sign * math.inf)
             return Ending("done", f"diverged at step {divergence.step}, {self._settings(run)}")
         if ending.kind == "failed" and claimed.trials is not None:
             self._failed.add(claimed.trials.contender.name)
@@ -317,7 +339,7 @@ class SearchRuns:
         return None
 
     def _new_final(self) -> tuple[SweepRun, Path, _Claimed] | None:
-        held = self.final_losses()
+        held = self.final_values()
         for name, run in self._final_runs.items():
             if name not in held:
                 trial = self._finals.add(self._worker, name, {}, {})
@@ -357,16 +379,6 @@ class SearchRuns:
     def _settings(self, run: RunStatus) -> str:
         settings = flatten(run.run.config.model_dump(mode="json"))
         return ", ".join(f"{key.split('.')[-1]} {_short(settings[key])}" for key in self._plan.search.space)
-
-
-def _loss(trial: FrozenTrial) -> float:
-    assert trial.value is not None
-    return trial.value
-
-
-def _losses(held: Sequence[FrozenTrial]) -> dict[float, float]:
-    """Return losses by position of the grid; infinite for unfinished and pruned trials."""
-    return {trial.user_attrs["choice"]: _loss(trial) if trial.state.name == "COMPLETE" else math.inf for trial in held}
 
 
 def _short(value: Any) -> str:

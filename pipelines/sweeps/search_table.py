@@ -1,4 +1,4 @@
-"""The table `[search]` of a sweep file: number of trials, sampler, pruner, and search space."""
+"""The table `[search]` of a sweep file: number of trials, metric, sampler, pruner, and search space."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ class Search(Settings):
     """Exact number of trials per contender."""
     sampler: Literal["grid", "tpe", "random", "gp", "cmaes", "qmc"] = "grid"
     pruner: Literal["none", "median", "hyperband", "successive-halving"] = "none"
+    metric: Literal["loss", "accuracy"] = "loss"
+    """What the best settings are chosen by, at the last validation."""
     seed: Seed = 0
     """Seed of the trials and of the sampler; not allowed for final runs."""
     storage: str | None = None

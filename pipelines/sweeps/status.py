@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pipelines.config import differences
 from pipelines.errors import AsgoError, UsageError
 from pipelines.sweeps.definition import SweepRun
-from pipelines.tasks import TASKS
+from pipelines.tasks import TASKS, task_of
 from pipelines.training.run_folder import RunFolder, refuse_existing
 
 State = Literal["new", "partial", "done"]
@@ -46,11 +46,11 @@ class RunStatus:
         training = self.run.config.training
         return (training.steps - self.step) * training.batch_size * self.run.tokens_per_sample
 
-    def final_loss(self) -> float | None:
-        """Return the validation loss after the last step; None for a run that is not done."""
-        if self.state != "done":
-            return None
-        return next((row["loss"] for row in reversed(RunFolder(self.folder).rows()) if row["split"] == "val"), None)
+    def final_metrics(self) -> dict[str, float]:
+        """Return the task's metrics after the last step, by name; empty for a run that is not done."""
+        rows = RunFolder(self.folder).rows() if self.state == "done" else []
+        last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "val"), {})
+        return {metric.name: last[metric.name] for metric in task_of(self.run.config).metrics if last}
 
 
 def run_statuses(runs: Sequence[SweepRun], out: Path) -> list[RunStatus]:

@@ -35,6 +35,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from pipelines.sweeps.journal import open_journal
+from pipelines.tasks.metric import LOSS, Metric
 
 _LOCK_WAIT_S = 60.0
 _ATTEMPTS = 10
@@ -83,9 +84,21 @@ def _database(url: str) -> RDBStorage:
 class Claims:
     """The trials of one study; each is a claim of a run."""
 
-    def __init__(self, storage: BaseStorage, name: str, budget: int | None = None, pruner: BasePruner | None = None):
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        budget: int | None = None,
+        pruner: BasePruner | None = None,
+        metric: Metric = LOSS,
+    ):
         self._study = optuna.create_study(
-            storage=storage, study_name=name, load_if_exists=True, pruner=pruner or NopPruner(), sampler=RandomSampler()
+            storage=storage,
+            study_name=name,
+            load_if_exists=True,
+            pruner=pruner or NopPruner(),
+            sampler=RandomSampler(),
+            direction=metric.either("minimize", "maximize"),
         )
         self._storage = storage
         self._id = storage.get_study_id_from_name(name)
@@ -130,19 +143,19 @@ class Claims:
             trial = self._trial(number)
             return {setting: _suggest(trial, setting, distribution) for setting, distribution in space.items()}
 
-    def report(self, number: int, step: int, loss: float) -> bool:
-        """Report a validation loss; returns whether to prune the run."""
+    def report(self, number: int, step: int, value: float) -> bool:
+        """Report a validation; returns whether to prune the run."""
         with _no_warnings():
             trial = self._trial(number)
-            trial.report(loss, step)
+            trial.report(value, step)
             return trial.should_prune()
 
-    def finish(self, number: int, loss: float) -> None:
-        """Mark the claim as complete, with its loss."""
-        self._study.tell(number, loss)
+    def finish(self, number: int, value: float) -> None:
+        """Mark the claim as complete, with its final value."""
+        self._study.tell(number, value)
 
     def prune(self, number: int) -> None:
-        """Mark the claim as pruned, with the last reported loss."""
+        """Mark the claim as pruned, with the last reported value."""
         self._study.tell(number, state=TrialState.PRUNED)
 
     def leave(self, number: int, reason: str | None) -> None:
@@ -177,7 +190,7 @@ def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
 
 
 def make_pruner(name: str, first_step: int, last_step: int) -> BasePruner:
-    """Return a pruner for losses that are reported from `first_step` to `last_step`."""
+    """Return a pruner for values that are reported from `first_step` to `last_step`."""
     if name == "median":
         return MedianPruner()
     if name == "hyperband":
@@ -210,7 +223,7 @@ def _suggest(trial: Trial, setting: str, distribution: BaseDistribution) -> Any:
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Suppress optuna's warnings: of experimental parts, and of losses that are reported again after a kill."""
+    """Suppress optuna's warnings: of experimental parts, and of values that are reported again after a kill."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

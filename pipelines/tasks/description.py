@@ -8,6 +8,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.tasks.metric import LOSS, Metric
+
 if TYPE_CHECKING:
     import torch
 
@@ -62,3 +64,5 @@ class TaskDescription:
     """Whether `asgo generate` supports its checkpoints."""
     command: str = ""
     """Subcommand of `asgo train`; the name if empty."""
+    metrics: tuple[Metric, ...] = (LOSS,)
+    """Metrics of a validation by which runs can be compared; the first is the default of `asgo compare`."""

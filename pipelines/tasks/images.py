@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.tasks.description import TaskDescription
+from pipelines.tasks.metric import ACCURACY, LOSS
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ IMAGES = TaskDescription(
     units_per_sample=lambda config: 1,
     length=_length,
     exporters={"torchvision": _export_to_torchvision},
+    metrics=(ACCURACY, LOSS),
 )
 
 IMAGENET = replace(

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from asgo_cli import console
-from pipelines.analysis.comparison.figures import FIGURES
+from pipelines.analysis.comparison.figures import figure_names
 from pipelines.analysis.comparison.report import check_report_folder
 from pipelines.analysis.comparison.rules import RULES
 from pipelines.errors import UsageError
+from pipelines.tasks.metric import LOSS
 from tests.command_lines import Result, asgo
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
@@ -58,7 +59,7 @@ def test_the_report_holds_the_page_the_figures_and_the_tables(folder: Path, comp
     report = folder / "report"
     assert "asgo compare runs --target 3.1" in (report / "index.html").read_text(encoding="utf-8")
     drawn = {path.stem for path in (report / "figures").iterdir()}
-    assert drawn == {*FIGURES} - {"sensitivity", "settings"}
+    assert drawn == {*figure_names(LOSS)} - {"sensitivity", "settings"}
     with (report / "tables/entries.csv").open() as file:
         rows = {row["entry"]: row for row in csv.DictReader(file)}
     for optimizer, finals in FINALS.items():
@@ -97,6 +98,26 @@ def test_a_rule_has_a_table_and_a_line_for_each_reason(tmp_path: Path) -> None:
         "asgo order=shuffled: a single run; more runs, with seeds fixed in advance, are better evidence.",
     ]
     assert "Rule track3: (3.28 − mean final loss) · √n ≥ 0.004 over all n runs" in result.err
+
+
+def test_images_are_compared_by_accuracy_and_text_cannot_be(folder: Path, tmp_path: Path) -> None:
+    for optimizer, final in (("asgo", 0.9), ("adamw", 0.8)):
+        settings = {"task": "imagenet", "optimizer": optimizer, "training__steps": 160}
+        write_run(tmp_path / f"runs/{optimizer}", falling_to(3.0), accuracy={0: 0.001, 160: final}, **settings)  # type: ignore[arg-type]
+    result = asgo("compare", "runs", "--target", "0.85", folder=tmp_path)
+    assert result.code == 0, result.err
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in result.out.splitlines() if "│" in line]
+    assert [row[:4] for row in rows] == [["asgo", "1", "90.00%", "160"], ["adamw", "1", "80.00%", "missed"]]
+    assert "asgo ends highest, at 90.00%, 10.00 points above adamw" in result.err
+    assert (tmp_path / "report/figures/final-accuracies.pdf").is_file()
+    again = asgo("compare", "runs", "--metric", "loss", folder=tmp_path)
+    assert again.code == 0, again.err
+    assert not (tmp_path / "report/figures/final-accuracies.pdf").exists()
+    assert (tmp_path / "report/figures/final-losses.pdf").is_file()
+
+    refused = asgo("compare", "runs", "--metric", "accuracy", "--out", "new", folder=folder)
+    assert refused.code == 2
+    assert refused.err == "error: --metric accuracy: the task gpt records no accuracy; choose loss\n"
 
 
 def test_what_is_not_a_report_stays_as_it_is(folder: Path) -> None:

@@ -66,8 +66,8 @@ def test_a_search_that_is_killed_goes_on_to_the_same_end(
     for name in ("trials/a-t0", "trials/a-t1", "a-s1"):
         assert final_weights(out / name) == final_weights(tmp_path / "alone" / name)
     (expected,), (row,) = alone.results(), json.loads(result.stdout)["contenders"]
-    assert (row["trials"], row["best"], row["best_loss"]) == (2, expected.settings, expected.loss)
-    assert row["final_losses"] == [{"seed": 1, "loss": alone.final_losses()["a-s1"]}]
+    assert (row["trials"], row["best"], row["best_loss"]) == (2, expected.settings, expected.value)
+    assert row["final_losses"] == [{"seed": 1, "loss": alone.final_values()["a-s1"]}]
     assert json.loads((out / "trials/search.json").read_text())["contenders"] == ["a"]
 
     monkeypatch.chdir(tmp_path)

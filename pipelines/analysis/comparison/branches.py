@@ -31,5 +31,5 @@ def _parting(run: Run, runs: Sequence[Run]) -> int:
 
 
 def _are_equal_until(step: int, one: Curve, other: Curve) -> bool:
-    (mine, losses), (its, others) = ((c.steps[c.steps < step], c.losses[c.steps < step]) for c in (one, other))
+    (mine, losses), (its, others) = ((c.steps[c.steps < step], c.values[c.steps < step]) for c in (one, other))
     return np.array_equal(mine, its) and np.array_equal(losses, others)

@@ -9,26 +9,31 @@ from pipelines.analysis.comparison.entries import finished
 from pipelines.analysis.comparison.results import Entry, Run, Sensitivity, State
 from pipelines.analysis.comparison.settings import differing_keys, in_words, settings_of
 from pipelines.tasks import task_of
+from pipelines.tasks.metric import Metric
 
 _SHOWN = 4
 _ORDER = "data.order"  # unlike other settings of the data, it does not change what validates
 
 
 def cautions_of(
-    runs: Sequence[Run], entries: Sequence[Entry], contenders: Sequence[Entry], sensitivities: Sequence[Sensitivity]
+    runs: Sequence[Run],
+    entries: Sequence[Entry],
+    contenders: Sequence[Entry],
+    sensitivities: Sequence[Sensitivity],
+    metric: Metric,
 ) -> list[str]:
     """Return the warnings about the comparison, the most severe first."""
     results = [run for run in runs if not run.is_trial]
     return [
         *_no_results(results),
-        *_different_work(entries),
-        *_not_finished(results),
-        *_odd_rows(runs),
+        *_different_work(entries, metric),
+        *_not_finished(results, metric),
+        *_odd_rows(runs, metric),
         *_branches(results),
         *_seeds(contenders),
         *_repeated_seeds(entries),
-        *_chosen_by_result(entries, contenders),
-        *_best_at_an_end(sensitivities),
+        *_chosen_by_result(entries, contenders, metric),
+        *_best_at_an_end(sensitivities, metric),
         *_unequal_trials([run for run in runs if run.is_trial]),
         *_sentence("Different devices or versions of torch", _owners(entries, _machine), "times do not compare"),
     ]
@@ -73,8 +78,8 @@ def _no_results(results: Sequence[Run]) -> list[str]:
     return ["All runs are trials of a search: they show the effect of learning rates, but are not results."]
 
 
-def _different_work(entries: Sequence[Entry]) -> list[str]:
-    """Warn about differences that make losses incomparable."""
+def _different_work(entries: Sequence[Entry], metric: Metric) -> list[str]:
+    """Warn about differences that make results incomparable."""
 
     differing = differing_keys([settings_of(entry.runs[0]) for entry in entries])
 
@@ -85,17 +90,21 @@ def _different_work(entries: Sequence[Entry]) -> list[str]:
     decays = any(entry.runs[0].config.schedule.kind != "constant" for entry in entries)
     at_other_rates = ", and at equal steps their learning rates have not decayed equally" if decays else ""
     return [
-        *_sentence("Different data", owners("data"), "their losses do not compare"),
+        *_sentence("Different data", owners("data"), f"their {metric.plural} do not compare"),
         *_sentence(
             "Different orders of the data", owners(_ORDER), "a difference may be the order's, not the optimizer's"
         ),
         *_sentence(
-            "Validated on different amounts of data", _owners(entries, _validated_on), "this changes losses too"
+            "Validated on different amounts of data",
+            _owners(entries, _validated_on),
+            f"this changes {metric.plural} too",
         ),
         *_sentence("Different models", owners("model."), "a difference may be the model's, not the optimizer's"),
         *_sentence("Different batch sizes", owners("training.batch_size"), "equal steps are not equal work"),
         *_sentence(
-            "Different amounts of training", _owners(entries, _budget), f"final losses do not compare{at_other_rates}"
+            "Different amounts of training",
+            _owners(entries, _budget),
+            f"final {metric.plural} do not compare{at_other_rates}",
         ),
     ]
 
@@ -114,7 +123,7 @@ def _budget(run: Run) -> str:
     return f"{samples * task.units_per_sample(run.config):,} {task.unit}"
 
 
-def _not_finished(results: Sequence[Run]) -> list[str]:
+def _not_finished(results: Sequence[Run], metric: Metric) -> list[str]:
     by_state: dict[State, list[Run]] = defaultdict(list)
     for run in results:
         by_state[run.state].append(run)
@@ -122,27 +131,28 @@ def _not_finished(results: Sequence[Run]) -> list[str]:
     decaying = [run for run in unfinished if run.config.schedule.kind != "constant"]
     found = []
     if diverged:
-        found.append(f"Diverged, so without a final loss: {_some(run.name for run in diverged)}.")
+        found.append(f"Diverged, so without a final {metric.name}: {_some(run.name for run in diverged)}.")
     if unfinished:
         names = _some(f"{run.name} ({run.reason})" for run in unfinished)
         curves = "their curves are drawn only if no seed has finished"
-        found.append(f"Not finished, so without a final loss: {names}; {curves}.")
+        found.append(f"Not finished, so without a final {metric.name}: {names}; {curves}.")
     if decaying:
         names = _some(run.name for run in decaying)
-        found.append(f"Stopped before the learning rate had decayed, which brings losses down: {names}.")
+        effect = f"brings {metric.plural} {metric.either('down', 'up')}"
+        found.append(f"Stopped before the learning rate had decayed, which {effect}: {names}.")
     if empty:
         found.append(f"Nothing recorded yet: {_some(run.name for run in empty)}.")
     return found
 
 
-def _odd_rows(runs: Sequence[Run]) -> list[str]:
+def _odd_rows(runs: Sequence[Run], metric: Metric) -> list[str]:
     repeated = [run.name for run in runs if run.repeated_rows]
     lost = [run.name for run in runs if run.lost_rows and run.state != "diverged"]
     found = []
     if repeated:
         found.append(f"Steps recorded more than once; the last record counts: {_some(repeated)}.")
     if lost:
-        found.append(f"Losses that are not finite, shown as gaps in the curves: {_some(lost)}.")
+        found.append(f"{metric.plural.capitalize()} that are not finite, shown as gaps in the curves: {_some(lost)}.")
     return found
 
 
@@ -167,30 +177,31 @@ def _seeds(contenders: Sequence[Entry]) -> list[str]:
 def _repeated_seeds(entries: Sequence[Entry]) -> list[str]:
     found = []
     for entry in entries:
-        counts = Counter(run.config.seed for run in entry.runs if run.final_loss is not None)
+        counts = Counter(run.config.seed for run in entry.runs if run.final is not None)
         repeated = [str(seed) for seed, count in counts.items() if count > 1]
         if repeated:
             found.append(f"{entry.label} has several runs of seed {_some(repeated)}")
     return _together(found, ": they are not independent, and its interval is too narrow.")
 
 
-def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry]) -> list[str]:
+def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry], metric: Metric) -> list[str]:
     found = []
     for chosen in contenders:
         rivals = [entry for entry in entries if entry.family == chosen.family and finished(entry) == finished(chosen)]
         if chosen.final is not None and len(rivals) > 1:
             found.append(f"{chosen.label} was chosen among {len(rivals)} learning rates")
-    return _together(found, " by the same runs that give its final loss, which is therefore slightly too low.")
+    bias = f"which is therefore slightly too {metric.either('low', 'high')}"
+    return _together(found, f" by the same runs that give its final {metric.name}, {bias}.")
 
 
-def _best_at_an_end(sensitivities: Sequence[Sensitivity]) -> list[str]:
+def _best_at_an_end(sensitivities: Sequence[Sensitivity], metric: Metric) -> list[str]:
     found = []
     for sensitivity in sensitivities:
         points = sensitivity.points
-        ended = [point for point in points if point.losses]
+        ended = [point for point in points if point.values]
         if not ended:
             continue
-        best = min(ended, key=lambda point: sum(point.losses) / len(point.losses))
+        best = min(ended, key=lambda point: metric.sign * sum(point.values) / len(point.values))
         if best in (points[0], points[-1]):
             end = "lowest" if best is points[0] else "highest"
             found.append(f"{sensitivity.family}: the best learning rate, {best.lr:g}, is the {end} of those tried")

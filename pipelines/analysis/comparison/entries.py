@@ -22,7 +22,8 @@ from pipelines.analysis.comparison.results import (
     Target,
 )
 from pipelines.analysis.comparison.settings import LR, Settings, differing_keys, identity, in_words, settings_of
-from pipelines.analysis.comparison.verdicts import interval
+from pipelines.analysis.comparison.t_tests import interval
+from pipelines.tasks.metric import Metric
 
 _OF_THE_OPTIMIZER = ("optimizer.", "schedule.")
 """Settings that always differ between optimizers: labels show them only to distinguish entries of one optimizer."""
@@ -31,7 +32,7 @@ _WIDTH = "model.d_model"
 """The setting that describes a model best."""
 
 _REFERENCES = ("adamw", "adam")
-"""Optimizers whose final loss is the default target."""
+"""Optimizers whose final metric is the default target."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,8 @@ def _distinguishing_keys(families: Sequence[Family], *, of_the_optimizer: bool) 
     return list(telling.values())
 
 
-def entries_of(families: Sequence[Family], labels: Labels, confidence: float) -> list[Entry]:
-    """Return an entry per learning rate of each family, sorted by final loss; entries without one come last."""
+def entries_of(families: Sequence[Family], labels: Labels, confidence: float, metric: Metric) -> list[Entry]:
+    """Return an entry per learning rate of each family, the best first; entries without a finished run come last."""
     entries = []
     for family in families:
         groups: dict[float, list[Run]] = defaultdict(list)
@@ -124,27 +125,28 @@ def entries_of(families: Sequence[Family], labels: Labels, confidence: float) ->
             groups[run.config.optimizer.lr].append(run)
         for lr, group in groups.items():
             entries.append(_entry(labels.entry(family, lr), labels.family(family), group, confidence))
-    return sorted(entries, key=lambda entry: (entry.final is None, _loss_to_rank_by(entry), entry.label))
+    return sorted(entries, key=lambda entry: (entry.final is None, _cost(entry, metric), entry.label))
 
 
 def contenders_of(entries: Sequence[Entry]) -> list[Entry]:
-    """Return each family's entry with the most finished seeds, then the lowest loss, in the order of `entries`."""
+    """Return each family's entry with the most finished seeds, then the best mean, in the order of `entries`."""
     best: dict[str, Entry] = {}
-    for entry in entries:  # ascending in the loss
+    for entry in entries:  # the best first
         if entry.family not in best or finished(entry) > finished(best[entry.family]):
             best[entry.family] = entry
     return [entry for entry in entries if best[entry.family] is entry]
 
 
 def finished(entry: Entry) -> int:
-    """Return the number of seeds with a final loss."""
+    """Return the number of finished seeds."""
     return 0 if entry.final is None else entry.final.count
 
 
-def _loss_to_rank_by(entry: Entry) -> float:
+def _cost(entry: Entry, metric: Metric) -> float:
+    """Return what entries are sorted by: the final mean, or else the best validation."""
     if entry.final is not None:
-        return entry.final.mean
-    return min((run.best_loss for run in entry.runs if run.best_loss is not None), default=float("inf"))
+        return metric.sign * entry.final.mean
+    return min((metric.sign * run.best for run in entry.runs if run.best is not None), default=float("inf"))
 
 
 def _entry(label: str, family: str, runs: Sequence[Run], confidence: float) -> Entry:
@@ -156,8 +158,8 @@ def _entry(label: str, family: str, runs: Sequence[Run], confidence: float) -> E
         family=family,
         lr=runs[0].config.optimizer.lr,
         runs=tuple(runs),
-        final=interval([run.final_loss for run in runs if run.final_loss is not None], confidence),
-        final_train=interval([run.final_train_loss for run in runs if run.final_train_loss is not None], confidence),
+        final=interval([run.final for run in runs if run.final is not None], confidence),
+        final_train=interval([run.final_train for run in runs if run.final_train is not None], confidence),
         train=_band([run.smoothed.since(run.drawn_from) for run in going]),
         val=_band([run.val.since(run.drawn_from) for run in going]),
         reach=None,
@@ -180,20 +182,20 @@ def _band(curves: Sequence[Curve]) -> Band | None:
     if not len(steps):
         return None
     rows = [np.isin(curve.steps, steps) for curve in curves]
-    losses = np.stack([curve.losses[row] for curve, row in zip(curves, rows, strict=True)])
+    values = np.stack([curve.values[row] for curve, row in zip(curves, rows, strict=True)])
     seconds = np.stack([curve.seconds[row] for curve, row in zip(curves, rows, strict=True)])
     return Band(
         steps=steps,
         tokens=curves[0].tokens[rows[0]],
         seconds=seconds.mean(axis=0),
-        mean=losses.mean(axis=0),
-        lowest=losses.min(axis=0),
-        highest=losses.max(axis=0),
+        mean=values.mean(axis=0),
+        lowest=values.min(axis=0),
+        highest=values.max(axis=0),
     )
 
 
-def target_of(contenders: Sequence[Entry], asked: float | None) -> Target | None:
-    """Return the given target, or else the final loss of the reference: adamw, adam, or the worst contender."""
+def target_of(contenders: Sequence[Entry], asked: float | None, metric: Metric) -> Target | None:
+    """Return the given target, or else the final mean of the reference: adamw, adam, or the worst contender."""
     if asked is not None:
         return Target(asked, "asked for")
     ended = [entry for entry in contenders if entry.final is not None]
@@ -202,14 +204,14 @@ def target_of(contenders: Sequence[Entry], asked: float | None) -> Target | None
     named = (entry for name in _REFERENCES for entry in ended if entry.optimizer == name)
     reference = next(named, ended[-1])
     assert reference.final is not None
-    return Target(reference.final.mean, f"{reference.label}'s final loss")
+    return Target(reference.final.mean, f"{reference.label}'s final {metric.name}")
 
 
-def with_reach(entry: Entry, target: Target | None) -> Entry:
+def with_reach(entry: Entry, target: Target | None, metric: Metric) -> Entry:
     """Return the entry with the times at which its runs reached the target."""
     if target is None:
         return entry
-    places = [_first_at_most(run, target.loss) for run in entry.runs]
+    places = [_first_to_reach(target, run, metric) for run in entry.runs]
     found = list(zip(entry.runs, places, strict=True))
     return replace(
         entry,
@@ -221,9 +223,9 @@ def with_reach(entry: Entry, target: Target | None) -> Entry:
     )
 
 
-def _first_at_most(run: Run, loss: float) -> int | None:
-    """Return the index of the first validation with this loss or a lower one; None if there is none."""
-    places = np.flatnonzero(run.val.losses <= loss)
+def _first_to_reach(target: Target, run: Run, metric: Metric) -> int | None:
+    """Return the index of the first validation that is as good as the target or better; None if there is none."""
+    places = np.flatnonzero(metric.sign * run.val.values <= metric.sign * target.value)
     return int(places[0]) if len(places) else None
 
 
@@ -233,19 +235,19 @@ def sensitivities_of(families: Sequence[Family], labels: Labels) -> list[Sensiti
     for family in families:
         runs = [run for run in family.runs if run.state != "empty"]
         points = [_point(lr, [run for run in runs if run.config.optimizer.lr == lr]) for lr in family.lrs]
-        points = [point for point in points if point.losses or point.diverged or point.unfinished]
+        points = [point for point in points if point.values or point.diverged or point.unfinished]
         if len(points) > 1:
             found.append(Sensitivity(labels.family(family), family.optimizer, tuple(points)))
     return found
 
 
 def _point(lr: float, runs: Sequence[Run]) -> SensitivityPoint:
-    stopped = [run.best_loss for run in runs if run.state == "unfinished"]
+    stopped = [run.best for run in runs if run.state == "unfinished"]
     return SensitivityPoint(
         lr=lr,
-        losses=tuple(run.final_loss for run in runs if run.final_loss is not None),
+        values=tuple(run.final for run in runs if run.final is not None),
         diverged=sum(run.state == "diverged" for run in runs),
-        unfinished=tuple(loss for loss in stopped if loss is not None),
+        unfinished=tuple(best for best in stopped if best is not None),
     )
 
 

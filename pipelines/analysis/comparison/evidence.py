@@ -54,7 +54,7 @@ def _objections(rule: EvidenceRule, entry: Entry) -> Iterator[str]:
         if given.get(key) != needed:
             value = "not set" if given.get(key) is None else given[key]
             yield f"{key} is {value}, and the rule needs {needed}"
-    without = [f"{run.name} ({run.state})" for run in entry.runs if run.final_loss is None]
+    without = [f"{run.name} ({run.state})" for run in entry.runs if run.final is None]
     if without:
         yield f"runs without a final loss, and the rule takes all: {', '.join(without)}"
     repeated = [str(seed) for seed, count in Counter(run.config.seed for run in entry.runs).items() if count > 1]

@@ -14,12 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from pipelines.analysis.comparison.difference_figure import draw_differences
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity, SettingEffect
 from pipelines.analysis.comparison.tables import digits
+from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.figure_style import (
     MOST_STYLES,
     NEUTRAL_COLOUR,
@@ -28,11 +31,12 @@ from pipelines.analysis.figure_style import (
     figure_style,
     legend_below,
     line_style,
-    literal,
     plain_axes,
+    row_labels,
     save_figure,
 )
 from pipelines.analysis.layer_figures import write_layer_figures
+from pipelines.tasks.metric import Metric
 from pipelines.training.statistics_file import STATISTICS
 
 Abscissa = Literal["steps", "tokens", "seconds"]
@@ -40,8 +44,7 @@ Abscissa = Literal["steps", "tokens", "seconds"]
 MOST_SHOWN = MOST_STYLES
 """Contenders in a figure: more lines could not be distinguished."""
 
-_ROW_LETTERS = 44
-_BEGINNING = 0.2  # of the run: losses fall so much there that they would hide everything else
+_BEGINNING = 0.2  # of the run: the metric changes so much there that it would hide everything else
 
 _PANELS_IN_A_ROW = 3
 _LABEL_WIDTH = 28
@@ -67,10 +70,10 @@ def shown(comparison: Comparison) -> tuple[Entry, ...]:
 
 
 def write_figures(comparison: Comparison, folder: Path) -> tuple[str, ...]:
-    """Write all figures that have data, as PNG and PDF; return their names, in the order of `FIGURES`."""
+    """Write all figures that have data, as PNG and PDF; return their names, in the order of `figure_names`."""
     names = []
     with figure_style():
-        for name, draw in _DRAWERS.items():
+        for name, draw in _drawers(comparison.metric).items():
             figure = draw(comparison)
             if figure is not None:
                 save_figure(figure, folder / f"{name}.png")
@@ -84,8 +87,9 @@ def axis_title(abscissa: Abscissa, unit: str) -> str:
     return {"steps": "step", "tokens": unit, "seconds": "seconds of training, without validation"}[abscissa]
 
 
-def _draw_losses(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
+def _draw_curves(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
     entries = [(line_style(index), entry) for index, entry in enumerate(shown(comparison))]
+    metric = comparison.metric
     drawn = [(style, entry) for style, entry in entries if entry.train or entry.val or entry.diverged]
     if not drawn:
         return None
@@ -98,16 +102,17 @@ def _draw_losses(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
             if run.state == "diverged":
                 _draw_curve(training, run.train.since(run.drawn_from), abscissa, style)
                 _draw_curve(validation, run.val.since(run.drawn_from), abscissa, style)
-    training.set(title="Training, smoothed", ylabel="loss")
+    training.set(title="Training, smoothed", ylabel=metric.name)
     validation.set(title="Validation")
     for axes, bands in ((training, [e.train for _, e in drawn]), (validation, [e.val for _, e in drawn])):
         axes.set_xlabel(axis_title(abscissa, comparison.unit))
         axes.locator_params(axis="x", nbins=6)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: digits(value)))
-        _leave_out_beginning(axes, [(getattr(band, abscissa), band.mean) for band in bands if band is not None])
+        _leave_out_beginning(axes, [(getattr(band, abscissa), band.mean) for band in bands if band is not None], metric)
         plain_axes(axes)
+        _label_shares(axes.yaxis, metric)
     if comparison.target is not None:
-        validation.axhline(comparison.target.loss, **TARGET)
+        validation.axhline(comparison.target.value, **TARGET)
     legend_below(figure, [*_handles(drawn), *_target_handle(comparison)])
     return figure
 
@@ -119,44 +124,51 @@ def _draw_band(axes: Axes, band: Band | None, abscissa: Abscissa, style: dict[st
         axes.plot(x, band.mean, **style, linewidth=1.1)
 
 
+def _label_shares(axis: Axis, metric: Metric) -> None:
+    """Label the ticks as percentages, if the metric is a fraction."""
+    if metric.is_share:
+        axis.set_major_formatter(PercentFormatter(1.0))
+
+
 def _draw_curve(axes: Axes, curve: Curve, abscissa: Abscissa, style: dict[str, Any]) -> None:
-    axes.plot(getattr(curve, abscissa), curve.losses, **style, linewidth=0.5, alpha=0.5)
+    axes.plot(getattr(curve, abscissa), curve.values, **style, linewidth=0.5, alpha=0.5)
 
 
-def _leave_out_beginning(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
+def _leave_out_beginning(axes: Axes, curves: Sequence[tuple[Array, Array]], metric: Metric) -> None:
     last = max((float(x[-1]) for x, _ in curves if len(x)), default=0.0)
-    late = [losses[(x >= _BEGINNING * last) & np.isfinite(losses)] for x, losses in curves]
-    late = [losses for losses in late if len(losses)]
+    late = [metric.sign * values[(x >= _BEGINNING * last) & np.isfinite(values)] for x, values in curves]
+    late = [costs for costs in late if len(costs)]
     if last > 0 and late:
-        low = min(float(losses.min()) for losses in late)
-        high = without_outliers(low, [float(losses.max()) for losses in late])
+        low = min(float(costs.min()) for costs in late)
+        high = without_outliers(low, [float(costs.max()) for costs in late])
         margin = 0.06 * max(high - low, 1e-3)
-        axes.set(xlim=(0, last * 1.02), ylim=(low - margin, high + margin))
+        axes.set(xlim=(0, last * 1.02), ylim=_range(low - margin, high + margin, metric))
 
 
-def without_outliers(low: float, highs: Sequence[float]) -> float:
-    """Return the highest value; if there are many, without outliers that would compress the rest of the scale."""
-    middle = statistics.median(highs)
-    return max(high for high in highs if len(highs) < 5 or high <= middle + 3 * (middle - low))
+def _range(low: float, high: float, metric: Metric) -> tuple[float, float]:
+    """Return the range of values with costs between `low` and `high`, ascending."""
+    return metric.either((low, high), (-high, -low))
 
 
 def _draw_finals(comparison: Comparison) -> Figure | None:
+    metric = comparison.metric
     entries = [entry for entry in shown(comparison) if entry.final is not None]
     if not entries:
         return None
-    labels, height = _row_labels(entries)
+    labels, height = row_labels([entry.label for entry in entries])
     figure = Figure(figsize=(7.0, 0.9 + height), layout="constrained")
     axes = figure.subplots()
-    means = [entry.final.mean for entry in entries if entry.final]
-    edge = without_outliers(means[0], means)
+    costs = [metric.sign * entry.final.mean for entry in entries if entry.final]
+    edge = without_outliers(costs[0], costs)
     for row, entry in enumerate(entries):
-        _draw_final(axes, row, entry, edge)
+        _draw_final(axes, row, entry, edge, metric)
     if comparison.target is not None:
-        axes.axvline(comparison.target.loss, **TARGET, zorder=0)
+        axes.axvline(comparison.target.value, **TARGET, zorder=0)
     axes.set_yticks(range(len(entries)), labels)
-    axes.set(xlabel="final validation loss", ylim=(len(entries) - 0.4, -0.6))
+    axes.set(xlabel=f"final validation {metric.name}", ylim=(len(entries) - 0.4, -0.6))
     axes.margins(x=0.04)
     plain_axes(axes)
+    _label_shares(axes.xaxis, metric)
     interval = f"mean, {comparison.confidence:.0%} interval"
     mean = Line2D([], [], color=NEUTRAL_COLOUR, marker="|", markersize=11, label=interval)
     seed = _mark("o", "a seed", markerfacecolor="none")
@@ -164,49 +176,45 @@ def _draw_finals(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _row_labels(entries: Sequence[Entry]) -> tuple[list[str], float]:
-    """Return row labels, wrapped to less than half of the width, and the height of all rows in inches."""
-    labels = [literal(textwrap.fill(entry.label, _ROW_LETTERS)) for entry in entries]
-    lines = max(label.count("\n") for label in labels) + 1
-    return labels, len(entries) * (0.1 + 0.13 * lines)
-
-
-def _draw_final(axes: Axes, row: int, entry: Entry, edge: float) -> None:
+def _draw_final(axes: Axes, row: int, entry: Entry, edge: float, metric: Metric) -> None:
     assert entry.final is not None
     final, colour = entry.final, line_style(row)["color"]
-    if final.mean > edge:
-        text = {"textcoords": "offset points", "xytext": (-6, 0), "va": "center", "ha": "right", "fontsize": 7}
+    if metric.sign * final.mean > edge:
+        x, marker, shift, side = metric.either((0.99, ">", -6, "right"), (0.01, "<", 6, "left"))
+        text = {"textcoords": "offset points", "xytext": (shift, 0), "va": "center", "ha": side, "fontsize": 7}
         place = axes.get_yaxis_transform()
-        axes.plot(0.99, row, marker=">", markersize=4.5, color=colour, transform=place)
-        axes.annotate(f"{final.mean:.4f}", (0.99, row), xycoords=place, **text)  # type: ignore[arg-type]
+        axes.plot(x, row, marker=marker, markersize=4.5, color=colour, transform=place)
+        axes.annotate(metric.text(final.mean), (x, row), xycoords=place, **text)  # type: ignore[arg-type]
         return
     if final.low is not None and final.high is not None:
         axes.plot([final.low, final.high], [row, row], color=colour, linewidth=1.4)
-    seeds = [run.final_loss for run in entry.runs if run.state == "finished" and run.final_loss is not None]
+    seeds = [run.final for run in entry.runs if run.state == "finished" and run.final is not None]
     axes.plot(seeds, [row] * len(seeds), linestyle="", marker="o", markersize=3.5, markerfacecolor="none", color=colour)
     axes.plot(final.mean, row, marker="|", markersize=11, markeredgewidth=1.6, color=colour)
 
 
 def _draw_sensitivity(comparison: Comparison) -> Figure | None:
-    families = comparison.sensitivities[:MOST_SHOWN]
+    metric, families = comparison.metric, comparison.sensitivities[:MOST_SHOWN]
     if not families:
         return None
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     axes = figure.subplots()
     styles = _family_styles(comparison, families)
     for row, (style, family) in enumerate(zip(styles, families, strict=True)):
-        _draw_family(axes, family, style, row)
-    losses = [loss for family in families for point in family.points for loss in (*point.losses, *point.unfinished)]
-    if losses:
-        low, high = min(losses), without_outliers(min(losses), losses)
+        _draw_family(axes, family, style, row, metric)
+    points = [point for family in families for point in family.points]
+    costs = [metric.sign * value for point in points for value in (*point.values, *point.unfinished)]
+    if costs:
+        low, high = min(costs), without_outliers(min(costs), costs)
         margin = 0.06 * max(high - low, 1e-3)
-        axes.set_ylim(low - margin, high + 2 * margin)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="final validation loss")
+        axes.set_ylim(_range(low - margin, high + 2 * margin, metric))
+    axes.set(xscale="log", xlabel="learning rate", ylabel=f"final validation {metric.name}")
     plain_axes(axes)
+    _label_shares(axes.yaxis, metric)
     handles = [Line2D([], [], label=each.family, **style) for each, style in zip(families, styles, strict=True)]
-    if any(point.unfinished for family in families for point in family.points):
-        handles.append(_mark("o", "stopped early, best loss", markerfacecolor="none"))
-    if any(point.diverged for family in families for point in family.points):
+    if any(point.unfinished for point in points):
+        handles.append(_mark("o", f"stopped early, best {metric.name}", markerfacecolor="none"))
+    if any(point.diverged for point in points):
         handles.append(_mark("x", "diverged"))
     legend_below(figure, handles)
     return figure
@@ -219,18 +227,24 @@ def _family_styles(comparison: Comparison, families: Sequence[Sensitivity]) -> l
     return [line_style(known.index(family.family)) for family in families]
 
 
-def _draw_family(axes: Axes, family: Sensitivity, style: dict[str, Any], row: int) -> None:
+def _draw_family(axes: Axes, family: Sensitivity, style: dict[str, Any], row: int, metric: Metric) -> None:
     colour = style["color"]
-    means = [(point.lr, statistics.fmean(point.losses)) for point in family.points if point.losses]
+    means = [(point.lr, statistics.fmean(point.values)) for point in family.points if point.values]
     if means:
         axes.plot(*zip(*means, strict=True), **style, linewidth=1.1)
     for point in family.points:
-        axes.plot([point.lr] * len(point.losses), point.losses, "o", markersize=3, color=colour)
+        axes.plot([point.lr] * len(point.values), point.values, "o", markersize=3, color=colour)
         stopped = [point.lr] * len(point.unfinished)
         axes.plot(stopped, point.unfinished, "o", markersize=4, markerfacecolor="none", color=colour)
         if point.diverged:
             height = 0.985 - 0.028 * (row % 8)  # fraction of the axes: one row per family
-            axes.plot(point.lr, height, "x", markersize=4, color=colour, transform=axes.get_xaxis_transform())
+            _draw_cross(axes, point.lr, height, colour, metric)
+
+
+def _draw_cross(axes: Axes, x: float, height: float, colour: str, metric: Metric) -> None:
+    """Mark a diverged run where values are bad; `height` is the fraction of the axes if low values are good."""
+    place = axes.get_xaxis_transform()
+    axes.plot(x, metric.either(height, 1 - height), "x", markersize=4, color=colour, transform=place)
 
 
 def _draw_cost(comparison: Comparison) -> Figure | None:
@@ -238,7 +252,7 @@ def _draw_cost(comparison: Comparison) -> Figure | None:
     if not entries:
         return None
     states = [entry.state_bytes or 0 for entry in entries]
-    labels, height = _row_labels(entries)
+    labels, height = row_labels([entry.label for entry in entries])
     figure = Figure(figsize=(7.0, 0.9 + height), layout="constrained")
     panels = figure.subplots(1, 2 if any(states) else 1, sharey=True, squeeze=False)[0]
     rows, times = np.arange(len(entries)), panels[0]
@@ -268,7 +282,7 @@ def _handles(drawn: Sequence[tuple[dict[str, Any], Entry]]) -> list[Line2D]:
 def _target_handle(comparison: Comparison) -> list[Line2D]:
     """Return the legend's handle for the target, if there is a target."""
     target = comparison.target
-    return [] if target is None else [Line2D([], [], label=f"target, {target.loss:.4f}", **TARGET)]
+    return [] if target is None else [Line2D([], [], label=f"target, {comparison.metric.text(target.value)}", **TARGET)]
 
 
 def _mark(marker: str, label: str, **more: Any) -> Line2D:
@@ -285,54 +299,64 @@ def draw_setting_effects(comparison: Comparison) -> Figure | None:
     figure = Figure(figsize=(max(2.5 * columns, 3.6), 2.8 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, setting in zip(panels.flat, settings, strict=False):
-        _draw_panel(axes, [effect for effect in comparison.setting_effects if effect.setting == setting])
+        effects = [effect for effect in comparison.setting_effects if effect.setting == setting]
+        _draw_panel(axes, effects, comparison.metric)
     for axes in panels.flat[len(settings) :]:
         axes.remove()
     for axes in panels[:, 0]:
-        axes.set_ylabel("final validation loss")
+        axes.set_ylabel(f"final validation {comparison.metric.name}")
     return figure
 
 
-def _draw_panel(axes: Axes, effects: Sequence[SettingEffect]) -> None:
+def _draw_panel(axes: Axes, effects: Sequence[SettingEffect], metric: Metric) -> None:
     values = sorted({value for effect in effects for value in effect.values})
     handles = []
     for index, effect in enumerate(effects):
         style = line_style(index)
-        _draw_effect(axes, [values.index(value) for value in effect.values], effect.entries, style)
+        _draw_effect(axes, [values.index(value) for value in effect.values], effect.entries, style, metric)
         label = textwrap.fill(effect.label, _LABEL_WIDTH)
         handles.append(Line2D([], [], label=label, linewidth=1.1, **style))
     axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
     axes.set(xlabel=effects[0].setting, xlim=(-0.4, len(values) - 0.6))
     plain_axes(axes)
+    _label_shares(axes.yaxis, metric)
     place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.19), "borderaxespad": 0}
     disable_math(axes.legend(handles=handles, fontsize=6.5, handlelength=2.6, **place))
 
 
-def _draw_effect(axes: Axes, places: Sequence[int], entries: Sequence[Entry], style: dict[str, Any]) -> None:
+def _draw_effect(
+    axes: Axes, places: Sequence[int], entries: Sequence[Entry], style: dict[str, Any], metric: Metric
+) -> None:
     colour = style["color"]
     means = [(place, entry.final.mean) for place, entry in zip(places, entries, strict=True) if entry.final]
     if means:
         axes.plot(*zip(*means, strict=True), **style, linewidth=1.1)
     for place, entry in zip(places, entries, strict=True):
-        losses = [run.final_loss for run in entry.runs if run.final_loss is not None]
-        axes.plot([place] * len(losses), losses, "o", markersize=3, markerfacecolor="none", color=colour)
+        seeds = [run.final for run in entry.runs if run.final is not None]
+        axes.plot([place] * len(seeds), seeds, "o", markersize=3, markerfacecolor="none", color=colour)
         if entry.final and entry.final.low is not None and entry.final.high is not None:
             axes.plot([place, place], [entry.final.low, entry.final.high], color=colour, linewidth=0.8)
         if entry.diverged:
-            axes.plot(place, 0.985, "x", markersize=4, color=colour, transform=axes.get_xaxis_transform())
+            _draw_cross(axes, place, 0.985, colour, metric)
 
 
-_DRAWERS: dict[str, Callable[[Comparison], Figure | None]] = {
-    "loss-steps": partial(_draw_losses, abscissa="steps"),
-    "loss-tokens": partial(_draw_losses, abscissa="tokens"),
-    "loss-seconds": partial(_draw_losses, abscissa="seconds"),
-    "final-losses": _draw_finals,
-    "sensitivity": _draw_sensitivity,
-    "settings": draw_setting_effects,
-    "optimizer-cost": _draw_cost,
-}
-FIGURES = tuple(_DRAWERS)
-"""The names of all possible figures."""
+def _drawers(metric: Metric) -> dict[str, Callable[[Comparison], Figure | None]]:
+    """Return the figures' functions by file name."""
+    return {
+        f"{metric.name}-steps": partial(_draw_curves, abscissa="steps"),
+        f"{metric.name}-tokens": partial(_draw_curves, abscissa="tokens"),
+        f"{metric.name}-seconds": partial(_draw_curves, abscissa="seconds"),
+        f"final-{metric.plural}": _draw_finals,
+        "differences": draw_differences,
+        "sensitivity": _draw_sensitivity,
+        "settings": draw_setting_effects,
+        "optimizer-cost": _draw_cost,
+    }
+
+
+def figure_names(metric: Metric) -> tuple[str, ...]:
+    """Return the names of all possible figures."""
+    return tuple(_drawers(metric))
 
 
 @dataclass(frozen=True)

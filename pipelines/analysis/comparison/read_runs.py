@@ -18,14 +18,16 @@ from pipelines.analysis.comparison.find_runs import is_trial
 from pipelines.analysis.comparison.results import Array, Curve, Run, State
 from pipelines.analysis.comparison.thinning import Indices, keep_evenly, keep_spikes, moving_mean
 from pipelines.config import RunConfig
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json, printable
+from pipelines.tasks import task_of
+from pipelines.tasks.metric import LOSS, METRICS, Metric, choose_metric
 from pipelines.training.metrics import SPLITS, Split, metric_types, read_lines, rows_to_columns
 from pipelines.training.run_folder import RunFolder, checkpoint_folders
 
 Columns = dict[str, np.ndarray[Any, Any]]
 
-_NAMES = ("step", "tokens", "elapsed_s", "loss", "accuracy", "step_ms", "optimizer_ms")
+_NAMES = ("step", "tokens", "elapsed_s", *METRICS, "step_ms", "optimizer_ms")
 """Metrics that a comparison reads, besides `split`; others are ignored."""
 _ARROW_TYPES = {int: pa.int64(), float: pa.float64()}
 _TYPES = {"split": pa.string(), **{name: _ARROW_TYPES[metric_types()[name]] for name in _NAMES}}
@@ -41,10 +43,14 @@ _SMOOTHED_POINTS = 1000
 _SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this fraction of the run
 
 
-def read_runs(paths: Mapping[str, Path]) -> tuple[list[Run], list[str]]:
-    """Return the runs, and a sentence for each that cannot be read. Raise `AsgoError` if no run can be read."""
+def read_runs(paths: Mapping[str, Path], metric: str | None = None) -> tuple[list[Run], list[str]]:
+    """Return the runs, and a sentence for each that cannot be read.
+
+    `metric` is the name of the compared metric, that of the runs' task if None. Raises `AsgoError` if no run can be
+    read, and `UsageError` if a task does not record the metric.
+    """
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parser releases Python's lock
-        results = list(pool.map(_try_to_read, paths, paths.values()))
+        results = list(pool.map(lambda name: _try_to_read(name, paths[name], metric), paths))
     runs = [result for result in results if isinstance(result, Run)]
     failures = [result for result in results if isinstance(result, str)]
     if not runs:
@@ -57,28 +63,31 @@ def read_runs(paths: Mapping[str, Path]) -> tuple[list[Run], list[str]]:
     return runs, failures
 
 
-def _try_to_read(name: str, path: Path) -> Run | str:
+def _try_to_read(name: str, path: Path, metric: str | None) -> Run | str:
     try:
-        return read_run(name, path)
+        return read_run(name, path, metric)
+    except UsageError:
+        raise
     except AsgoError as error:
         return printable(f"{name} is left out: {error}.")
     except OSError as error:
         return printable(f"{name} is left out: {error.filename}: {error.strerror}.")
 
 
-def read_run(name: str, path: Path) -> Run:
-    """Read one run. Raises `AsgoError` if its configuration or its metrics are damaged."""
+def read_run(name: str, path: Path, asked: str | None = None) -> Run:
+    """Read one run by the metric `asked`. Raises like `read_runs` if its configuration or its metrics are damaged."""
     folder = RunFolder(path)
     config = folder.config()
+    metric = choose_metric(task_of(config), asked, "--metric")
     record = parse_json(folder.config_path.read_text(encoding="utf-8"))
     recorded = read_columns(folder.metrics_path) if folder.metrics_path.is_file() else rows_to_columns([])
     require_sound(folder.metrics_path, recorded)
     columns = last_of_each_step(recorded)
+    _require_recorded(folder.metrics_path, columns, metric)
     lineage = tuple(folder.lineage())
     own = columns["step"] > (lineage[-1].step if lineage else 0)  # the parent may have another optimizer
-    train, val = _curve(columns, "train"), _curve(columns, "val")
-    state, reason = _state(folder, config, train, val)
-    train, val = _finite(train), _finite(val)
+    state, reason = _state(folder, config, _curve(columns, "train", LOSS), _curve(columns, "val", LOSS))
+    train, val = _finite(_curve(columns, "train", metric)), _finite(_curve(columns, "val", metric))
     smoothed = _smoothed(train, config)
     return Run(
         name=printable(name),
@@ -88,14 +97,14 @@ def read_run(name: str, path: Path) -> Run:
         environment=_texts(record.get("environment")),
         state=state,
         is_trial=is_trial(path),
-        train=_take(train, keep_spikes(train.losses, _POINTS)),
+        train=_take(train, keep_spikes(train.values, _POINTS)),
         smoothed=smoothed,
         val=val,
-        val_accuracy=_known(columns["accuracy"][_rows(columns, "val")]),
-        lost_rows=int((~np.isfinite(columns["loss"])).sum()),
-        final_loss=float(val.losses[-1]) if state == "finished" else None,
-        final_train_loss=float(smoothed.losses[-1]) if state == "finished" and len(smoothed.losses) else None,
-        best_loss=float(val.losses.min()) if len(val.losses) else None,
+        lost_rows=int((~np.isfinite(columns[metric.name])).sum()),
+        final=float(val.values[-1]) if state == "finished" else None,
+        final_train=float(smoothed.values[-1]) if state == "finished" and len(smoothed.values) else None,
+        best=metric.best(val.values.tolist()),
+        beside=_last(columns, metric.other),
         step_ms=_median(columns["step_ms"][own]),
         optimizer_ms=_median(columns["optimizer_ms"][own]),
         state_bytes=optimizer_state_bytes(folder.checkpoints),
@@ -124,28 +133,36 @@ def _rows(columns: Columns, split: Split) -> npt.NDArray[np.intp]:
     return np.flatnonzero(columns["split"] == SPLITS.index(split))
 
 
-def _curve(columns: Columns, split: Split) -> Curve:
+def _curve(columns: Columns, split: Split, metric: Metric) -> Curve:
     rows = _rows(columns, split)
-    return Curve(*(columns[name][rows].astype(np.float64) for name in ("step", "tokens", "elapsed_s", "loss")))
+    names = ("step", "tokens", "elapsed_s", metric.name)
+    return Curve(*(columns[name][rows].astype(np.float64) for name in names))
 
 
 def _finite(curve: Curve) -> Curve:
-    """Drop losses that are not finite: they would spoil the moving mean of their neighbours."""
-    return _take(curve, np.flatnonzero(np.isfinite(curve.losses)))
+    """Drop values that are not finite: they would spoil the moving mean of their neighbours."""
+    return _take(curve, np.flatnonzero(np.isfinite(curve.values)))
 
 
 def _take(curve: Curve, kept: Indices) -> Curve:
-    return Curve(curve.steps[kept], curve.tokens[kept], curve.seconds[kept], curve.losses[kept])
+    return Curve(curve.steps[kept], curve.tokens[kept], curve.seconds[kept], curve.values[kept])
 
 
 def _smoothed(train: Curve, config: RunConfig) -> Curve:
     recorded = config.training.steps / config.metrics.every
-    means = replace(train, losses=moving_mean(train.losses, int(recorded * _SMOOTHED / 2)))
+    means = replace(train, values=moving_mean(train.values, int(recorded * _SMOOTHED / 2)))
     return _take(means, keep_evenly(train.steps, config.training.steps, _SMOOTHED_POINTS))
 
 
-def _known(values: Array) -> Array:
-    return values if np.isfinite(values).all() else np.empty(0)
+def _require_recorded(path: Path, columns: Columns, metric: Metric) -> None:
+    """Raise `AsgoError` if a validation has no value; a loss that is not finite is a divergence instead."""
+    if metric is not LOSS and np.isnan(columns[metric.name][_rows(columns, "val")]).any():
+        raise AsgoError(f"{path}: a validation without {metric.name}; --metric {LOSS.name} compares the {LOSS.plural}")
+
+
+def _last(columns: Columns, metric: Metric) -> float | None:
+    values = columns[metric.name][_rows(columns, "val")]
+    return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
 
 def _median(values: Array) -> float | None:
@@ -164,7 +181,7 @@ def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tu
     if _is_no_better_than_untrained(val, steps):
         return (
             "diverged",
-            f"validation loss {val.losses[-1]:.4g} at step {val.steps[-1]:,.0f}, untrained {val.losses[0]:.4g}",
+            f"validation loss {val.values[-1]:.4g} at step {val.steps[-1]:,.0f}, untrained {val.values[0]:.4g}",
         )
     if len(val.steps) and val.steps[-1] == steps:
         return "finished", None
@@ -175,7 +192,7 @@ def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tu
 def _is_no_better_than_untrained(val: Curve, steps: int) -> bool:
     """Return whether, after half of the steps or more, the loss is not below the untrained model's."""
     return (
-        len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and not val.losses[-1] < val.losses[0]
+        len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and not val.values[-1] < val.values[0]
     )
 
 

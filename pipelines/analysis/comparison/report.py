@@ -16,23 +16,33 @@ from typing import Any
 import numpy as np
 
 from pipelines.analysis.comparison.figures import (
-    FIGURES,
     LAYERS_FOLDER,
     MOST_SHOWN,
     Abscissa,
     LayerFigures,
     axis_title,
+    figure_names,
     shown,
     write_figures,
     write_layers,
 )
-from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run
-from pipelines.analysis.comparison.tables import TABLES, Table, entry_table, evidence_table, make_tables, run_table
-from pipelines.analysis.comparison.verdicts import by_pair, headline
+from pipelines.analysis.comparison.headline import headline
+from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Outcome, Run, Verdict
+from pipelines.analysis.comparison.tables import (
+    TABLES,
+    Table,
+    entry_table,
+    evidence_table,
+    make_tables,
+    run_table,
+    verdict_table,
+)
+from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
 from pipelines.errors import UsageError
 from pipelines.storage import staged_folder
+from pipelines.tasks.metric import METRICS, Metric
 
 GENERATOR = '<meta name="generator" content="asgo compare">'
 """A tag in every page, by which `check_report_folder` recognizes it."""
@@ -48,11 +58,12 @@ _DASH_WIDTH = 1.5
 _ABSCISSAS: tuple[Abscissa, ...] = ("steps", "tokens", "seconds")
 
 PAGE = "index.html"
+_FIGURES = {name for metric in METRICS.values() for name in figure_names(metric)}
 _OURS = {
     PAGE,
     "figures/",
     "tables/",
-    *(f"figures/{name}{suffix}" for name in FIGURES for suffix in (".png", ".pdf")),
+    *(f"figures/{name}{suffix}" for name in _FIGURES for suffix in (".png", ".pdf")),
     *(f"tables/{name}{suffix}" for name in TABLES for suffix in (".md", ".csv")),
 }
 _LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
@@ -109,7 +120,7 @@ def summary(comparison: Comparison) -> dict[str, Any]:
         "task": comparison.task,
         "confidence": comparison.confidence,
         "rule": comparison.rule,
-        "target": None if target is None else {"loss": target.loss, "origin": target.origin},
+        "target": None if target is None else {comparison.metric.name: target.value, "origin": target.origin},
         "contenders": [entry.label for entry in comparison.contenders],
         **{table.name: list(table.records) for table in make_tables(comparison) if table.texts},
         "lineage": {run.name: [each.model_dump() for each in run.lineage] for run in _runs(comparison) if run.lineage},
@@ -156,12 +167,13 @@ def render_page(
     layers: Sequence[LayerFigures],
     origin: Sequence[tuple[str, str]],
 ) -> str:
-    """Return the page as HTML. `images` are PNG files by names of `figures.FIGURES`; `origin` says how it was made."""
+    """Return the page as HTML. `images` are PNG files by names of `figure_names`; `origin` says how it was made."""
     contenders = shown(comparison)
     return render(
         Path(__file__).parent / "template",
         generator=GENERATOR,
         comparison=comparison,
+        metric=comparison.metric,
         headline=headline(comparison),
         run_count=len(_runs(comparison)),
         final=entry_table(comparison, contenders),
@@ -169,10 +181,11 @@ def render_page(
         contenders=contenders,
         evidence=evidence_table(comparison),
         matrix=_matrix(comparison),
+        verdicts=verdict_table(comparison, _shown_verdicts(comparison)),
         curves=_curves(comparison),
         left_out=_left_out(comparison),
         runs=run_table(comparison),
-        images={name: _base64(images[name]) for name in FIGURES if name in images},
+        images={name: _base64(images[name]) for name in figure_names(comparison.metric) if name in images},
         layers=[(each.run, [(words, _base64(image)) for words, image in each.images]) for each in layers],
         origin=origin,
     )
@@ -189,25 +202,41 @@ def _other_entries(comparison: Comparison) -> Table | None:
 
 
 def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
-    """Return the pairwise differences of contenders with a final loss; an empty list for fewer than two."""
+    """Return the pairwise differences of contenders with a finished run; an empty list for fewer than two.
+
+    A row has a cell for each of them, or only for the one that all others are tested against.
+    """
     labels = [entry.label for entry in shown(comparison) if entry.final is not None]
+    columns = labels if comparison.against is None else [comparison.against.label]
     verdicts = by_pair(comparison)
-    rows = []
-    for first in labels:
-        cells = []
-        for second in labels:
-            verdict = verdicts.get((first, second))
-            if verdict is None or verdict.difference is None:
-                cells.append(Cell("", None, ""))
-                continue
-            difference = verdict.difference
-            span = f", {difference.low:+.4f} to {difference.high:+.4f}" if difference.low is not None else ""
-            p = f", p = {verdict.p:.2g}" if verdict.p is not None else ""
-            details = f"{first} minus {second}: {difference.mean:+.4f}{span}{p}: {verdict.outcome}"
-            text = f"{difference.mean:+.4f}".replace("-", "−")
-            cells.append(Cell(text if len(labels) <= MOST_NUMBERS else text[0], verdict.outcome, details))
-        rows.append((first, cells))
+    brief = len(columns) > MOST_NUMBERS
+    rows = [
+        (first, [_cell(verdicts.get((first, second)), comparison.metric, brief) for second in columns])
+        for first in labels
+    ]
     return rows if len(rows) > 1 else []
+
+
+def _shown_verdicts(comparison: Comparison) -> list[Verdict]:
+    labels = {entry.label for entry in shown(comparison)}
+    return [verdict for verdict in comparison.verdicts if {verdict.first, verdict.second} <= labels]
+
+
+def _cell(verdict: Verdict | None, metric: Metric, brief: bool) -> Cell:
+    if verdict is None or verdict.difference is None:
+        return Cell("", None, "")
+    difference = verdict.difference
+    mean = metric.difference(difference.mean, "+")
+    ends = [metric.difference(end, "+") for end in (difference.low, difference.high) if end is not None]
+    details = ", ".join(
+        [
+            f"{verdict.first} minus {verdict.second}: {mean}",
+            *([" to ".join(ends)] if ends else []),
+            *([f"p = {verdict.p:.2g}"] if verdict.p is not None else []),
+        ]
+    )
+    text = mean.replace("-", "−")
+    return Cell(text[0] if brief else text, verdict.outcome, f"{details}: {verdict.outcome}")
 
 
 def _left_out(comparison: Comparison) -> list[str]:
@@ -230,7 +259,7 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
     singles = _single_runs(contenders)
     return {
         "titles": {name: axis_title(name, comparison.unit) for name in _ABSCISSAS},
-        "target": None if comparison.target is None else comparison.target.loss,
+        "target": None if comparison.target is None else comparison.target.value,
         "contenders": [
             {
                 # Plotly interprets labels as HTML.
@@ -266,7 +295,7 @@ def _run(run: Run) -> dict[str, Any]:
     return {
         "name": html.escape(run.name),
         "diverged": run.state == "diverged",
-        "train": {**_abscissas(train), "losses": _numbers(train.losses)},
+        "train": {**_abscissas(train), "losses": _numbers(train.values)},
     }
 
 

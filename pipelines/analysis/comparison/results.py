@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pipelines.analysis.comparison.rules import EvidenceRule
 from pipelines.config import RunConfig
+from pipelines.tasks.metric import Metric
 from pipelines.training.lineage import Ancestor
 
 Array = npt.NDArray[np.float64]
@@ -21,28 +22,32 @@ State = Literal["finished", "unfinished", "diverged", "empty"]
 or not below the untrained model's; empty: nothing recorded yet."""
 
 Outcome = Literal["better", "worse", "cannot tell"]
+TestName = Literal["paired", "Welch"]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of one split in nats per token (or image), ascending in steps; four arrays of equal length."""
+    """The compared metric of one split, ascending in steps; four arrays of equal length.
+
+    Losses are in nats per token (or image), accuracies are fractions.
+    """
 
     steps: Array
     tokens: Array
     """Images, if the run trains on images."""
     seconds: Array
     """Time of training steps, without validation and saving."""
-    losses: Array
+    values: Array
 
     def since(self, step: int) -> Curve:
         """Return the part from the last point at or before a step."""
         begin = max(0, int(np.searchsorted(self.steps, step, side="right")) - 1)
-        return Curve(self.steps[begin:], self.tokens[begin:], self.seconds[begin:], self.losses[begin:])
+        return Curve(self.steps[begin:], self.tokens[begin:], self.seconds[begin:], self.values[begin:])
 
 
 @dataclass(frozen=True)
 class Band:
-    """Mean, lowest and highest loss over seeds, at their common steps."""
+    """Mean, lowest and highest value over seeds, at their common steps."""
 
     steps: Array
     tokens: Array
@@ -55,7 +60,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of one run folder."""
+    """The contents of one run folder; curves and results are those of the compared metric."""
 
     name: str
     """Its path relative to the common folder of all compared runs."""
@@ -70,17 +75,17 @@ class Run:
     train: Curve
     """Thinned for display, with all spikes."""
     smoothed: Curve
-    """Moving mean of the training loss, at the same steps for all runs of an entry."""
+    """Moving mean of the training values, at the same steps for all runs of an entry."""
     val: Curve
     """Every validation."""
-    val_accuracy: Array
-    """Top-1 accuracy at each validation; empty if not recorded."""
-    final_loss: float | None
-    """Validation loss after the last step; None unless finished."""
-    final_train_loss: float | None
-    """Mean training loss over the last 2 % of the steps; None unless finished."""
-    best_loss: float | None
-    """Lowest validation loss in any state; None without validation."""
+    final: float | None
+    """Validation after the last step; None unless finished."""
+    final_train: float | None
+    """Mean training value over the last 2 % of the steps; None unless finished."""
+    best: float | None
+    """Best validation in any state; None without validation."""
+    beside: float | None
+    """The metric that is not compared, at the last validation; None if not recorded."""
     step_ms: float | None
     """Median over the recorded training steps."""
     optimizer_ms: float | None
@@ -90,7 +95,7 @@ class Run:
     reason: str | None
     """Why it is not finished, in a few words; None if it is."""
     lost_rows: int = 0
-    """Rows whose loss is not finite: gaps in the curves."""
+    """Rows whose value is not finite: gaps in the curves."""
     repeated_rows: int = 0
     """Rows left out because a later row has the same step."""
     lineage: tuple[Ancestor, ...] = ()
@@ -145,9 +150,9 @@ class Entry:
     lr: float
     runs: tuple[Run, ...]
     final: Interval | None
-    """Interval of the finished runs' final validation losses; None without finished runs."""
+    """Interval of the finished runs' final validations; None without finished runs."""
     final_train: Interval | None
-    """Interval of their final training losses."""
+    """Interval of their final training values."""
     train: Band | None
     val: Band | None
     reach: Reach | None
@@ -165,22 +170,28 @@ class Entry:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the first of two entries ends lower than the second."""
+    """Whether the first of two entries ends better than the second."""
 
     first: str
     second: str
     outcome: Outcome
     difference: Interval | None
-    """First minus second, mean and Welch's interval (`std` is None, `count` the smaller number of seeds)."""
+    """First minus second, mean and the test's interval (`std` is None, `count` the smaller number of seeds)."""
     p: float | None
-    """p-value of Welch's test after Holm's correction over all pairs; None with too few seeds."""
+    """p-value of the t-test after Holm's correction over all tested pairs; None without a test."""
+    test: TestName | None = None
+    """None with too few seeds, or without variance."""
+    corrected: tuple[float, float] | None = None
+    """Ends of the difference's interval at the level of Holm's procedure: without 0 only if the outcome is certain."""
+    seeds_needed: int | None = None
+    """How many seeds each would need in total to tell; see `t_tests.seeds_needed`. None if the outcome is certain."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A validation loss to reach."""
+    """A validation loss, or accuracy, to reach."""
 
-    loss: float
+    value: float
     origin: str
     """Where it is from, as text."""
 
@@ -190,11 +201,11 @@ class SensitivityPoint:
     """Results of the runs with one learning rate."""
 
     lr: float
-    losses: tuple[float, ...]
-    """Final validation losses of the finished runs."""
+    values: tuple[float, ...]
+    """Final validations of the finished runs."""
     diverged: int
     unfinished: tuple[float, ...]
-    """Best validation losses of runs that were stopped or pruned."""
+    """Best validations of runs that were stopped or pruned."""
 
 
 @dataclass(frozen=True)
@@ -249,12 +260,14 @@ class Comparison:
     task: str
     unit: str
     """tokens or images"""
+    metric: Metric
+    """By which runs are compared."""
     entries: tuple[Entry, ...]
-    """Sorted by final loss, then entries without one. Trials are only in the sensitivities."""
+    """Sorted by the final metric, the best first, then entries without one. Trials are only in the sensitivities."""
     contenders: tuple[Entry, ...]
     """The representative entry of each family, in the same order. Figures and verdicts are about these."""
     verdicts: tuple[Verdict, ...]
-    """One verdict per pair of contenders with a final loss."""
+    """One verdict per tested pair of contenders with a finished run."""
     rule: str
     """How verdicts are made, in a sentence or two."""
     confidence: float
@@ -265,6 +278,8 @@ class Comparison:
     """Effects of the numeric settings in which contenders differ."""
     cautions: tuple[str, ...]
     """Sentences that say why runs may not be comparable, or do not qualify for the evidence rule."""
+    against: Entry | None = None
+    """The contender that all others are tested against; None if all pairs are tested."""
     evidence_rule: EvidenceRule | None = None
     evidence: tuple[Evidence, ...] = ()
     """The evidence of each contender, in their order; none without a rule."""

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run
+from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run, Verdict
+from pipelines.analysis.comparison.t_tests import MOST_SEEDS
 from pipelines.storage import csv_cell, printable
+from pipelines.tasks.metric import LOSS, Metric
 
 Record = dict[str, str | int | float | None]
 
@@ -61,7 +63,7 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
     made = (
         entry_table(comparison, comparison.entries),
         evidence_table(comparison),
-        _verdict_table(comparison),
+        verdict_table(comparison, comparison.verdicts),
         run_table(comparison),
         _sensitivity_table(comparison),
         _setting_table(comparison),
@@ -76,14 +78,15 @@ TABLES = ("entries", "evidence", "verdicts", "runs", "sensitivity", "settings", 
 
 def entry_table(comparison: Comparison, entries: Sequence[Entry]) -> Table:
     """Return a table with a row per entry, without columns that are empty in all rows."""
+    metric = comparison.metric
     columns: list[tuple[str, Callable[[Entry], str]]] = [
         ("", lambda entry: entry.label),
         ("seeds", _seeds),
         ("diverged", lambda entry: str(entry.diverged or "")),
-        ("final loss", lambda entry: with_margin(entry.final)),
-        ("best loss", lambda entry: loss(_best(entry))),
-        ("training loss", lambda entry: with_margin(entry.final_train)),
-        ("top-1", lambda entry: percent(_accuracy(entry))),
+        (f"final {metric.name}", lambda entry: with_margin(entry.final, metric)),
+        (f"best {metric.name}", lambda entry: metric.text(_best(entry, metric))),
+        (f"training {metric.name}", lambda entry: with_margin(entry.final_train, metric)),
+        (metric.other.head, lambda entry: metric.other.text_beside(_beside(entry))),
         ("steps to target", lambda entry: _to_target(entry, "steps")),
         (f"{comparison.unit} to target", lambda entry: _to_target(entry, "tokens")),
         ("seconds to target", lambda entry: _to_target(entry, "seconds")),
@@ -94,10 +97,10 @@ def entry_table(comparison: Comparison, entries: Sequence[Entry]) -> Table:
     shown = [(head, [show(entry) for entry in entries]) for head, show in columns]
     shown = [(head, texts) for head, texts in shown if any(texts)]
     rows = zip(*(texts for _, texts in shown), strict=True)
-    return _table("entries", (head for head, _ in shown), rows, map(_entry_record, entries))
+    return _table("entries", (head for head, _ in shown), rows, (_entry_record(entry, metric) for entry in entries))
 
 
-def _entry_record(entry: Entry) -> Record:
+def _entry_record(entry: Entry, metric: Metric) -> Record:
     reach = entry.reach
     return {
         "entry": entry.label,
@@ -105,11 +108,11 @@ def _entry_record(entry: Entry) -> Record:
         "family": entry.family,
         "lr": entry.lr,
         "runs": len(entry.runs),
-        **_interval_record("final_loss", entry.final),
+        **_interval_record(f"final_{metric.name}", entry.final),
         "finished": entry.final.count if entry.final else 0,
-        "best_loss": _best(entry),
-        **_interval_record("final_train_loss", entry.final_train),
-        "accuracy": _accuracy(entry),
+        f"best_{metric.name}": _best(entry, metric),
+        **_interval_record(f"final_train_{metric.name}", entry.final_train),
+        metric.other.name: _beside(entry),
         "steps_to_target": median_with_misses(reach.steps) if reach else None,
         "tokens_to_target": median_with_misses(reach.tokens) if reach else None,
         "seconds_to_target": median_with_misses(reach.seconds) if reach else None,
@@ -133,7 +136,7 @@ def evidence_table(comparison: Comparison) -> Table:
         steps = entry.runs[0].config.training.steps
         mean = None if final is None else final.mean
         count = 0 if final is None else final.count
-        texts.append((entry.label, str(count), loss(mean), margin, each.outcome, needed, f"{steps:,}"))
+        texts.append((entry.label, str(count), LOSS.text(mean), margin, each.outcome, needed, f"{steps:,}"))
         records.append(
             {
                 "entry": entry.label,
@@ -154,12 +157,25 @@ def evidence_table(comparison: Comparison) -> Table:
     return _table("evidence", heads, texts, records)
 
 
-def _verdict_table(comparison: Comparison) -> Table:
+def verdict_table(comparison: Comparison, verdicts: Sequence[Verdict]) -> Table:
+    """Return a table with a row per verdict."""
+    metric = comparison.metric
     texts, records = [], []
-    for verdict in comparison.verdicts:
-        difference = verdict.difference
+    for verdict in verdicts:
+        difference, needed = verdict.difference, _seeds_needed(verdict)
         p = "" if verdict.p is None else f"{verdict.p:.2g}"
-        texts.append((verdict.first, verdict.second, verdict.outcome, with_margin(difference, sign="+"), p))
+        texts.append(
+            (
+                verdict.first,
+                verdict.second,
+                verdict.outcome,
+                _difference(difference, metric),
+                p,
+                verdict.test or "",
+                str(needed or ""),
+            )
+        )
+        low, high = verdict.corrected or (None, None)
         records.append(
             {
                 "first": verdict.first,
@@ -169,18 +185,28 @@ def _verdict_table(comparison: Comparison) -> Table:
                 "low": None if difference is None else difference.low,
                 "high": None if difference is None else difference.high,
                 "p": verdict.p,
+                "test": verdict.test,
+                "corrected_low": low,
+                "corrected_high": high,
+                "seeds_needed": needed,
             }
         )
-    heads = ("first", "second", "the first is", "first minus second", "p, corrected")
+    heads = ("first", "second", "the first is", "first minus second", "p, corrected", "test", "seeds needed")
     return _table("verdicts", heads, texts, records)
+
+
+def _seeds_needed(verdict: Verdict) -> int | str | None:
+    needed = verdict.seeds_needed
+    return f"more than {MOST_SEEDS}" if needed is not None and needed > MOST_SEEDS else needed
 
 
 def run_table(comparison: Comparison) -> Table:
     """Return the table of all runs except trials of a search."""
+    metric = comparison.metric
     runs = [(entry, index, run) for entry in comparison.entries for index, run in enumerate(entry.runs)]
     branched = any(run.lineage for _, _, run in runs)
-    heads = ["run", "entry", "seed", "state", "step", "final loss", "best loss", "why not finished"]
-    heads += ["branch of"] * branched
+    heads = ["run", "entry", "seed", "state", "step", f"final {metric.name}", f"best {metric.name}"]
+    heads += ["why not finished", *["branch of"] * branched]
     texts = tuple(
         (
             run.name,
@@ -188,21 +214,21 @@ def run_table(comparison: Comparison) -> Table:
             str(run.config.seed),
             run.state,
             f"{run.last_step:,}",
-            loss(run.final_loss),
-            loss(run.best_loss),
+            metric.text(run.final),
+            metric.text(run.best),
             run.reason or "",
             *[_parent(run) or ""] * branched,
         )
         for entry, _, run in runs
     )
-    return _table("runs", heads, texts, (_run_record(*run) for run in runs))
+    return _table("runs", heads, texts, (_run_record(*run, metric) for run in runs))
 
 
 def _parent(run: Run) -> str | None:
     return printable(str(run.lineage[-1])) if run.lineage else None
 
 
-def _run_record(entry: Entry, index: int, run: Run) -> Record:
+def _run_record(entry: Entry, index: int, run: Run, metric: Metric) -> Record:
     reach = entry.reach
     return {
         "run": run.name,
@@ -214,10 +240,10 @@ def _run_record(entry: Entry, index: int, run: Run) -> Record:
         "reason": run.reason,
         "step": run.last_step,
         "steps": run.config.training.steps,
-        "final_loss": run.final_loss,
-        "best_loss": run.best_loss,
-        "final_train_loss": run.final_train_loss,
-        "accuracy": _last_accuracy(run),
+        f"final_{metric.name}": run.final,
+        f"best_{metric.name}": run.best,
+        f"final_train_{metric.name}": run.final_train,
+        metric.other.name: run.beside,
         "steps_to_target": reach.steps[index] if reach else None,
         "tokens_to_target": reach.tokens[index] if reach else None,
         "seconds_to_target": reach.seconds[index] if reach else None,
@@ -230,38 +256,40 @@ def _run_record(entry: Entry, index: int, run: Run) -> Record:
 
 
 def _sensitivity_table(comparison: Comparison) -> Table:
+    metric = comparison.metric
     texts, records = [], []
     for family in comparison.sensitivities:
         for point in family.points:
-            mean = statistics.fmean(point.losses) if point.losses else None
-            stopped = min(point.unfinished, default=None)
-            counts = (len(point.losses), len(point.unfinished), point.diverged)
-            texts.append((family.family, f"{point.lr:g}", loss(mean), loss(stopped), *map(str, counts)))
+            mean = statistics.fmean(point.values) if point.values else None
+            stopped = metric.best(point.unfinished)
+            counts = (len(point.values), len(point.unfinished), point.diverged)
+            texts.append((family.family, f"{point.lr:g}", metric.text(mean), metric.text(stopped), *map(str, counts)))
             records.append(
                 {
                     "family": family.family,
                     "optimizer": family.optimizer,
                     "lr": point.lr,
-                    "final_loss": mean,
-                    "lowest": min(point.losses, default=None),
-                    "highest": max(point.losses, default=None),
-                    "best_loss_unfinished": stopped,
+                    f"final_{metric.name}": mean,
+                    "lowest": min(point.values, default=None),
+                    "highest": max(point.values, default=None),
+                    f"best_{metric.name}_unfinished": stopped,
                     "finished": counts[0],
                     "unfinished": counts[1],
                     "diverged": counts[2],
                 }
             )
-    heads = ("", "lr", "final loss", "best loss if unfinished", "finished", "unfinished", "diverged")
+    results = (f"final {metric.name}", f"best {metric.name} if unfinished")
+    heads = ("", "lr", *results, "finished", "unfinished", "diverged")
     return _table("sensitivity", heads, texts, records)
 
 
 def _setting_table(comparison: Comparison) -> Table:
+    metric = comparison.metric
     texts, records = [], []
     for effect in comparison.setting_effects:
         for value, entry in zip(effect.values, effect.entries, strict=True):
-            texts.append(
-                (effect.setting, effect.label, f"{value:g}", f"{entry.lr:g}", _seeds(entry), with_margin(entry.final))
-            )
+            final = with_margin(entry.final, metric)
+            texts.append((effect.setting, effect.label, f"{value:g}", f"{entry.lr:g}", _seeds(entry), final))
             records.append(
                 {
                     "setting": effect.setting,
@@ -269,12 +297,12 @@ def _setting_table(comparison: Comparison) -> Table:
                     "value": value,
                     "lr": entry.lr,
                     "runs": len(entry.runs),
-                    **_interval_record("final_loss", entry.final),
+                    **_interval_record(f"final_{metric.name}", entry.final),
                     "finished": entry.final.count if entry.final else 0,
                     "diverged": entry.diverged,
                 }
             )
-    heads = ("setting", "of", "value", "lr", "seeds", "final loss")
+    heads = ("setting", "of", "value", "lr", "seeds", f"final {metric.name}")
     return _table("settings", heads, texts, records)
 
 
@@ -284,13 +312,13 @@ def _curve_table(comparison: Comparison) -> Table:
         {"run": run.name, "entry": entry.label, "seed": run.config.seed, **point}
         for entry in comparison.entries
         for run in entry.runs
-        for point in _validations(run, comparison.unit)
+        for point in _validations(run, comparison.unit, comparison.metric)
     ]
     return _table("curves", (), (), records)
 
 
-def _validations(run: Run, unit: str) -> list[Record]:
-    """Return a run's validations, each with the smoothed training loss at the same step or the last one before it."""
+def _validations(run: Run, unit: str, metric: Metric) -> list[Record]:
+    """Return a run's validations, each with the smoothed training value at the same step or the last one before it."""
     val, train = run.val, run.smoothed
     places = np.searchsorted(train.steps, val.steps, side="right") - 1
     return [
@@ -298,8 +326,8 @@ def _validations(run: Run, unit: str) -> list[Record]:
             "step": int(val.steps[index]),
             unit: int(val.tokens[index]),
             "seconds": float(val.seconds[index]),
-            "val_loss": float(val.losses[index]),
-            "train_loss": float(train.losses[place]) if place >= 0 else None,
+            f"val_{metric.name}": float(val.values[index]),
+            f"train_{metric.name}": float(train.values[place]) if place >= 0 else None,
         }
         for index, place in enumerate(places)
     ]
@@ -309,16 +337,6 @@ def median_with_misses(values: Iterable[float | None]) -> float | None:
     """Return the median, where a miss counts as infinite: None if half of the values or more are misses."""
     median = statistics.median(math.inf if value is None else value for value in values)
     return None if math.isinf(median) else median
-
-
-def loss(value: float | None) -> str:
-    """Format a loss with four decimals."""
-    return "" if value is None else f"{value:.4f}"
-
-
-def percent(share: float | None) -> str:
-    """Format a fraction as a percentage with one decimal."""
-    return "" if share is None else f"{share:.1%}"
 
 
 def digits(value: float | None) -> str:
@@ -331,14 +349,23 @@ def digits(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def with_margin(interval: Interval | None, sign: str = "") -> str:
+def with_margin(interval: Interval | None, metric: Metric) -> str:
     """Format a mean and half of its interval."""
     if interval is None:
         return ""
-    mean = f"{interval.mean:{sign}.4f}"
     if interval.low is None or interval.high is None:
-        return mean
-    return f"{mean} ± {(interval.high - interval.low) / 2:.4f}"
+        return metric.text(interval.mean)
+    return f"{metric.text(interval.mean)} ± {metric.text((interval.high - interval.low) / 2)}"
+
+
+def _difference(interval: Interval | None, metric: Metric) -> str:
+    """Format a difference and half of its interval."""
+    if interval is None:
+        return ""
+    parts = [metric.difference(interval.mean, "+")]
+    if interval.low is not None and interval.high is not None:
+        parts.append(metric.difference((interval.high - interval.low) / 2))
+    return " ± ".join(parts) + metric.difference_unit
 
 
 def _seeds(entry: Entry) -> str:
@@ -361,19 +388,14 @@ def _with_share(entry: Entry) -> str:
     return f"{digits(entry.optimizer_ms)} ({entry.optimizer_ms / entry.step_ms:.0%})"
 
 
-def _best(entry: Entry) -> float | None:
-    return min((run.best_loss for run in entry.runs if run.best_loss is not None), default=None)
+def _best(entry: Entry, metric: Metric) -> float | None:
+    return metric.best(run.best for run in entry.runs if run.best is not None)
 
 
-def _accuracy(entry: Entry) -> float | None:
-    """Return the mean top-1 accuracy of the finished runs' last validations."""
-    found = [_last_accuracy(run) for run in entry.runs if run.final_loss is not None]
-    known = [accuracy for accuracy in found if accuracy is not None]
+def _beside(entry: Entry) -> float | None:
+    """Return the mean of the other metric over the finished runs' last validations."""
+    known = [run.beside for run in entry.runs if run.final is not None and run.beside is not None]
     return statistics.fmean(known) if known else None
-
-
-def _last_accuracy(run: Run) -> float | None:
-    return float(run.val_accuracy[-1]) if np.size(run.val_accuracy) else None
 
 
 def _interval_record(name: str, interval: Interval | None) -> Record:

@@ -1,7 +1,9 @@
-"""Thin and smooth curves."""
+"""Thin and smooth curves, and leave outliers out of a range."""
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,3 +50,9 @@ def moving_mean(values: Array, half: int) -> Array:
     first, end = index - reach, np.minimum(index + reach + 1, len(values))
     means: Array = (sums[end] - sums[first]) / (end - first)
     return means
+
+
+def without_outliers(low: float, highs: Sequence[float]) -> float:
+    """Return the highest cost; if there are many, without outliers that would compress the rest of the scale."""
+    middle = statistics.median(highs)
+    return max(high for high in highs if len(highs) < 5 or high <= middle + 3 * (middle - low))

@@ -1,96 +1,130 @@
-"""Intervals over seeds, significance of differences, and both as text."""
+"""Which contender of a pair is better, and whether that is certain."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
-from statistics import mean, stdev
 
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Outcome, Verdict
+from pipelines.analysis.comparison.settings import settings_of
+from pipelines.analysis.comparison.t_tests import TTest, holm, holm_levels, paired, seeds_needed, welch
+from pipelines.errors import UsageError
+from pipelines.tasks.metric import Metric
 
 _OPPOSITE: Mapping[Outcome, Outcome] = {"better": "worse", "worse": "better", "cannot tell": "cannot tell"}
 
-
-def interval(values: Sequence[float], confidence: float) -> Interval | None:
-    """Return the mean of the values, with Student's t interval for two or more; None without values."""
-    if not values:
-        return None
-    middle, count = mean(values), len(values)
-    if count < 2:
-        return Interval(middle, None, None, None, count)
-    std = stdev(values)  # computed exactly: equal values give 0
-    half = _quantile(count - 1, confidence) * std / math.sqrt(count)
-    return Interval(middle, middle - half, middle + half, std, count)
+_OF_THE_PAIRED = ("branch", "data", "evaluation.", "model.", "training.batch_size", "training.steps")
+"""Settings, or prefixes, that are equal in a paired test: runs of one seed then share initialization and batches."""
 
 
-def welch(first: Interval, second: Interval, confidence: float) -> tuple[Interval, float | None]:
-    """Return the difference of two means, first minus second, and p of Welch's test that it is 0.
+@dataclass(frozen=True)
+class _Side:
+    """What a test needs of a contender."""
 
-    Without two values on each side, or without any variance, there is no test, and the difference has no interval.
+    label: str
+    final: Interval
+    values: tuple[float, ...]
+    """Final values of the finished runs, by seed."""
+    seeds: tuple[int, ...]
+    """Their seeds, ascending."""
+    work: str
+    """Equal for contenders that can be paired."""
+
+
+def verdicts(
+    contenders: Sequence[Entry], confidence: float, metric: Metric, against: Entry | None = None
+) -> tuple[Verdict, ...]:
+    """Return the verdicts of all pairs of contenders with a finished run, in their order.
+
+    With `against`, only those of the pairs with that contender, which is the second of each.
     """
-    middle, count = first.mean - second.mean, min(first.count, second.count)
-    parts = [(each.std or 0.0) ** 2 / each.count for each in (first, second)]
-    if count < 2 or sum(parts) == 0.0:
-        return Interval(middle, None, None, None, count), None
-    degrees = sum(parts) ** 2 / sum(
-        part**2 / (each.count - 1) for part, each in zip(parts, (first, second), strict=True)
+    sides = list(_sides(contenders))
+    pairs = list(combinations(sides, 2))
+    if against is not None:
+        (reference,) = (side for side in sides if side.label == against.label)
+        pairs = [(side, reference) for side in sides if side is not reference]
+    tests = [_test(first, second) for first, second in pairs]
+    ps = [test.p for test in tests if test is not None]
+    judged = iter(zip(holm(ps), holm_levels(ps, 1 - confidence), strict=True))
+    return tuple(
+        _verdict(first, second, test, None if test is None else next(judged), confidence, metric)
+        for (first, second), test in zip(pairs, tests, strict=True)
     )
-    error = math.sqrt(sum(parts))
-    half = _quantile(degrees, confidence) * error
-    return Interval(middle, middle - half, middle + half, None, count), _two_sided_p(middle / error, degrees)
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """Return p-values after Holm's step-down correction, which bounds the family-wise error rate."""
-    corrected = [0.0] * len(ps)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[index]))
-        corrected[index] = largest
-    return corrected
+def _sides(contenders: Sequence[Entry]) -> Iterator[_Side]:
+    for entry in contenders:
+        if entry.final is not None:
+            found = sorted((run.config.seed, run.final) for run in entry.runs if run.final is not None)
+            settings = settings_of(entry.runs[0])
+            work = {key: value for key, value in settings.items() if key.startswith(_OF_THE_PAIRED)}
+            seeds, values = zip(*found, strict=True)
+            yield _Side(entry.label, entry.final, values, seeds, json.dumps(work, sort_keys=True))
 
 
-def verdicts(contenders: Sequence[Entry], confidence: float) -> tuple[Verdict, ...]:
-    """Return the verdicts of all pairs of contenders with a final loss, in their order."""
-    finals = [(entry.label, entry.final) for entry in contenders if entry.final is not None]
-    pairs = [(a, b, *welch(first, second, confidence)) for (a, first), (b, second) in combinations(finals, 2)]
-    corrected = iter(holm([p for *_, p in pairs if p is not None]))
-    found = []
-    for first, second, difference, raw in pairs:
-        p = None if raw is None else next(corrected)
-        found.append(Verdict(first, second, _outcome(difference, p, confidence), difference, p))
-    return tuple(found)
+def _test(first: _Side, second: _Side) -> TTest | None:
+    distinct = len(set(first.seeds)) == len(first.seeds)
+    if distinct and first.seeds == second.seeds and first.work == second.work:
+        return paired(first.values, second.values)
+    return welch(first.values, second.values)
 
 
-def rule(confidence: float) -> str:
+def _verdict(
+    first: _Side,
+    second: _Side,
+    test: TTest | None,
+    judged: tuple[float, float] | None,
+    confidence: float,
+    metric: Metric,
+) -> Verdict:
+    """Return the verdict from a test, its corrected p and its level; "cannot tell" without a test."""
+    mean, count = first.final.mean - second.final.mean, min(len(first.seeds), len(second.seeds))
+    if test is None or judged is None:
+        return Verdict(first.label, second.label, "cannot tell", Interval(mean, None, None, None, count), None)
+    p, level = judged
+    outcome: Outcome = "cannot tell"
+    if p < 1 - confidence:
+        outcome = "better" if metric.sign * mean < 0 else "worse"
+    return Verdict(
+        first=first.label,
+        second=second.label,
+        outcome=outcome,
+        difference=Interval(mean, *test.bounds(confidence), None, count),
+        p=p,
+        test=test.name,
+        corrected=test.bounds(1 - level),
+        seeds_needed=seeds_needed(test, 1 - confidence) if outcome == "cannot tell" else None,
+    )
+
+
+def rule(confidence: float, metric: Metric, against: Entry | None = None) -> str:
     """Describe the rule of `verdicts`."""
+    pairs = "all pairs" if against is None else f"the pairs with {against.label}"
     return (
-        "The verdict is better or worse only if Welch's t-test on the final validation losses over seeds gives "
-        f"p < {1 - confidence:.3g} after Holm's correction over all pairs. With fewer than two seeds on a side, or "
-        "if all seeds of each side end alike, it is cannot tell."
+        f"The verdict is better or worse only if a t-test on the final validation {metric.plural} over seeds gives "
+        f"p < {1 - confidence:.3g} after Holm's correction over {pairs}. The test is paired, on the differences by "
+        "seed, if both have the same seeds, data, model, batch size and number of steps: runs of one seed then share "
+        "initialization and batches. Otherwise it is Welch's. With fewer than two seeds on a side, or if all seeds of "
+        "each side end alike, or all differences are equal, it is cannot tell."
     )
 
 
-def _outcome(difference: Interval, p: float | None, confidence: float) -> Outcome:
-    if p is None or p >= 1 - confidence:
-        return "cannot tell"
-    return "better" if difference.mean < 0 else "worse"
+def contender_named(contenders: Sequence[Entry], name: str, option: str) -> Entry:
+    """Return the contender with this label, or else the only one with this optimizer.
 
-
-def _quantile(degrees: float, confidence: float) -> float:
-    """Return the half width, in standard errors, of the central `confidence` of Student's t distribution."""
-    # Not scipy.stats: its import takes a second, and `ttest_ind` loses digits and warns if seeds end almost equal.
-    from scipy.special import stdtrit
-
-    return float(stdtrit(degrees, (1 + confidence) / 2))
-
-
-def _two_sided_p(t: float, degrees: float) -> float:
-    from scipy.special import stdtr
-
-    return float(2 * stdtr(degrees, -abs(t)))
+    Raises `UsageError`, which names the `option`, if there is none, or several, or if none of its runs has finished.
+    """
+    named = [entry for entry in contenders if entry.label == name]
+    named = named or [entry for entry in contenders if entry.optimizer == name]
+    if len(named) != 1:
+        known = ", ".join(repr(entry.label) for entry in named or contenders)
+        problem = "several contenders have this optimizer" if named else "no contender has this name"
+        raise UsageError(f"{option} {name}: {problem}; choose one of {known}")
+    if named[0].final is None:
+        raise UsageError(f"{option} {name}: none of its runs has finished")
+    return named[0]
 
 
 def by_pair(comparison: Comparison) -> dict[tuple[str, str], Verdict]:
@@ -100,59 +134,16 @@ def by_pair(comparison: Comparison) -> dict[tuple[str, str], Verdict]:
 
 
 def _reversed(verdict: Verdict) -> Verdict:
-    difference = verdict.difference
+    difference, corrected = verdict.difference, verdict.corrected
     if difference is not None:
         low = None if difference.high is None else -difference.high
         high = None if difference.low is None else -difference.low
         difference = replace(difference, mean=-difference.mean, low=low, high=high)
-    outcome = _OPPOSITE[verdict.outcome]
-    return replace(verdict, first=verdict.second, second=verdict.first, outcome=outcome, difference=difference)
-
-
-def headline(comparison: Comparison) -> str:
-    """Say which contender ends lowest, by how much, and whether that is certain."""
-    ranked = [entry for entry in comparison.contenders if entry.final is not None]
-    if not ranked:
-        return "No run has finished: there is no final loss to compare."
-    best, others = ranked[0], ranked[1:]
-    if not others:
-        return f"{best.label} ends at {_loss(best)}; no other has finished to compare it with."
-    verdicts = by_pair(comparison)
-    against = [verdicts[best.label, other.label] for other in others]
-    below = f"{_margin(against[0], comparison.confidence)} below {others[0].label}, the next"
-    beaten = sum(verdict.outcome == "better" for verdict in against)
-    if against[0].outcome == "better":
-        p = "" if against[0].p is None else f" (p = {against[0].p:.2g})"
-        won = (
-            f"{best.label} wins: it ends at {_loss(best)}, {below}, which is certain at {comparison.confidence:.0%}{p}."
-        )
-        return won + _over(beaten, len(others))
-    doubt = f"{best.label} ends lowest, at {_loss(best)}, {below}; whether it is truly better is uncertain."
-    return doubt + _over(beaten, len(others))
-
-
-def _loss(entry: Entry) -> str:
-    assert entry.final is not None
-    return f"{entry.final.mean:.4f}"
-
-
-def _margin(verdict: Verdict, confidence: float) -> str:
-    """Format the difference and its interval."""
-    difference = verdict.difference
-    assert difference is not None
-    return f"{abs(difference.mean):.4f}{_interval(difference, confidence)}"
-
-
-def _interval(difference: Interval, confidence: float) -> str:
-    if difference.low is None or difference.high is None:
-        return ""
-    return f" ({confidence:.0%} interval {-difference.high:.4f} to {-difference.low:.4f})"
-
-
-def _over(beaten: int, others: int) -> str:
-    """Say how many of the others are certainly worse than the best."""
-    if others == 1 or not beaten:
-        return ""
-    if beaten == others:
-        return f" All {others} others are certainly worse."
-    return f" {beaten} of {others} others {'is' if beaten == 1 else 'are'} certainly worse."
+    return replace(
+        verdict,
+        first=verdict.second,
+        second=verdict.first,
+        outcome=_OPPOSITE[verdict.outcome],
+        difference=difference,
+        corrected=None if corrected is None else (-corrected[1], -corrected[0]),
+    )

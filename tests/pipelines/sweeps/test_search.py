@@ -86,10 +86,10 @@ def test_every_contender_has_its_trials_and_then_final_runs_at_its_best(
         losses = {trial: final_loss(out / "trials" / trial) for trial in trials if trial.startswith(name)}
         best = min(losses, key=losses.__getitem__)
         lr = learning_rates(out)[best]
-        assert (result.trials, result.loss, result.settings) == (4, losses[best], {"optimizer.lr": lr})
+        assert (result.trials, result.value, result.settings) == (4, losses[best], {"optimizer.lr": lr})
         assert {RunFolder(out / f"{name}-s{seed}").config().optimizer.lr for seed in (1, 2)} == {lr}
         assert result.on_edge == (lr in (min(learning_rates(out).values()), max(learning_rates(out).values())))
-    assert open_search(search, out).final_losses() == {
+    assert open_search(search, out).final_values() == {
         name: final_loss(out / name) for name in ("a-s1", "b-s1", "a-s2", "b-s2")
     }
     assert work(search, out) == []
@@ -105,8 +105,8 @@ def test_a_trial_that_diverges_counts_as_infinite_and_the_search_goes_on(
     diverged = [path.parent.name for path in (tmp_path / "trials").glob("*/diverged.json")]
     assert result.trials == 15
     assert 0 < result.diverged == len(diverged) < 15
-    assert result.loss is not None
-    assert math.isfinite(result.loss)
+    assert result.value is not None
+    assert math.isfinite(result.value)
 
 
 def test_a_failed_trial_keeps_its_place_and_is_tried_again_by_the_next_call_alone(
@@ -136,7 +136,9 @@ def test_a_worker_that_is_killed_takes_its_trial_up_again_and_finds_the_same(
     assert lost is not None
     assert work(search, tmp_path / "killed")[:2] == ["a-t0", "b-t0"]
     whole, killed = (open_search(search, tmp_path / name).results() for name in ("whole", "killed"))
-    assert [(result.settings, result.loss) for result in whole] == [(result.settings, result.loss) for result in killed]
+    assert [(result.settings, result.value) for result in whole] == [
+        (result.settings, result.value) for result in killed
+    ]
     rates = learning_rates(tmp_path / "whole")
     assert rates == learning_rates(tmp_path / "killed")
     assert len(set(rates.values())) == 6, "each trial draws its own"
@@ -147,8 +149,8 @@ def test_another_search_of_the_same_name_is_refused(plan: Callable[..., SearchPl
     with pytest.raises(UsageError) as error:
         open_search(plan("training.steps=7", trials=5), tmp_path)
     lines = str(error.value).splitlines()
-    assert len(lines) == 4
-    assert lines[0] == "search my differs from the one begun here: a: trials is 4 there, 5 now; choose another --out"
+    assert len(lines) == 3
+    assert lines[0] == "search my differs from the one begun here: trials is 4 there, 5 now; choose another --out"
     assert "a: training.steps is 6" in lines[1]
 
 

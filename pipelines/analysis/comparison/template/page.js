@@ -32,7 +32,7 @@
     const mean = {
       ...line(contender, layer, look), x: x, y: curve.mean,
       customdata: x.map((_, i) => [curve.lowest[i], curve.highest[i], curve.steps[i]]),
-      hovertemplate: words + " loss <b>%{y:.4f}</b> (%{customdata[0]:.4f} to %{customdata[1]:.4f})<br>step %{customdata[2]:,}",
+      hovertemplate: words + " {{ metric.name }} <b>%{y:{{ metric.format }}}</b> (%{customdata[0]:{{ metric.format }}} to %{customdata[1]:{{ metric.format }}})<br>step %{customdata[2]:,}",
     };
     if (look.markers && x.length <= 60) {
       mean.mode = "lines+markers";
@@ -46,7 +46,7 @@
       const trace = {
         ...line(contender, "runs", { width: 0.8, opacity: 0.6 }), x: run.train[chosen.x], y: run.train.losses,
         customdata: run.train.steps, text: run.name,
-        hovertemplate: "%{text}<br>training loss %{y:.4f}<br>step %{customdata:,}",
+        hovertemplate: "%{text}<br>training {{ metric.name }} %{y:{{ metric.format }}}<br>step %{customdata:,}",
       };
       // A diverged run is in no band, so show it with the training curves too.
       if (run.diverged) trace.visible = (chosen.train || chosen.runs) && !hidden.has(contender.label);
@@ -85,9 +85,10 @@
       ["train", "val"].filter((layer) => visible(contender, layer)).map((layer) => contender[layer])
     ).filter((curve) => curve !== null);
     const last = Math.max(0, ...curves.map((curve) => curve[chosen.x].at(-1)));
+{# An outlier among accuracies is a low one: ranges are those of the negative values. #}
     // Exclude the beginning: losses fall so much there that they would hide everything else.
     const begin = last * (chosen.span === "half" ? 0.5 : 0.2);
-    const late = curves.map((curve) => curve.mean.filter((loss, i) => loss !== null && curve[chosen.x][i] >= begin))
+    const late = curves.map((curve) => curve.mean.filter((loss, i) => loss !== null && curve[chosen.x][i] >= begin){{ ".map((value) => -value)"|safe if metric.sign < 0 else "" }})
       .filter((losses) => losses.length > 0);
     if (last === 0 || late.length === 0) return {};
     const low = Math.min(...late.map((losses) => Math.min(...losses)));
@@ -96,7 +97,7 @@
     const middle = highs[Math.floor(highs.length / 2)];
     const high = highs.filter((loss) => highs.length < 5 || loss <= middle + 3 * (middle - low)).at(-1);
     const margin = 0.06 * Math.max(high - low, 1e-3);
-    return { x: [chosen.span === "half" ? begin : 0, last * 1.01], y: [low - margin, high + margin] };
+    return { x: [chosen.span === "half" ? begin : 0, last * 1.01], y: {{ metric.either("[low - margin, high + margin]", "[-high - margin, margin - low]") }} };
   }
 
   // On a narrow screen a legend has a row for each name. Without this room, plotly would shrink the plot.
@@ -115,7 +116,7 @@
       paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
       hoverlabel: { bgcolor: "#fff", namelength: -1 },
       xaxis: { ...axis, title: { text: data.titles[chosen.x] }, range: range.x, autorange: range.x === undefined },
-      yaxis: { ...axis, title: { text: "loss" }, range: range.y, autorange: range.y === undefined },
+      yaxis: { ...axis, title: { text: "{{ metric.name }}" }{{ ', tickformat: ".2~%"'|safe if metric.is_share else "" }}, range: range.y, autorange: range.y === undefined },
       legend: { orientation: "h", y: -60 / PLOT_HEIGHT, yanchor: "top" },
     };
   }

@@ -33,32 +33,45 @@ def write_run(
     device: str = "cpu",
     seconds_a_step: float = 0.5,
     lineage: Sequence[Ancestor] = (),
+    accuracy: Mapping[int, float] | None = None,
     **settings: Any,
 ) -> RunFolder:
-    """A run with validation losses by step, and the training losses of the steps 1, 2, ..."""
+    """A run with validation losses by step, and the training losses of the steps 1, 2, ...
+
+    On images, `accuracy` is that of validations, by step, and of the training steps before the next one.
+    """
     config = config_of(task, optimizer__name=optimizer, **settings)
     folder = RunFolder(path)
     folder.begin(config, {"fingerprint": data}, device, lineage)
-    folder.continue_from(rows_of(config, val, train, seconds_a_step))
+    folder.continue_from(rows_of(config, val, train, seconds_a_step, accuracy))
     folder.close()
     return folder
 
 
-def rows_of(config: RunConfig, val: Mapping[int, float], train: Sequence[float], seconds_a_step: float) -> list[Row]:
+def rows_of(
+    config: RunConfig,
+    val: Mapping[int, float],
+    train: Sequence[float],
+    seconds_a_step: float,
+    accuracy: Mapping[int, float] | None = None,
+) -> list[Row]:
     """The records of a run, in the order of training."""
     rows: list[Row] = []
-    accuracy: dict[str, Any] = {"accuracy": 0.25} if config.task == "images" else {}
+    images = config.task == "images"
+    more: dict[str, Any] = {"accuracy": 0.25} if images else {}
     for step in range(max([len(train), *val]) + 1):
         samples = step * config.training.batch_size
         counts: dict[str, Any] = {
             "step": step, "tokens": samples * 128, "samples": samples, "epoch": step / 1e3,
             "elapsed_s": step * seconds_a_step,
         }  # fmt: skip
+        if images and accuracy and step in accuracy:
+            more = {"accuracy": accuracy[step]}
         if 1 <= step <= len(train):
             rows.append(Row(**counts, split="train", loss=train[step - 1], lr=0.001, step_ms=500.0 + step,
-                            optimizer_ms=20.0 + step, throughput=1e4))  # fmt: skip
+                            optimizer_ms=20.0 + step, throughput=1e4, **more))  # fmt: skip
         if step in val:
-            rows.append(Row(**counts, split="val", loss=val[step], **accuracy))
+            rows.append(Row(**counts, split="val", loss=val[step], **more))
     return rows
 
 

@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 
 from pipelines.analysis.comparison import figures
 from pipelines.analysis.comparison.compare import compare_runs
-from pipelines.analysis.comparison.figures import FIGURES, MOST_SHOWN, shown, without_outliers, write_figures
+from pipelines.analysis.comparison.figures import MOST_SHOWN, figure_names, shown, write_figures
 from pipelines.analysis.comparison.results import Comparison, SettingEffect
+from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.figure_style import line_style
+from pipelines.tasks.metric import LOSS
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
 TRAIN = [4.0] * 160
@@ -49,11 +51,11 @@ def drawn(comparison: Comparison) -> dict[str, Figure]:
 
 def test_every_figure_is_written_as_png_and_pdf(comparison: Comparison, tmp_path: Path) -> None:
     effect = SettingEffect("optimizer.beta2", "asgo", (0.8, 0.95), comparison.contenders[:2])
-    assert write_figures(dataclasses.replace(comparison, setting_effects=(effect,)), tmp_path) == FIGURES
-    for name in FIGURES:
+    assert write_figures(dataclasses.replace(comparison, setting_effects=(effect,)), tmp_path) == figure_names(LOSS)
+    for name in figure_names(LOSS):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
-    assert len(list(tmp_path.iterdir())) == 2 * len(FIGURES)
+    assert len(list(tmp_path.iterdir())) == 2 * len(figure_names(LOSS))
 
 
 @pytest.mark.parametrize(("abscissa", "last"), [("steps", 160), ("tokens", 160 * 2048), ("seconds", 80)])
@@ -112,7 +114,7 @@ def test_a_label_that_looks_like_a_formula_is_drawn_as_it_is(comparison: Compari
     named = dataclasses.replace(first, label=r"$\frac$ a_b^c")
     effect = SettingEffect("optimizer.beta2", named.label, (0.8,), (named,))
     changed = dataclasses.replace(comparison, contenders=(named, *others), setting_effects=(effect,))
-    assert write_figures(changed, tmp_path) == FIGURES
+    assert write_figures(changed, tmp_path) == figure_names(LOSS)
 
 
 def test_figures_show_no_more_contenders_than_there_are_lines_to_tell_apart(comparison: Comparison) -> None:
@@ -133,4 +135,4 @@ def test_the_target_is_in_the_legend(comparison: Comparison, drawn: dict[str, Fi
     assert comparison.target is not None
     for name in ("loss-steps", "final-losses"):
         (legend,) = drawn[name].legends
-        assert f"target, {comparison.target.loss:.4f}" in [text.get_text() for text in legend.get_texts()]
+        assert f"target, {comparison.target.value:.4f}" in [text.get_text() for text in legend.get_texts()]

@@ -45,16 +45,16 @@ def test_a_trained_run_is_read_as_it_was_recorded(trained: RunFolder) -> None:
         assert curve.steps.tolist() == [row["step"] for row in expected]
         assert curve.tokens.tolist() == [row["tokens"] for row in expected]
         assert curve.seconds.tolist() == [row["elapsed_s"] for row in expected]
-        assert curve.losses.tolist() == [row["loss"] for row in expected]
+        assert curve.values.tolist() == [row["loss"] for row in expected]
     assert (run.state, run.reason, run.last_step, run.is_trial) == ("finished", None, 6, False)
-    assert run.final_loss == val_rows[-1]["loss"]
-    assert run.best_loss == min(row["loss"] for row in val_rows)
+    assert run.final == val_rows[-1]["loss"]
+    assert run.best == min(row["loss"] for row in val_rows)
     assert run.step_ms == np.median([row["step_ms"] for row in train_rows])
     assert run.optimizer_ms == np.median([row["optimizer_ms"] for row in train_rows])
     assert run.config == trained.config()
     assert len(run.data["fingerprint"]) == 64
     assert "torch" in run.environment["versions"]
-    assert len(run.val_accuracy) == 0
+    assert run.beside is None
 
 
 def test_state_bytes_are_those_of_the_newest_checkpoint(trained: RunFolder) -> None:
@@ -73,11 +73,24 @@ def test_the_fast_reader_gives_what_the_exact_one_does(trained: RunFolder) -> No
         np.testing.assert_array_equal(column, expected[name], err_msg=name)
 
 
-def test_accuracies_of_images_are_kept(tmp_path: Path) -> None:
-    write_run(tmp_path, {0: 7.0, 4: 6.0}, [7.0] * 4, task="images", training__steps=4)
+def test_runs_on_images_are_read_by_accuracy_with_the_loss_beside(tmp_path: Path) -> None:
+    accuracy = {0: 0.1, 2: 0.7, 4: 0.6}
+    write_run(tmp_path, {0: 7.0, 2: 5.5, 4: 6.0}, [6.5] * 4, task="images", training__steps=4, accuracy=accuracy)
     run = read(tmp_path)
-    assert run.val_accuracy.tolist() == [0.25, 0.25]
-    assert run.state == "finished"
+    assert run.val.values.tolist() == [0.1, 0.7, 0.6]
+    assert run.train.values.tolist() == [0.1, 0.7, 0.7, 0.6]
+    assert (run.state, run.final, run.best, run.beside) == ("finished", 0.6, 0.7, 6.0)
+    run = read_run("images", tmp_path, "loss")
+    assert run.val.values.tolist() == [7.0, 5.5, 6.0]
+    assert (run.final, run.best, run.beside) == (6.0, 5.5, 0.6)
+
+
+def test_a_run_without_accuracies_is_left_out_with_the_way_to_compare_it(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, {0: 7.0, 4: 6.0}, task="imagenet", training__steps=4)
+    folder.metrics_path.write_text(folder.metrics_path.read_text().replace(', "accuracy": 0.25', "", 1))
+    with pytest.raises(AsgoError, match=r"metrics.jsonl: a validation without accuracy; --metric loss compares the"):
+        read(tmp_path)
+    assert read_run("images", tmp_path, "loss").final == 6.0
 
 
 def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
@@ -88,7 +101,7 @@ def test_a_line_that_is_being_written_is_not_read(tmp_path: Path) -> None:
         folder.metrics_path.write_bytes(whole[:-cut])
         run = read(tmp_path)
         assert (run.state, run.reason) == ("unfinished", "at step 160 of 160")
-        assert run.val.losses.tolist() == [5.0]
+        assert run.val.values.tolist() == [5.0]
     folder.metrics_path.write_bytes(whole[:20])
     assert read(tmp_path).state == "empty"
 
@@ -145,7 +158,7 @@ def test_states_and_their_reasons(tmp_path: Path) -> None:
         if divergence is not None:
             record_divergence(folder, divergence.step, divergence.reason)
         run = read(folder.path)
-        assert (run.final_loss is None) == (run.state != "finished")
+        assert (run.final is None) == (run.state != "finished")
         return run.state, run.reason
 
     assert state("a", {0: 5.0, 2000: 4.9}, []) == ("finished", None)
@@ -171,12 +184,12 @@ def test_a_long_run_is_thinned_and_its_medians_are_of_all_of_it(tmp_path: Path) 
     run = read_run("run", tmp_path)
     shown = run.train
     assert len(shown.steps) <= 2000
-    assert (shown.steps[0], shown.steps[-1], shown.losses.max()) == (1, 20_000, 9.0)
-    assert shown.losses.tolist() == losses[shown.steps.astype(int) - 1].tolist()
+    assert (shown.steps[0], shown.steps[-1], shown.values.max()) == (1, 20_000, 9.0)
+    assert shown.values.tolist() == losses[shown.steps.astype(int) - 1].tolist()
     assert run.step_ms == np.median([row["step_ms"] for row in read_lines(folder.metrics_path) if "lr" in row])
     smoothed = run.smoothed
     assert len(smoothed.steps) <= 1000
-    for step, loss in list(zip(smoothed.steps.astype(int), smoothed.losses, strict=True))[::97]:
+    for step, loss in list(zip(smoothed.steps.astype(int), smoothed.values, strict=True))[::97]:
         reach = min(step - 1, 400)  # 4 % of the run, half on each side
         assert loss == pytest.approx(losses[step - 1 - reach : step + reach].mean())
 
@@ -218,9 +231,9 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_named(tmp_path: Path) -> None:
     for name, lost in (("whole", 4.0), ("gap", float("inf"))):
         write_run(tmp_path / name, falling_to(3.0), [4.0] * 100 + [lost] + [4.0] * 59, seed=len(name))
     run = read(tmp_path / "gap")
-    assert (run.state, run.final_loss, run.lost_rows) == ("finished", 3.0, 1)
+    assert (run.state, run.final, run.lost_rows) == ("finished", 3.0, 1)
     assert 101 not in run.train.steps
-    assert np.isfinite(run.smoothed.losses).all()
+    assert np.isfinite(run.smoothed.values).all()
     assert "Losses that are not finite, shown as gaps in the curves: gap." in compare_runs([tmp_path]).cautions
 
 
@@ -231,7 +244,7 @@ def test_of_a_step_that_was_recorded_twice_the_last_record_counts(tmp_path: Path
     folder.metrics_path.write_bytes(b"".join([*lines[:120], *behind, *lines[100:]]))
     run = read(folder.path)
     assert run.train.steps.tolist() == list(range(1, 161))
-    assert set(run.train.losses.tolist()) == {4.0}
+    assert set(run.train.values.tolist()) == {4.0}
     assert run.repeated_rows == 20 + 50
     assert compare_runs([tmp_path]).cautions[0].startswith("Steps recorded more than once")
 

@@ -14,10 +14,11 @@ import pytest
 import scipy.stats
 
 from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.headline import headline
 from pipelines.analysis.comparison.report import summary
 from pipelines.analysis.comparison.results import Comparison
 from pipelines.analysis.comparison.tables import Record, Table, entry_table, make_tables, median_with_misses
-from pipelines.analysis.comparison.verdicts import by_pair, headline
+from pipelines.analysis.comparison.verdicts import by_pair
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
 FINALS = {"muon": (3.0, 3.013, 3.017), "asgo": (3.1, 3.1004, 3.1001), "adamw": (3.11, 3.3, 3.2)}
