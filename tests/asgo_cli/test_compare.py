@@ -102,7 +102,7 @@ def test_a_rule_has_a_table_and_a_line_for_each_reason(tmp_path: Path) -> None:
 
 def test_images_are_compared_by_accuracy_and_text_cannot_be(folder: Path, tmp_path: Path) -> None:
     for optimizer, final in (("asgo", 0.9), ("adamw", 0.8)):
-        settings = {"task": "imagenet", "optimizer": optimizer, "training__steps": 160}
+        settings = {"task": "images", "optimizer": optimizer, "training__steps": 160}
         write_run(tmp_path / f"runs/{optimizer}", falling_to(3.0), accuracy={0: 0.001, 160: final}, **settings)  # type: ignore[arg-type]
     result = asgo("compare", "runs", "--target", "0.85", folder=tmp_path)
     assert result.code == 0, result.err

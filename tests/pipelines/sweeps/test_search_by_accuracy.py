@@ -36,7 +36,7 @@ Make = Callable[..., SearchPlan]
 def plan(tmp_path: Path) -> Make:
     """Make the plan of a search of one contender with rate 0.01; keywords are of the table [search]."""
 
-    def make(task: str = "imagenet", preset: str = "asro-imagenet", **search: Any) -> SearchPlan:
+    def make(task: str = "images", preset: str = "asro-imagenet", **search: Any) -> SearchPlan:
         table = {"trials": 3, "space": ROW, "metric": "accuracy", **search}
         runs = [{"name": "a", "optimizer.name": "adam", "optimizer.lr": 0.01}]
         settings = {"training.steps": STEPS, "evaluation.every": 1}

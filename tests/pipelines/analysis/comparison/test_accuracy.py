@@ -35,7 +35,7 @@ def write(path: Path, final: float, seed: int = 0, **settings: object) -> None:
     accuracy = {0: 0.001, 80: final + 0.02, STEPS: final}
     losses = {0: 7.0, 80: 4.0, STEPS: 1.0 + final}
     settings = {"training__steps": STEPS, "seed": seed, **settings}
-    write_run(path, losses, [2.0] * STEPS, task="imagenet", accuracy=accuracy, **settings)  # type: ignore[arg-type]
+    write_run(path, losses, [2.0] * STEPS, task="images", accuracy=accuracy, **settings)  # type: ignore[arg-type]
 
 
 def write_all(folder: Path) -> None:
@@ -51,7 +51,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     folder = tmp_path_factory.mktemp("runs")
     write_all(folder)
     write(folder / "low", 0.6, optimizer="asgo", optimizer__lr=1e-5)
-    images = {"task": "imagenet", "optimizer": "asgo", "training__steps": STEPS}
+    images = {"task": "images", "optimizer": "asgo", "training__steps": STEPS}
     lost = {**images, "optimizer__lr": 0.5, "accuracy": {0: 0.001}}
     write_run(folder / "lost", {0: 7.0, 80: 8.0}, [8.0] * 90, **lost)  # type: ignore[arg-type]
     stopped = {**images, "optimizer__lr": 0.1, "accuracy": {0: 0.001, 40: 0.5, 80: 0.4}}
@@ -82,7 +82,7 @@ def test_contenders_are_ordered_by_accuracy_and_by_loss_where_asked(comparison: 
 def test_the_target_is_reached_at_or_above_it(tmp_path: Path) -> None:
     accuracy = {0: 0.1, 40: 0.85, 80: 0.9, 120: 0.88, 160: 0.95}
     losses = {step: 7.0 - step / 100 for step in accuracy}
-    write_run(tmp_path / "1", losses, task="imagenet", training__steps=STEPS, accuracy=accuracy)
+    write_run(tmp_path / "1", losses, task="images", training__steps=STEPS, accuracy=accuracy)
     for target, step in ((0.9, 80), (0.85, 40), (0.901, 160), (0.96, None)):
         reach = compare_runs([tmp_path], target).entries[0].reach
         assert reach is not None

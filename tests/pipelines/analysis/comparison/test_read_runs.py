@@ -86,7 +86,7 @@ def test_runs_on_images_are_read_by_accuracy_with_the_loss_beside(tmp_path: Path
 
 
 def test_a_run_without_accuracies_is_left_out_with_the_way_to_compare_it(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, {0: 7.0, 4: 6.0}, task="imagenet", training__steps=4)
+    folder = write_run(tmp_path, {0: 7.0, 4: 6.0}, task="images", training__steps=4)
     folder.metrics_path.write_text(folder.metrics_path.read_text().replace(', "accuracy": 0.25', "", 1))
     with pytest.raises(AsgoError, match=r"metrics.jsonl: a validation without accuracy; --metric loss compares the"):
         read(tmp_path)
