@@ -20,6 +20,7 @@ EXAMPLES = examples(
     "asgo data images photos.zip --val-fraction 0.2 --out data/photos",
     "asgo data images torchvision:MNIST --root /data/torchvision --out data/mnist",
     "asgo data images torchvision:CIFAR10 --download --out data/cifar10",
+    "asgo data images hub:uoft-cs/cifar100 --download --label-column fine_label --out data/cifar100",
 )
 
 OutOption = Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")]
@@ -34,7 +35,7 @@ def images(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A folder of images, an archive of one (.zip, .tar, .tar.gz), or torchvision:NAME.",
+            help="A folder of images, an archive of one (.zip, .tar, .tar.gz), torchvision:NAME, or hub:OWNER/NAME.",
         ),
     ],
     out: OutOption,
@@ -47,9 +48,21 @@ def images(
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are not images.")] = False,
     root: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of torchvision's files, its `root`.", show_default="data/sources"),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of the files of torchvision (its `root`) and of the hub.",
+            show_default="data/sources",
+        ),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Download missing files.")] = False,
+    image_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of images, for the hub.", show_default="the only one"),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Column of labels, for the hub.", show_default="the only one"),
+    ] = None,
     extract: Annotated[
         bool | None,
         typer.Option(
@@ -77,6 +90,8 @@ def images(
             download=download,
             val_fraction=val_fraction,
             skip_bad=skip_bad,
+            image_column=image_column,
+            label_column=label_column,
             extract=extract,
         )
     summarize(manifest, out)
