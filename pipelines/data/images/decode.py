@@ -22,8 +22,9 @@ Pixels = NDArray[np.uint8]
 # libjpeg supports all multiples of 1/8, but other factors have no SIMD code and are slower than full size.
 _SHRINKS = (8, 4, 2)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_JPEG = b"\xff\xd8\xff"
 _STARTS = {
-    b"\xff\xd8\xff": ".jpg",
+    _JPEG: ".jpg",
     b"\x89PNG\r\n\x1a\n": ".png",
     b"BM": ".bmp",
     b"GIF87a": ".gif",
@@ -126,7 +127,7 @@ class EncodedImage:
 
 def _header(data: bytes) -> tuple[int, int, bool] | None:
     """Return height, width and whether it is grey if simplejpeg can decode the image; None if Pillow must."""
-    if simplejpeg is None:
+    if simplejpeg is None or not data.startswith(_JPEG):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
