@@ -115,14 +115,15 @@ def _download_archives(folder: Path, base_url: str | None, progress: PhaseProgre
 
 def _download_hub_copy(folder: Path, progress: PhaseProgress) -> Collection[str]:
     """Download missing files of the hub; return the names of the verified ones."""
-    from pipelines.data.imagenet.hub import download_hub_copy, is_whole, load_listing
+    from pipelines.data.hub_copy import is_whole, load_listing
+    from pipelines.data.imagenet.hub import download_hub_copy
 
     if is_whole(folder):
         return ()
     _show_terms()
     download_hub_copy(folder, progress=progress.show, notify=console.say)
     listing = load_listing(folder)
-    return () if listing is None else [Path(file.path).name for file in listing.files]
+    return () if listing is None else [file.path for file in listing.files]
 
 
 def _show_terms() -> None:

@@ -20,9 +20,47 @@ EXAMPLES = examples(
     "asgo data images photos.zip --val-fraction 0.2 --out data/photos",
     "asgo data images torchvision:MNIST --root /data/torchvision --out data/mnist",
     "asgo data images torchvision:CIFAR10 --download --out data/cifar10",
+    "asgo data images hub:uoft-cs/cifar100 --download --label-column fine_label --out data/cifar100",
 )
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A folder of images, an archive of one (.zip, .tar, .tar.gz), torchvision:NAME, or hub:OWNER/NAME.",
+    ),
+]
 OutOption = Annotated[Path, typer.Option(metavar="FOLDER", help="The data folder to create.")]
+ValFractionOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X", help="Fraction of each class for validation, if SOURCE has no split.", show_default="0.1"
+    ),
+]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are not images.")]
+RootOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder of the files of torchvision (its `root`) and of the hub.",
+        show_default="data/sources",
+    ),
+]
+DownloadOption = Annotated[bool, typer.Option("--download", help="Download missing files.")]
+ImageColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of images, for the hub.", show_default="the only one")
+]
+LabelColumnOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Column of labels, for the hub.", show_default="the only one")
+]
+ExtractOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--extract/--no-extract",
+        help="One file per image, or packed: in the archive, or one file per split.",
+        show_default="packed; pixels for small images of one size",
+    ),
+]
 WorkersOption = Annotated[
     int | None, typer.Option(metavar="N", help="Threads that extract.", show_default="one per core")
 ]
@@ -30,39 +68,21 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 
 
 def images(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A folder of images, an archive of one (.zip, .tar, .tar.gz), or torchvision:NAME.",
-        ),
-    ],
+    source: SourceArgument,
     out: OutOption,
-    val_fraction: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X", help="Fraction of each class for validation, if SOURCE has no split.", show_default="0.1"
-        ),
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are not images.")] = False,
-    root: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of torchvision's files, its `root`.", show_default="data/sources"),
-    ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Download missing files.")] = False,
-    extract: Annotated[
-        bool | None,
-        typer.Option(
-            "--extract/--no-extract",
-            help="One file per image, or packed: in the archive, or one file per split.",
-            show_default="packed; pixels for small images of one size",
-        ),
-    ] = None,
+    val_fraction: ValFractionOption = None,
+    skip_bad: SkipBadOption = False,
+    root: RootOption = None,
+    download: DownloadOption = False,
+    image_column: ImageColumnOption = None,
+    label_column: LabelColumnOption = None,
+    extract: ExtractOption = None,
     workers: WorkersOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Prepare a folder of labelled images to train from.
 
+    A folder has train/CLASS/IMAGE and val/CLASS/IMAGE, or CLASS/IMAGE, which is split; Kaggle's ImageNet works too.
     After an interruption, run the same command again to resume.
     """
     progress = PhaseProgress()
@@ -77,6 +97,8 @@ def images(
             download=download,
             val_fraction=val_fraction,
             skip_bad=skip_bad,
+            image_column=image_column,
+            label_column=label_column,
             extract=extract,
         )
     summarize(manifest, out)

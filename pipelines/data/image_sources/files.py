@@ -6,7 +6,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, partial
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -17,6 +18,8 @@ MAX_IMAGE_BYTES = 256 << 20
 HEAD_BYTES = 16
 """How much of a file shows that it is an image."""
 _IGNORED = ("__macosx", "thumbs.db", "desktop.ini")
+
+_GROUP_BYTES, _GROUP_FILES = 1 << 20, 64
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -86,25 +89,34 @@ class LocalFiles:
         return str(self._folder / path)
 
     def heads(self, files: Sequence[File]) -> Iterator[bytes]:
-        return read_ahead(partial(self._read, HEAD_BYTES), files, self._threads)
+        return self._ahead(HEAD_BYTES, files)
 
     def contents(self, files: Sequence[File]) -> Iterator[tuple[int, bytes]]:
-        return enumerate(read_ahead(partial(self._read, None), files, self._threads))
+        return enumerate(self._ahead(MAX_IMAGE_BYTES, files))
 
     def offset(self, file: File) -> int | None:
         return None
 
-    def _read(self, most: int | None, file: File) -> bytes:
+    def _ahead(self, most: int, files: Sequence[File]) -> Iterator[bytes]:
+        """Read the first `most` bytes of each file, several files in a thread at a time."""
+
+        def read(several: Sequence[File]) -> list[bytes]:
+            return [self._read(most, file) for file in several]
+
+        return chain.from_iterable(read_ahead(read, _groups(files, most), self._threads))
+
+    def _read(self, most: int, file: File) -> bytes:
+        size = min(file.size, most)
         try:
             descriptor = os.open(file.place, os.O_RDONLY)
             try:
                 is_same = os.fstat(descriptor).st_size == file.size
-                content = os.read(descriptor, min(file.size, most or file.size)) if is_same else b""
+                content = os.read(descriptor, size) if is_same else b""
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise AsgoError(f"{file.place}: {error.strerror}") from None
-        if len(content) != min(file.size, most or file.size):
+        if len(content) != size:
             raise AsgoError(f"{file.place}: its size has changed since the folder was listed; run the command again")
         return content
 
@@ -142,6 +154,19 @@ class _LocalFolder:
         except OSError as error:
             raise AsgoError(f"{error.filename or self._folder}: {error.strerror}") from None
         return folders, files
+
+
+def _groups(files: Sequence[File], most: int) -> Iterator[list[File]]:
+    """Group files of which `most` bytes are read: handing each small file to a thread takes longer than reading it."""
+    group: list[File] = []
+    size = 0
+    for file in files:
+        group.append(file)
+        size += min(file.size, most)
+        if size >= _GROUP_BYTES or len(group) == _GROUP_FILES:
+            yield group
+            group, size = [], 0
+    yield group
 
 
 def read_ahead(read: Callable[[T], U], items: Iterable[T], threads: int) -> Iterator[U]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipelines.data.image_sources.archives import open_archive
 from pipelines.data.image_sources.files import MAX_IMAGE_BYTES, File, FileSource, Folder, LocalFiles
 from pipelines.data.image_sources.labels import (
+    VAL_FRACTION,
     WHOLE,
     Found,
     Images,
@@ -19,7 +20,7 @@ from pipelines.data.image_sources.labels import (
     split_images,
     with_names,
 )
-from pipelines.data.images.decode import is_image
+from pipelines.data.images.decode import image_suffix
 from pipelines.data.images.importing import Contents
 from pipelines.data.images.index import SPLITS, ImageClass, Index, build_index, index_file, write_index
 from pipelines.data.images.manifest import SOURCE, Layout
@@ -29,7 +30,6 @@ from pipelines.data.progress import Progress, digest_of
 from pipelines.data.retries import Notify
 from pipelines.errors import AsgoError, UsageError
 
-VAL_FRACTION = 0.1
 _PART_BYTES = 64 << 20
 _KAGGLE_FOLDERS = ("CLS-LOC", "Data", "ILSVRC")
 _THREADS = 8
@@ -63,9 +63,6 @@ class FilesImporter:
     def __init__(
         self, path: Path, notify: Notify, *, val_fraction: float | None = None, skip_bad: bool = False
     ) -> None:
-        """Raises `UsageError` for a fraction that is not between 0 and 1."""
-        if val_fraction is not None and not 0 < val_fraction < 1:
-            raise UsageError(f"--val-fraction should be between 0 and 1, not {val_fraction:g}")
         self._path = path.resolve()
         self.folder = self._path if self._path.is_dir() else self._path.parent
         self.dataset = self._path.name.partition(".")[0] or str(self._path)
@@ -129,7 +126,7 @@ class FilesImporter:
         bad = list(found.others)
         for number, head in enumerate(self._source.heads(files)):
             names, name = listed[number]
-            if not is_image(head):
+            if image_suffix(head) is None:
                 bad.append(names.pop(name))
             elif names[name].size > MAX_IMAGE_BYTES:
                 where = self._source.where(names[name].path)

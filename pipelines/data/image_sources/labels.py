@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -24,10 +24,11 @@ Images = dict[str, dict[str, File]]
 
 WHOLE = "all"
 """The key of images that are not split yet."""
-_TRAIN = ("train", "training")
-_VALIDATION = (("val",), ("valid", "validation"), ("test", "testing"))
+TRAIN_NAMES = ("train", "training")
+VALIDATION_NAMES = (("val",), ("valid", "validation"), ("test", "testing"))
 """Names of folders of validation images, the first ones preferred."""
-_SPLITS = (*_TRAIN, *(name for names in _VALIDATION for name in names))
+VAL_FRACTION = 0.1
+_SPLITS = (*TRAIN_NAMES, *(name for names in VALIDATION_NAMES for name in names))
 _DEEPEST = 8
 _LONGEST_NAME = 255
 _LARGEST_TABLE = 64 << 20
@@ -67,8 +68,8 @@ class _Finder:
     def find(self) -> Found:
         base = self._path[-1]
         splits = {name.casefold(): each for name, each in base.folders.items() if name.casefold() in _SPLITS}
-        train = next((splits[name] for name in _TRAIN if name in splits), None)
-        validation = next((splits[name] for names in _VALIDATION for name in names if name in splits), None)
+        train = next((splits[name] for name in TRAIN_NAMES if name in splits), None)
+        validation = next((splits[name] for names in VALIDATION_NAMES for name in names if name in splits), None)
         if train is not None and (train.folders or len(splits) == len(base.folders)):
             used = [each for each in (train, validation) if each is not None]
             self._found.unused.extend(each.path for each in base.folders.values() if each not in used)
@@ -213,21 +214,24 @@ def _require_names(source: FileSource, class_ids: Iterable[str], images: Mapping
 
 
 def split_images(source: FileSource, images: Images, fraction: float) -> dict[str, Images]:
-    """Split every class: `fraction` of its images are for validation, at least one, and at least one is for training.
-
-    Those with the smallest SHA-256 of CLASS/NAME are taken, so the split depends on the names only. Raises `AsgoError`
-    for a class with a single image.
-    """
+    """Split every class with `validation_part`. Raises `AsgoError` for a class with a single image."""
     splits: dict[str, Images] = {"train": {}, "val": {}}
     for class_id, files in images.items():
         if len(files) < 2:
             raise AsgoError(f"{source.where('')}: class {class_id!r} has one image, too few to split; add images")
-        count = min(max(1, round(fraction * len(files))), len(files) - 1)
-        order = sorted(files, key=lambda name: hashlib.sha256(f"{class_id}/{name}".encode()).digest())
-        chosen = set(order[:count])
+        chosen = validation_part(class_id, files, fraction)
         splits["val"][class_id] = {name: file for name, file in files.items() if name in chosen}
         splits["train"][class_id] = {name: file for name, file in files.items() if name not in chosen}
     return splits
+
+
+def validation_part(class_id: str, names: Collection[str], fraction: float) -> set[str]:
+    """Return the names of a class's validation images: `fraction` of them, at least one, but not all.
+
+    Those with the smallest SHA-256 of CLASS/NAME are taken, so the split depends on the names only.
+    """
+    order = sorted(names, key=lambda name: hashlib.sha256(f"{class_id}/{name}".encode()).digest())
+    return set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
 
 
 def with_names(class_ids: Sequence[str], names: Mapping[str, str]) -> tuple[ImageClass, ...]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pipelines.data.image_sources.files_importer import FilesImporter
+from pipelines.data.image_sources.hub import PREFIX as HUB
+from pipelines.data.image_sources.hub import Choice, HubImporter
 from pipelines.data.image_sources.torchvision_sets import PREFIX as TORCHVISION
 from pipelines.data.image_sources.torchvision_sets import TorchvisionImporter
 from pipelines.data.images.importing import import_images
@@ -27,6 +29,8 @@ class SourceOptions:
     download: bool = False
     val_fraction: float | None = None
     skip_bad: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
     extract: bool | None = None
 
 
@@ -44,21 +48,33 @@ def prepare_images(
 
     Raises as `import_images` does, and `UsageError` for an unknown kind of source and for options that it lacks.
     """
-    importer: TorchvisionImporter | FilesImporter
+    importer = _importer(source, out, options, notify)
     checked: Collection[str] = ()
-    if source.startswith(TORCHVISION):
-        _require_only(options, source, "root", "download")
-        importer = TorchvisionImporter(source.removeprefix(TORCHVISION), options.root or ROOT)
-        if options.download:
-            checked = importer.download(report, notify)
-    else:
-        _require_only(options, source, "val_fraction", "skip_bad", "extract")
-        importer = _files_importer(source, out, options, notify)
+    if options.download and not isinstance(importer, FilesImporter):
+        checked = importer.download(report, notify)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of unusual but readable files
         return import_images(
             importer, out, extract=options.extract, workers=workers, overwrite=overwrite, checked=checked, report=report
         )
+
+
+def _importer(
+    source: str, out: Path, options: SourceOptions, notify: Notify
+) -> TorchvisionImporter | HubImporter | FilesImporter:
+    fraction = options.val_fraction
+    if fraction is not None and not 0 < fraction < 1:
+        raise UsageError(f"--val-fraction should be between 0 and 1, not {fraction:g}")
+    if source.startswith(TORCHVISION):
+        _require_only(options, source, "root", "download")
+        return TorchvisionImporter(source.removeprefix(TORCHVISION), options.root or ROOT)
+    if source.startswith(HUB):
+        columns = ("image_column", "label_column")
+        _require_only(options, source, "root", "download", "val_fraction", "skip_bad", "extract", *columns)
+        choice = Choice(options.image_column, options.label_column, fraction, options.skip_bad)
+        return HubImporter(source.removeprefix(HUB), options.root or ROOT, choice, notify)
+    _require_only(options, source, "val_fraction", "skip_bad", "extract")
+    return _files_importer(source, out, options, notify)
 
 
 def _require_only(options: SourceOptions, source: str, *allowed: str) -> None:
@@ -71,8 +87,8 @@ def _files_importer(source: str, out: Path, options: SourceOptions, notify: Noti
     path = Path(source)
     if not path.exists():
         raise UsageError(
-            f"{source}: no such folder or archive; a data set of torchvision is called {TORCHVISION}NAME, as in "
-            f"{TORCHVISION}CIFAR10"
+            f"{source}: no such folder or archive; data sets of torchvision are called {TORCHVISION}NAME, those of the "
+            f"hub {HUB}OWNER/NAME"
         )
     if holds_images(path):
         raise UsageError(f"{source}: already a folder of `asgo data`; train on it with --data {source}")

@@ -10,28 +10,24 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 from pyarrow import parquet
 
-from pipelines.data.imagenet.hub import LISTING, Listing, Split, hub_files, load_listing
+from pipelines.data.hub_copy import Listing, check_file, listed_digest, load_listing
+from pipelines.data.imagenet.hub import Split, hub_files
 from pipelines.data.images.importing import Contents
 from pipelines.data.images.index import SPLITS, ImageClass
 from pipelines.data.images.manifest import Layout
+from pipelines.data.images.parquet_images import IMAGES_AT_ONCE, batches, class_names, is_image_column, opened_table
 from pipelines.data.images.streams import SourceReader, StreamedImage, import_streams
-from pipelines.data.parquet_text import UnreadableColumn, rows_at_once
-from pipelines.data.progress import Progress, digest_of
+from pipelines.data.progress import Progress
 from pipelines.errors import AsgoError
-from pipelines.storage import parse_json
 
 _HUB_SPLITS: dict[str, Split] = {"train": "train", "val": "validation"}
 _PATH = re.compile(r"((?:(n\d{8})_\d+|ILSVRC2012_val_\d{8}))_(n\d{8})\.JPEG")
-_IMAGES_AT_ONCE = 32
 _NAMES_AT_ONCE = 1024
-_READ_BYTES = 2 << 20
 
 
 def read_hub_file(path: Path) -> Iterator[StreamedImage]:
@@ -42,7 +38,7 @@ def read_hub_file(path: Path) -> Iterator[StreamedImage]:
     """
     seen: set[str] = set()
     with _opened(path) as table:
-        for batch in _batches(path, table, _IMAGES_AT_ONCE, "image.bytes", "image.path"):
+        for batch in batches(path, table, IMAGES_AT_ONCE, "image.bytes", "image.path"):
             for image in batch.column(0).to_pylist():
                 wnid, name = _parse(path, image and image["path"], seen)
                 if not image["bytes"]:
@@ -68,7 +64,7 @@ def read_hub_classes(paths: Iterable[Path]) -> dict[str, str]:
         seen: set[str] = set()
         with _opened(path) as table:
             names = names or _label_names(path, table.schema_arrow)
-            for batch in _batches(path, table, _NAMES_AT_ONCE, "image.path", "label"):
+            for batch in batches(path, table, _NAMES_AT_ONCE, "image.path", "label"):
                 for image, label in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True):
                     wnid = _parse(path, image and image["path"], seen)[0]
                     if wnids.setdefault(label, wnid) != wnid or not 0 <= label < len(names):
@@ -79,44 +75,21 @@ def read_hub_classes(paths: Iterable[Path]) -> dict[str, str]:
     return {wnids[label]: name for label, name in enumerate(names)}
 
 
-def _batches(path: Path, table: parquet.ParquetFile, most: int, *columns: str) -> Iterator[pyarrow.RecordBatch]:
-    """Yield at most `most` rows at a time. Checks page sizes first: a kilobyte can decompress to gigabytes."""
-    with path.open("rb") as file:
-        for number in range(table.num_row_groups):
-            group = table.metadata.row_group(number)
-            rows = min(rows_at_once(file, group, column, most) for column in columns)
-            yield from table.iter_batches(rows, row_groups=[number], columns=list(columns))
-
-
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[parquet.ParquetFile]:
-    try:
-        # Without pre_buffer, which would load the whole file into memory.
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as table:
-            _require_columns(path, table.schema_arrow)
-            yield table
-    except UnreadableColumn as error:
-        raise AsgoError(f"{path}: {error}") from None
-    except (pyarrow.ArrowException, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise AsgoError(f"{path}: damaged file ({reason}); remove it and download it again") from None
-    except OSError as error:
-        raise AsgoError(f"{path}: {error.strerror or ' '.join(str(error).split())}") from None
-
-
-def _require_columns(path: Path, schema: pyarrow.Schema) -> None:
-    image: Any = schema.field("image").type if "image" in schema.names else pyarrow.null()
-    fields = {field.name: field.type for field in image} if pyarrow.types.is_struct(image) else {}
-    if fields.get("bytes") != pyarrow.binary() or fields.get("path") != pyarrow.string() or "label" not in schema.names:
-        raise AsgoError(f'{path}: no columns "image" (bytes, path) and "label"; it has {", ".join(map(str, schema))}')
+    with opened_table(path) as table:
+        schema = table.schema_arrow
+        if not is_image_column(schema, "image") or "label" not in schema.names:
+            columns = ", ".join(map(str, schema))
+            raise AsgoError(f'{path}: no columns "image" (bytes, path) and "label"; it has {columns}')
+        yield table
 
 
 def _label_names(path: Path, schema: pyarrow.Schema) -> list[str]:
-    """Return the class names from the metadata that `datasets` writes to its files."""
-    with contextlib.suppress(KeyError, ValueError, TypeError):
-        note: dict[str, Any] = parse_json((schema.metadata or {})[b"huggingface"])
-        return [str(name) for name in note["info"]["features"]["label"]["names"]]
-    raise AsgoError(f"{path}: the names of the classes are missing")
+    names = class_names(schema, "label")
+    if names is None:
+        raise AsgoError(f"{path}: the names of the classes are missing")
+    return names
 
 
 def _parse(path: Path, name: str | None, seen: set[str]) -> tuple[str, str]:
@@ -155,19 +128,10 @@ class HubImporter:
         return [path for split in SPLITS for path in self._files[split]]
 
     def expected(self, path: Path) -> str | None:
-        listed = () if self._listing is None else self._listing.files
-        digests = [file.sha256 for file in listed if Path(file.path).name == path.name and file.sha256]
-        return f"sha256:{digests[0]}" if digests else None
+        return listed_digest(self.folder, path)
 
     def check(self, path: Path, report: Progress) -> str:
-        digest = f"sha256:{digest_of(path, 'sha256', partial(report, f'checking {path.name}'))}"
-        expected = self.expected(path)
-        if expected is not None and digest != expected:
-            raise AsgoError(
-                f"{path}: its SHA-256 is not the one that the hub lists; remove it and get it again with --download, "
-                f"or remove {self.folder / LISTING} if the file is of another edition"
-            )
-        return digest
+        return check_file(self.folder, path, report)
 
     def make(self, out: Path, layout: Layout, workers: int, report: Progress) -> Contents:
         return import_streams(self._files, _READER, self._classes(report), out, layout, workers, report)

@@ -22,10 +22,17 @@ Pixels = NDArray[np.uint8]
 # libjpeg supports all multiples of 1/8, but other factors have no SIMD code and are slower than full size.
 _SHRINKS = (8, 4, 2)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-_STARTS = (
-    *(b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*"),
-    *(b"P%d%c" % (kind, space) for kind in range(1, 7) for space in b" \t\r\n"),
-)
+_JPEG = b"\xff\xd8\xff"
+_STARTS = {
+    _JPEG: ".jpg",
+    b"\x89PNG\r\n\x1a\n": ".png",
+    b"BM": ".bmp",
+    b"GIF87a": ".gif",
+    b"GIF89a": ".gif",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+    **{b"P%d%c" % (kind, space): ".ppm" for kind in range(1, 7) for space in b" \t\r\n"},
+}
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm"),
@@ -40,9 +47,11 @@ class BadImageError(AsgoError):
     """An image cannot be decoded; the message is one line with its name."""
 
 
-def is_image(head: bytes) -> bool:
-    """Whether a file that begins with these 16 bytes is an image of one of the formats."""
-    return head.startswith(_STARTS) or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+def image_suffix(head: bytes) -> str | None:
+    """Return the usual ending of the name of a file that begins with these 16 bytes; None if it is not an image."""
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return ".webp"
+    return next((suffix for start, suffix in _STARTS.items() if head.startswith(start)), None)
 
 
 class EncodedImage:
@@ -143,7 +152,7 @@ def picture_of(pixels: Pixels) -> Image.Image:
 
 def _header(data: bytes) -> tuple[int, int, bool] | None:
     """Return height, width and whether it is grey if simplejpeg can decode the image; None if Pillow must."""
-    if simplejpeg is None:
+    if simplejpeg is None or not data.startswith(_JPEG):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)

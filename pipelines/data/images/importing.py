@@ -96,8 +96,8 @@ def import_images(
 
     With `extract`, images become files in `train/<class id>` and `val/<class id>`, written by `workers` threads
     (default: one per CPU core); with False they are packed, with None the importer chooses; see `ImageManifest`.
-    `checked` names source files whose digest the caller has just verified. Calls `report` often as (phase, done,
-    total); the unit depends on the phase.
+    `checked` has the names of source files, relative to the importer's folder, whose digest the caller has just
+    verified. Calls `report` often as (phase, done, total); the unit depends on the phase.
 
     Raises:
         UsageError: a source file is missing, or `out` holds other files or was made with other options.
@@ -116,9 +116,9 @@ def import_images(
             report = _stoppable(report, stop)
             paths = importer.find(report)
             state = begin_or_resume(out, new, overwrite)
-            _require_same_files(out, state, paths)
+            _require_same_files(out, state, [_name(importer, path) for path in paths])
             for path in paths:
-                state = _check(out, state, importer, path, path.name in checked, report)
+                state = _check(out, state, importer, path, _name(importer, path) in checked, report)
             contents = importer.make(out, layout, workers or os.cpu_count() or 1, report)
             if extract:
                 report(WAITING, 0, 1)
@@ -187,8 +187,14 @@ def _stoppable(report: Progress, stop: StopRequest) -> Progress:
     return stoppable
 
 
-def _require_same_files(out: Path, state: Unfinished, paths: Sequence[Path]) -> None:
-    gone = {each.file for each in state.source_files} - {path.name for path in paths}
+def _name(importer: ImageImporter, path: Path) -> str:
+    """Return the path of a source file relative to the importer's folder, or its name if it is not in there."""
+    is_inside = importer.folder in path.parents
+    return str(path.relative_to(importer.folder)) if is_inside else path.name
+
+
+def _require_same_files(out: Path, state: Unfinished, names: Sequence[str]) -> None:
+    gone = {each.file for each in state.source_files} - {*names}
     if gone:
         raise UsageError(f"{min(gone)}: missing, but {out} was started with it; pass --overwrite to start again")
 
@@ -198,7 +204,8 @@ def _check(
 ) -> Unfinished:
     """Check a file, unless an earlier call did, and record the result in the folder."""
     known = {each.file: each for each in state.source_files}
-    before, expected, status = known.get(path.name), importer.expected(path), path.stat()
+    name = _name(importer, path)
+    before, expected, status = known.get(name), importer.expected(path), path.stat()
     if before is not None and (before.bytes, before.modified_ns) == (status.st_size, status.st_mtime_ns):
         digest = expected or before.digest
     elif is_checked and expected is not None:
@@ -207,10 +214,10 @@ def _check(
         digest = importer.check(path, report)
     if before is not None and before.digest != digest:
         raise UsageError(f"{path}: has changed since {out} was started; pass --overwrite to start again")
-    now = SourceFile(file=path.name, bytes=status.st_size, digest=digest, modified_ns=status.st_mtime_ns)
+    now = SourceFile(file=name, bytes=status.st_size, digest=digest, modified_ns=status.st_mtime_ns)
     if now == before:
         return state
-    state = state.model_copy(update={"source_files": tuple({**known, path.name: now}.values())})
+    state = state.model_copy(update={"source_files": tuple({**known, name: now}.values())})
     save_unfinished(out, state)
     return state
 

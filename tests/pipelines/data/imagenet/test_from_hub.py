@@ -16,7 +16,7 @@ import pytest
 from pyarrow import parquet
 
 from pipelines.data import parquet_text
-from pipelines.data.imagenet.hub import LISTING, HubFile, Listing
+from pipelines.data.hub_copy import LISTING, HubFile, Listing
 from pipelines.data.imagenet.hub_files import read_hub_classes, read_hub_file
 from pipelines.data.imagenet.importer import prepare_imagenet
 from pipelines.data.images.image_sets import open_images
@@ -104,7 +104,7 @@ def test_the_manifest_has_the_commit_and_the_digests_of_the_files(tmp_path: Path
     manifest = prepare(copy, tmp_path / "out")
     assert manifest.revision == "c0ffee"
     assert {each.file: each.digest for each in manifest.source_files} == {
-        path.name: f"sha256:{sha256_of(path)}" for path in paths
+        f"data/{path.name}": f"sha256:{sha256_of(path)}" for path in paths
     }
 
 

@@ -16,7 +16,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from pipelines.data.imagenet.hub import LISTING, REPOSITORY, hub_files
+from pipelines.data.hub_copy import LISTING
+from pipelines.data.imagenet.hub import REPOSITORY, hub_files
 from pipelines.data.imagenet.hub_files import read_hub_classes, read_hub_file
 from pipelines.data.images.streams import StreamedImage
 from pipelines.errors import AsgoError
