@@ -185,7 +185,7 @@ class DecoderSettings(ModelSettings):
     @field_validator("kind", mode="before")
     @classmethod
     def _is_known(cls, kind: object) -> object:
-        if kind not in DECODERS:
+        if kind not in [*DECODERS]:  # a list, since what stands in a file may have no hash
             raise ValueError(f"unknown decoder {kind!r}; known: {', '.join(DECODERS)}")
         return kind
 
@@ -783,7 +783,7 @@ def run_config_of(values: Mapping[str, Any]) -> type[RunConfig]:
         (kind for kind in RUN_CONFIGS if kind.trains(task_name(values.get("task")))), GPTRunConfig
     )
     model = values.get("model")
-    decoder = DECODERS.get(model.get("kind", "gpt")) if isinstance(model, Mapping) else None
+    decoder = DECODERS.get(str(model.get("kind", "gpt"))) if isinstance(model, Mapping) else None
     if run_config is GPTRunConfig and decoder not in (None, GPTSettings):
         run_config = _with_decoder(decoder)
     return run_config

@@ -223,26 +223,29 @@ def _without_consequences(errors: list[ErrorDetails]) -> list[ErrorDetails]:
 def _without_other_kind(
     errors: list[ErrorDetails], layers: Sequence[Layer], sources: Mapping[str, str]
 ) -> tuple[list[ErrorDetails], list[str]]:
-    """Replace unknown keys of a decoder that a higher layer exchanged for one of another kind by one line."""
-    chosen = [index for index, layer in enumerate(layers) if "model.kind" in layer.values]
-    lower = layers[: chosen[-1]] if chosen else ()
-    places = {layer.source for layer in lower}
+    """Replace unknown keys that a lower layer has for a decoder of another kind by one line."""
+    kinds = {layer.source: str(layer.values["model.kind"]) for layer in layers if "model.kind" in layer.values}
+    kinds = {layers[0].source: "gpt", **kinds}  # a decoder without a kind is a "gpt"
+    asker, kind = [*kinds.items()][-1]
+    others = [(source, other) for source, other in kinds.items() if other != kind and other in DECODERS]
+    if not others:
+        return errors, []
+    source, other = others[-1]
+    places = [layer.source for layer in layers]
+    lower = places[: places.index(asker)]
     stale = [
         details
         for details in errors
         if details["type"] == "extra_forbidden"
         and details["loc"][0] == "model"
-        and sources.get(".".join(map(str, details["loc"]))) in places
+        and details["loc"][-1] in DECODERS[other].model_fields
+        and sources.get(".".join(map(str, details["loc"]))) in lower
     ]
     if not stale:
         return errors, []
-    asked = layers[chosen[-1]]
-    kind = asked.values["model.kind"]
-    before = [(each.source, each.values["model.kind"]) for each in lower if "model.kind" in each.values]
-    source, other = before[-1] if before else (lower[0].source, "gpt")
     keys = ", ".join(str(details["loc"][-1]) for details in stale)
     problem = (
-        f"{asked.source}: model.kind = {kind!r}: the model of {source} is a {other!r}, with keys that a {kind!r} "
+        f"{asker}: model.kind = {kind!r}: the model of {source} is a {other!r}, with keys that a {kind!r} "
         f"does not have: {keys}; {_how_to_get(kind, source)}"
     )
     return [details for details in errors if details not in stale], [problem]

@@ -41,9 +41,8 @@ DEFAULT_NAMES = (
 
 Without heavyball's PSGD, which compiles for minutes on a CPU.
 """
-PEER_LIBRARIES = tuple(
-    dict.fromkeys(name.split(".")[0] for name in DEFAULT_NAMES if "." in name and "torch." not in name)
-)
+_PATHS = [import_path_of(split_optimizer(name)[0]) for name in DEFAULT_NAMES]
+PEER_LIBRARIES = tuple(dict.fromkeys(path.place for path in _PATHS if path is not None and path.place != "torch"))
 
 _TOTAL_STEPS = 10_000
 # Our optimizers without default settings: the authors' settings for a language model, at the first step.

@@ -43,6 +43,7 @@ from pipelines.benchmarks.utilization import flops_per_token, peak_flops
 from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.batches import open_token_data
+from pipelines.errors import UsageError
 from pipelines.training.clock import Lap
 from pipelines.training.device import describe_device, pick_device, pick_precision
 from pipelines.training.gpt_task import build_decoder
@@ -210,7 +211,8 @@ def bench_training(settings: TrainingBenchSettings, reporter: BenchReporter) -> 
 def _describe_work(workload: Workload, config: GPTRunConfig, device: torch.device) -> TrainingWork:
     with torch.device("meta"):
         model = build_decoder(config.model, workload.tokenizer.vocab_size)
-    assert isinstance(model, GPT | Transformer)
+    if not isinstance(model, GPT | Transformer):
+        raise UsageError(f"--preset {workload.preset}: a {config.model.kind}, which this benchmark does not know")
     return TrainingWork(
         model=workload.model,
         parameters=sum(param.numel() for param in model.parameters()),

@@ -89,6 +89,16 @@ def test_an_unknown_decoder_is_named_with_those_that_there_are(token_folder: Pat
         resolve([Layer("test", settings(token_folder) | {"model.kind": "trigram"})])
 
 
+@pytest.mark.parametrize("kind", [["gpt"], 3, None])
+def test_a_kind_that_is_no_name_is_one_line(kind: object, token_folder: Path) -> None:
+    with pytest.raises(UsageError) as error:
+        resolve([preset_layer("gpt", "tiny"), Layer("my.toml", {"model.kind": kind})])
+    assert str(error.value) == f"my.toml: model.kind: unknown decoder {kind!r}; known: gpt, transformer, bigram"
+    layers = [preset_layer("gpt", "llama-tiny"), Layer("my.toml", {"model.kind": kind})]
+    with pytest.raises(UsageError, match=r"^--set: model\.kind = 'gpt': the model of preset llama-tiny"):
+        resolve([*layers, Layer("--set", {"model.kind": "gpt"})])
+
+
 def test_a_configuration_without_a_kind_is_a_gpt(token_folder: Path) -> None:
     """As those of older runs."""
     run_config = resolve([preset_layer("gpt", "tiny"), Layer("test", {**SMALL, "data.folder": str(token_folder)})])
@@ -110,6 +120,17 @@ def test_keys_of_a_preset_with_another_decoder_are_one_line_that_says_what_to_do
         "model.context_length, model.n_layers, model.n_heads, model.d_model, model.d_ff there"
     )
     assert own.startswith("--set: model.softcap: unknown key; known: kind, context_length")
+
+
+def test_a_kind_that_is_given_twice_and_a_misspelled_key_are_named_as_ever() -> None:
+    preset, file = preset_layer("gpt", "llama-tiny"), Layer("my.toml", {"model.kind": "gpt", "model.gelo": "tanh"})
+    with pytest.raises(UsageError) as error:
+        resolve([preset, file, Layer("--set", {"model.kind": "gpt"})])
+    line, own = str(error.value).splitlines()
+    assert line.startswith("--set: model.kind = 'gpt': the model of preset llama-tiny is a 'transformer', with keys")
+    assert own == "my.toml: model.gelo: unknown key; did you mean 'gelu'?"
+    with pytest.raises(UsageError, match=r"^my\.toml: model\.gelo: unknown key; did you mean 'gelu'\?$"):
+        resolve([preset_layer("gpt", "tiny"), file, Layer("--set", {"model.kind": "gpt"})])
 
 
 def test_a_run_keeps_its_decoder() -> None:
