@@ -59,9 +59,12 @@ def gradients_synchronized(network: nn.Module, now: bool) -> Iterator[None]:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile the model in place; a sharded one layer by layer, since FSDP2 gathers the weights between layers."""
+    """Compile the model in place; a sharded one layer by layer, since FSDP2 gathers the weights between layers.
+
+    For the shapes that it gets: a graph for any batch size, which torch would make after a second size, is slower.
+    """
     for module in _layers(model) if isinstance(model, FSDPModule) else [model]:
-        module.compile()
+        module.compile(dynamic=False)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
