@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.cache import KeyValueCache, LayerCache
+from models.norms import LayerNorm
 
 _INIT_STD = 0.02
 Gelu = Literal["exact", "tanh"]
@@ -63,9 +64,9 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, d_ff: int, bias: bool, dropout: float, gelu: Gelu) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(d_model, bias=bias)
+        self.attention_norm = LayerNorm(d_model, bias=bias)
         self.attention = CausalSelfAttention(d_model, n_heads, bias, dropout)
-        self.feed_forward_norm = nn.LayerNorm(d_model, bias=bias)
+        self.feed_forward_norm = LayerNorm(d_model, bias=bias)
         self.feed_forward = FeedForward(d_model, d_ff, bias, gelu)
         self.dropout = nn.Dropout(dropout)
 
@@ -119,7 +120,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(context_length, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, bias, dropout, gelu) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model, bias=bias)
+        self.norm = LayerNorm(d_model, bias=bias)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied_head:
             self.head.weight = self.token_embedding.weight

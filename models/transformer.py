@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.cache import KeyValueCache, LayerCache
+from models.norms import LayerNorm, RMSNorm
 
 Norm = Literal["rms", "layer"]
 Positions = Literal["rotary", "learned"]
@@ -84,19 +85,10 @@ class TransformerConfig:
         return self.d_model // self.n_heads
 
 
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the dtype of its input: a float32 gain leaves a bfloat16 residual stream as it is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) → (..., d)."""
-        gain: Tensor | None = self.weight
-        return functional.rms_norm(x, self.normalized_shape, None if gain is None else gain.to(x.dtype), self.eps)
-
-
 def _norm(config: TransformerConfig) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.d_model, config.norm_eps, config.norm_gain)
-    return nn.LayerNorm(config.d_model, config.norm_eps, config.norm_gain, config.bias)
+    return LayerNorm(config.d_model, config.norm_eps, config.norm_gain, config.bias)
 
 
 class Rotary(nn.Module):

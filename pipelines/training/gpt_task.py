@@ -92,7 +92,9 @@ class GPTTask:
             from_start=config.evaluation.tokens is not None,
             pinned=pinned,
         )
-        self.model = place_model(build_decoder(config.model, self.data.vocab_size), device, ranks, config.runtime)
+        self._dtype = pick_precision(training, device)
+        model = build_decoder(config.model, self.data.vocab_size)
+        self.model = place_model(model, device, ranks, config.runtime, self._dtype)
         self.network: nn.Module = self.model
         # Compiled, it makes no float32 copy of the logits, the largest tensor of all.
         self._compiled = config.runtime.compile
@@ -100,7 +102,6 @@ class GPTTask:
         self._z_loss = getattr(config.model, "z_loss", 0.0)
         self._ranks = ranks
         self._device = device
-        self._dtype = pick_precision(training, device)
 
     def load_initial_weights(self) -> None:
         """Load the weights of `init_from`; raises like `pipelines.hf.initial_weights.load_initial_weights`."""
