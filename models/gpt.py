@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.cache import KeyValueCache, LayerCache
+from models.chunked_loss import chunked_cross_entropy
+from models.norms import LayerNorm
 
 _INIT_STD = 0.02
 Gelu = Literal["exact", "tanh"]
@@ -63,9 +65,9 @@ class Block(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int, d_ff: int, bias: bool, dropout: float, gelu: Gelu) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(d_model, bias=bias)
+        self.attention_norm = LayerNorm(d_model, bias=bias)
         self.attention = CausalSelfAttention(d_model, n_heads, bias, dropout)
-        self.feed_forward_norm = nn.LayerNorm(d_model, bias=bias)
+        self.feed_forward_norm = LayerNorm(d_model, bias=bias)
         self.feed_forward = FeedForward(d_model, d_ff, bias, gelu)
         self.dropout = nn.Dropout(dropout)
 
@@ -119,7 +121,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(context_length, d_model)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(d_model, n_heads, d_ff, bias, dropout, gelu) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model, bias=bias)
+        self.norm = LayerNorm(d_model, bias=bias)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
         if tied_head:
             self.head.weight = self.token_embedding.weight
@@ -172,8 +174,12 @@ def next_token_loss(logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> Ten
     """Return the mean cross-entropy in nats, computed in float32; (batch, time, vocab_size), (batch, time) → ().
 
     Adds `z_loss` times the mean of the squared logarithm of the softmax's denominator, which keeps logits from
-    drifting (PaLM, arXiv 2204.02311, section 5).
+    drifting (PaLM, arXiv 2204.02311, section 5). Targets of -100 are ignored.
+
+    On a GPU, no float32 copy of the logits is kept: compiled, the casts are in the kernels; else it works in chunks.
     """
+    if logits.is_cuda and not torch.compiler.is_compiling():
+        return chunked_cross_entropy(logits.flatten(0, 1), targets.flatten(), z_loss)
     logits = logits.float().flatten(0, 1)
     loss = functional.cross_entropy(logits, targets.flatten())
     return loss + z_loss * logits.logsumexp(-1).square().mean() if z_loss else loss

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models.cache import KeyValueCache, LayerCache
+from models.norms import LayerNorm, RMSNorm, rms_norm
 
 Norm = Literal["rms", "layer"]
 Positions = Literal["rotary", "learned"]
@@ -84,25 +85,10 @@ class TransformerConfig:
         return self.d_model // self.n_heads
 
 
-def _rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """RMS-normalize (..., d) in the dtype of the input, to which a gain (d,) is cast."""
-    unit = functional.rms_norm(x, x.shape[-1:], None if gain is None else gain.to(x.dtype), eps)
-    return unit.to(x.dtype)  # on a GPU, autocast returns float32
-
-
-class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` in the dtype of its input: a float32 gain leaves a bfloat16 residual stream as it is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) → (..., d)."""
-        assert self.eps is not None
-        return _rms_norm(x, self.weight, self.eps)
-
-
 def _norm(config: TransformerConfig) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.d_model, config.norm_eps, config.norm_gain)
-    return nn.LayerNorm(config.d_model, config.norm_eps, config.norm_gain, config.bias)
+    return LayerNorm(config.d_model, config.norm_eps, config.norm_gain, config.bias)
 
 
 class Rotary(nn.Module):
@@ -162,7 +148,7 @@ class Attention(nn.Module):
         config = self.config
         queries, keys, values = (self._split_heads(part(x)) for part in (self.query, self.key, self.value))
         if config.qk_norm:
-            queries, keys = (_rms_norm(each, None, config.norm_eps) for each in (queries, keys))
+            queries, keys = (rms_norm(each, None, config.norm_eps) for each in (queries, keys))
         if rotation is not None:
             queries, keys = (rotate(each, rotation, config.rotary_style) for each in (queries, keys))
         is_first = cache is None or cache.length == 0

@@ -11,26 +11,38 @@ from models.transformer import Transformer
 from pipelines.config import GPTSettings, TransformerSettings
 
 _PEAKS = (
-    (r"B200", 2_250e12),
+    (r"GB[23]00", 2_500e12),
+    (r"B[23]00", 2_250e12),
+    (r"H200 NVL", 836e12),
     (r"GH200|H200", 989e12),
-    (r"H100 PCIe", 756e12),
+    (r"H[18]00 PCIe", 756e12),
     (r"H100 NVL", 835e12),
-    (r"H100", 989e12),
-    (r"A100", 312e12),
-    (r"L40S", 362e12),
+    (r"H[18]00", 989e12),
+    (r"H20", 148e12),
+    (r"A[18]00", 312e12),
+    (r"A40", 150e12),
+    (r"A30", 165e12),
     (r"A10", 125e12),
+    (r"L40S", 362e12),
+    (r"L40", 181e12),
     (r"L4", 121e12),
+    (r"RTX PRO 6000 Blackwell Workstation", 504e12),
+    (r"RTX 6000 Ada", 364e12),
+    (r"RTX A6000", 155e12),
+    (r"RTX A5000", 111e12),
+    (r"RTX 5090$", 209.5e12),
     (r"RTX 4090$", 165e12),
     (r"RTX 3090$", 71e12),
 )
-# Names of GPU slices and of GPUs with reduced power contain the full GPU's name.
-_LESS_THAN_ITS_NAME = re.compile(r"\bMIG\b|Laptop|Max-Q")
+# Names of GPU slices (MIG, vGPU) and of GPUs with reduced power contain the full GPU's name.
+_LESS_THAN_ITS_NAME = re.compile(r"\bMIG\b|Laptop|Max-Q|-\d+[ABCQ]$")
 
 
 def peak_flops(device: str) -> float | None:
     """Return the peak FLOP per second of a GPU by its CUDA name, or None if it is not in the table.
 
-    For dense bfloat16 products with float32 accumulation, from NVIDIA's data sheets.
+    For dense bfloat16 products with float32 accumulation, from NVIDIA's data sheets, which often
+    give twice as much, for sparse matrices.
     """
     if _LESS_THAN_ITS_NAME.search(device):
         return None

@@ -28,9 +28,11 @@ def pick_device(runtime: RuntimeSettings) -> torch.device:
 
 
 def pick_precision(training: TrainingSettings, device: torch.device) -> torch.dtype:
-    """Return the dtype of the forward pass. `auto` is bfloat16 on a GPU that supports it, else float32."""
+    """Return the dtype of the forward pass. `auto` is bfloat16 on a GPU that computes in it, else float32."""
     if training.precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+        # GPUs before Ampere only emulate bfloat16, slower than float32.
+        computes = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if computes else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
 
 

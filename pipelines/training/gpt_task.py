@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from models.gpt import next_token_loss
 from pipelines.config import DecoderSettings, GPTRunConfig
@@ -21,6 +22,9 @@ from pipelines.training.device import autocast, memory_bytes, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
+
+_IGNORED = -100
+"""Target of a position without a token, which the cross-entropy ignores."""
 
 
 def build_decoder(settings: DecoderSettings, vocab_size: int) -> nn.Module:
@@ -88,14 +92,16 @@ class GPTTask:
             from_start=config.evaluation.tokens is not None,
             pinned=pinned,
         )
-        self.model = place_model(build_decoder(config.model, self.data.vocab_size), device, ranks, config.runtime)
+        self._dtype = pick_precision(training, device)
+        model = build_decoder(config.model, self.data.vocab_size)
+        self.model = place_model(model, device, ranks, config.runtime, self._dtype)
         self.network: nn.Module = self.model
         # Compiled, it makes no float32 copy of the logits, the largest tensor of all.
-        self._cross_entropy = torch.compile(next_token_loss) if config.runtime.compile else next_token_loss
+        self._compiled = config.runtime.compile
+        self._cross_entropy = torch.compile(next_token_loss, dynamic=False) if self._compiled else next_token_loss
         self._z_loss = getattr(config.model, "z_loss", 0.0)
         self._ranks = ranks
         self._device = device
-        self._dtype = pick_precision(training, device)
 
     def load_initial_weights(self) -> list[str]:
         """Load the weights of `init_from`; raises like `pipelines.hf.initial_weights.load_initial_weights`."""
@@ -131,7 +137,10 @@ class GPTTask:
                 self.model.train()
                 return None
             # A rank without windows computes one too, with weight 0: the forward pass of a sharded model is collective.
-            loss = self._cross_entropy(*self._logits_and_targets(self._validation.read(windows or range(1))))
+            batch = self._validation.read(windows or range(1))
+            if self._compiled:  # a batch of another shape would be compiled, too
+                batch = _padded(batch, self._rows.micro_batch_size)
+            loss = self._cross_entropy(*self._logits_and_targets(batch))
             total += loss.to(dtype) * len(windows)
         self.model.train()
         return {"loss": self._ranks.sum(total).item() / len(self._validation)}
@@ -150,3 +159,10 @@ class GPTTask:
     def description(self) -> dict[str, Any]:
         """Return the data's fingerprint and its tokenizer, so that a checkpoint alone can generate text."""
         return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer}
+
+
+def _padded(batch: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
+    """Append rows that the mean cross-entropy ignores, up to (rows, time)."""
+    inputs, targets = batch
+    missing = (0, 0, 0, rows - len(inputs))
+    return functional.pad(inputs, missing), functional.pad(targets, missing, value=_IGNORED)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.config import RuntimeSettings
@@ -17,10 +17,17 @@ from pipelines.training.distributed import Ranks
 from pipelines.training.synchronized_norm import synchronize_batch_norms
 
 
-def place_model(model: nn.Module, device: torch.device, ranks: Ranks, runtime: RuntimeSettings) -> nn.Module:
+def place_model(
+    model: nn.Module,
+    device: torch.device,
+    ranks: Ranks,
+    runtime: RuntimeSettings,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
     """Move the model to its device; shard it if the settings ask for that; synchronize batch normalization over ranks.
 
-    A sharded model moves layer by layer: no device holds all of it.
+    A sharded model moves layer by layer: no device holds all of it. With `dtype` bfloat16, its layers are gathered in
+    bfloat16; gradients are reduced in float32.
     """
     if ranks.size > 1:
         model = synchronize_batch_norms(model, device)
@@ -30,10 +37,24 @@ def place_model(model: nn.Module, device: torch.device, ranks: Ranks, runtime: R
     # FSDP2 gathers parameters of one dtype together: a bfloat16 embedding has a group of its own.
     embeddings = [child for child in model.children() if isinstance(child, nn.Embedding)]
     halves = [each for each in embeddings if each.weight.dtype == torch.bfloat16]
-    for layer in [*_layers(model), *halves]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for layer in _layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=_layer_policy(dtype))
+    for embedding in halves:
+        fully_shard(embedding, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in float32: embeddings, the last normalization and the head
     return model.to(device)  # the buffers
+
+
+def _layer_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Return the precision of a layer whose forward pass autocast runs in `dtype`.
+
+    Trap: autocast keeps its own copies of float32 weights for the backward pass, which then hold all layers at once.
+    It copies no weights that FSDP2 has gathered in bfloat16. Inputs and outputs of layers stay as autocast makes them:
+    a residual stream and normalizations in float32.
+    """
+    if dtype != torch.bfloat16:
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def wrap_in_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:
@@ -59,9 +80,12 @@ def gradients_synchronized(network: nn.Module, now: bool) -> Iterator[None]:
 
 
 def compile_model(model: nn.Module) -> None:
-    """Compile the model in place; a sharded one layer by layer, since FSDP2 gathers the weights between layers."""
+    """Compile the model in place; a sharded one layer by layer, since FSDP2 gathers the weights between layers.
+
+    For the shapes that it gets: a graph for any batch size, which torch would make after a second size, is slower.
+    """
     for module in _layers(model) if isinstance(model, FSDPModule) else [model]:
-        module.compile()
+        module.compile(dynamic=False)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from pipelines.config import RunConfig
+from pipelines.data.batches import ValidationBatches, open_token_data
 from pipelines.training.checkpoint import open_checkpoint
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
@@ -31,3 +35,38 @@ def test_a_compiled_model_trains_alike(
         open_checkpoint(tmp_path / str(c) / "checkpoints/step-00000002").model_tensors() for c in (False, True)
     )
     assert one.keys() == other.keys()
+
+
+class Graphs:
+    """A backend of torch.compile that keeps the graphs, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.batch_sizes: dict[bool, set[Any]] = {True: set(), False: set()}
+        """Sizes of the first dimension of the graphs' token inputs, for training and for validation."""
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        tokens = [each for each in inputs if isinstance(each, torch.Tensor) and each.dtype == torch.int64]
+        self.batch_sizes[torch.is_grad_enabled()] |= {each.shape[0] for each in tokens}
+        return graph.forward
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    backend = Graphs()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    yield backend
+    torch.compiler.reset()
+
+
+def test_a_smaller_last_validation_batch_is_padded_and_no_graph_is_dynamic(
+    graphs: Graphs, small_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    whole = {"training__batch_size": 5, "evaluation__batches": 1000, "training__steps": 2, "evaluation__every": 2}
+    plain = train(small_config(**whole), tmp_path / "plain", SilentReporter())
+    compiled = train(small_config(**whole, runtime__compile=True), tmp_path / "compiled", SilentReporter())
+    batches = len(ValidationBatches(open_token_data(Path(small_config().data.folder)), 16, None))
+    assert batches % 5
+    assert graphs.batch_sizes == {True: {5}, False: {5}}
+    assert all(type(size) is int for sizes in graphs.batch_sizes.values() for size in sizes)
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], rel=1e-6)
