@@ -96,7 +96,10 @@ SetOption = Annotated[
     ),
 ]
 CompileOption = Annotated[
-    bool | None, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile", help="Compile the model with torch.compile.", show_default="on a CUDA device only"
+    ),
 ]
 ShardOptimizerOption = Annotated[
     bool | None,

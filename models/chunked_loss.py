@@ -20,7 +20,7 @@ def chunked_cross_entropy(logits: Tensor, targets: Tensor, z_loss: float = 0.0) 
     `functional.cross_entropy(logits.float(), targets)` up to rounding. Computes some rows at a time, forward and
     backward, and keeps the logits as they are and one float32 number a row.
     """
-    loss: Tensor = _ChunkedCrossEntropy.apply(logits, targets, z_loss)  # type: ignore[no-untyped-call]
+    loss: Tensor = _ChunkedCrossEntropy.apply(logits, targets, z_loss)
     return loss
 
 
@@ -42,7 +42,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss + z_loss * normalizers.square().mean() if z_loss else loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, places, normalizers, counted, count = ctx.saved_tensors
         of_loss = torch.where(counted, grad / count, 0)[:, None]
         of_normalizer = of_loss + (2 * ctx.z_loss / len(logits)) * grad * normalizers[:, None]

@@ -649,7 +649,8 @@ class RuntimeSettings(Settings):
     """Devices, parallelism and trackers. These settings may change when a run is resumed."""
 
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    compile: bool = False
+    compile: Literal["auto", True, False] = "auto"
+    """Whether to compile the model; `auto`: on a CUDA device."""
     shard_optimizer: bool = False
     """Whether to shard the optimizer: each process keeps the state and computes the updates of some of the weights."""
     shard_model: bool = False

@@ -16,6 +16,7 @@ from pipelines.data.tokenizers import Tokens
 from pipelines.errors import UsageError
 from pipelines.hf import llama
 from pipelines.training.clock import Lap, StepClock
+from pipelines.training.device import compiles
 
 _LR, _BETAS, _WEIGHT_DECAY = 6e-4, (0.9, 0.95), 0.1  # nanoGPT's for GPT-2 124 M
 
@@ -53,7 +54,7 @@ class PlainTrainer:
         others = [param for param in self._model.parameters() if param.ndim < 2]
         groups = [{"params": decayed, "weight_decay": _WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=_LR, betas=_BETAS, fused=True)
-        if config.runtime.compile:
+        if compiles(config.runtime, device):
             self._model.compile()
         self._clock = StepClock(device)
         self._next = self._batch()

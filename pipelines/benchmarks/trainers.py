@@ -11,10 +11,12 @@ from pipelines.config import GPTRunConfig
 from pipelines.stopping import StopRequest
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import Lap, StepClock
+from pipelines.training.device import compiles
 from pipelines.training.gpt_task import GPTTask
-from pipelines.training.loop import Run, train_step
+from pipelines.training.loop import train_step
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model
+from pipelines.training.run import Run
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.train import fresh_state
 
@@ -38,7 +40,7 @@ class LoopTrainer:
         task = GPTTask(config, device)
         state = fresh_state(task, config, device)
         self.optimizer = state.optimizer
-        if config.runtime.compile:
+        if compiles(config.runtime, device):
             compile_model(task.model)
         folder = RunFolder(Path(config.data.folder, "run"))  # a step uses neither the folder nor the writer
         writer = CheckpointWriter(folder, config.checkpoint.keep)

@@ -26,7 +26,6 @@ from pipelines.benchmarks.training_workload import (
     Workload,
     choose_workload,
     configure,
-    largest_divisor,
 )
 from pipelines.benchmarks.turns import (
     BenchReporter,
@@ -45,7 +44,8 @@ from pipelines.config import GPTRunConfig, RuntimeSettings
 from pipelines.data.batches import open_token_data
 from pipelines.errors import UsageError
 from pipelines.training.clock import Lap
-from pipelines.training.device import describe_device, pick_device, pick_precision
+from pipelines.training.device import compiles, describe_device, pick_device, pick_precision
+from pipelines.training.distributed import largest_divisor
 from pipelines.training.gpt_task import build_decoder
 
 _BATCHES_OF_TOKENS = 4
@@ -224,7 +224,7 @@ def _describe_work(workload: Workload, config: GPTRunConfig, device: torch.devic
         batch_size=workload.batch_size,
         flops_per_token=flops_per_token(model, config.model),
         precision=str(pick_precision(config.training, device)).removeprefix("torch."),
-        compiled=config.runtime.compile,
+        compiled=compiles(config.runtime, device),
     )
 
 

@@ -14,6 +14,7 @@ from pipelines.errors import UsageError
 from pipelines.optimizers import split_optimizer
 from pipelines.resolve import Layer, assignment_layer, preset_layer
 from pipelines.steps import resolve_run
+from pipelines.training.distributed import largest_divisor
 
 DEFAULT_OPTIMIZERS = ("adamw", "accasro", "muon", "asgo")
 
@@ -128,8 +129,3 @@ def configure(
     config = resolve_run([preset, Layer("asgo bench train", values), Layer(f"--optimizer {text}", optimizer)])
     assert isinstance(config, GPTRunConfig)
     return config
-
-
-def largest_divisor(number: int, at_most: int) -> int:
-    """Return the largest divisor of `number` up to `at_most`."""
-    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

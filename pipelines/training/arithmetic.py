@@ -13,11 +13,12 @@ import torch
 from optim import native
 from optim.matrix_functions import bfloat16_on_cpu, use_bfloat16_on_cpu
 from pipelines.config import RuntimeSettings
-from pipelines.training.device import describe_device
+from pipelines.training.device import compiles, describe_device
 from pipelines.training.distributed import Ranks
 
 Arithmetic = dict[str, str]
 
+COMPILER = "torch.compile"
 _KERNEL = "optimizer"
 _PRODUCTS = "orthogonalization"
 _OPERATIONS = "PyTorch operations"
@@ -43,7 +44,7 @@ def agree_on_arithmetic(
         "torch": torch.__version__,
         "device": describe_device(device),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch.compile": "on" if runtime.compile else "off",
+        COMPILER: "on" if compiles(runtime, device) else "off",
         _KERNEL: native.description() if takes_kernels else _OPERATIONS,
         _PRODUCTS: "bfloat16" if device.type != "cpu" or bfloat16_on_cpu() else "float32",
     }

@@ -36,6 +36,11 @@ def pick_precision(training: TrainingSettings, device: torch.device) -> torch.dt
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[training.precision]
 
 
+def compiles(runtime: RuntimeSettings, device: torch.device) -> bool:
+    """Whether a run on this device compiles its model. `auto` is on for a CUDA device."""
+    return device.type == "cuda" if runtime.compile == "auto" else runtime.compile
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[object]:
     """Context manager that runs the forward pass in `dtype`. Weights stay in float32."""
     if dtype == torch.float32:

@@ -205,3 +205,8 @@ def local_batch(training: TrainingSettings, ranks: Ranks) -> LocalBatch:
             f"{ranks.size} processes has of a batch of {training.batch_size}"
         )
     return LocalBatch(rows, micro_batch_size)
+
+
+def largest_divisor(number: int, at_most: int) -> int:
+    """Return the largest divisor of `number` up to `at_most`, for a size of micro-batches."""
+    return next(divisor for divisor in range(min(number, at_most), 0, -1) if number % divisor == 0)

@@ -18,7 +18,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.hf.initial_model import refuse_other_vocabulary
 from pipelines.hf.initial_weights import load_initial_weights
 from pipelines.tensors import Tensors, require_same_names
-from pipelines.training.device import autocast, memory_bytes, pick_precision
+from pipelines.training.device import autocast, compiles, memory_bytes, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
 from pipelines.training.parallel import place_model
 from pipelines.training.task import Batch
@@ -97,9 +97,10 @@ class GPTTask:
         self.model = place_model(model, device, ranks, config.runtime, self._dtype)
         self.network: nn.Module = self.model
         # Compiled, it makes no float32 copy of the logits, the largest tensor of all.
-        self._compiled = config.runtime.compile
+        self._compiled = compiles(config.runtime, device)
         self._cross_entropy = torch.compile(next_token_loss, dynamic=False) if self._compiled else next_token_loss
         self._z_loss = getattr(config.model, "z_loss", 0.0)
+        self._rows_at_once = self._rows.micro_batch_size
         self._ranks = ranks
         self._device = device
 
@@ -114,7 +115,11 @@ class GPTTask:
             yield self.batches.batch(step, rows)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy of a micro-batch, with the model's z-loss, shape ()."""
+        """Return the mean cross-entropy of a micro-batch, with the model's z-loss, shape ().
+
+        Later validations compute as many windows at once.
+        """
+        self._rows_at_once = len(batch[0])
         return self._cross_entropy(*self._logits_and_targets(batch), self._z_loss)
 
     def _logits_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -132,14 +137,14 @@ class GPTTask:
         dtype = torch.float32 if self._device.type == "mps" else torch.float64  # MPS has no float64
         total = torch.zeros((), dtype=dtype, device=self._device)
         self.model.eval()
-        for windows in rounds(len(self._validation), self._rows.micro_batch_size, self._ranks):
+        for windows in rounds(len(self._validation), self._rows_at_once, self._ranks):
             if should_stop():
                 self.model.train()
                 return None
             # A rank without windows computes one too, with weight 0: the forward pass of a sharded model is collective.
             batch = self._validation.read(windows or range(1))
             if self._compiled:  # a batch of another shape would be compiled, too
-                batch = _padded(batch, self._rows.micro_batch_size)
+                batch = _padded(batch, self._rows_at_once)
             loss = self._cross_entropy(*self._logits_and_targets(batch))
             total += loss.to(dtype) * len(windows)
         self.model.train()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -15,49 +13,20 @@ from torch.distributed.tensor import DTensor
 from pipelines import shell
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, Diverged, RunInterrupted
-from pipelines.stopping import StopRequest
 from pipelines.training.checkpoint import last_good, take_snapshot
-from pipelines.training.checkpoint_writer import CheckpointWriter
-from pipelines.training.distributed import local_batch
 from pipelines.training.metrics import Counts, Row
 from pipelines.training.parallel import gradients_synchronized
-from pipelines.training.reporter import Reporter
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run import Run
 from pipelines.training.schedule import factor_at
-from pipelines.training.state import TrainState
-from pipelines.training.task import Task
+from pipelines.training.trial import try_out
 
 _NAMES_SHOWN = 5
 _GRACE_S = 30
 """Seconds from the SIGTERM that the launcher (asgo or torchrun) forwards to its SIGKILL."""
 
 
-@dataclass
-class Run:
-    """State of a training run, for `fit`."""
-
-    task: Task
-    config: RunConfig
-    folder: RunFolder
-    state: TrainState
-    reporter: Reporter
-    stop: StopRequest
-    writer: CheckpointWriter
-    heartbeat: Callable[[str], None] = lambda activity: None
-    """Tells the watchdog that the run makes progress, and what it does."""
-    saved: tuple[int, int] | None = None
-    """Step and number of records of the newest checkpoint."""
-    warned_of_slow_saves: bool = False
-    around_step: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext()
-    """Context manager around `optimizer.step()`, for layer statistics; called with the number of the step."""
-
-    def should_stop(self) -> bool:
-        """Whether a signal asks any rank to save and stop. A collective: every rank must call it."""
-        return self.state.ranks.any(bool(self.stop))
-
-
 def fit(run: Run) -> None:
-    """Train until the last step.
+    """Train until the last step. Call `try_out` before.
 
     Raises:
         RunInterrupted: a signal asked to stop; the run is saved.
@@ -65,7 +34,10 @@ def fit(run: Run) -> None:
         AsgoError: writing failed.
     """
     config, state = run.config, run.state
+    first_step = state.step
     while True:
+        if state.step == first_step + 1:
+            try_out(run)  # again: now the optimizer's state takes memory, too
         run.heartbeat(f"step {state.step}")
         if _due(state.step, config.evaluation.every, config) and not state.validated():
             evaluate(run)
@@ -171,10 +143,9 @@ def accumulate_gradients(run: Run) -> Tensor:
     Gradients are then those of the global batch: they are reduced over ranks once, in the last backward pass.
     """
     total = torch.zeros((), device=run.state.clock.device)
-    parts = len(local_batch(run.config.training, run.state.ranks).micro_batches)
-    for number, batch in enumerate(run.task.micro_batches(run.state.step), 1):
-        with gradients_synchronized(run.task.network, number == parts):
-            loss = run.task.loss(batch) / parts
+    for number, batch in enumerate(run.batches(), 1):
+        with gradients_synchronized(run.task.network, number == run.passes):
+            loss = run.task.loss(batch) / run.passes
             torch.autograd.backward(run.state.scaler.scale(loss))
         total += loss.detach()
     return total

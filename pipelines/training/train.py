@@ -30,21 +30,23 @@ from pipelines.training.branch import Parent, find_parent, require_same_branch
 from pipelines.training.checkpoint import Checkpoint, newest_checkpoint, prune, remove_leftovers, restore
 from pipelines.training.checkpoint_writer import CheckpointWriter
 from pipelines.training.clock import StepClock
-from pipelines.training.device import describe_device, pick_device, pick_precision
+from pipelines.training.device import compiles, describe_device, pick_device, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, process_group, seed_of_rank
 from pipelines.training.imported import ImportedOptimizer, rehearse
 from pipelines.training.layer_statistics import LayerStatistics
 from pipelines.training.lineage import BranchPoint
-from pipelines.training.loop import Run, fit, save
+from pipelines.training.loop import fit, save
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, wrap_in_ddp
 from pipelines.training.reporter import Reporter
+from pipelines.training.run import Run
 from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.schedule import ScheduledValue, Scheduler
 from pipelines.training.state import TrainState
 from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
 from pipelines.training.trackers import require_trackers, tracked
+from pipelines.training.trial import fallback, try_out
 from pipelines.training.watchdog import Watchdog
 
 _NO_HEAD = (
@@ -143,7 +145,7 @@ def train(
     """
     device = pick_device(config.runtime)
     # On CUDA, our optimizers compile their updates; those of other libraries may anywhere.
-    if config.runtime.compile or device.type == "cuda" or config.optimizer.is_imported:
+    if compiles(config.runtime, device) or device.type == "cuda" or config.optimizer.is_imported:
         use_private_compiler_cache()
     with process_group(device, config.runtime.timeout_s) as ranks, _watched(ranks, config, reporter) as beat:
         folder = RunFolder(out)
@@ -213,7 +215,8 @@ def _train(
     own = _find_checkpoint(folder, config, task, reporter, ranks) if resumes else None
     for line in parent.notes(config, task.description()["fingerprint"]) if parent is not None else ():
         reporter.note(line)
-    state = _initial_state(task, config, device, reporter, ranks, own if parent is None else parent.checkpoint)
+    checkpoint = own if parent is None else parent.checkpoint
+    state = _initial_state(task, config, device, reporter, ranks, checkpoint)
     if ranks.is_first:
         if not continues:
             source = source_of(config.optimizer.name) if config.optimizer.is_imported else None
@@ -222,12 +225,13 @@ def _train(
         folder.continue_from(state.rows)
         continue_statistics(folder.statistics_path, state.step)
         reporter.begin(state.step, config.training.steps)
-    if config.runtime.compile:
+    if compiles(config.runtime, device):
         compile_model(task.model)
     task.network = wrap_in_ddp(task.model, ranks)
     statistics = LayerStatistics(state, config, folder)
     try:
         with (
+            fallback(compiles(config.runtime, device)),
             stop_on_signals() as stop,
             tracked(reporter, config, folder.path, state.rows, ranks) as tracked_reporter,  # closes when all is saved
             CheckpointWriter(folder, config.checkpoint.keep) as writer,
@@ -238,6 +242,8 @@ def _train(
             if parent is not None:
                 save(run)
                 writer.wait()  # from here on, the branch does not need its parent
+            try_out(run)
+            _note_other_arithmetic(checkpoint, run)
             fit(run)
         if ranks.is_first:
             folder.finish()
@@ -268,10 +274,15 @@ def _initial_state(
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
         restore(checkpoint, state, config)
-        warning = differences_in_arithmetic(checkpoint.state.get("arithmetic", {}), state.arithmetic)
-        if warning:
-            reporter.note(f"{checkpoint.folder}: {warning}")
     return state
+
+
+def _note_other_arithmetic(checkpoint: Checkpoint | None, run: Run) -> None:
+    """Say what the run computes with now and did not before the checkpoint."""
+    before = {} if checkpoint is None else checkpoint.state.get("arithmetic", {})
+    warning = differences_in_arithmetic(before, run.state.arithmetic)
+    if checkpoint is not None and warning:
+        run.reporter.note(f"{checkpoint.folder}: {warning}")
 
 
 def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
