@@ -12,7 +12,7 @@ FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimize
 FIGURES-paper-settings := final-losses loss-steps
 FIGURES-accasro := settings
 FIGURES-asgo := settings
-FIGURES-track3-small := final-losses loss-steps
+FIGURES-track3-small := loss-steps differences
 BENCHES := optimizers train data loader
 
 .PHONY: results
