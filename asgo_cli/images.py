@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 EXAMPLES = examples(
     "asgo data images photos --out data/photos",
     "asgo data images photos.zip --val-fraction 0.2 --out data/photos",
-    "asgo data images torchvision:MNIST --root /data/torchvision --out data/mnist",
+    "asgo data images torchvision:MNIST --root /data/tv --out data/mnist",
     "asgo data images torchvision:CIFAR10 --download --out data/cifar10",
-    "asgo data images hub:uoft-cs/cifar100 --download --label-column fine_label --out data/cifar100",
+    "asgo data images hub:zh-plus/tiny-imagenet --download --out data/tiny",
 )
 
 SourceArgument = Annotated[

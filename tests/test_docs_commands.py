@@ -17,11 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 from asgo_cli.app import app
+from pipelines.data.image_sources.source import SourceOptions, prepare_images
 from pipelines.data.text_to_shards import prepare_text
 from pipelines.exchange.export import export_model
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.train import train
 from tests.conftest import SMALL, WORDS, SilentReporter
+from tests.pipelines.data.image_sources.image_makers import class_files, write_folder, write_zip
 from tests.pipelines.exchange.test_classifier_export import save
 from tests.test_docs import commands
 
@@ -32,6 +34,8 @@ ELSEWHERE = {
     "--branch": "needs a run of thousands of steps: tests/asgo_cli/test_branch.py does it on less",
     "fineweb": "needs a network: tests/pipelines/data/corpus has a hub of its own",
     "openwebtext": "needs a copy of the hub's files: tests/pipelines/data/corpus makes one",
+    "torchvision": "needs a network: tests/pipelines/data/image_sources makes such files",
+    "hub": "needs a network: tests/pipelines/data/image_sources has a hub of its own",
     "images": "needs images: tests/asgo_cli/test_train_images.py makes some",
     "pictures": "needs runs on images: tests/asgo_cli/test_train_images.py makes some",
     "imagenet": "needs ImageNet: tests/asgo_cli/test_imagenet.py makes archives",
@@ -60,6 +64,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "books" / "one.txt").write_text(text)
     with gzip.open(root / "articles.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"text": text[start : start + 500]}) + "\n" for start in range(0, len(text), 500))
+    write_folder(root / "photos", class_files({"cat": 5, "dog": 5}))
+    write_zip(root / "photos.zip", class_files({"cat": 5, "dog": 5}))
+    importing = {"workers": 1, "overwrite": False, "report": lambda *_: None, "notify": lambda _: None}
+    prepare_images(str(root / "photos"), root / "data" / "photos", SourceOptions(), **importing)
     for name in ("mine", "text"):
         prepare_text([root / "books"], root / "data" / name, tokenizer="bytes", val_fraction=0.1)
     for name in ("asgo", "asgo-s1", "asgo-s2", "adamw-s1", "adamw-s2", "a", "b", "my/asgo-s1", "my/adamw-s1", "NAME"):

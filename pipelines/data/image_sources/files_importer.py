@@ -79,14 +79,7 @@ class FilesImporter:
         self._classes: tuple[ImageClass, ...] = ()
 
     def find(self, report: Progress) -> list[Path]:
-        beside: list[Folder] = []
-        if self._path.is_dir():
-            self._source = LocalFiles(self._path, _THREADS)
-            if self._path.name in _KAGGLE_FOLDERS:
-                beside = [LocalFiles(parent).top for parent in list(self._path.parents)[:3]]
-        else:
-            self._source = open_archive(self._path, report)
-        found = find_images(self._source, beside)
+        found = self._list(report)
         for path in found.unused:
             self._notify(f"{self._source.where(path)}: not used")
         images = self._good(found, report)
@@ -115,6 +108,17 @@ class FilesImporter:
         if can_stay and (layout == "packed" or common_shape(all_images(parts, reader, report)) is None):
             return self._in_place(out, offsets)
         return import_streams(parts, reader, self._classes, out, layout, workers, report)
+
+    def _list(self, report: Progress) -> Found:
+        """Open the source and find its images."""
+        beside: list[Folder] = []
+        if self._path.is_dir():
+            self._source = LocalFiles(self._path, _THREADS)
+            if self._path.name in _KAGGLE_FOLDERS:
+                beside = [LocalFiles(parent).top for parent in list(self._path.parents)[:3]]
+        else:
+            self._source = open_archive(self._path, report)
+        return find_images(self._source, beside)
 
     def _good(self, found: Found, report: Progress) -> dict[str, Images]:
         """Return the images that are images by their first bytes.

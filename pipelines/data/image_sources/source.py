@@ -10,6 +10,7 @@ from pathlib import Path
 from pipelines.data.image_sources.files_importer import FilesImporter
 from pipelines.data.image_sources.hub import PREFIX as HUB
 from pipelines.data.image_sources.hub import Choice, HubImporter
+from pipelines.data.image_sources.torchvision_files import FILE_SETS, TorchvisionFilesImporter
 from pipelines.data.image_sources.torchvision_sets import PREFIX as TORCHVISION
 from pipelines.data.image_sources.torchvision_sets import TorchvisionImporter
 from pipelines.data.images.importing import import_images
@@ -50,7 +51,7 @@ def prepare_images(
     """
     importer = _importer(source, out, options, notify)
     checked: Collection[str] = ()
-    if options.download and not isinstance(importer, FilesImporter):
+    if options.download and isinstance(importer, (TorchvisionImporter, TorchvisionFilesImporter, HubImporter)):
         checked = importer.download(report, notify)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of unusual but readable files
@@ -65,9 +66,14 @@ def _importer(
     fraction = options.val_fraction
     if fraction is not None and not 0 < fraction < 1:
         raise UsageError(f"--val-fraction should be between 0 and 1, not {fraction:g}")
-    if source.startswith(TORCHVISION):
+    name = source.removeprefix(TORCHVISION)
+    if name != source and name in FILE_SETS:
+        _require_only(options, source, "root", "download", "val_fraction", "skip_bad", "extract")
+        root = options.root or ROOT
+        return TorchvisionFilesImporter(name, root, notify, val_fraction=fraction, skip_bad=options.skip_bad)
+    if name != source:
         _require_only(options, source, "root", "download")
-        return TorchvisionImporter(source.removeprefix(TORCHVISION), options.root or ROOT)
+        return TorchvisionImporter(name, options.root or ROOT)
     if source.startswith(HUB):
         columns = ("image_column", "label_column")
         _require_only(options, source, "root", "download", "val_fraction", "skip_bad", "extract", *columns)

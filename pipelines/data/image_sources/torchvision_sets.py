@@ -12,6 +12,7 @@ from typing import Any
 from pipelines.data.download import Advice, Download
 from pipelines.data.holding import held_folder
 from pipelines.data.image_sources import pixel_files
+from pipelines.data.image_sources.torchvision_files import FILE_SETS
 from pipelines.data.images.importing import Contents
 from pipelines.data.images.manifest import SOURCE, Layout
 from pipelines.data.images.pixels import PixelSet, import_pixels, numbered_classes
@@ -142,7 +143,7 @@ def _file_set(name: str) -> FileSet:
     if kind == "EMNIST":
         return _emnist(kind, split)
     if name not in _SETS:
-        known = {each.lower(): each for each in (*_SETS, "EMNIST")}
+        known = {each.lower(): each for each in (*_SETS, "EMNIST", *FILE_SETS)}
         nearest = difflib.get_close_matches(kind.lower(), known, n=1)
         hint = f"did you mean {known[nearest[0]]!r}?" if nearest else f"known: {', '.join(sorted(known.values()))}"
         raise UsageError(f"{PREFIX}{name}: unknown data set; {hint}")
