@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from asgo_cli.app import app
 from pipelines.benchmarks import decoded_loader
 from pipelines.benchmarks.decoded_loader import NONE, SMALL, TORCHVISION, bench_decoded_loader
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +29,14 @@ def test_all_ways_are_timed_in_turns() -> None:
     assert [each.name for each in report.contestants] == names
     assert all(len(each.rates) == 2 and min(each.rates) > 0 for each in report.contestants)
     assert report.as_json()["loading"][0]["speedup"] == 1
+
+
+def test_the_command_measures_them_and_takes_no_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded_loader, "default_workers", lambda: 0)
+    shown = CliRunner().invoke(app, ["bench", "loader", "--decoded", "--repeats", "1", "--json"])
+    assert [each["name"] for each in json.loads(shown.stdout)["loading"]] == [TORCHVISION, SMALL, NONE]
+    refused = CliRunner().invoke(app, ["bench", "loader", "photographs", "--decoded"])
+    assert isinstance(refused.exception, UsageError)
 
 
 def test_other_batches_are_an_error() -> None:
