@@ -117,7 +117,7 @@ def test_the_numbers_are_those_of_the_run_folders(runs: Path, page: Path) -> Non
         half = np.std(finals, ddof=1) / np.sqrt(3) * scipy.stats.t.ppf(0.975, 2)
         assert f"{np.mean(finals):.4f} ± {half:.4f}" in cells
         assert f"{min(finals):.4f}" in cells
-    low, high = scipy.stats.ttest_ind(FINALS["asgo"], FINALS["adamw"], equal_var=False).confidence_interval()
+    low, high = scipy.stats.ttest_rel(FINALS["asgo"], FINALS["adamw"]).confidence_interval()
     difference = np.mean(FINALS["asgo"]) - np.mean(FINALS["adamw"])
     assert f"{difference:+.4f}".replace("-", "−") in cells
     assert f"asgo minus adamw: {difference:+.4f}, {low:+.4f} to {high:+.4f}" in page.read_text(encoding="utf-8")
@@ -137,6 +137,16 @@ def test_the_curves_are_those_of_the_run_folders(runs: Path, page: Path) -> None
     steps, train = zip(*raw_losses(runs / "adamw-s1", "train"), strict=True)
     assert single["train"]["steps"] == list(steps)
     np.testing.assert_allclose(single["train"]["losses"], train, rtol=1e-6)
+
+
+def test_the_page_says_which_test_was_made_and_which_pairs(runs: Path, page: Path) -> None:
+    content = page.read_text(encoding="utf-8")
+    assert "The test is paired, on the differences by seed, if both have the same seeds" in content
+    assert "paired" in Text(content).cells
+    assert 'alt="Differences of the final validation losses with' in content
+    against = Text(render_page(compare_runs([runs], against="adamw"), {}, [], []))
+    matrix = against.cells[against.cells.index("−0.2000") :]
+    assert matrix[:2] == ["−0.2000", ""]  # asgo, and adamw itself, in one column
 
 
 def test_a_name_cannot_break_the_page(page: Path) -> None:

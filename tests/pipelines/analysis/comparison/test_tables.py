@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.headline import headline
 from pipelines.analysis.comparison.report import summary
 from pipelines.analysis.comparison.results import Comparison
+from pipelines.analysis.comparison.t_tests import holm
 from pipelines.analysis.comparison.tables import Record, Table, entry_table, make_tables, median_with_misses
 from pipelines.analysis.comparison.verdicts import by_pair
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
@@ -46,11 +47,16 @@ def row_of(table: Table, key: str, value: str) -> Record:
     return next(record for record in table.records if record[key] == value)
 
 
-def ended(folder: Path, finals: dict[str, Sequence[float]]) -> str:
-    """The headline of runs with these final losses."""
+def write_all(folder: Path, finals: Mapping[str, Sequence[float]]) -> None:
+    """Runs with these final losses."""
     for optimizer, losses in finals.items():
         for seed, final in enumerate(losses):
             write_run(folder / f"{optimizer}{seed}", falling_to(final), optimizer=optimizer, seed=seed)
+
+
+def ended(folder: Path, finals: dict[str, Sequence[float]]) -> str:
+    """The headline of runs with these final losses."""
+    write_all(folder, finals)
     return headline(compare_runs([folder]))
 
 
@@ -160,11 +166,11 @@ def test_the_summary_is_strict_json_even_of_a_run_whose_loss_is_no_number(compar
 
 def test_the_headline_names_a_winner_only_where_it_is_certain(tmp_path: Path) -> None:
     asgo, adamw = (3.0, 3.001, 3.003), (3.1, 3.102, 3.101)
-    welch = scipy.stats.ttest_ind(asgo, adamw, equal_var=False)
-    low, high = welch.confidence_interval()
+    test = scipy.stats.ttest_rel(asgo, adamw)  # of the same seeds
+    low, high = test.confidence_interval()
     assert ended(tmp_path / "certain", {"asgo": asgo, "adamw": adamw}) == (
         f"asgo wins: it ends at {np.mean(asgo):.4f}, {np.mean(adamw) - np.mean(asgo):.4f} (95% interval {-high:.4f} to "
-        f"{-low:.4f}) below adamw, the next, which is certain at 95% (p = {welch.pvalue:.2g})."
+        f"{-low:.4f}) below adamw, the next, which is certain at 95% (p = {test.pvalue:.2g})."
     )
     close = ended(tmp_path / "close", {"asgo": (3.0, 3.2, 3.1), "adamw": (3.1, 3.0, 3.3)})
     assert close.startswith("asgo ends lowest, at 3.1000, 0.0333 (95% interval -")
@@ -176,9 +182,38 @@ def test_the_headline_names_a_winner_only_where_it_is_certain(tmp_path: Path) ->
 
 
 def test_the_headline_counts_whom_the_best_is_certainly_better_than(comparison: Comparison, tmp_path: Path) -> None:
-    finals: dict[str, Sequence[float]] = {"asgo": (3.0, 3.02), "muon": (3.01, 3.02), "adam": (4.0, 4.02)}
+    finals: dict[str, Sequence[float]] = {"asgo": (3.0, 3.02), "muon": (3.01, 3.02), "adam": (4.0, 4.021)}
     assert ended(tmp_path, finals).endswith("is uncertain. 1 of 2 others is certainly worse.")
     assert headline(comparison).startswith("muon wins: ")
+
+
+def test_the_headline_against_one_contender(tmp_path: Path) -> None:
+    finals = {"asgo": (3.0, 3.02), "muon": (3.2, 3.3), "adam": (4.0, 4.021), "adamw": (3.1, 3.118)}
+    write_all(tmp_path, finals)
+    low, high = scipy.stats.ttest_rel(finals["asgo"], finals["adamw"]).confidence_interval()
+    p, *_ = holm([scipy.stats.ttest_rel(finals[name], finals["adamw"]).pvalue for name in ("asgo", "muon", "adam")])
+    assert headline(compare_runs([tmp_path], against="adamw")) == (
+        f"Against adamw, which ends at 3.1090: asgo ends 0.0990 (95% interval {-high:.4f} to {-low:.4f}) below it, "
+        f"which is certain at 95% (p = {p:.2g}). Of all 3 others, 1 certainly better, 1 certainly worse."
+    )
+    only = headline(compare_runs([*tmp_path.glob("asgo?"), *tmp_path.glob("adam?")], against="asgo"))
+    assert only.startswith("Against asgo, which ends at 3.0100: adam ends 1.0005 (95% interval 0.9941 to 1.0069) above")
+    assert only.endswith(" it, which is certain at 95% (p = 0.00032).")
+
+
+def test_undecided_pairs_say_how_many_seeds_would_tell(tmp_path: Path) -> None:
+    near = {"asgo": (3.0, 3.2, 3.1), "adamw": (3.1, 3.15, 3.3), "muon": (3.102, 3.147, 3.302), "adam": (4.0,)}
+    write_all(tmp_path, near)
+    table = table_of(compare_runs([tmp_path]), "verdicts")
+    assert table.heads[-2:] == ("test", "seeds needed")
+    by_pair = {(row[0], row[1]): row[-2:] for row in table.texts}
+    test, needed = by_pair["asgo", "adamw"]
+    assert (test, 10 < int(needed) < 30) == ("paired", True)
+    assert by_pair["adamw", "muon"] == ("paired", "more than 100")
+    assert by_pair["asgo", "adam"] == ("", "")
+    record = next(record for record in table.records if record["seeds_needed"] == "more than 100")
+    assert (record["first"], record["test"]) == ("adamw", "paired")
+    assert record["corrected_low"] < record["low"] < record["high"] < record["corrected_high"]  # type: ignore[operator]
 
 
 def test_the_headline_of_what_cannot_be_compared(tmp_path: Path) -> None:
