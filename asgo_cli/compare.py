@@ -27,40 +27,45 @@ EXAMPLES = examples(
 )
 
 
+TargetOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Validation loss to reach; with --metric accuracy, a fraction.",
+        show_default="AdamW's final one",
+    ),
+]
+MetricOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Compare by {' or '.join(METRICS)}.",
+        show_default="accuracy for images, else loss",
+        autocompletion=completing(list(METRICS)),
+    ),
+]
+RuleOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Evidence rule of a benchmark: {', '.join(RULES)}.",
+        autocompletion=completing(list(RULES)),
+    ),
+]
+
+
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder of the report; an earlier report is replaced.")
     ] = Path("report"),
-    target: Annotated[
-        float | None,
-        typer.Option(
-            metavar="X",
-            help="Validation loss to reach; with --metric accuracy, a fraction.",
-            show_default="AdamW's final one",
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Compare by {' or '.join(METRICS)}.",
-            show_default="accuracy for images, else loss",
-            autocompletion=completing(list(METRICS)),
-        ),
-    ] = None,
+    target: TargetOption = None,
+    metric: MetricOption = None,
     confidence: Annotated[
         float,
         typer.Option(min=0.5, max=0.9999, metavar="X", help="Confidence level of intervals and verdicts."),
     ] = 0.95,
-    rule: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Evidence rule of a benchmark: {', '.join(RULES)}.",
-            autocompletion=completing(list(RULES)),
-        ),
-    ] = None,
+    rule: RuleOption = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Test all others with this contender only.", show_default="all pairs"),

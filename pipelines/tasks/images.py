@@ -50,7 +50,7 @@ IMAGES = TaskDescription(
     examples=(
         "asgo train images --data data/mine --model resnet18 --optimizer asgo",
         "asgo train images --preset mnist-mlp --optimizer muon",
-        "asgo train images --preset cifar10-resnet --model vit_tiny --set data.mixup=0.2",
+        "asgo train images --preset cifar10-resnet --set data.mixup=0.2",
         "asgo train images --resume --out runs/images-asgo-s42",
     ),
     model="a classifier of images",
@@ -71,7 +71,7 @@ IMAGES = TaskDescription(
 IMAGENET = replace(
     IMAGES,
     command="imagenet",
-    summary="Train a classifier on ImageNet: `asgo train images` with the preset asro-imagenet.",
+    summary="Train a classifier on ImageNet.",
     examples=(
         "asgo train imagenet --optimizer accasro",
         "asgo train imagenet --model resnet50 --optimizer asgo",

@@ -80,7 +80,7 @@ def test_the_command_for_a_classifier_loads_it(asgo: Asgo, tmp_path: Path) -> No
         (
             ["step-00000001", "--format", "hf"],
             2,
-            "--format hf does not support a classifier of torchvision; use --format torchvision",
+            "--format hf does not support a classifier of images; use --format torchvision",
         ),
     ],
 )

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from optim.matrix_functions import use_bfloat16_on_cpu
 from tests import forks
 
 _TIMEOUT = datetime.timedelta(seconds=60)
@@ -75,6 +76,7 @@ def ranks(size: int) -> Iterator[Ranks]:
 
 def _serve(rank: int, size: int, meeting_point: Path, end: Connection) -> None:
     torch.set_num_threads(1)
+    use_bfloat16_on_cpu(False)  # as the fixture of conftest.py does in the process of the test
     dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=size, timeout=_TIMEOUT)
     while True:
         job, args = end.recv()

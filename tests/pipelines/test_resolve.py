@@ -88,7 +88,8 @@ def test_the_papers_settings() -> None:
     asgo = resolve([preset_layer("gpt", "asgo-gpt2")])
     assert asgo.optimizer_keywords() == {
         "lr": 1e-2, "momentum": 0.9, "beta2": 0.8, "eps": 1e-10, "weight_decay": 0.1, "root_method": "auto",
-        "root_steps": 10, "precond_frequency": 1, "by_heads": False, "no_decay": ("embeddings", "head"),
+        "root_steps": 10, "precond_frequency": 1, "root_precision": "bf16", "by_heads": False,
+        "no_decay": ("embeddings", "head"),
     }  # fmt: skip
     assert (asgo.training.batch_size, asgo.training.micro_batch_size, asgo.training.max_grad_norm) == (1024, 32, 1.0)
     assert (asgo.schedule.kind, asgo.schedule.warmup_fraction, asgo.schedule.final_lr_fraction) == ("cosine", 0.1, 0.02)

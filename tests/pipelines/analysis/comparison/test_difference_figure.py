@@ -95,7 +95,7 @@ def test_without_a_test_there_is_no_figure(tmp_path: Path) -> None:
 def test_differences_of_accuracies_are_in_percentage_points(tmp_path: Path) -> None:
     for optimizer, finals in {"asgo": (0.9, 0.92), "adamw": (0.8, 0.83)}.items():
         for seed, final in enumerate(finals):
-            settings = {"task": "imagenet", "optimizer": optimizer, "training__steps": 160, "seed": seed}
+            settings = {"task": "images", "optimizer": optimizer, "training__steps": 160, "seed": seed}
             write_run(tmp_path / f"{optimizer}{seed}", falling_to(3.0), accuracy={0: 0.1, 160: final}, **settings)  # type: ignore[arg-type]
     axes = axes_of(compare_runs([tmp_path]))
     assert axes.get_xlabel().startswith("final validation accuracy, percentage points\n")
