@@ -11,69 +11,105 @@ import torch
 
 from pipelines.training.device import synchronize
 
+Stamp = float | torch.cuda.Event
+"""A point in time: seconds on the host's clock, or when the work queued on a GPU so far ends."""
+Interval = tuple[Stamp, Stamp]
+
 
 @dataclass
 class Lap:
-    """Means over the steps since the last lap, in milliseconds."""
+    """Means over the steps since the last lap, in milliseconds, and the clock's `elapsed_s` at the end."""
 
     step_ms: float
     optimizer_ms: float
+    elapsed_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class FinishedLap:
+    """The times of a lap, for `StepClock.read`."""
+
+    steps: int
+    running: list[Interval]
+    optimizer: list[Interval]
 
 
 @dataclass
 class StepClock:
-    """A stopwatch for steps. It synchronizes with a GPU only when a lap ends or training pauses."""
+    """A stopwatch for steps. It waits for a GPU only when training pauses, not when a lap ends."""
 
     device: torch.device
-    elapsed_s: float = 0.0
-    """Seconds in training steps since the run began, over all resumes."""
-    _started: float | None = None
-    _lap_start_s: float = 0.0
+    _before_s: float = 0.0
+    _started: Stamp | None = None
     _steps: int = 0
-    _optimizer_s: float = 0.0
-    _events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    _running: list[Interval] = field(default_factory=list)
+    _optimizer: list[Interval] = field(default_factory=list)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds in training steps since the run began, over all resumes, without laps that were not read."""
+        return self._before_s + _seconds(self._running)
 
     def restart_at(self, elapsed_s: float) -> None:
         """Continue from the `elapsed_s` of a checkpoint."""
-        self.elapsed_s = self._lap_start_s = elapsed_s
+        self._before_s = elapsed_s
 
     def run(self) -> None:
         """Start, or continue after a pause."""
         if self._started is None:
-            self._started = time.perf_counter()
+            self._started = self._stamp()
 
     def pause(self) -> None:
         """Stop until `run` is called."""
         if self._started is not None:
-            synchronize(self.device)
-            self.elapsed_s += time.perf_counter() - self._started
+            self._running.append((self._started, self._stamp()))
             self._started = None
+            synchronize(self.device)
 
     @contextlib.contextmanager
     def optimizer(self) -> Iterator[None]:
         """Context manager around the optimizer's step, once per step."""
         self._steps += 1
-        if self.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            begin.record()
-            yield
-            end.record()
-            self._events.append((begin, end))
-        else:
-            begin_s = time.perf_counter()
-            yield
-            synchronize(self.device)
-            self._optimizer_s += time.perf_counter() - begin_s
+        begin = self._stamp()
+        yield
+        self._optimizer.append((begin, self._stamp()))
+
+    def end_lap(self) -> FinishedLap:
+        """End the lap, without waiting for a GPU."""
+        if self._started is not None:
+            now = self._stamp()
+            self._running.append((self._started, now))
+            self._started = now
+        lap = FinishedLap(self._steps, self._running, self._optimizer)
+        self._steps, self._running, self._optimizer = 0, [], []
+        return lap
+
+    def read(self, lap: FinishedLap) -> Lap:
+        """Return the means of a lap, and add its time. A GPU must have done the work that was queued before its end."""
+        seconds = _seconds(lap.running)
+        self._before_s += seconds
+        return Lap(1e3 * seconds / lap.steps, 1e3 * _seconds(lap.optimizer) / lap.steps, self._before_s)
 
     def lap(self) -> Lap:
-        """End the lap and return the means since the last one."""
-        self.pause()
-        self.run()
-        milliseconds = sum(begin.elapsed_time(end) for begin, end in self._events)
-        seconds = self.elapsed_s - self._lap_start_s
-        lap = Lap(
-            step_ms=1e3 * seconds / self._steps,
-            optimizer_ms=(1e3 * self._optimizer_s + milliseconds) / self._steps,
-        )
-        self._lap_start_s, self._steps, self._optimizer_s, self._events = self.elapsed_s, 0, 0.0, []
-        return lap
+        """End the lap, wait for the device, and return the means since the last one."""
+        lap = self.end_lap()
+        synchronize(self.device)
+        return self.read(lap)
+
+    def _stamp(self) -> Stamp:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            return event
+        synchronize(self.device)
+        return time.perf_counter()
+
+
+def _seconds(intervals: list[Interval]) -> float:
+    total = 0.0
+    for begin, end in intervals:
+        if isinstance(begin, float) and isinstance(end, float):
+            total += end - begin
+        elif not isinstance(begin, float) and not isinstance(end, float):
+            total += begin.elapsed_time(end) / 1e3
+    return total

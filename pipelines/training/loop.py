@@ -51,7 +51,12 @@ def fit(run: Run) -> None:
             return
         run.writer.check()
         state.clock.run()
-        loss, grad_norm, lr = train_step(run)
+        try:
+            loss, grad_norm, lr = train_step(run)
+        except Diverged:
+            record_step(run)
+            raise
+        record_step(run)
         state.step += 1
         if _due(state.step, config.metrics.every, config):
             log(run, loss, grad_norm, lr)
@@ -60,6 +65,7 @@ def fit(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Record the validation metrics, unless a signal stops the validation."""
     run.state.clock.pause()
+    record_step(run)
 
     def should_stop() -> bool:
         run.heartbeat(f"the validation at step {run.state.step}")
@@ -81,6 +87,7 @@ def evaluate(run: Run) -> None:
 def save(run: Run) -> None:
     """Start writing a checkpoint, unless the newest one is of this step and has all rows."""
     run.state.clock.pause()
+    record_step(run)
     now = (run.state.step, len(run.state.rows))
     if now == run.saved:
         return
@@ -119,7 +126,8 @@ def train_step(run: Run) -> tuple[float, float, float]:
     grad_norm = _clip(run)
     loss = state.ranks.mean(loss)
     state.scheduler.apply(state.step)
-    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()  # the only device sync in a step
+    # The only wait for a GPU in a step. It cannot come a step later: it decides whether the weights change.
+    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
     _refuse_not_finite(run, loss_value, norm_value)
     with run.around_step(state.step + 1), state.clock.optimizer(), state.around_step(run.config.seed):
         state.scaler.step(state.optimizer)
@@ -152,21 +160,28 @@ def accumulate_gradients(run: Run) -> Tensor:
 
 
 def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
-    """Record the metrics of the step."""
-    lap = run.state.clock.lap()
-    tokens_a_step = run.config.training.batch_size * run.task.tokens_per_sample
-    row = Row(
-        **_counts(run),  # type: ignore[typeddict-item]
-        split="train",
-        loss=loss,
-        lr=lr,
-        step_ms=lap.step_ms,
-        optimizer_ms=lap.optimizer_ms,
-        throughput=tokens_a_step / (lap.step_ms / 1e3),
-    )
+    """Record the metrics of the step; on a GPU, `record_step` does that after the next one.
+
+    Its times are known when the GPU has made the step. To wait for that would leave the GPU without work.
+    """
+    row = Row(**_counts(run), split="train", loss=loss, lr=lr)  # type: ignore[typeddict-item]
     if math.isfinite(grad_norm):
         row["grad_norm"] = grad_norm
     row.update(run.task.training_metrics())  # type: ignore[typeddict-item]
+    run.unrecorded = row, run.state.clock.end_lap()
+    if run.state.clock.device.type != "cuda":
+        record_step(run)
+
+
+def record_step(run: Run) -> None:
+    """Record the metrics that wait for it, if any. The device must have made their step."""
+    if run.unrecorded is None:
+        return
+    row, finished = run.unrecorded
+    run.unrecorded = None
+    lap = run.state.clock.read(finished)
+    row["step_ms"], row["optimizer_ms"], row["elapsed_s"] = lap.step_ms, lap.optimizer_ms, lap.elapsed_s
+    row["throughput"] = run.config.training.batch_size * run.task.tokens_per_sample / (lap.step_ms / 1e3)
     _record(run, row)
     run.reporter.trained(row)
 

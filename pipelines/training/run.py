@@ -11,7 +11,9 @@ import torch
 from pipelines.config import RunConfig
 from pipelines.stopping import StopRequest
 from pipelines.training.checkpoint_writer import CheckpointWriter
+from pipelines.training.clock import FinishedLap
 from pipelines.training.distributed import LocalBatch, local_batch
+from pipelines.training.metrics import Row
 from pipelines.training.reporter import Reporter
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.state import TrainState
@@ -37,6 +39,8 @@ class Run:
     around_step: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext()
     """Context manager around `optimizer.step()`, for layer statistics; called with the number of the step."""
 
+    unrecorded: tuple[Row, FinishedLap] | None = None
+    """Metrics of the last step, which lack its times."""
     micro_batch_size: int | None = None
     """Rows of a forward pass, if a micro-batch of the task does not fit into the memory; divides its size."""
 
