@@ -37,7 +37,7 @@ ValFractionOption = Annotated[
         metavar="X", help="Fraction of each class for validation, if SOURCE has no split.", show_default="0.1"
     ),
 ]
-SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are not images.")]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no images, or damaged.")]
 RootOption = Annotated[
     Path | None,
     typer.Option(

@@ -234,6 +234,11 @@ def validation_part(class_id: str, names: Collection[str], fraction: float) -> s
     return set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
 
 
+def first_of(problems: Sequence[str]) -> str:
+    """Return the first of the files with a problem, and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1:,} files more)" if len(problems) > 1 else "")
+
+
 def with_names(class_ids: Sequence[str], names: Mapping[str, str]) -> tuple[ImageClass, ...]:
     """Return the classes; a class without a name is called by its id."""
     return tuple(ImageClass(class_id, names.get(class_id) or class_id) for class_id in class_ids)
