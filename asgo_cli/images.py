@@ -42,7 +42,7 @@ RootOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder of the files of torchvision (its `root`) and of the hub.",
+        help="Folder of the files of torchvision (its `root`; for CIFAR, of the binary version) and of the hub.",
         show_default="data/sources",
     ),
 ]
