@@ -18,6 +18,7 @@ from pipelines.data.image_sources.labels import (
     Images,
     find_images,
     first_of,
+    fraction_note,
     require_classes,
     split_images,
     with_names,
@@ -88,6 +89,10 @@ class FilesImporter:
         class_ids = require_classes(self._source, images)
         if WHOLE in images:
             images = split_images(self._source, images[WHOLE], self._val_fraction or VAL_FRACTION)
+            train, validation = (sum(map(len, images[split].values())) for split in SPLITS)
+            note = fraction_note(validation, train + validation, self._val_fraction)
+            if note is not None:
+                self._notify(note)
         elif self._val_fraction is not None:
             raise UsageError(f"--val-fraction: {self._path} has validation images, so it is not used; omit it")
         self._images, self._classes = images, with_names(class_ids, found.names)

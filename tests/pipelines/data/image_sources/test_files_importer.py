@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -135,6 +136,13 @@ def test_the_split_is_stratified_and_depends_on_names_only(tmp_path: Path) -> No
     assert prepare(backwards, tmp_path / "again", extract=False).fingerprint == manifest.fingerprint
     third = prepare(backwards, tmp_path / "third", extract=False, val_fraction=1 / 3)
     assert [each.validation for each in third.classes] == [10, 4, 1]
+
+
+@pytest.mark.parametrize(("fraction", "real"), [(0.001, "2 of 16 .* 0.12;"), (0.999, "14 of 16 .* 0.88;"), (0.2, "")])
+def test_a_fraction_that_small_classes_cannot_have_is_told(fraction: float, real: str, tmp_path: Path) -> None:
+    source, told = write_folder(tmp_path / "photos", class_files({"cat": 8, "dog": 8})), list[str]()
+    prepare(source, tmp_path / "out", val_fraction=fraction, notify=told.append)
+    assert [bool(re.match(f"--val-fraction {fraction}: {real}", line)) for line in told] == [True] * bool(real)
 
 
 @pytest.mark.parametrize(
