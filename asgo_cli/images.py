@@ -37,12 +37,12 @@ ValFractionOption = Annotated[
         metavar="X", help="Fraction of each class for validation, if SOURCE has no split.", show_default="0.1"
     ),
 ]
-SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are not images.")]
+SkipBadOption = Annotated[bool, typer.Option("--skip-bad", help="Leave out files that are no images, or damaged.")]
 RootOption = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Folder of the files of torchvision (its `root`) and of the hub.",
+        help="Folder of the files of torchvision (its `root`; for CIFAR, of the binary version) and of the hub.",
         show_default="data/sources",
     ),
 ]

@@ -22,12 +22,12 @@ _OURS = re.compile(rf"\.?(shard_\d{{6}}\.bin|{re.escape(MANIFEST)}|{re.escape(UN
 def held_folder(folder: Path) -> Iterator[None]:
     """Create `folder` if needed and lock it; at the end, remove it again if it was created here and is empty.
 
-    Raises `UsageError` if a file has that name or another process holds the lock.
+    Raises `UsageError` if a file has that name, it cannot be created, or another process holds the lock.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder}: a file is in the way; choose another --out")
     is_new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    _create(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(folder, descriptor)
@@ -47,7 +47,7 @@ def held_name(folder: Path) -> Iterator[None]:
 
     The file is removed at the end. A killed process leaves the file, but not the lock.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _create(folder.parent)
     path = folder.with_name(f".{folder.name}.lock")
     descriptor = -1
     try:
@@ -66,6 +66,13 @@ def held_name(folder: Path) -> Iterator[None]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _create(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder}: this folder cannot be created ({error.strerror}); choose another one") from None
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -104,7 +104,7 @@ def test_bad_sources_end_in_one_line(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     for source, code, words in (
         ("nowhere", 2, "no such folder or archive"),
-        ("empty", 1, "no folders of classes"),
+        ("empty", 2, "no folders of classes"),
         ("torchvision:Nope", 2, "unknown data set"),
         ("torchvision:MNIST", 2, "no train-images-idx3-ubyte.gz"),
         ("hub:mnist", 2, "should be hub:OWNER/NAME"),
@@ -116,6 +116,22 @@ def test_bad_sources_end_in_one_line(tmp_path: Path):
         assert lines[0].startswith("error: ")
         assert words in lines[0]
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_the_output_is_refused_before_the_images_are_checked(photos: Path, tmp_path: Path):
+    (photos / "train" / "cat" / "0.png").write_bytes(b"")
+    write_folder(tmp_path / "mine", {"notes.txt": b"mine"})
+    for extra in ((), ("--overwrite",)):
+        refused = asgo("data", "images", photos, "--out", "mine", *extra, folder=tmp_path)
+        assert (refused.code, refused.err) == (
+            2,
+            "error: mine: notes.txt is not part of a prepared data set, so nothing is overwritten; "
+            "choose another --out\n",
+        )
+    (tmp_path / "file").write_bytes(b"")
+    refused = asgo("data", "images", photos, "--out", "file/out", folder=tmp_path)
+    assert refused.code == 2
+    assert "file/out: this folder cannot be created (Not a directory); choose another one" in refused.err
 
 
 def test_sigterm_ends_it_with_75_and_the_same_command_resumes(tmp_path: Path):

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from pipelines.data.image_sources.archives import open_archive
-from pipelines.data.image_sources.files import MAX_IMAGE_BYTES, File, FileSource, Folder, LocalFiles
+from pipelines.data.image_sources.files import MAX_IMAGE_BYTES, File, FileSource, Folder, LocalFiles, read_ahead
 from pipelines.data.image_sources.labels import (
     VAL_FRACTION,
     WHOLE,
     Found,
     Images,
     find_images,
+    first_of,
+    fraction_note,
     require_classes,
     split_images,
     with_names,
 )
-from pipelines.data.images.decode import image_suffix
+from pipelines.data.images.decode import damage, image_suffix
 from pipelines.data.images.importing import Contents
 from pipelines.data.images.index import SPLITS, ImageClass, Index, build_index, index_file, write_index
 from pipelines.data.images.manifest import SOURCE, Layout
@@ -33,7 +36,7 @@ from pipelines.errors import AsgoError, UsageError
 _PART_BYTES = 64 << 20
 _KAGGLE_FOLDERS = ("CLS-LOC", "Data", "ILSVRC")
 _THREADS = 8
-_REPORT_EVERY = 64
+_REPORT_EVERY = 16
 
 
 @dataclass
@@ -86,6 +89,10 @@ class FilesImporter:
         class_ids = require_classes(self._source, images)
         if WHOLE in images:
             images = split_images(self._source, images[WHOLE], self._val_fraction or VAL_FRACTION)
+            train, validation = (sum(map(len, images[split].values())) for split in SPLITS)
+            note = fraction_note(validation, train + validation, self._val_fraction)
+            if note is not None:
+                self._notify(note)
         elif self._val_fraction is not None:
             raise UsageError(f"--val-fraction: {self._path} has validation images, so it is not used; omit it")
         self._images, self._classes = images, with_names(class_ids, found.names)
@@ -121,29 +128,53 @@ class FilesImporter:
         return find_images(self._source, beside)
 
     def _good(self, found: Found, report: Progress) -> dict[str, Images]:
-        """Return the images that are images by their first bytes.
+        """Return the images that can be decoded.
 
         Raises `AsgoError` for other files, unless they are to be skipped, and for an image that is too large.
         """
-        listed = [(names, name) for classes in found.images.values() for names in classes.values() for name in names]
-        files = [names[name] for names, name in listed]
-        bad = list(found.others)
-        for number, head in enumerate(self._source.heads(files)):
-            names, name = listed[number]
-            if image_suffix(head) is None:
-                bad.append(names.pop(name))
-            elif names[name].size > MAX_IMAGE_BYTES:
-                where = self._source.where(names[name].path)
-                raise AsgoError(f"{where}: {names[name].size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
-            if number % _REPORT_EVERY == 0:
-                report("checking the images", number, len(files))
+        bad = [self._no_image(file) for file in found.others]
+        for problems in (self._by_their_heads, self._by_decoding):
+            listed = [
+                (names, name) for classes in found.images.values() for names in classes.values() for name in names
+            ]
+            for number, problem in problems([names[name] for names, name in listed], report):
+                names, name = listed[number]
+                del names[name]
+                bad.append(problem)
+            if bad and not self._skip_bad:
+                raise AsgoError(f"{first_of(bad)}; remove such files, or pass --skip-bad")
         if bad:
-            more = f" (and {len(bad) - 1:,} files more)" if len(bad) > 1 else ""
-            first = f"{self._source.where(bad[0].path)}: {'not an image' if bad[0].size else 'empty'}{more}"
-            if not self._skip_bad:
-                raise AsgoError(f"{first}; remove what is no image, or pass --skip-bad")
-            self._notify(f"{first}: skipped")
+            self._notify(f"{first_of(bad)}: skipped")
         return found.images
+
+    def _no_image(self, file: File) -> str:
+        return f"{self._source.where(file.path)}: {'not an image' if file.size else 'empty'}"
+
+    def _by_their_heads(self, files: Sequence[File], report: Progress) -> Iterator[tuple[int, str]]:
+        """Yield the number of each file that does not begin like an image, and what is wrong."""
+        for number, head in enumerate(self._source.heads(files)):
+            file = files[number]
+            if image_suffix(head) is None:
+                yield number, self._no_image(file)
+            elif file.size > MAX_IMAGE_BYTES:
+                where = self._source.where(file.path)
+                raise AsgoError(f"{where}: {file.size:,} bytes, more than the limit of {MAX_IMAGE_BYTES:,}")
+            if number % _REPORT_EVERY == 0:
+                report("reading the beginnings of the images", number, len(files))
+
+    def _by_decoding(self, files: Sequence[File], report: Progress) -> Iterator[tuple[int, str]]:
+        """Yield the number of each image that cannot be decoded, and what is wrong. Decodes in threads."""
+
+        def check(numbered: tuple[int, bytes]) -> tuple[int, str | None]:
+            number, content = numbered
+            return number, damage(content, self._source.where(files[number].path))
+
+        checked = read_ahead(check, self._source.contents(files), os.cpu_count() or 1)
+        for done, (number, problem) in enumerate(checked):
+            if problem is not None:
+                yield number, problem
+            if done % _REPORT_EVERY == 0:
+                report("checking the images", done, len(files))
 
     def _listed(self, *splits: str) -> Iterator[tuple[str, str, File]]:
         """Yield class id, name and file of the images, sorted by split, class and name."""

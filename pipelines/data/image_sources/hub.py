@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,16 @@ from pipelines.data.hub_copy import (
     listed_digest,
     load_listing,
 )
-from pipelines.data.image_sources.labels import TRAIN_NAMES, VAL_FRACTION, VALIDATION_NAMES, WHOLE, validation_part
-from pipelines.data.images.decode import image_suffix
+from pipelines.data.image_sources.files import read_ahead
+from pipelines.data.image_sources.labels import (
+    TRAIN_NAMES,
+    VAL_FRACTION,
+    VALIDATION_NAMES,
+    WHOLE,
+    fraction_note,
+    validation_part,
+)
+from pipelines.data.images.decode import damage, image_suffix
 from pipelines.data.images.importing import Contents, require_every_class
 from pipelines.data.images.index import ImageClass
 from pipelines.data.images.manifest import SOURCE, Layout
@@ -93,7 +102,8 @@ class HubImporter:
         self._image_column = ""
         self._classes: tuple[ImageClass, ...] = ()
         self._parts: dict[str, list[_Part]] = {}
-        self._bad: set[tuple[Path, int]] = set()
+        self._bad: dict[tuple[Path, int], str] = {}
+        self._good: dict[Path, NDArray[np.bool_]] = {}
 
     @property
     def revision(self) -> str | None:
@@ -120,6 +130,7 @@ class HubImporter:
         for number, path in enumerate(paths):
             report("reading the labels", number, len(paths))
             values[path] = list(_read_labels(path, label_column))
+        self._good = {path: np.zeros(len(each), dtype=bool) for path, each in values.items()}
         names, numbers = _classes(paths, label_column, values)
         self._classes = numbered_classes(names)
         self._parts = {split: _parts(paths, numbers) for split, paths in files.items()}
@@ -140,8 +151,8 @@ class HubImporter:
         reader = SourceReader(self._read, lambda part: int(part.used.sum()), lambda part: part.path.stat().st_size)
         contents = import_streams(self._parts, reader, self._classes, out, layout, workers, report)
         if self._bad:
-            path, row = min(self._bad)
-            self._notify(f"{path}: row {row:,}: not an image (and {len(self._bad) - 1:,} more): skipped")
+            more = f" (and {len(self._bad) - 1:,} more)" if len(self._bad) > 1 else ""
+            self._notify(f"{self._bad[min(self._bad)]}{more}: skipped")
             self._require_every_class({split: index.labels for split, index in contents.indices.items()})
         return contents
 
@@ -217,6 +228,9 @@ class HubImporter:
             names = [f"{row:07d}" for row in rows.tolist()]
             chosen = validation_part(each.id, names, self._choice.val_fraction or VAL_FRACTION)
             for_validation[[int(name) for name in chosen]] = True
+        note = fraction_note(int(for_validation.sum()), len(labels), self._choice.val_fraction)
+        if note is not None:
+            self._notify(note)
         splits: dict[str, list[_Part]] = {"train": [], "val": []}
         for part in parts:
             mine = for_validation[part.first : part.first + len(part.labels)]
@@ -231,23 +245,38 @@ class HubImporter:
             raise AsgoError(f"{self.folder}: {error}") from None
 
     def _read(self, part: _Part) -> Iterator[StreamedImage]:
+        def check(numbered: tuple[int, bytes]) -> tuple[int, bytes, str | None]:
+            return *numbered, self._problem(part.path, *numbered)
+
+        for row, content, problem in read_ahead(check, self._rows(part), os.cpu_count() or 1):
+            if problem is None:
+                name = f"{part.first + row:07d}{image_suffix(content[:16])}"
+                yield StreamedImage(self._classes[part.labels[row]].id, name, content)
+            elif self._choice.skip_bad:
+                self._bad[part.path, row] = problem
+            else:
+                raise AsgoError(f"{problem}; pass --skip-bad to leave such rows out")
+
+    def _rows(self, part: _Part) -> Iterator[tuple[int, bytes]]:
+        """Yield the number and the image of each row to use."""
         row = 0
         with opened_table(part.path) as table:
             for batch in batches(part.path, table, IMAGES_AT_ONCE, f"{self._image_column}.bytes"):
                 for image in batch.column(0).to_pylist():
-                    content = (image or {}).get("bytes") or b""
-                    if part.used[row] and (suffix := self._suffix(part.path, row, content)) is not None:
-                        class_id = self._classes[part.labels[row]].id
-                        yield StreamedImage(class_id, f"{part.first + row:07d}{suffix}", content)
+                    if part.used[row]:
+                        yield row, (image or {}).get("bytes") or b""
                     row += 1
 
-    def _suffix(self, path: Path, row: int, content: bytes) -> str | None:
-        suffix = image_suffix(content[:16])
-        if suffix is None:
-            if not self._choice.skip_bad:
-                raise AsgoError(f"{path}: row {row:,}: {'not an image' if content else 'empty'}; pass --skip-bad")
-            self._bad.add((path, row))
-        return suffix
+    def _problem(self, path: Path, row: int, content: bytes) -> str | None:
+        """Return why a row holds no good image, or None. Decodes each image once."""
+        where = f"{path}: row {row:,}"
+        if image_suffix(content[:16]) is None:
+            return f"{where}: {'not an image' if content else 'empty'}"
+        if self._good[path][row]:
+            return None
+        problem = self._bad.get((path, row)) or damage(content, where)
+        self._good[path][row] = problem is None
+        return problem
 
 
 def _as_options(choice: Choice) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import NoReturn
 from pipelines.data.image_sources.files import File, FileSource, Folder
 from pipelines.data.images.decode import IMAGE_SUFFIXES
 from pipelines.data.images.index import ImageClass
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 
 Images = dict[str, dict[str, File]]
 """Files by class id and name."""
@@ -28,6 +28,7 @@ TRAIN_NAMES = ("train", "training")
 VALIDATION_NAMES = (("val",), ("valid", "validation"), ("test", "testing"))
 """Names of folders of validation images, the first ones preferred."""
 VAL_FRACTION = 0.1
+_FACTOR = 2
 _SPLITS = (*TRAIN_NAMES, *(name for names in VALIDATION_NAMES for name in names))
 _DEEPEST = 8
 _LONGEST_NAME = 255
@@ -53,7 +54,7 @@ class Found:
 def find_images(source: FileSource, beside: Sequence[Folder] = ()) -> Found:
     """Find the images of a source by the names of its files and folders.
 
-    `beside` are other folders that may hold Kaggle's tables. Raises `AsgoError` for folders that are no data set.
+    `beside` are other folders that may hold Kaggle's tables. Raises `UsageError` for folders that are no data set.
     """
     return _Finder(source, beside).find()
 
@@ -149,7 +150,7 @@ class _Finder:
         return content.decode("utf-8", errors="replace").splitlines()
 
     def _refuse(self, path: str, problem: str) -> NoReturn:
-        raise AsgoError(f"{self._source.where(path)}: {problem}")
+        raise UsageError(f"{self._source.where(path)}: {problem}")
 
 
 def is_image_name(name: str) -> bool:
@@ -232,6 +233,23 @@ def validation_part(class_id: str, names: Collection[str], fraction: float) -> s
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{class_id}/{name}".encode()).digest())
     return set(order[: min(max(1, round(fraction * len(order))), len(order) - 1)])
+
+
+def fraction_note(validation: int, total: int, asked: float | None) -> str | None:
+    """Return a line for the user if `validation` of `total` images differ from the fraction asked by a factor of 2."""
+    if asked is None or not total:
+        return None
+    real = validation / total
+    factors = (real / asked, (1 - real) / (1 - asked))
+    if all(1 / _FACTOR < factor < _FACTOR for factor in factors):
+        return None
+    why = "each class has at least one image for training and one for validation"
+    return f"--val-fraction {asked:g}: {validation:,} of {total:,} images are for validation, {real:.2g}; {why}"
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """Return the first of the files with a problem, and how many more there are."""
+    return problems[0] + (f" (and {len(problems) - 1:,} files more)" if len(problems) > 1 else "")
 
 
 def with_names(class_ids: Sequence[str], names: Mapping[str, str]) -> tuple[ImageClass, ...]:

@@ -167,10 +167,16 @@ class TorchvisionImporter:
     def find(self, report: Progress) -> list[Path]:
         missing = self._missing()
         if missing:
-            pickled = " (the pickled version that torchvision reads is not used)" if "CIFAR" in self.dataset else ""
+            them = "it" if len(missing) == 1 else "them"
+            note, holder = "", "torchvision calls root"
+            if "CIFAR" in self.dataset:
+                note, holder = (
+                    " (only this binary version is read, not torchvision's copy, which is pickled)",
+                    "holds it",
+                )
             raise UsageError(
-                f"{self.folder}: no {', no '.join(file.name for file in missing)}{pickled}; put them there, pass the "
-                "folder that torchvision calls root with --root, or get them with --download"
+                f"{self.folder}: no {', no '.join(file.name for file in missing)}{note}; put {them} there, pass the "
+                f"folder that {holder} with --root, or get {them} with --download"
             )
         return self._paths()
 

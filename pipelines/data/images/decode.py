@@ -125,6 +125,16 @@ class EncodedImage:
         return BadImageError(f"{self._name}: this image {why} ({len(self._data):,} bytes)")
 
 
+def damage(data: bytes, name: str) -> str | None:
+    """Decode an image file; return the message of its `BadImageError`, or None. JPEGs are decoded at 1/8 of their size."""
+    try:
+        image = EncodedImage(data, name)
+        image.pixels(image.largest_shrink(_SHRINKS[0]))
+    except BadImageError as error:
+        return str(error)
+    return None
+
+
 class RawImage:
     """An image of a `DecodedImages` set, with the methods of `EncodedImage`."""
 

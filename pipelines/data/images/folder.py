@@ -46,17 +46,23 @@ def remove_notes(out: Path) -> None:
         shutil.rmtree(out / PARTS, ignore_errors=True)
 
 
-def begin_or_resume(out: Path, new: Unfinished, overwrite: bool) -> Unfinished:
-    """Return the state of an earlier call with the same options; or clear `out` and return `new`.
+def earlier_state(out: Path, new: Unfinished, overwrite: bool) -> Unfinished | None:
+    """Return the state of an earlier call with the same options, or None. Changes nothing.
 
-    Raises `UsageError` if the earlier call had other options or `out` is not empty; with `overwrite`, only if `out`
-    holds files that are not part of an image data set.
+    Raises `UsageError` if the earlier call had other options, unless with `overwrite`, and if `out` holds files that
+    are not part of an image data set.
     """
     state = None if overwrite else load_unfinished(out)
     if state is not None:
         require_same_options(out, "unfinished", state.recipe, new.recipe, _difference)
     else:
-        _require_free(out, new, overwrite)
+        _require_ours(out, new)
+    return state
+
+
+def begin_or_resume(out: Path, new: Unfinished, state: Unfinished | None) -> Unfinished:
+    """Return `state`, that of an earlier call; or if it is None, clear `out` and return `new`."""
+    if state is None:
         state = new
         save_unfinished(out, state)
     if not state.cleared:
@@ -78,17 +84,15 @@ def _option(name: str, value: str | None) -> str:
     return f"--{name} {'none' if value is None else value}".rstrip()
 
 
-def _require_free(out: Path, new: Unfinished, overwrite: bool) -> None:
+def _require_ours(out: Path, new: Unfinished) -> None:
     # A kill during the first write of the state leaves only its partial file.
     content = {path.name for path in out.iterdir()} - {f".{UNFINISHED}.partial"}
     if not content:
         return
-    if not overwrite:
-        raise UsageError(f"{out}: this folder is not empty; choose another --out, or pass --overwrite")
     foreign = sorted(content - OURS)
     if foreign or not holds_images(out):  # folders named train and val may be the user's own
         not_ours = f"`asgo data {new.importer}` did not create this folder"
-        what = f"{foreign[0]} is not part of a prepared {new.dataset}" if foreign else not_ours
+        what = f"{foreign[0]} is not part of a prepared data set" if foreign else not_ours
         raise UsageError(f"{out}: {what}, so nothing is overwritten; choose another --out")
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.holding import held_folder
 from pipelines.data.images.extract import flush_to_disk
-from pipelines.data.images.folder import begin_or_resume, finished_manifest, remove_notes
+from pipelines.data.images.folder import begin_or_resume, earlier_state, finished_manifest, remove_notes
 from pipelines.data.images.index import SPLITS, ImageClass, Index, fingerprint, index_file
 from pipelines.data.images.manifest import (
     ClassEntry,
@@ -113,9 +113,10 @@ def import_images(
         with stop_on_signals() as stop, held_folder(out):
             if not overwrite and (manifest := finished_manifest(out, new)) is not None:
                 return manifest
+            before = earlier_state(out, new, overwrite)
             report = _stoppable(report, stop)
             paths = importer.find(report)
-            state = begin_or_resume(out, new, overwrite)
+            state = begin_or_resume(out, new, before)
             _require_same_files(out, state, [_name(importer, path) for path in paths])
             for path in paths:
                 state = _check(out, state, importer, path, _name(importer, path) in checked, report)

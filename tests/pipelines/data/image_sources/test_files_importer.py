@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -135,6 +136,13 @@ def test_the_split_is_stratified_and_depends_on_names_only(tmp_path: Path) -> No
     assert prepare(backwards, tmp_path / "again", extract=False).fingerprint == manifest.fingerprint
     third = prepare(backwards, tmp_path / "third", extract=False, val_fraction=1 / 3)
     assert [each.validation for each in third.classes] == [10, 4, 1]
+
+
+@pytest.mark.parametrize(("fraction", "real"), [(0.001, "2 of 16 .* 0.12;"), (0.999, "14 of 16 .* 0.88;"), (0.2, "")])
+def test_a_fraction_that_small_classes_cannot_have_is_told(fraction: float, real: str, tmp_path: Path) -> None:
+    source, told = write_folder(tmp_path / "photos", class_files({"cat": 8, "dog": 8})), list[str]()
+    prepare(source, tmp_path / "out", val_fraction=fraction, notify=told.append)
+    assert [bool(re.match(f"--val-fraction {fraction}: {real}", line)) for line in told] == [True] * bool(real)
 
 
 @pytest.mark.parametrize(
@@ -443,8 +451,24 @@ def test_an_archive_that_is_read_in_place_must_stay(tmp_path: Path) -> None:
         open_images(tmp_path / "out")
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
-    files = split_files()
-    files["train/dog/2.png"] = files["train/dog/2.png"][:100]
-    with pytest.raises(AsgoError, match=r"dog/2\.png: this image cannot be decoded"):
-        prepare(write_folder(tmp_path / "photos", files), tmp_path / "out")
+@KINDS
+@pytest.mark.parametrize("size", [(24, 16), LARGE])
+def test_damaged_images_are_named_or_skipped(kind: str, size: tuple[int, int], tmp_path: Path) -> None:
+    """Small images of one size are stored as pixels, large ones as they are."""
+    files = split_files(size=size)
+    bad = {path: files[path][: len(files[path]) // 2] for path in ("train/dog/2.png", "val/cat/1.png")}
+    bad["train/cat/9.jpg"] = picture(9, size, "JPEG")[:-200]
+    source = write_source(tmp_path, kind, files | bad)
+    with pytest.raises(
+        AsgoError,
+        match=r"photos.*(dog/2|cat/1|cat/9)\.(png|jpg): this image cannot be decoded: .* \(and 2 files more\); "
+        r"remove such files, or pass --skip-bad$",
+    ):
+        prepare(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    told: list[str] = []
+    phases: list[str] = []
+    prepare(source, tmp_path / "out", skip_bad=True, notify=told.append, report=lambda phase, *_: phases.append(phase))
+    assert [line.rpartition(") (and")[2] for line in told] == [" 2 files more): skipped"]
+    assert "checking the images" in phases
+    assert contents(open_images(tmp_path / "out")).keys() == files.keys() - bad.keys()

@@ -248,6 +248,18 @@ def test_images_that_are_none_are_skipped_if_so_wished(tmp_path: Path) -> None:
     assert told == [f"{root}/me/pets/data/train.parquet: row 4: not an image (and 1 more): skipped"]
 
 
+@pytest.mark.parametrize("extract", [None, False])
+def test_damaged_images_are_named_or_skipped(extract: bool | None, tmp_path: Path) -> None:
+    bad = [*FIRST[:4], (FIRST[4][0][:200], 1), *FIRST[4:]]
+    root = put(tmp_path, {"data/train.parquet": table(bad), "data/test.parquet": table(TEST)})
+    with pytest.raises(AsgoError, match=r"train\.parquet: row 4: this image cannot be decoded: .*; pass --skip-bad"):
+        prepare(root, tmp_path / "out", extract=extract)
+    told: list[str] = []
+    manifest = prepare(root, tmp_path / "again", extract=extract, skip_bad=True, notify=told.append)
+    assert sum(each.train for each in manifest.classes) == len(FIRST)
+    assert [line.endswith("(200 bytes): skipped") for line in told] == [True]
+
+
 def test_stopped_at_any_report_it_ends_with_the_same_folder(tmp_path: Path) -> None:
     files = {f"data/train-0000{number}-of-00003.parquet": table(rows(6, number)) for number in range(3)}
     root = put(tmp_path, files | {"data/test.parquet": table(TEST)})

@@ -145,7 +145,9 @@ def test_missing_files_are_named_with_their_folder(tmp_path: Path) -> None:
         prepare("MNIST", tmp_path, tmp_path / "out")
     for words in (str(tmp_path / "MNIST" / "raw"), "no train-images-idx3-ubyte.gz", "--root", "--download"):
         assert words in str(refused.value)
-    with pytest.raises(UsageError, match=r"no cifar-10-binary\.tar\.gz \(the pickled version .* is not used\)"):
+    with pytest.raises(
+        UsageError, match=r"no cifar-10-binary\.tar\.gz \(only this binary version .*\); put it there, .* get it with"
+    ):
         prepare("CIFAR10", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

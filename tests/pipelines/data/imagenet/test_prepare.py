@@ -142,10 +142,9 @@ def test_a_folder_of_something_else_is_never_overwritten(tmp_path: Path, archive
     mine = tmp_path / "out" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(UsageError, match=r"out: this folder is not empty; choose another --out, or pass --overwrite"):
-        prepare(archives, tmp_path / "out")
-    with pytest.raises(UsageError, match=r"out: .*so nothing is overwritten; choose another --out"):
-        prepare(archives, tmp_path / "out", overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"out: .*so nothing is overwritten; choose another --out$"):
+            prepare(archives, tmp_path / "out", overwrite=overwrite)
     assert tree(tmp_path / "out") == {name: b"mine"}
 
 
@@ -154,7 +153,7 @@ def test_a_file_of_the_users_in_a_finished_folder_is_not_overwritten(tmp_path: P
     (tmp_path / "out" / "notes.txt").write_text("mine")
     before = tree(tmp_path / "out")
     with pytest.raises(
-        UsageError, match=r"out: notes\.txt is not part of a prepared ImageNet, so nothing is overwritten"
+        UsageError, match=r"out: notes\.txt is not part of a prepared data set, so nothing is overwritten"
     ):
         prepare(archives, tmp_path / "out", overwrite=True)
     assert tree(tmp_path / "out") == before
