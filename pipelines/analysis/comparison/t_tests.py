@@ -93,7 +93,7 @@ def paired(first: Sequence[float], second: Sequence[float]) -> TTest | None:
     if len(differences) < 2:
         return None
     spread = stdev(differences)
-    if spread == 0:
+    if spread <= _ROUNDING * max(map(abs, (*first, *second))):
         return None
     return TTest("paired", mean(first) - mean(second), (spread**2,), (len(differences),))
 
