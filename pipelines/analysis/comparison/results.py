@@ -149,6 +149,7 @@ class Entry:
     """Label of the entries that differ only in the learning rate, without the learning rate."""
     lr: float
     runs: tuple[Run, ...]
+    """By seed."""
     final: Interval | None
     """Interval of the finished runs' final validations; None without finished runs."""
     final_train: Interval | None

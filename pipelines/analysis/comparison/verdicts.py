@@ -57,7 +57,7 @@ def verdicts(
 def _sides(contenders: Sequence[Entry]) -> Iterator[_Side]:
     for entry in contenders:
         if entry.final is not None:
-            found = sorted((run.config.seed, run.final) for run in entry.runs if run.final is not None)
+            found = [(run.config.seed, run.final) for run in entry.runs if run.final is not None]
             settings = settings_of(entry.runs[0])
             work = {key: value for key, value in settings.items() if key.startswith(_OF_THE_PAIRED)}
             seeds, values = zip(*found, strict=True)
