@@ -249,7 +249,8 @@ def fraction_note(validation: int, total: int, asked: float | None) -> str | Non
 
 def first_of(problems: Sequence[str]) -> str:
     """Return the first of the files with a problem, and how many more there are."""
-    return problems[0] + (f" (and {len(problems) - 1:,} files more)" if len(problems) > 1 else "")
+    more = len(problems) - 1
+    return problems[0] + (f" (and {more:,} file{'s' * (more > 1)} more)" if more else "")
 
 
 def with_names(class_ids: Sequence[str], names: Mapping[str, str]) -> tuple[ImageClass, ...]:

@@ -126,7 +126,7 @@ class EncodedImage:
 
 
 def damage(data: bytes, name: str) -> str | None:
-    """Decode an image file; return the message of its `BadImageError`, or None. JPEGs are decoded at 1/8 of their size."""
+    """Decode an image file; return the message of its `BadImageError`, or None. JPEGs are decoded at 1/8 size."""
     try:
         image = EncodedImage(data, name)
         image.pixels(image.largest_shrink(_SHRINKS[0]))

@@ -295,4 +295,7 @@ def test_a_folder_that_may_not_be_made_is_named_in_one_line(start: Start, tmp_pa
         require_namespaces("--user", "--map-user=1000")
         entry = ["unshare", "--user", "--map-user=1000", *ENTRY]
     code, words = start("fineweb", tmp_path / "locked" / "out", entry=entry).end()
-    assert (code, words) == (1, [f"error: {tmp_path}/locked/out: Permission denied"])
+    assert (code, words) == (
+        2,
+        [f"error: {tmp_path}/locked/out: this folder cannot be created (Permission denied); choose another one"],
+    )
