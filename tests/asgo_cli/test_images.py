@@ -88,6 +88,9 @@ def test_a_plain_folder_is_answered_with_the_command_that_imports_it(photos: Pat
         line = refused.err.splitlines()[-1]
         assert line.startswith("error: ")
         assert f"asgo data images '{photos}' --out " in line
+    archive = write_tar(tmp_path / "pets.tar", split_files())
+    refused = asgo("train", "imagenet", "--data", archive, "--out", tmp_path / "run", *small)
+    assert refused.err.endswith(f"import it with: asgo data images {archive} --out data/pets\n")
     (tmp_path / "ILSVRC").mkdir()
     assert "it holds Kaggle's layout" in asgo("data", "imagenet", "--archives", tmp_path, "--out", tmp_path / "out").err
 

@@ -21,6 +21,7 @@ _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ\0")
 _USTAR_AT = 257
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _DEEPEST = 32
+_REPORT_EVERY = 64
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, OverflowError, struct.error)
 
@@ -77,8 +78,9 @@ def _tree(archive: Path, files: Iterable[File]) -> Folder:
 
 
 def _members(tar: Tar, report: Progress) -> Iterator[Member]:
-    for member in iterate_members(tar):
-        report(f"reading {Path(tar.name).name}", member.offset, tar.end or 0)
+    for number, member in enumerate(iterate_members(tar)):
+        if number % _REPORT_EVERY == 0:
+            report(f"reading {Path(tar.name).name}", member.offset, tar.end or 0)
         yield member
 
 
@@ -116,8 +118,12 @@ class PackedTarFiles:
 
     def __init__(self, path: Path, report: Progress) -> None:
         self._path = path
-        with open_packed_tar(path, folders=True) as tar:
-            members = _members(tar, report)
+
+        def skipping(position: int) -> None:
+            report(f"reading {path.name}", position, 0)
+
+        with open_packed_tar(path, folders=True, report=skipping) as tar:
+            members = iterate_members(tar)
             files = (File(name, size, tar.read(min(HEAD_BYTES, size), offset)) for name, offset, size in members)
             self.top = _tree(path, files)
 

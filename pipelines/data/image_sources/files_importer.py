@@ -78,6 +78,7 @@ class FilesImporter:
         self._val_fraction = val_fraction
         self._skip_bad = skip_bad
         self._source: FileSource
+        self._digest = ""
         self._images: Mapping[str, Images] = {}
         self._classes: tuple[ImageClass, ...] = ()
 
@@ -96,13 +97,14 @@ class FilesImporter:
         elif self._val_fraction is not None:
             raise UsageError(f"--val-fraction: {self._path} has validation images, so it is not used; omit it")
         self._images, self._classes = images, with_names(class_ids, found.names)
+        digest = hashlib.sha256()
+        for *_, file in self._listed():
+            digest.update(f"{file.path}\0{file.size}\0{file.modified_ns}\n".encode())
+        self._digest = f"sha256:{digest.hexdigest()}"
         return [self._path]
 
     def expected(self, path: Path) -> str | None:
-        if not path.is_dir():
-            return None
-        lines = [f"{file.path}\0{file.size}\0{file.modified_ns}\n" for *_, file in self._listed()]
-        return f"sha256:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+        return self._digest if path.is_dir() else None  # of a folder, that of its names, sizes and times
 
     def check(self, path: Path, report: Progress) -> str:
         return self.expected(path) or f"sha256:{digest_of(path, 'sha256', partial(report, f'checking {path.name}'))}"
@@ -125,7 +127,7 @@ class FilesImporter:
                 beside = [LocalFiles(parent).top for parent in list(self._path.parents)[:3]]
         else:
             self._source = open_archive(self._path, report)
-        return find_images(self._source, beside)
+        return find_images(self._source, report, beside)
 
     def _good(self, found: Found, report: Progress) -> dict[str, Images]:
         """Return the images that can be decoded.

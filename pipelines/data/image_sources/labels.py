@@ -17,6 +17,7 @@ from typing import NoReturn
 from pipelines.data.image_sources.files import File, FileSource, Folder
 from pipelines.data.images.decode import IMAGE_SUFFIXES
 from pipelines.data.images.index import ImageClass
+from pipelines.data.progress import Progress
 from pipelines.errors import AsgoError, UsageError
 
 Images = dict[str, dict[str, File]]
@@ -51,17 +52,18 @@ class Found:
     unused: list[str] = field(default_factory=list)
 
 
-def find_images(source: FileSource, beside: Sequence[Folder] = ()) -> Found:
+def find_images(source: FileSource, report: Progress, beside: Sequence[Folder] = ()) -> Found:
     """Find the images of a source by the names of its files and folders.
 
     `beside` are other folders that may hold Kaggle's tables. Raises `UsageError` for folders that are no data set.
     """
-    return _Finder(source, beside).find()
+    return _Finder(source, report, beside).find()
 
 
 class _Finder:
-    def __init__(self, source: FileSource, beside: Sequence[Folder]) -> None:
+    def __init__(self, source: FileSource, report: Progress, beside: Sequence[Folder]) -> None:
         self._source = source
+        self._report = report
         self._found = Found({})
         self._path = _path_to_data(source.top)
         self._tables = [*reversed(self._path), *beside]
@@ -91,7 +93,11 @@ class _Finder:
             self._refuse(loose[0].path, f"an image that is not in a folder of its class; {EXPECTED}")
         if not folder.folders:
             self._refuse(folder.path, f"no folders of classes; {EXPECTED}")
-        return {name: self._images(each) for name, each in folder.folders.items()}
+        images = {}
+        for number, (name, each) in enumerate(folder.folders.items()):
+            self._report(f"listing {folder.path or 'the images'}", number, len(folder.folders))
+            images[name] = self._images(each)
+        return images
 
     def _images(self, folder: Folder) -> dict[str, File]:
         """Return the images of a class folder."""

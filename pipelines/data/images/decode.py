@@ -22,6 +22,7 @@ Pixels = NDArray[np.uint8]
 # libjpeg supports all multiples of 1/8, but other factors have no SIMD code and are slower than full size.
 _SHRINKS = (8, 4, 2)
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
 _JPEG = b"\xff\xd8\xff"
 _STARTS = {
     _JPEG: ".jpg",
@@ -76,9 +77,10 @@ class EncodedImage:
             self._is_jpeg = self._opened.format in ("JPEG", "MPO")
             size = (self._opened.height, self._opened.width, self._opened.mode in _GREY_MODES)
         self.height, self.width, self.is_grey = size
-        if self.height * self.width > MOST_PIXELS:
-            sides = f"{self.width:,} x {self.height:,} pixels"
-            raise BadImageError(f"{name}: this image has {sides}, more than the limit of {MOST_PIXELS:,}")
+        for height, width in ((self.height, self.width), _tile(self._opened)):
+            if height * width > MOST_PIXELS:
+                sides = f"{width:,} x {height:,} pixels"
+                raise BadImageError(f"{name}: this image has {sides}, more than the limit of {MOST_PIXELS:,}")
 
     def largest_shrink(self, wanted: float) -> int:
         """Return the largest factor of 1, 2, 4 and 8, at most `wanted`, by which the decoder can reduce the image."""
@@ -171,6 +173,13 @@ def _header(data: bytes) -> tuple[int, int, bool] | None:
     if colours in ("CMYK", "YCCK"):
         return None
     return height, width, colours == "Gray"
+
+
+def _tile(image: Image.Image | None) -> tuple[int, int]:
+    """Return height and width of the tiles of a TIFF, which are decoded as a whole and may be larger than the image."""
+    tags = getattr(image, "tag_v2", {})
+    tile = tags.get(_TILE_LENGTH, 0), tags.get(_TILE_WIDTH, 0)
+    return tile if all(isinstance(side, int) for side in tile) else (0, 0)
 
 
 def _in_colour(image: Image.Image) -> Image.Image:

@@ -112,6 +112,8 @@ def load_image_manifest(folder: Path) -> ImageManifest:
     Raises `UsageError` if the folder does not exist, and `AsgoError` if it is unfinished (with the command that
     resumes), holds other data, was made by an earlier version, or its manifest was altered.
     """
+    if folder.is_file():
+        raise UsageError(f"{folder}: a file; if it is an archive of images, import it with: {_import_command(folder)}")
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such data folder")
     path = folder / MANIFEST
@@ -178,9 +180,9 @@ def command(folder: Path, made: _Made) -> str:
 
 
 def _import_command(folder: Path) -> str:
-    """Return the command that imports a plain folder of images."""
+    """Return the command that imports a plain folder of images, or an archive of one."""
     whole = folder.resolve()
-    out = Path("data", whole.name)
+    out = Path("data", whole.name.partition(".")[0] or whole.name)
     if out.resolve().is_relative_to(whole):
         out = whole.with_name(f"{whole.name}-images")
     return shell.command("asgo", "data", "images", folder, "--out", out)

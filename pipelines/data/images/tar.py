@@ -79,10 +79,15 @@ def open_tar(path: Path, *, folders: bool = False) -> Iterator[Tar]:
 
 
 @contextlib.contextmanager
-def open_packed_tar(path: Path, *, folders: bool = False) -> Iterator[Tar]:
-    """Open an archive compressed with gzip or zstd. Raises `AsgoError` if it cannot be read or is damaged."""
+def open_packed_tar(
+    path: Path, *, folders: bool = False, report: Callable[[int], None] = lambda position: None
+) -> Iterator[Tar]:
+    """Open an archive compressed with gzip or zstd. Calls `report` often while bytes are skipped, with their number.
+
+    Raises `AsgoError` if the archive cannot be read or is damaged.
+    """
     with unpacked(path) as stream:
-        yield Tar(_Forward(stream).read, 0, None, str(path), folders)
+        yield Tar(_Forward(stream, report).read, 0, None, str(path), folders)
         while stream.read(_PIECE):  # to the end, where the checksum is
             pass
 
@@ -90,8 +95,9 @@ def open_packed_tar(path: Path, *, folders: bool = False) -> Iterator[Tar]:
 class _Forward:
     """Reads a stream from given offsets, which only grow."""
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, report: Callable[[int], None]) -> None:
         self._stream = stream
+        self._report = report
         self._position = 0
 
     def read(self, size: int, position: int) -> bytes:
@@ -100,6 +106,7 @@ class _Forward:
             if not skipped:
                 return b""
             self._position += skipped
+            self._report(self._position)
         content = self._stream.read(size)
         self._position += len(content)
         return content

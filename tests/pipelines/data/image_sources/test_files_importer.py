@@ -77,6 +77,7 @@ def test_every_kind_of_source_gives_the_same_images_in_every_layout(
     assert bool(manifest.containers) == (kind in ("tar", "stored zip") and not extract)
     assert [(each.id, each.train, each.validation) for each in manifest.classes] == [("cat", 4, 2), ("dog", 4, 2)]
     assert data.train.labels.tolist() == [0] * 4 + [1] * 4
+    assert [data.validation.name(at) for at in range(4)] == ["cat/0.png", "dog/0.png", "cat/1.png", "dog/1.png"]
     assert verify_images(tmp_path / "out", lambda *_: None) == []
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.name.startswith((".", "un"))) == []
 
@@ -89,6 +90,7 @@ def test_small_images_of_one_size_are_decoded(kind: str, tmp_path: Path) -> None
     assert (manifest.layout, manifest.image_shape) == ("decoded", (16, 24, 3))
     assert contents(data) == {path: pixels(content) for path, content in files.items()}
     assert isinstance(data.train, DecodedImages)
+    assert data.validation.labels.tolist() == [0, 1, 0, 1], "in the order of the names"
     assert verify_images(tmp_path / "out", lambda *_: None) == []
     assert data.fingerprint == prepare(write_folder(tmp_path / "again", files), tmp_path / "same").fingerprint
     files["val/dog/1.png"] = picture(99)
@@ -335,6 +337,18 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=problem):
             prepare(source, tmp_path / "more", **options)
     assert not (tmp_path / "more").exists()
+
+
+def test_what_would_take_too_much_memory_or_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folder(tmp_path / "photos", split_files())
+    with monkeypatch.context() as patched:
+        patched.setattr(files_importer, "MAX_IMAGE_BYTES", 1000)
+        with pytest.raises(AsgoError, match=r"train/cat/0\.png: 1,\d+ bytes, more than the limit of 1,000"):
+            prepare(source, tmp_path / "out")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=2 * 16 * 24 * 3 * 12 - 1))
+    with pytest.raises(AsgoError, match=r"out: the images take .* are free; free some space, or choose another --out"):
+        prepare(source, tmp_path / "out")
 
 
 class _Stop(Exception):

@@ -246,3 +246,15 @@ def test_an_image_that_claims_more_pixels_than_are_decoded_is_refused_by_its_hea
     png = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     with pytest.raises(BadImageError, match=r"has 8,193 x 8,193 pixels"):
         EncodedImage(png, NAME)
+
+
+def test_a_tiff_with_tiles_larger_than_an_image_may_be_is_refused_by_its_header():
+    def tiff(side: int) -> bytes:
+        """16 x 16 grey pixels in one tile, compressed with LZW."""
+        tags = {256: 16, 257: 16, 258: 8, 259: 5, 262: 1, 277: 1, 322: side, 323: side, 324: 200, 325: 9}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+        return (b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4)).ljust(209, b"\x80")
+
+    assert EncodedImage(tiff(16), NAME).height == 16
+    with pytest.raises(BadImageError, match=r"has 40,000 x 40,000 pixels"):
+        EncodedImage(tiff(40_000), NAME)
