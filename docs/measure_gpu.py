@@ -59,8 +59,8 @@ def page(device: str, tests: str, reports: dict[str, dict[str, Any] | None]) -> 
         f"By `make gpu`, {datetime.date.today()}: commit {commit()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}. Tests that need a GPU: {tests}.",
         "",
-        "× PyTorch: for an optimizer, the time of its step relative to PyTorch's fused AdamW; for training, relative to",
-        "the same model in a plain PyTorch loop. MFU: model FLOP utilization.",
+        "× PyTorch: for an optimizer, the time of its step relative to PyTorch's fused AdamW; for training, relative",
+        "to the same model in a plain PyTorch loop. MFU: model FLOP utilization.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "| --- |" + " ---: |" * (len(COLUMNS) - 1),
