@@ -8,7 +8,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test lint check format gpu clean
 
 demo: $(VENV)/.asgo
 	$(BIN)/asgo demo
@@ -27,6 +27,10 @@ check: lint
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# On a machine with a GPU: its tests and measurements, as one table in docs/results/costs.
+gpu: $(VENV)/.dev
+	@$(BIN)/python docs/measure_gpu.py
 
 $(VENV)/.asgo: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "asgo needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
