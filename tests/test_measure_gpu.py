@@ -38,7 +38,8 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
 def test_make_gpu_runs_the_script() -> None:
     command = ["make", "--dry-run", "--old-file=.venv/.dev", "gpu"]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert made.stdout.split() == [".venv/bin/python", "docs/measure_gpu.py"]
+    # `make test` runs this too, and then `make` names its folder before and after.
+    assert ".venv/bin/python docs/measure_gpu.py" in made.stdout.splitlines()
 
 
 def test_the_page_has_a_row_an_optimizer_and_a_row_a_way_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
