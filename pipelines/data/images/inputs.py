@@ -59,7 +59,7 @@ def _resolution(transform: TransformName, data: ImageData) -> int:
         if transform in _RESOLUTIONS:
             return _RESOLUTIONS[transform]
         raise UsageError(f"data.transform={transform}: the images of {data.folder} vary in size; set data.resolution")
-    return min(data.train.pixels.shape[1:3])  # classifiers take squares: the centre of each image
+    return int(min(data.train.pixels.shape[1:3]))  # classifiers take squares: the centre of each image
 
 
 def _statistics(images: DecodedImages, data: ImageData) -> tuple[tuple[float, ...], tuple[float, ...]]:
