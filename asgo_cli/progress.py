@@ -26,15 +26,13 @@ if TYPE_CHECKING:
 
 def metrics_in_words(row: Row, unit: str) -> str:
     """Format the metrics of a training row; `unit` is the unit of its throughput, such as "tok"."""
-    accuracy = accuracy_in_words(row)
-    return (
-        f"loss {row['loss']:.4f}{accuracy and f'  {accuracy}'}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
-    )
+    accuracy = accuracy_in_words(row, "  ")
+    return f"loss {row['loss']:.4f}{accuracy}  lr {row['lr']:.2e}  {row['throughput']:,.0f} {unit}/s"
 
 
-def accuracy_in_words(row: Row) -> str:
-    """Format the top-1 accuracy of a row; "" if it has none."""
-    return f"top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
+def accuracy_in_words(row: Row, separator: str) -> str:
+    """Format the top-1 accuracy of a row, after a separator; "" if it has none."""
+    return f"{separator}top-1 {row['accuracy']:.1%}" if "accuracy" in row else ""
 
 
 class RunBars:
@@ -91,9 +89,8 @@ class TrainingProgress(RunBars):
         self._show(row)
 
     def validated(self, row: Row) -> None:
-        """Show the new validation loss."""
-        accuracy = accuracy_in_words(row)
-        self._validation = f"{row['loss']:.4f}{accuracy and f', {accuracy}'}"
+        """Show the new validation."""
+        self._validation = f"{row['loss']:.4f}{accuracy_in_words(row, ', ')}"
         self._show(row)
 
     def _show(self, row: Row) -> None:

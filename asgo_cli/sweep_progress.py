@@ -40,9 +40,9 @@ class SweepProgress(RunBars):
         if slot in self._bars:
             unit = task_of(run.run.config).short_unit
             self._progress.update(self._bars[slot], completed=row["step"], metrics=metrics_in_words(row, unit))
-        steps, accuracy = run.run.config.training.steps, accuracy_in_words(row)
+        steps = run.run.config.training.steps
         position = f"{run.run.name} step {row['step']}/{steps}, loss {row['loss']:.4f}"
-        self._positions[slot] = position + (accuracy and f", {accuracy}")
+        self._positions[slot] = position + accuracy_in_words(row, ", ")
         self._lines.say("; ".join(self._positions.values()))
 
     def ended(self, run: RunStatus, slot: int, how: str) -> None:

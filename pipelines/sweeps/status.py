@@ -50,7 +50,7 @@ class RunStatus:
         """Return the task's metrics after the last step, by name; empty for a run that is not done."""
         rows = RunFolder(self.folder).rows() if self.state == "done" else []
         last: Mapping[str, Any] = next((row for row in reversed(rows) if row["split"] == "val"), {})
-        return {metric.name: last[metric.name] for metric in task_of(self.run.config).metrics if last}
+        return {metric.name: last[metric.name] for metric in task_of(self.run.config).metrics if metric.name in last}
 
 
 def run_statuses(runs: Sequence[SweepRun], out: Path) -> list[RunStatus]:

@@ -16,14 +16,14 @@ from pipelines.analysis.figure_style import NEUTRAL_COLOUR, legend_below, plain_
 from pipelines.tasks.metric import Metric
 
 MOST_PAIRS = 30
-"""Lines in the figure. Of more pairs, those with the best contender are drawn."""
+"""Lines in the figure. Of more pairs, those with the best contender are drawn; with `against`, the first ones."""
 
 _CERTAIN_COLOUR = "#0077BB"
 
 
 def draw_differences(comparison: Comparison) -> Figure | None:
     """Draw the differences with their corrected intervals; None if no pair was tested."""
-    verdicts = _drawn(comparison.verdicts)
+    verdicts = _drawn(comparison)
     if not any(verdict.corrected for verdict in verdicts):
         return None
     metric = comparison.metric
@@ -43,10 +43,11 @@ def draw_differences(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def _drawn(verdicts: Sequence[Verdict]) -> Sequence[Verdict]:
-    best = verdicts[0].first if verdicts else ""
-    chosen = verdicts if len(verdicts) <= MOST_PAIRS else [verdict for verdict in verdicts if verdict.first == best]
-    return chosen[:MOST_PAIRS]
+def _drawn(comparison: Comparison) -> Sequence[Verdict]:
+    verdicts = comparison.verdicts
+    if len(verdicts) > MOST_PAIRS and comparison.against is None:
+        verdicts = tuple(verdict for verdict in verdicts if verdict.first == verdicts[0].first)
+    return verdicts[:MOST_PAIRS]
 
 
 def _axis_title(metric: Metric) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.analysis.comparison.difference_figure import MOST_PAIRS
 from pipelines.analysis.comparison.figures import (
     LAYERS_FOLDER,
     MOST_SHOWN,
@@ -182,6 +183,7 @@ def render_page(
         evidence=evidence_table(comparison),
         matrix=_matrix(comparison),
         verdicts=verdict_table(comparison, _shown_verdicts(comparison)),
+        most_pairs=MOST_PAIRS,
         curves=_curves(comparison),
         left_out=_left_out(comparison),
         runs=run_table(comparison),
@@ -218,7 +220,8 @@ def _matrix(comparison: Comparison) -> list[tuple[str, list[Cell]]]:
 
 
 def _shown_verdicts(comparison: Comparison) -> list[Verdict]:
-    labels = {entry.label for entry in shown(comparison)}
+    against = () if comparison.against is None else (comparison.against,)
+    labels = {entry.label for entry in (*shown(comparison), *against)}
     return [verdict for verdict in comparison.verdicts if {verdict.first, verdict.second} <= labels]
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Outcome, Verdict
-from pipelines.analysis.comparison.settings import settings_of
+from pipelines.analysis.comparison.settings import identity, settings_of
 from pipelines.analysis.comparison.t_tests import TTest, holm, holm_levels, paired, seeds_needed, welch
 from pipelines.errors import UsageError
 from pipelines.tasks.metric import Metric
@@ -61,7 +60,7 @@ def _sides(contenders: Sequence[Entry]) -> Iterator[_Side]:
             settings = settings_of(entry.runs[0])
             work = {key: value for key, value in settings.items() if key.startswith(_OF_THE_PAIRED)}
             seeds, values = zip(*found, strict=True)
-            yield _Side(entry.label, entry.final, values, seeds, json.dumps(work, sort_keys=True))
+            yield _Side(entry.label, entry.final, values, seeds, identity(work))
 
 
 def _test(first: _Side, second: _Side) -> TTest | None:

@@ -85,6 +85,8 @@ def test_of_many_pairs_those_with_the_best_are_drawn(comparison: Comparison) -> 
     assert len(many) > MOST_PAIRS
     labels = [label.get_text() for label in axes_of(dataclasses.replace(comparison, verdicts=many)).get_yticklabels()]
     assert labels == [f"0 − {other}" for other in range(1, 10)]
+    against = dataclasses.replace(comparison, verdicts=many, against=comparison.contenders[0])
+    assert len(axes_of(against).get_yticks()) == MOST_PAIRS
 
 
 def test_without_a_test_there_is_no_figure(tmp_path: Path) -> None:

@@ -152,6 +152,8 @@ def test_a_verdict_can_be_read_from_both_sides(comparison: Comparison) -> None:
         assert turned.difference is not None
         assert turned.difference.mean == -verdict.difference.mean
         assert (turned.difference.low, turned.difference.high) == (-verdict.difference.high, -verdict.difference.low)
+        assert verdict.corrected is not None
+        assert turned.corrected == (-verdict.corrected[1], -verdict.corrected[0])
         assert {verdict.outcome, turned.outcome} in ({"better", "worse"}, {"cannot tell"})
 
 
