@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from .dtensors import is_dtensor
 from .pieces import Piece, chunked_rows
 
-BUCKET = 2**20
-"""Maximal number of elements of a bucket of pieces sent together. A larger piece is sent alone, without a copy."""
-
 
 def is_sharded_by_rows(tensor: Tensor, size: int) -> bool:
     """Whether a `DTensor` has FSDP2's default sharding, by rows over `size` ranks."""
@@ -32,6 +29,10 @@ def is_sharded_by_rows(tensor: Tensor, size: int) -> bool:
 def local(tensor: Tensor) -> Tensor:
     """Return the local shard of a `DTensor`; any other tensor is returned as is."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+# The second name is that before torch 2.14, which warns of it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class InPlace:
 
 
 class Replicated(InPlace):
-    """Pieces of replicated parameters with equal gradients: owners broadcast the new weights."""
+    """Pieces of replicated parameters with equal gradients: all ranks get the new weights from their owners."""
 
     def __init__(self, pieces: Sequence[Piece], group: dist.ProcessGroup | None) -> None:
         super().__init__(pieces, group)
@@ -114,43 +115,34 @@ class Replicated(InPlace):
         return None if piece.param.grad is None else piece.of(piece.param.grad)
 
     def send(self) -> None:
-        """Start broadcasts in buckets, with the owners in turn so that they send at the same time."""
-        super().send()
-        moving = self.moving()
-        by_owner = [_buckets([piece for piece in moving if piece.owner == owner]) for owner in range(self.size)]
-        turns = itertools.chain(*itertools.zip_longest(*by_owner, fillvalue=[]))
-        self._sending = [self._broadcast(bucket) for bucket in turns if bucket]
+        """Start one all-gather of all pieces; many broadcasts would take longer.
 
-    def _broadcast(self, bucket: list[Piece]) -> _Transfer:
-        owner, weights = bucket[0].owner, [self.memory(piece) for piece in bucket]
-        targets: list[Tensor] = []
-        if len(weights) == 1 and weights[0].is_contiguous():
-            vector = weights[0]
-        elif owner == self.rank:
-            vector = _packed(weights)
-        else:
-            vector, targets = weights[0].new_empty(sum(piece.numel for piece in bucket)), weights
-        work = dist.broadcast(vector, group=self.process_group, group_src=owner, async_op=True)
-        return _Transfer(work, vector, targets, vector)
+        All ranks send as many elements as the one with most. Memory for a copy of the weights is taken until `finish`.
+        """
+        super().send()
+        of_ranks: list[list[Piece]] = [[] for _ in range(self.size)]
+        for piece in self.moving():
+            of_ranks[piece.owner].append(piece)
+        counts = [sum(piece.numel for piece in pieces) for pieces in of_ranks]
+        if self.size == 1 or not any(counts):
+            return
+        sent = self.memory(next(itertools.chain(*of_ranks))).new_empty(max(counts))
+        if counts[self.rank]:
+            torch.cat([self.memory(piece).reshape(-1) for piece in of_ranks[self.rank]], out=sent[: counts[self.rank]])
+        received = sent.new_empty(self.size * len(sent))
+        work = _all_gather(received, sent, group=self.process_group, async_op=True)
+        vectors = torch.split(received, len(sent))
+        self._sending = [
+            _Transfer(work, vectors[rank][: counts[rank]], [self.memory(piece) for piece in pieces], sent)
+            for rank, pieces in enumerate(of_ranks)
+            if rank != self.rank
+        ]
 
     def finish(self) -> None:
-        """Wait for all buckets, and unpack them."""
+        """Wait for the pieces of the other ranks, and copy them to the parameters."""
         for transfer in self._sending:
             transfer.unpack()
         self._sending = []
-
-
-def _buckets(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Group consecutive pieces into buckets of at most `BUCKET` elements."""
-    buckets: list[list[Piece]] = []
-    room = 0
-    for piece in pieces:
-        room -= piece.numel
-        if room < 0:
-            buckets.append([])
-            room = BUCKET - piece.numel
-        buckets[-1].append(piece)
-    return buckets
 
 
 class RowSharded(InPlace):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -194,7 +197,7 @@ def load_weights_late(layout: Layout, name: str) -> float:
 
 @on_layouts
 def mix(layout: Layout, name: str) -> float:
-    """Two precisions in one group, weights that do not lie row by row in memory, and buckets of all sizes."""
+    """Two precisions in one group, and weights that do not lie row by row in memory."""
 
     def make() -> nn.Module:
         model = make_model()
@@ -206,13 +209,35 @@ def mix(layout: Layout, name: str) -> float:
 
     model, other = make(), make()
     unsharded, sharded = build(model, name), shard(other, lambda model: build(model, name), layout)
-    bucket, transport.BUCKET = transport.BUCKET, 300
-    try:
-        train(model, unsharded, range(4))
-        train(other, sharded, range(4))
-    finally:
-        transport.BUCKET = bucket
+    train(model, unsharded, range(4))
+    train(other, sharded, range(4))
     return difference(whole(other), whole(model))
+
+
+@on_layouts
+def collectives(layout: Layout, name: str) -> tuple[Counter[str], int]:
+    """The collectives of a step on a small GPT, and the number of its parameter groups."""
+    settings = {"vocab_size": 67, "context_length": 8, "n_layers": 3, "n_heads": 2, "d_model": 32, "d_ff": 64}
+    model = GPT(**settings)
+    sharded = shard(model, lambda model: build_optimizer(model, name, STEPS), layout)
+    set_gradients(model, 0)
+    names = ("broadcast", "all_gather", "all_reduce", "all_to_all_single", "send", "recv")
+    counts: Counter[str] = Counter()
+
+    def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            counts[name] += 1
+            return collective(*args, **keywords)
+
+        return call
+
+    with contextlib.ExitStack() as patches:
+        for each in names:
+            patches.enter_context(mock.patch.object(dist, each, counted(each, getattr(dist, each))))
+        gather = counted("all-gather of vectors", transport._all_gather)
+        patches.enter_context(mock.patch.object(transport, "_all_gather", gather))
+        sharded.step()
+    return counts, len(sharded.param_groups)
 
 
 @on_layouts

@@ -96,6 +96,15 @@ def test_precisions_and_layouts_in_memory_may_be_mixed(four: Ranks, name):
     assert all(figure <= 1e-6 for result in four.run(jobs.mix, [Layout(4)], name) for figure in result.values())
 
 
+@pytest.mark.parametrize("name", ["asgo", "adamw"])
+def test_a_step_has_one_collective_a_parameter_group(four: Ranks, name):
+    layouts = [Layout(2), Layout(4)]
+    for result in four.run(jobs.collectives, layouts, name):
+        for counts, groups in result.values():
+            assert counts == {"all-gather of vectors": groups}
+            assert groups <= 3
+
+
 @pytest.mark.parametrize("name", ["asgo", "accasro"])
 def test_real_training_with_closure_scheduler_and_scaler(four: Ranks, name):
     layouts = [Layout(2), Layout(2, fsdp=True)]
