@@ -584,6 +584,14 @@ class GPTTrainingSettings(TrainingSettings):
     """Length of the run in tokens, instead of `steps`."""
     tokens_per_parameter: Length | None = Field(None, exclude=True)
     """The same as a multiple of the number of the model's parameters."""
+    activations: Literal["fp32", "bf16"] = "fp32"
+    """Embeddings and residual stream where the forward pass is in bf16."""
+
+    @model_validator(mode="after")
+    def _activations_follow_the_precision(self) -> Self:
+        if self.activations == "bf16" and self.precision not in ("auto", "bf16"):
+            raise ValueError(f"activations=bf16 needs precision=bf16, not {self.precision}")
+        return self
 
 
 class ImageTrainingSettings(TrainingSettings):

@@ -94,6 +94,9 @@ class GPTTask:
         )
         self._dtype = pick_precision(training, device)
         model = build_decoder(config.model, self.data.vocab_size)
+        if training.activations == "bf16" and self._dtype == torch.bfloat16:
+            for embedding in (child for child in model.children() if isinstance(child, nn.Embedding)):
+                embedding.register_forward_hook(_in_bfloat16)  # autocast keeps the residual stream as it begins
         self.model = place_model(model, device, ranks, config.runtime, self._dtype)
         self.network: nn.Module = self.model
         # Compiled, it makes no float32 copy of the logits, the largest tensor of all.
@@ -164,6 +167,10 @@ class GPTTask:
     def description(self) -> dict[str, Any]:
         """Return the data's fingerprint and its tokenizer, so that a checkpoint alone can generate text."""
         return {"fingerprint": self.data.fingerprint, "tokenizer": self.data.tokenizer}
+
+
+def _in_bfloat16(embedding: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.bfloat16()
 
 
 def _padded(batch: tuple[Tensor, Tensor], rows: int) -> tuple[Tensor, Tensor]:
