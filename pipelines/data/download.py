@@ -202,7 +202,7 @@ def require_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise AsgoError(
             f"{folder}: {needed / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are free; "
-            f"free {(needed - free) / 1e9:,.1f} GB more, or choose another --archives"
+            f"free {(needed - free) / 1e9:,.1f} GB more, or choose another folder"
         )
 
 

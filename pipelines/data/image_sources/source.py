@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from pipelines.data.image_sources.files_importer import FilesImporter
@@ -84,9 +84,10 @@ def _importer(
 
 
 def _require_only(options: SourceOptions, source: str, *allowed: str) -> None:
-    for name, value in asdict(options).items():
-        if name not in allowed and value not in (None, False):
-            raise UsageError(f"--{name.replace('_', '-')}: not an option for {source}; omit it")
+    for field in fields(options):
+        if field.name not in allowed and getattr(options, field.name) != field.default:
+            option = "extract and --no-extract" if field.name == "extract" else field.name.replace("_", "-")
+            raise UsageError(f"--{option}: not for {source}; omit it")
 
 
 def _files_importer(source: str, out: Path, options: SourceOptions, notify: Notify) -> FilesImporter:
@@ -97,7 +98,7 @@ def _files_importer(source: str, out: Path, options: SourceOptions, notify: Noti
             f"hub {HUB}OWNER/NAME"
         )
     if holds_images(path):
-        raise UsageError(f"{source}: already a folder of `asgo data`; train on it with --data {source}")
+        raise UsageError(f"{source}: already a folder of `asgo data`; train on it with --data")
     if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
         raise UsageError(f"--out {out}: this folder is in the source {source}; choose another one")
     return FilesImporter(path, notify, val_fraction=options.val_fraction, skip_bad=options.skip_bad)

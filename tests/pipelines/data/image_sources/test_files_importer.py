@@ -331,8 +331,8 @@ def test_what_is_no_source_is_refused(tmp_path: Path) -> None:
     for options, problem in (
         ({"val_fraction": 0.5}, "--val-fraction: .*has validation images, so it is not used"),
         ({"val_fraction": 1.0}, "--val-fraction should be between 0 and 1, not 1"),
-        ({"root": tmp_path}, "--root: not an option for"),
-        ({"download": True}, "--download: not an option for"),
+        ({"root": tmp_path}, "--root: not for"),
+        ({"download": True}, "--download: not for"),
     ):
         with pytest.raises(UsageError, match=problem):
             prepare(source, tmp_path / "more", **options)

@@ -191,8 +191,9 @@ def test_damaged_files_are_told_in_one_line(part: str, alter: Any, problem: str,
 
 def test_image_files_cannot_be_had_of_pixels(tmp_path: Path) -> None:
     write_mnist(tmp_path / "MNIST" / "raw", TRAIN, TEST)
-    with pytest.raises(UsageError, match="--extract: not an option for torchvision:MNIST"):
-        prepare("MNIST", tmp_path, tmp_path / "out", extract=True)
+    for extract in (True, False):
+        with pytest.raises(UsageError, match="--extract and --no-extract: not for torchvision:MNIST; omit it"):
+            prepare("MNIST", tmp_path, tmp_path / "out", extract=extract)
     assert not (tmp_path / "out").exists()
 
 
