@@ -418,7 +418,8 @@ class ClassifierSettings(ModelSettings):
     """A classifier of `models.vision`, without pretrained weights. Absent sizes are its constructor's defaults."""
 
     name: str = "efficientnet_b1"
-    channels_last: bool = False
+    channels_last: Literal["auto", True, False] = "auto"
+    """Whether channels are the last dimension in memory; `auto`: on a CUDA device."""
     widths: Annotated[tuple[Size, ...], Field(max_length=100)] | None = None
     """Widths of the hidden layers."""
     patch_size: Size | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,11 @@ class GPTTask:
         with autocast(self._device, self._dtype):
             return self.network(inputs), targets
 
-    def training_metrics(self) -> dict[str, float]:
+    def training_counts(self) -> Tensor:
+        """Return no counts."""
+        return torch.empty(0, device=self._device)
+
+    def training_metrics(self, counts: Sequence[float]) -> dict[str, float]:
         """Return no metrics."""
         return {}
 

@@ -20,7 +20,7 @@ from pipelines.data.images.loader import open_loaders
 from pipelines.data.images.transforms import Normalize, build_transforms
 from pipelines.data.images.workers import ImageSource
 from pipelines.errors import AsgoError, UsageError
-from pipelines.training.device import autocast, pick_precision
+from pipelines.training.device import autocast, compiles, pick_precision
 from pipelines.training.distributed import ALONE, Ranks, local_batch, rounds
 from pipelines.training.mixing import Mixing
 from pipelines.training.parallel import place_model
@@ -54,16 +54,18 @@ class ImageTask:
             model = build_classifier(config.model.name, classes, channels, self.inputs.resolution, sizes)
         except ValueError as error:
             raise UsageError(f"model.{error}") from None
-        channels_last = config.model.channels_last
-        model = model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        self.model = place_model(model, device, ranks, config.runtime)
+        channels_last = device.type == "cuda" if config.model.channels_last == "auto" else config.model.channels_last
+        if channels_last and not config.runtime.shard_model:  # FSDP2 takes contiguous weights only
+            model = model.to(memory_format=torch.channels_last)
+        self._dtype = pick_precision(training, device)
+        self.model = place_model(model, device, ranks, config.runtime, self._dtype)
         self.network: nn.Module = self.model
+        self._compiled = compiles(config.runtime, device)
         self._normalize = Normalize(
             self.inputs.mean, self.inputs.std, device, channels=channels, channels_last=channels_last
         )
         self._ranks = ranks
         self._device = device
-        self._dtype = pick_precision(training, device)
         self._label_smoothing = training.label_smoothing
         self._mixing: Mixing | None = None
         if config.data.mixup or config.data.cutmix:
@@ -126,9 +128,13 @@ class ImageTask:
         self._seen += len(labels)
         return functional.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
 
-    def training_metrics(self) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy of the last step, over all ranks. Synchronizes with the device."""
-        return _accuracies(self._ranks.sum(self._right.clone()).tolist(), self._seen * self._ranks.size)
+    def training_counts(self) -> Tensor:
+        """Return how many images of the step this rank classified right, and among the best five; shape (2,)."""
+        return self._right
+
+    def training_metrics(self, counts: Sequence[float]) -> dict[str, float]:
+        """Return top-1 and top-5 accuracy of the step, from the counts summed over all ranks."""
+        return _accuracies(counts, self._seen * self._ranks.size)
 
     @torch.no_grad()
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
@@ -140,7 +146,9 @@ class ImageTask:
             if should_stop():
                 self.model.train()
                 return None
-            images, labels = self._on_device(_or_one_unknown(batch))
+            # A batch of another shape would be compiled, too; the forward pass of a sharded model is a collective.
+            rows = self._rows.micro_batch_size if self._compiled else 1
+            images, labels = _padded(self._on_device(batch), rows)
             with autocast(self._device, self._dtype):
                 logits = self.network(self._normalize(images)).float()
             loss = functional.cross_entropy(logits, labels, reduction="sum", ignore_index=_UNKNOWN)
@@ -205,12 +213,12 @@ def _right_among_top(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([hits[:, 0].sum(), hits.sum()])
 
 
-def _or_one_unknown(batch: Batch) -> Batch:
-    """Replace an empty batch by one dummy image: the forward pass of a sharded model is a collective."""
+def _padded(batch: Batch, rows: int) -> Batch:
+    """Append dummy images, which the metrics ignore, up to `rows`."""
     images, labels = batch
-    if len(labels):
-        return batch
-    return images.new_zeros((1, *images.shape[1:])), labels.new_full((1,), _UNKNOWN)
+    missing = max(0, rows - len(labels))
+    dummies = (0, 0, 0, 0, 0, 0, 0, missing)
+    return functional.pad(images, dummies), functional.pad(labels, (0, missing), value=_UNKNOWN)
 
 
 def _accuracies(right: Sequence[float], seen: float) -> dict[str, float]:

@@ -52,14 +52,14 @@ def fit(run: Run) -> None:
         run.writer.check()
         state.clock.run()
         try:
-            loss, grad_norm, lr = train_step(run)
+            figures = train_step(run)
         except Diverged:
             record_step(run)
             raise
         record_step(run)
         state.step += 1
         if _due(state.step, config.metrics.every, config):
-            log(run, loss, grad_norm, lr)
+            log(run, figures)
 
 
 def evaluate(run: Run) -> None:
@@ -119,23 +119,27 @@ def _interrupted(run: Run) -> RunInterrupted:
     return RunInterrupted(f"{signal} at step {run.state.step}: saved; continue with: {command}")
 
 
-def train_step(run: Run) -> tuple[float, float, float]:
-    """Update the weights from one global batch; returns loss, gradient norm and learning rate."""
+def train_step(run: Run) -> dict[str, float]:
+    """Update the weights from one global batch; returns the metrics of the step that need no clock."""
     state = run.state
     loss = accumulate_gradients(run)
     grad_norm = _clip(run)
-    loss = state.ranks.mean(loss)
+    sums = state.ranks.sum(torch.cat([loss.view(1), run.task.training_counts().to(loss)]))
     state.scheduler.apply(state.step)
     # The only wait for a GPU in a step. It cannot come a step later: it decides whether the weights change.
-    loss_value, norm_value = torch.stack([loss, grad_norm]).tolist()
+    norm_value, loss_sum, *counts = torch.cat([grad_norm.view(1), sums]).tolist()
+    loss_value = loss_sum / state.ranks.size
     _refuse_not_finite(run, loss_value, norm_value)
+    metrics = {"loss": loss_value, "lr": _learning_rate(run), **run.task.training_metrics(counts)}
+    if math.isfinite(norm_value):
+        metrics["grad_norm"] = norm_value
     with run.around_step(state.step + 1), state.clock.optimizer(), state.around_step(run.config.seed):
         state.scaler.step(state.optimizer)
         state.scaler.update()
     if state.average is not None:
         state.average.update()
     state.optimizer.zero_grad()
-    return loss_value, norm_value, _learning_rate(run)
+    return metrics
 
 
 def _learning_rate(run: Run) -> float:
@@ -159,15 +163,12 @@ def accumulate_gradients(run: Run) -> Tensor:
     return total
 
 
-def log(run: Run, loss: float, grad_norm: float, lr: float) -> None:
+def log(run: Run, metrics: dict[str, float]) -> None:
     """Record the metrics of the step; on a GPU, `record_step` does that after the next one.
 
     Its times are known when the GPU has made the step. To wait for that would leave the GPU without work.
     """
-    row = Row(**_counts(run), split="train", loss=loss, lr=lr)  # type: ignore[typeddict-item]
-    if math.isfinite(grad_norm):
-        row["grad_norm"] = grad_norm
-    row.update(run.task.training_metrics())  # type: ignore[typeddict-item]
+    row = Row(**_counts(run), split="train", **metrics)  # type: ignore[typeddict-item]
     run.unrecorded = row, run.state.clock.end_lap()
     if run.state.clock.device.type != "cuda":
         record_step(run)

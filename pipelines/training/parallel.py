@@ -30,7 +30,7 @@ def place_model(
     bfloat16; gradients are reduced in float32.
     """
     if ranks.size > 1:
-        model = synchronize_batch_norms(model, device)
+        synchronize_batch_norms(model)
     if not (runtime.shard_model and ranks.joined):
         return model.to(device)
     mesh = init_device_mesh(device.type, (ranks.size,))

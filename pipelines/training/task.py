@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -33,8 +33,11 @@ class Task(Protocol):
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch, shape (), on the model's device."""
 
-    def training_metrics(self) -> dict[str, float]:
-        """Metrics of the last step besides its loss, over all ranks; may synchronize with the device."""
+    def training_counts(self) -> Tensor:
+        """Counts of this rank's part of the step, shape (k,), on the device: what the metrics besides the loss need."""
+
+    def training_metrics(self, counts: Sequence[float]) -> dict[str, float]:
+        """Metrics of the step besides its loss, from the counts summed over all ranks."""
 
     def evaluate(self, should_stop: Callable[[], bool]) -> dict[str, float] | None:
         """Metrics of the validation data, which is always the same, over all ranks; None if `should_stop` ended it."""

@@ -61,7 +61,7 @@ def test_a_column_that_is_added_to_row_survives_a_resume_and_reaches_the_csv_and
     monkeypatch.setitem(Row.__annotations__, "perplexity", float)
     monkeypatch.setitem(Row.__annotations__, "skipped_steps", int)
     measured = {"perplexity": 1 / 3, "skipped_steps": 2**60 + 1}
-    monkeypatch.setattr(GPTTask, "training_metrics", lambda self: measured)
+    monkeypatch.setattr(GPTTask, "training_metrics", lambda self, counts: measured)
     pytest.importorskip("tensorboard")
     run = tmp_path / "run"
     config = small_config(runtime__track=["tensorboard"])

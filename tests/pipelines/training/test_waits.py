@@ -6,7 +6,7 @@ On fake CUDA tensors, which need no GPU, with events that are complete only afte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     def read(tensor: Tensor) -> list[float]:
         assert tensor.device.type == "cuda"
         gpu.wait("loss and norm")
-        return [gpu.losses.pop(0) if gpu.losses else 1.0, 1.0]
+        return [1.0, gpu.losses.pop(0) if gpu.losses else 1.0]
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: gpu.wait("synchronize"))
@@ -96,7 +96,10 @@ class FakeTask:
     def loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         return self.network(batch[0]).square().mean()  # type: ignore[no-any-return]
 
-    def training_metrics(self) -> dict[str, float]:
+    def training_counts(self) -> Tensor:
+        return torch.empty(0, device="cuda")
+
+    def training_metrics(self, counts: Sequence[float]) -> dict[str, float]:
         return {}
 
     def evaluate(self, should_stop: object) -> dict[str, float]:
