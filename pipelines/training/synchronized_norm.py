@@ -25,7 +25,7 @@ def synchronize_batch_norms(model: nn.Module) -> None:
 
 
 class SynchronizedBatchNorm(_BatchNorm):
-    """Like `nn.SyncBatchNorm`, with one collective in the forward and one in the backward pass; the host never waits."""
+    """Like `nn.SyncBatchNorm`, with one collective in the forward pass and one in the backward pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize `x`, shape (batch, channels, ...); returns the same shape and dtype."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from optim import DASGO, AccAsro, Asro, elementwise, native, rows
+from optim import DASGO, AccAsro, Asro, dasgo, elementwise, native, rows
 from tests.long import sampled
 
 from .cases import DESCRIPTIONS, Description, noise, parameter, relative_error, set_gradient, start
@@ -136,6 +136,28 @@ def test_dasgo_takes_gradients_whose_squares_leave_float32(scale, compiler, requ
         optimizer.step()
         refer.step(scaled)
     assert relative_error(param, refer.parameter) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dasgo_in_stacks_takes_the_steps_of_one_matrix_after_another(dtype, monkeypatch):
+    """As on a GPU, with at most two matrices of (24, 40) in a stack."""
+    shapes = [(24, 40), (7, 5), (24, 40), (40, 24), (16, 3, 3, 3), (24, 40), (24, 120), (16, 3, 3, 3), (1, 5), (7, 5)]
+    monkeypatch.setattr(dasgo, "can_be_read", lambda tensor: False)
+    monkeypatch.setattr(dasgo, "_STACK", 2 * 24 * 40)
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    stepped = {}
+    for most in (0, 24 * 40):
+        monkeypatch.setattr(dasgo, "STACKED", most)
+        params = [parameter(start(shape), dtype) for shape in shapes]
+        optimizer = DASGO(params, lr=0.1)
+        for step in range(4):
+            for index, param in enumerate(params):
+                set_gradient(param, noise(tuple(param.shape), 1, seed=100 * step + index)[0])
+            optimizer.step()
+        stepped[most] = params
+    for one, other in zip(*stepped.values(), strict=True):
+        # Norms are summed in another order in float64, which may round a factor to the next float32.
+        torch.testing.assert_close(one, other, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize(("optimizer", "expected"), [(Asro, 12), (AccAsro, 17)])

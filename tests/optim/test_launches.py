@@ -103,6 +103,15 @@ def test_roots_by_cholesky_copy_nothing(precision: str) -> None:
     assert log.launches["baddbmm"] == 24 + 2  # three products a step of Polar Express, and two Gram products
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("asgo", 240), ("dasgo", 125), ("muon", 80), ("shampoo", 900), ("adamw", 4), ("amsgrad", 4)]
+)
+def test_gpt2_is_stepped_in_few_launches(name: str, most: int) -> None:
+    """A layer after another, DASGO made 670 of them."""
+    log = logged_step(build_optimizer(gpt2_layer(12), name, 10, **settings_of(name)))
+    assert sum(log.launches.values()) <= most
+
+
 @pytest.mark.parametrize(("name", "most"), [("asro", 45), ("accasro", 60)])
 def test_vectors_are_stepped_together(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """GPT-2's 97 vectors are too few elements to compile for: one after another they were 2,000 launches."""
