@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from models.norms import LayerNorm
+
 _INIT_STD = 0.02
 _FEWEST_PATCHES = 7
 _LARGEST_PATCH = 16
@@ -49,7 +51,7 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(channels, d_model, kernel_size=patch, stride=patch)
         self.position_embedding = nn.Embedding((resolution // patch) ** 2, d_model)
         self.blocks = nn.ModuleList(_Block(d_model, n_heads) for _ in range(n_layers))
-        self.norm = nn.LayerNorm(d_model)
+        self.norm = LayerNorm(d_model)
         self.head = nn.Linear(d_model, classes)
         nn.init.normal_(self.position_embedding.weight, std=_INIT_STD)
 
@@ -73,9 +75,9 @@ class _Block(nn.Module):
     def __init__(self, d_model: int, n_heads: int) -> None:
         super().__init__()
         self._n_heads = n_heads
-        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention_norm = LayerNorm(d_model)
         self.query, self.key, self.value, self.output = (_linear(d_model, d_model) for _ in range(4))
-        self.feed_forward_norm = nn.LayerNorm(d_model)
+        self.feed_forward_norm = LayerNorm(d_model)
         self.feed_forward = nn.Sequential(_linear(d_model, 4 * d_model), nn.GELU(), _linear(4 * d_model, d_model))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 
+from models.norms import LayerNorm
 from pipelines.config import RuntimeSettings
 from pipelines.training.distributed import Ranks
 from pipelines.training.synchronized_norm import synchronize_batch_norms
@@ -27,7 +29,7 @@ def place_model(
     """Move the model to its device; shard it if the settings ask for that; synchronize batch normalization over ranks.
 
     A sharded model moves layer by layer: no device holds all of it. With `dtype` bfloat16, its layers are gathered in
-    bfloat16; gradients are reduced in float32.
+    bfloat16, except those with batch normalization and others that refuse it; gradients are reduced in float32.
     """
     if ranks.size > 1:
         synchronize_batch_norms(model)
@@ -38,7 +40,7 @@ def place_model(
     embeddings = [child for child in model.children() if isinstance(child, nn.Embedding)]
     halves = [each for each in embeddings if each.weight.dtype == torch.bfloat16]
     for layer in _layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=_layer_policy(dtype))
+        fully_shard(layer, mesh=mesh, mp_policy=_layer_policy(dtype if _takes_bfloat16(layer) else torch.float32))
     for embedding in halves:
         fully_shard(embedding, mesh=mesh)
     fully_shard(model, mesh=mesh)  # in float32: embeddings, the last normalization and the head
@@ -55,6 +57,12 @@ def _layer_policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
     if dtype != torch.bfloat16:
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def _takes_bfloat16(layer: nn.Module) -> bool:
+    """Whether the layer computes with bfloat16 parameters. PyTorch's normalizations refuse them for float32 inputs."""
+    refusing = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+    return all(isinstance(module, LayerNorm) or not isinstance(module, refusing) for module in layer.modules())
 
 
 def wrap_in_ddp(model: nn.Module, ranks: Ranks) -> nn.Module:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from models.gpt import GPT, next_token_loss
+from models.vision import build_classifier
 from pipelines.config import RuntimeSettings, TransformerSettings
 from pipelines.training.distributed import Ranks
 from pipelines.training.parallel import gradients_synchronized, place_model
@@ -103,3 +105,44 @@ def test_a_sharded_model_in_bfloat16_keeps_no_layers_and_agrees_with_a_whole_one
             assert result["kept"] <= 0.02
             assert result["loss"] <= 2**-8
             assert result["gradient"] <= 2**-7
+
+
+def classify(name: str) -> dict[str, Any]:
+    """On each rank: how far gradients in bfloat16, of a whole and a sharded classifier, are from float32's."""
+    torch.manual_seed(0)
+    exact = build_classifier(name, 8, resolution=32)
+    whole = copy.deepcopy(exact)
+    own = Ranks(dist.get_rank(), dist.get_world_size(), dist.PrefixStore("test", dist.HashStore()))
+    sharded = place_model(copy.deepcopy(exact), CPU, own, RuntimeSettings(shard_model=True), torch.bfloat16)
+    computed_in: set[torch.dtype] = set()
+    for module in sharded.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_pre_hook(lambda layer, inputs: computed_in.add(layer.weight.dtype))
+    images, labels, rows = torch.randn(8, 3, 32, 32), torch.arange(8), slice(4 * own.rank, 4 * own.rank + 4)
+    for model, part in ((exact, slice(None)), (whole, slice(None)), (sharded, rows)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is not exact):
+            logits = model(images[part]).float()
+            model.eval()(images[part])
+        functional.cross_entropy(logits, labels[part]).backward()
+    expected, of_whole, of_sharded = (
+        torch.cat([_whole(param.grad).flatten() for param in model.parameters()]) for model in (exact, whole, sharded)
+    )
+    return {
+        "whole": (of_whole - expected).norm().item(),
+        "sharded": (of_sharded - expected).norm().item(),
+        "computed in": computed_in,
+    }
+
+
+def _whole(grad: Tensor | None) -> Tensor:
+    assert grad is not None
+    return grad.full_tensor() if isinstance(grad, DTensor) else grad
+
+
+@pytest.mark.parametrize(("name", "in_bfloat16"), [("vit_tiny", True), ("resnet20", False)])
+def test_a_sharded_classifier_in_bfloat16_agrees_with_a_whole_one(name: str, in_bfloat16: bool) -> None:
+    """Batch normalization has float32 statistics, so its layers stay in float32."""
+    with ranks(2) as two:
+        for result in two.run(classify, name):
+            assert (torch.bfloat16 in result["computed in"]) == in_bfloat16
+            assert 0 < result["sharded"] <= 2 * result["whole"]
