@@ -130,8 +130,9 @@ def test_a_perceptron_learns_shifted_images(make: Make, tmp_path: Path):
         ("colour", EVERYTHING),
         ("photographs", {**EVERYTHING, "data.transform": "standard", "data.resolution": 16}),
         ("photographs", {"data.transform": "small", "data.resolution": 16}),
+        ("colour", {"model.name": "resnet9", "model.channels_last": True}),
     ],
-    ids=["decoded, mixed", "decoded", "decoded, everything", "encoded, everything", "encoded"],
+    ids=["decoded, mixed", "decoded", "decoded, everything", "encoded, everything", "encoded", "channels last"],
 )
 def test_a_stopped_run_goes_on_to_the_same_weights(data: str, settings: dict[str, Any], make: Make, tmp_path: Path):
     config = make(data, settings, optimizer__name="muon")
