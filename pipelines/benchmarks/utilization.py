@@ -10,28 +10,29 @@ from models.gpt import GPT
 from models.transformer import Transformer
 from pipelines.config import GPTSettings, TransformerSettings
 
-_PEAKS = (
-    (r"GB[23]00", 2_500e12),
-    (r"B[23]00", 2_250e12),
-    (r"H200 NVL", 836e12),
-    (r"GH200|H200", 989e12),
-    (r"H[18]00 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H[18]00", 989e12),
+_PEAKS = (  # comments: what NVIDIA publishes
+    (r"GB[23]00", 2_500e12),  # GB200 and GB300 NVL72: 360 PFLOPS sparse for 72 GPUs
+    (r"B[23]00", 2_250e12),  # HGX B200 and B300: 36 PFLOPS sparse for 8 GPUs
+    (r"H200 NVL", 836e12),  # 1,671 TFLOPS sparse
+    (r"GH200|H200", 989e12),  # 1,979 TFLOPS sparse
+    (r"H[18]00 PCIe", 756e12),  # 1,513 TFLOPS sparse
+    (r"H100 NVL", 835e12),  # 1,671 TFLOPS sparse
+    (r"H[18]00", 989e12),  # 1,979 TFLOPS sparse
     (r"H20", 148e12),
-    (r"A[18]00", 312e12),
-    (r"A40", 150e12),
-    (r"A30", 165e12),
-    (r"A10", 125e12),
-    (r"L40S", 362e12),
-    (r"L40", 181e12),
-    (r"L4", 121e12),
-    (r"RTX PRO 6000 Blackwell Workstation", 504e12),
-    (r"RTX 6000 Ada", 364e12),
-    (r"RTX A6000", 155e12),
-    (r"RTX A5000", 111e12),
+    (r"A[18]00", 312e12),  # data sheet: 312, 624 sparse
+    (r"A40", 150e12),  # 149.7, 299.4 sparse
+    (r"A30", 165e12),  # 165, 330 sparse
+    (r"A10", 125e12),  # 125, 250 sparse
+    (r"L40S", 362e12),  # 362.05, 733 sparse
+    (r"L40", 181e12),  # 181.05, 362.1 sparse: half of the L40S, on the same chip
+    (r"L4", 121e12),  # 242 TFLOPS sparse
+    # From the architectures' white papers, with float32 accumulation: half the rate of float16's on GeForce GPUs.
+    (r"RTX PRO 6000 Blackwell Workstation", 504e12),  # 503.8
+    (r"RTX 6000 Ada", 364e12),  # 364.2
+    (r"RTX A6000", 155e12),  # 154.8
+    (r"RTX A5000", 111e12),  # 111.1
     (r"RTX 5090$", 209.5e12),
-    (r"RTX 4090$", 165e12),
+    (r"RTX 4090$", 165e12),  # 165.2
     (r"RTX 3090$", 71e12),
 )
 # Names of GPU slices (MIG, vGPU) and of GPUs with reduced power contain the full GPU's name.

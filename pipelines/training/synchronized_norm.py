@@ -31,6 +31,7 @@ class SynchronizedBatchNorm(_BatchNorm):
         """Normalize `x`, shape (batch, channels, ...); returns the same shape and dtype."""
         if not self.training:
             return super().forward(x)
+        normalized: Tensor
         normalized, mean, variance = _normalize(x, self.weight, self.bias, self.eps)
         self._update_statistics(mean, variance, dist.get_world_size() * x.numel() // x.shape[1])
         return normalized
@@ -48,7 +49,8 @@ class SynchronizedBatchNorm(_BatchNorm):
         """Accept any input of two or more dimensions."""
 
 
-@torch.compiler.disable  # a collective in the middle of a layer: DDP cannot split such a graph into its buckets
+# DDP cannot split a graph with an autograd function of its own into its buckets.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return the normalized `x`, and mean and variance over all ranks, (channels,), in float32 or wider."""
     normalized: tuple[Tensor, Tensor, Tensor] = _Normalization.apply(x, weight, bias, eps)
