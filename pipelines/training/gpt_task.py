@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,10 @@ class GPTTask:
         inputs, targets = (part.to(self._device, non_blocking=True) for part in batch)
         with autocast(self._device, self._dtype):
             return self.network(inputs), targets
+
+    def probing(self) -> contextlib.AbstractContextManager[None]:
+        """Do nothing: there are no metrics."""
+        return contextlib.nullcontext()
 
     def training_metrics(self) -> dict[str, float]:
         """Return no metrics."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -125,6 +126,16 @@ class ImageTask:
         self._right += _right_among_top(logits.detach(), labels)
         self._seen += len(labels)
         return functional.cross_entropy(logits, targets, label_smoothing=self._label_smoothing)
+
+    @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Context manager in which `micro_batches` and `loss` do not count for `training_metrics`."""
+        before = self._right, self._seen, self._step
+        self._right = torch.zeros_like(self._right)
+        try:
+            yield
+        finally:
+            self._right, self._seen, self._step = before
 
     def training_metrics(self) -> dict[str, float]:
         """Return top-1 and top-5 accuracy of the last step, over all ranks. Synchronizes with the device."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -32,6 +33,9 @@ class Task(Protocol):
 
     def loss(self, batch: Batch) -> Tensor:
         """Mean loss of a micro-batch, shape (), on the model's device."""
+
+    def probing(self) -> AbstractContextManager[None]:
+        """Context manager in which `micro_batches` and `loss` do not count for `training_metrics`."""
 
     def training_metrics(self) -> dict[str, float]:
         """Metrics of the last step besides its loss, over all ranks; may synchronize with the device."""
