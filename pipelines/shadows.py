@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from pipelines.config import RunConfig, ShadowOptimizer, ShadowSettings, task_name
+from pipelines.config import RunConfig, ShadowOptimizer, flatten, task_name
 from pipelines.errors import UsageError
 from pipelines.optimizers import parse_value, split_optimizer
 from pipelines.resolve import Layer, preset_layer, preset_names
@@ -29,12 +29,11 @@ def resolve_with_shadows(layers: Sequence[Layer], resolve: Resolve) -> RunConfig
         return resolve(layers)
     source, names = layers[place].source, _names(layers[place])
     plain = [Layer(layer.source, _without(layer.values, _NAMES, _TABLES)) for layer in layers]
-    config = resolve(plain)
     # A resumed run keeps the settings of its shadows: the preset may be of another version now.
     before = resolve(layers[:1]).shadows.optimizers if any(map(_is_table, layers[0].values)) else {}
     shadows = {name: before.get(name) or _shadow(plain, name, source, resolve) for name in names}
-    chosen = ShadowSettings(optimizers=shadows, every=config.shadows.every)
-    return type(config).model_validate({**dict(config), "shadows": chosen})
+    tables = {name: shadow.model_dump(mode="json", exclude_none=True) for name, shadow in shadows.items()}
+    return resolve([*plain, Layer(source, flatten({"shadows": {"optimizers": tables}}))])
 
 
 def shadow_configs(config: RunConfig) -> dict[str, RunConfig]:
