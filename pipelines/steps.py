@@ -9,7 +9,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import UsageError
 from pipelines.hf.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer
-from pipelines.shadows import resolve_with_shadows
+from pipelines.shadow_settings import resolve_with_shadows
 from pipelines.tasks import task_of
 
 _STEPS = "training.steps"

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from pipelines.config import ImportedOptimizerSettings, RunConfig, load_run_config
 from pipelines.errors import AsgoError
-from pipelines.shadows import shadow_configs
+from pipelines.shadow_settings import shadow_configs
 from pipelines.storage import naming, parse_json, refuse_file, sha256_of, staged_folder, undo_exchange
 from pipelines.tensors import Tensors
 from pipelines.training.distributed import seed_of_rank

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pipelines.config import RunConfig
 from pipelines.errors import UsageError
-from pipelines.shadows import shadow_configs
+from pipelines.shadow_settings import shadow_configs
 from pipelines.training.clock import Interval, seconds_in
 from pipelines.training.device import synchronize
 from pipelines.training.random_state import random_state, restored_random_state, set_random_state

@@ -22,7 +22,7 @@ from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.imported_optimizers import check_part_keywords, named_constructor, source_of
-from pipelines.shadows import shadow_configs
+from pipelines.shadow_settings import shadow_configs
 from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.tasks import task_of
