@@ -642,6 +642,22 @@ class StatisticsSettings(Settings):
     """Steps between records; never if absent."""
 
 
+class ShadowOptimizer(Settings):
+    """An optimizer that computes what it would do, and the schedule that it has."""
+
+    optimizer: OptimizerSettings
+    schedule: ScheduleSettings = ScheduleSettings()
+
+
+class ShadowSettings(Settings):
+    """Shadow optimizers of a run; see `pipelines.training.shadows`."""
+
+    optimizers: dict[str, ShadowOptimizer] = {}
+    """By name. `pipelines.shadows` makes the table from a list such as `["muon", "adamw:lr=3e-4"]`."""
+    every: Count = 100
+    """Steps between records."""
+
+
 class CheckpointSettings(Settings):
     """How often to save a checkpoint, and how many to keep."""
 
@@ -691,6 +707,7 @@ class RunConfig(Settings):
     evaluation: EvaluationSettings
     metrics: MetricsSettings = MetricsSettings()
     statistics: StatisticsSettings = StatisticsSettings()
+    shadows: ShadowSettings = ShadowSettings()
     checkpoint: CheckpointSettings
     runtime: RuntimeSettings = RuntimeSettings()
 
@@ -710,9 +727,11 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _sharding_has_no_statistics(self) -> Self:
         sharded = [key for key in ("shard_optimizer", "shard_model") if getattr(self.runtime, key)]
-        if self.statistics.every is not None and sharded:
+        measured = ["statistics.every"] * (self.statistics.every is not None)
+        measured += ["shadows.optimizers"] * bool(self.shadows.optimizers)
+        if measured and sharded:
             raise ValueError(
-                f"statistics.every does not work with runtime.{sharded[0]}: no process has all tensors; drop one"
+                f"{measured[0]} does not work with runtime.{sharded[0]}: no process has all tensors; drop one"
             )
         return self
 
@@ -809,7 +828,16 @@ def load_run_config(values: Any) -> RunConfig:
     return run_config_of(values if isinstance(values, Mapping) else {}).model_validate(values)
 
 
-MAY_CHANGE_ON_RESUME = ("data.folder", "data.bad_images", "init_from", "statistics.", "checkpoint.", "runtime.")
+MAY_CHANGE_ON_RESUME = (
+    "data.folder",
+    "data.bad_images",
+    "init_from",
+    "model.channels_last",
+    "statistics.",
+    "shadows.",
+    "checkpoint.",
+    "runtime.",
+)
 """Dotted keys, or prefixes of keys, that may change when a run is resumed."""
 
 

@@ -9,6 +9,7 @@ from pipelines.config import RunConfig
 from pipelines.errors import UsageError
 from pipelines.hf.initial_model import resolve_with_initial_model
 from pipelines.resolve import Layer
+from pipelines.shadow_settings import resolve_with_shadows
 from pipelines.tasks import task_of
 
 _STEPS = "training.steps"
@@ -20,12 +21,15 @@ _MOST_STEPS = 10**12
 
 
 def resolve_run(layers: Sequence[Layer]) -> RunConfig:
-    """Merge layers like `resolve_with_initial_model`, and convert the length of the run to `training.steps`.
+    """Merge layers like `resolve_with_initial_model`, with shadow optimizers, and with the length of the run in steps.
 
     The steps are rounded up. Epochs and tokens per parameter need the data, of which only the manifest is read.
-    Raises `UsageError` if a layer gives two alternatives, and `AsgoError` if the data cannot be read.
+    Raises `UsageError` if a layer gives two alternatives or a wrong shadow, and `AsgoError` if the data cannot be read.
     """
-    layers = _without_replaced(layers)
+    return resolve_with_shadows(_without_replaced(layers), _resolve_length)
+
+
+def _resolve_length(layers: Sequence[Layer]) -> RunConfig:
     given = ((each.source, key) for each in reversed(layers) for key in LENGTHS if key in each.values)
     source, key = next(given, ("", _STEPS))
     if key == _STEPS:

@@ -38,7 +38,7 @@ class LoopTrainer:
     def __init__(self, config: GPTRunConfig, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         task = GPTTask(config, device)
-        state = fresh_state(task, config, device)
+        state = fresh_state(task.model, config, device)
         self.optimizer = state.optimizer
         if compiles(config.runtime, device):
             compile_model(task.model)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from pipelines.config import ImportedOptimizerSettings, RunConfig, load_run_config
 from pipelines.errors import AsgoError
+from pipelines.shadow_settings import shadow_configs
 from pipelines.storage import naming, parse_json, refuse_file, sha256_of, staged_folder, undo_exchange
 from pipelines.tensors import Tensors
 from pipelines.training.distributed import seed_of_rank
@@ -37,6 +38,7 @@ _MODEL = "model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _HISTORY = "history.safetensors"
 _AVERAGE = "average.safetensors"
+_SHADOWS = "shadows.safetensors"
 _LAYOUT = ("name", "by_heads", "row_blocks")
 """Settings of an optimizer that determine the keys and shapes of its state."""
 _NOT_LAYOUT = ("lr", "weight_decay")
@@ -108,6 +110,7 @@ def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, A
     averages = state.gather_average()
     if averages:
         tensors[_AVERAGE] = averages
+    shadow_records = [_gather_shadow(state, name, tensors.setdefault(_SHADOWS, {})) for name in state.shadows]
     for rank, random in enumerate(gather_random_states(state.clock.device, state.ranks)):
         tensors[_random_file(rank)] = random
     if not state.ranks.is_first:
@@ -121,8 +124,17 @@ def take_snapshot(state: TrainState, config: RunConfig, description: dict[str, A
         "data": description,
         "optimizer_scalars": scalars,
         "loss_scale": state.scaler.state_dict(),
+        **({"shadows": shadow_records} if shadow_records else {}),
     }
     return Snapshot(state.step, tensors, list(state.rows), content)
+
+
+def _gather_shadow(state: TrainState, name: str, tensors: Tensors) -> dict[str, Any]:
+    """Put the tensors of a shadow's state into `tensors`; returns the rest for `state.json`."""
+    shadow, place = state.shadows[name], list(state.shadows).index(name)
+    own, scalars = shadow.state.gather_optimizer()
+    tensors |= {f"{place}/{key}": tensor for key, tensor in own.items()}
+    return {"name": name, "updates": shadow.updates, "scalars": scalars}
 
 
 def write_snapshot(parent: Path, snapshot: Snapshot, keep: int, check: Callable[[], None] = lambda: None) -> Path:
@@ -175,6 +187,7 @@ def restore(checkpoint: Checkpoint, state: TrainState, config: RunConfig) -> Non
         state.load_average(_load(folder / _AVERAGE) if averaged else weights, str(folder))
     if keeps_optimizer_state(saved, config):
         state.load_optimizer(_load(folder / _OPTIMIZER), content["optimizer_scalars"])
+    _restore_shadows(checkpoint, saved, state)
     if content["loss_scale"]:  # empty unless the precision was fp16
         state.scaler.load_state_dict(content["loss_scale"])
     state.step = checkpoint.step
@@ -184,6 +197,19 @@ def restore(checkpoint: Checkpoint, state: TrainState, config: RunConfig) -> Non
         set_random_state(_load(folder / _random_file(state.ranks.rank)))
     else:
         torch.manual_seed(seed_of_rank(config.seed, state.ranks.rank, state.step))
+
+
+def _restore_shadows(checkpoint: Checkpoint, saved: RunConfig, state: TrainState) -> None:
+    """Load the states of shadows that the checkpoint has, with the same layout of their state; others stay new."""
+    records = checkpoint.state.get("shadows", [])
+    tensors = _load(checkpoint.folder / _SHADOWS) if records else {}
+    before = shadow_configs(saved)
+    for place, record in enumerate(records):
+        shadow, prefix = state.shadows.get(record["name"]), f"{place}/"
+        if shadow is not None and keeps_optimizer_state(before[record["name"]], shadow.config):
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            shadow.state.load_optimizer(own, record["scalars"])
+            shadow.updates = record["updates"]
 
 
 def _load(path: Path) -> Tensors:

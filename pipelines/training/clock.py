@@ -48,7 +48,7 @@ class StepClock:
     @property
     def elapsed_s(self) -> float:
         """Seconds in training steps since the run began, over all resumes, without laps that were not read."""
-        return self._before_s + _seconds(self._running)
+        return self._before_s + seconds_in(self._running)
 
     def restart_at(self, elapsed_s: float) -> None:
         """Continue from the `elapsed_s` of a checkpoint."""
@@ -57,27 +57,35 @@ class StepClock:
     def run(self) -> None:
         """Start, or continue after a pause."""
         if self._started is None:
-            self._started = self._stamp()
+            self._started = self.stamp()
 
     def pause(self) -> None:
         """Stop until `run` is called."""
         if self._started is not None:
-            self._running.append((self._started, self._stamp()))
+            self._running.append((self._started, self.stamp()))
             self._started = None
             synchronize(self.device)
+
+    @contextlib.contextmanager
+    def excluded(self) -> Iterator[None]:
+        """Context manager around work that does not count as training. Does not wait for a GPU, as `pause` does."""
+        if self._started is not None:
+            self._running.append((self._started, self.stamp()))
+        yield
+        self._started = self.stamp()
 
     @contextlib.contextmanager
     def optimizer(self) -> Iterator[None]:
         """Context manager around the optimizer's step, once per step."""
         self._steps += 1
-        begin = self._stamp()
+        begin = self.stamp()
         yield
-        self._optimizer.append((begin, self._stamp()))
+        self._optimizer.append((begin, self.stamp()))
 
     def end_lap(self) -> FinishedLap:
         """End the lap, without waiting for a GPU."""
         if self._started is not None:
-            now = self._stamp()
+            now = self.stamp()
             self._running.append((self._started, now))
             self._started = now
         lap = FinishedLap(self._steps, self._running, self._optimizer)
@@ -86,9 +94,9 @@ class StepClock:
 
     def read(self, lap: FinishedLap) -> Lap:
         """Return the means of a lap, and add its time. A GPU must have done the work that was queued before its end."""
-        seconds = _seconds(lap.running)
+        seconds = seconds_in(lap.running)
         self._before_s += seconds
-        return Lap(1e3 * seconds / lap.steps, 1e3 * _seconds(lap.optimizer) / lap.steps, self._before_s)
+        return Lap(1e3 * seconds / lap.steps, 1e3 * seconds_in(lap.optimizer) / lap.steps, self._before_s)
 
     def lap(self) -> Lap:
         """End the lap, wait for the device, and return the means since the last one."""
@@ -96,7 +104,8 @@ class StepClock:
         synchronize(self.device)
         return self.read(lap)
 
-    def _stamp(self) -> Stamp:
+    def stamp(self) -> Stamp:
+        """Return the present point in time. Does not wait for a GPU, but for other devices."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
@@ -105,7 +114,8 @@ class StepClock:
         return time.perf_counter()
 
 
-def _seconds(intervals: list[Interval]) -> float:
+def seconds_in(intervals: list[Interval]) -> float:
+    """Return the total length of intervals. A GPU must have done the work that was queued before their ends."""
     total = 0.0
     for begin, end in intervals:
         if isinstance(begin, float) and isinstance(end, float):

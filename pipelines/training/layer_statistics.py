@@ -16,7 +16,7 @@ from pipelines.config import RunConfig
 from pipelines.training.device import synchronize
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.state import TrainState
-from pipelines.training.statistics_file import Header, Layer, Preconditioner, Record, Scale, append_record
+from pipelines.training.statistics_file import Header, Layer, Preconditioner, Record, Scale
 
 
 class LayerStatistics:
@@ -54,7 +54,7 @@ class LayerStatistics:
             layers = self._layers(params, before, grad_norms)
         cost_ms = 1e3 * (self._cost_s - cost_before_s)
         self._folder.require_ours()
-        append_record(self._folder.statistics_path, self._header(), Record(step=step, cost_ms=cost_ms, layers=layers))
+        self._folder.statistics.append(self._header(), Record(step=step, cost_ms=cost_ms, layers=layers))
 
     def notes(self) -> list[str]:
         """Return a line for the user with the time that the measurements took."""

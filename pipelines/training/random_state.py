@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,16 @@ def random_state(device: torch.device) -> Tensors:
     if device.type in ("cuda", "mps"):
         state[device.type] = getattr(torch, device.type).get_rng_state()
     return state
+
+
+@contextlib.contextmanager
+def restored_random_state(device: torch.device) -> Iterator[None]:
+    """Context manager after which the generators of this process are as before."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def gather_random_states(device: torch.device, ranks: Ranks) -> list[Tensors]:

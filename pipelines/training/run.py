@@ -37,7 +37,7 @@ class Run:
     """Step and number of records of the newest checkpoint."""
     warned_of_slow_saves: bool = False
     around_step: Callable[[int], contextlib.AbstractContextManager[None]] = lambda step: contextlib.nullcontext()
-    """Context manager around `optimizer.step()`, for layer statistics; called with the number of the step."""
+    """Context manager around `optimizer.step()`, for measurements; called with the number of the step."""
 
     unrecorded: tuple[Row, FinishedLap] | None = None
     """Metrics of the last step, which lack its times."""
@@ -54,9 +54,9 @@ class Run:
         """Forward passes of a step."""
         return len(self._local_batch.rows) // self.rows_at_once
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield what each forward pass of the next step gets."""
-        for batch in self.task.micro_batches(self.state.step):
+    def batches(self, ahead: int = 0) -> Iterator[Batch]:
+        """Yield what each forward pass of the next step gets, or of the step that comes `ahead` steps after it."""
+        for batch in self.task.micro_batches(self.state.step + ahead):
             if self.micro_batch_size is None:
                 yield batch
             else:

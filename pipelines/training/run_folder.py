@@ -24,7 +24,8 @@ from pipelines.locking import try_lock
 from pipelines.storage import make_folder, naming, parse_json, refusing_links, sync, write_atomically
 from pipelines.training.lineage import Ancestor
 from pipelines.training.metrics import Row, read_lines, to_line, to_lines
-from pipelines.training.statistics_file import STATISTICS
+from pipelines.training.shadow_file import SHADOWS, ShadowFile, shadow_file
+from pipelines.training.statistics_file import STATISTICS, StatisticsFile, statistics_file
 
 _CHECKPOINT = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,18})")
 _RECORDED_PACKAGES = ("asgo", "torch", "numpy", "safetensors", "tiktoken")
@@ -49,7 +50,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.statistics_path = path / STATISTICS
+        self.statistics: StatisticsFile = statistics_file(path)
+        self.shadows: ShadowFile = shadow_file(path)
         self._divergence_path = path / "diverged.json"
         self._earlier_path = path / "metrics.old.jsonl"
         self._lock_path = path / ".lock"
@@ -158,11 +160,12 @@ class RunFolder:
             )
 
     def settle(self) -> None:
-        """Flush the statistics file to disk before a checkpoint is published; raises like `require_ours`."""
+        """Flush the files of measurements to disk before a checkpoint is published; raises like `require_ours`."""
         self.require_ours()
-        if self.statistics_path.exists():
-            sync(self.statistics_path)
-            sync(self.path)
+        for path in (self.statistics.path, self.shadows.path):
+            if path.exists():
+                sync(path)
+                sync(self.path)
 
     def mark_saved(self) -> None:
         """Record in the lock file that the run has had a checkpoint (best effort)."""
@@ -262,7 +265,7 @@ def _in_the_way(folder: RunFolder) -> Path | None:
 
     Other files do not: a log, notes, or what a run leaves that was killed before its first row.
     """
-    names = ("metrics.jsonl", STATISTICS, "diverged.json", "tensorboard", "wandb", "manifest.json")
+    names = ("metrics.jsonl", STATISTICS, SHADOWS, "diverged.json", "tensorboard", "wandb", "manifest.json")
     ours = [path for path in map(folder.path.joinpath, names) if path.exists()]
     inner_runs = folder.path.glob("*/config.json")
     return next(iter([*ours, *checkpoint_folders(folder.checkpoints), *sorted(inner_runs)]), None)

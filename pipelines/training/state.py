@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from optim.sharded import ShardedOptimizer
+from pipelines.config import RunConfig
 from pipelines.errors import AsgoError
 from pipelines.imported_optimizers import one_line
 from pipelines.tensors import Tensors, copy_into, model_tensors, whole
@@ -20,6 +21,18 @@ from pipelines.training.imported import ImportedOptimizer
 from pipelines.training.metrics import Row
 from pipelines.training.packing import pack_states, unpack_states
 from pipelines.training.schedule import Scheduler
+
+
+@dataclass
+class Shadow:
+    """An optimizer that computes what it would do; see `pipelines.training.shadows`."""
+
+    config: RunConfig
+    """Configuration of the run, with the shadow's optimizer and schedule."""
+    state: TrainState
+    """Its model has a copy of the weights."""
+    updates: int = 0
+    """Number of gradients that it has received."""
 
 
 @dataclass
@@ -39,6 +52,8 @@ class TrainState:
     average: WeightAverage | None = None
     imported: ImportedOptimizer | None = None
     """The optimizer, if it is of another library."""
+    shadows: dict[str, Shadow] = field(default_factory=dict)
+    """Shadow optimizers by name."""
     arithmetic: dict[str, str] = field(default_factory=dict)
     """What the run computes with; see `agree_on_arithmetic`."""
     step: int = 0

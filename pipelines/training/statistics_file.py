@@ -1,15 +1,11 @@
-"""The file of a run's layer statistics: JSON lines, a header and then one record per line."""
+"""The file of a run's layer statistics."""
 
 from __future__ import annotations
 
-import json
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import TypedDict
 
-from pipelines.errors import AsgoError
-from pipelines.storage import naming, parse_json, refusing_links, write_atomically
+from pipelines.training.record_file import RecordFile, Records
 
 STATISTICS = "statistics.jsonl"
 """Name of the file in the run's folder."""
@@ -65,69 +61,16 @@ class Header(TypedDict):
     scale_edges: list[float] | None
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Content of a file."""
-
-    header: Header
-    records: list[Record]
+Statistics = Records[Header, Record]
+"""Content of a file."""
+StatisticsFile = RecordFile[Header, Record]
 
 
-def continue_statistics(path: Path, step: int) -> None:
-    """Drop the records after `step`: the resumed run measures those steps again."""
-    statistics = read_statistics(path)
-    if statistics is None:
-        path.unlink(missing_ok=True)  # it has only an incomplete line
-        return
-    kept = [record for record in statistics.records if record["step"] <= step]
-    write_atomically(path, "".join([_to_line(statistics.header), *map(_to_line, kept)]).encode())
-
-
-def append_record(path: Path, header: Header, record: Record) -> None:
-    """Append a record; before the first one, write the header.
-
-    Raises `AsgoError` if writing fails.
-    """
-    try:
-        with open(path, "a", encoding="utf-8", opener=refusing_links) as file:
-            file.write((_to_line(header) if file.tell() == 0 else "") + _to_line(record))
-    except OSError as error:
-        raise AsgoError(f"{path}: {error.strerror}; make room and continue with --resume") from error
+def statistics_file(run: Path) -> StatisticsFile:
+    """Return the file of a run folder's layer statistics."""
+    return RecordFile(run / STATISTICS, Header, Record, "layer statistics")
 
 
 def read_statistics(path: Path) -> Statistics | None:
-    """Read a run's file; None if there is none. Drops a last line without newline, which a kill left incomplete.
-
-    Raises `AsgoError` for any other line that is not a record.
-    """
-    if not path.is_file():
-        return None
-    with naming(path):
-        *lines, _torn = path.read_text(encoding="utf-8").split("\n")
-    if not lines:
-        return None
-    header = cast(Header, _parsed(path, 1, lines[0], Header))
-    return Statistics(header, [cast(Record, _parsed(path, *line, Record)) for line in enumerate(lines[1:], 2)])
-
-
-def _parsed(path: Path, number: int, line: str, kind: type) -> dict[str, Any]:
-    try:
-        value = parse_json(line)
-        if not (isinstance(value, dict) and value.keys() == kind.__annotations__.keys()):
-            raise ValueError(line)
-    except ValueError:
-        raise AsgoError(f"{path}:{number}: not a line of layer statistics; remove the file to go without") from None
-    return value
-
-
-def _to_line(value: Header | Record) -> str:
-    return json.dumps(_finite(value)) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace floats that JSON does not have (NaN and infinity) by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Read a run's file; raises like `RecordFile.read`."""
+    return statistics_file(path.parent).read()

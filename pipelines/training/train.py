@@ -7,6 +7,7 @@ import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.imported_optimizers import check_part_keywords, named_constructor, source_of
+from pipelines.shadow_settings import shadow_configs
 from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.tasks import task_of
@@ -38,12 +40,13 @@ from pipelines.training.lineage import BranchPoint
 from pipelines.training.loop import fit, save
 from pipelines.training.metrics import Row
 from pipelines.training.parallel import compile_model, wrap_in_ddp
+from pipelines.training.random_state import restored_random_state
 from pipelines.training.reporter import Reporter
 from pipelines.training.run import Run
 from pipelines.training.run_folder import Divergence, RunFolder, refuse_existing
 from pipelines.training.schedule import ScheduledValue, Scheduler
+from pipelines.training.shadows import Shadows, new_shadows
 from pipelines.training.state import TrainState
-from pipelines.training.statistics_file import continue_statistics
 from pipelines.training.task import Task
 from pipelines.training.trackers import require_trackers, tracked
 from pipelines.training.trial import fallback, try_out
@@ -155,7 +158,8 @@ def train(
         parent = find_parent(folder, branch, continues, config, ranks, reporter.note)
         torch.manual_seed(config.seed)
         with contextlib.closing(task_of(config).build(config, device, ranks)) as task, contextlib.closing(folder):
-            _rehearse(task.model, config, device, reporter.note)
+            for each in (config, *shadow_configs(config).values()):
+                _rehearse(task.model, each, device, reporter.note)
             ranks.on_rank_0(lambda: _claim(folder, continues))
             return _train(task, config, folder, device, reporter, ranks, beat, continues, parent)
 
@@ -223,12 +227,13 @@ def _train(
             lineage = () if parent is None else parent.lineage
             folder.begin(config, task.description(), describe_device(device), lineage, source)
         folder.continue_from(state.rows)
-        continue_statistics(folder.statistics_path, state.step)
+        folder.statistics.keep_until(state.step)
+        folder.shadows.keep_until(state.step)
         reporter.begin(state.step, config.training.steps)
     if compiles(config.runtime, device):
         compile_model(task.model)
     task.network = wrap_in_ddp(task.model, ranks)
-    statistics = LayerStatistics(state, config, folder)
+    statistics, shadows = LayerStatistics(state, config, folder), Shadows(state, config, folder)
     try:
         with (
             fallback(compiles(config.runtime, device)),
@@ -237,8 +242,8 @@ def _train(
             CheckpointWriter(folder, config.checkpoint.keep) as writer,
         ):
             saved = (state.step, len(state.rows)) if own is not None else None
-            around_step = statistics.of_step
-            run = Run(task, config, folder, state, tracked_reporter, stop, writer, beat, saved, around_step=around_step)
+            run = Run(task, config, folder, state, tracked_reporter, stop, writer, beat, saved)
+            run.around_step = partial(_measured, run, statistics, shadows)
             if parent is not None:
                 save(run)
                 writer.wait()  # from here on, the branch does not need its parent
@@ -253,9 +258,16 @@ def _train(
         raise
     finally:
         task.network = task.model  # the DDP wrapper would keep the process group, which ends soon
-        for line in [*task.notes(), *statistics.notes()]:
+        for line in [*task.notes(), *statistics.notes(), *shadows.notes()]:
             reporter.note(line)
     return state.rows
+
+
+@contextlib.contextmanager
+def _measured(run: Run, statistics: LayerStatistics, shadows: Shadows, step: int) -> Iterator[None]:
+    """Context manager around an optimizer step."""
+    with shadows.of_step(run, step), statistics.of_step(step):
+        yield
 
 
 def _initial_state(
@@ -270,10 +282,15 @@ def _initial_state(
     if checkpoint is None:
         for line in task.load_initial_weights():
             reporter.note(line)
-    state = fresh_state(task, config, device, ranks)
+    state = fresh_state(task.model, config, device, ranks)
+    with restored_random_state(device):
+        state.shadows = new_shadows(task.model, config, lambda model, shadow: fresh_state(model, shadow, device, ranks))
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:
         restore(checkpoint, state, config)
+        late = ", ".join(name for name, shadow in state.shadows.items() if not shadow.updates)
+        if late and state.step:
+            reporter.note(f"shadow optimizers without a saved state begin at step {state.step}: {late}")
     return state
 
 
@@ -285,25 +302,25 @@ def _note_other_arithmetic(checkpoint: Checkpoint | None, run: Run) -> None:
         run.reporter.note(f"{checkpoint.folder}: {warning}")
 
 
-def fresh_state(task: Task, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
-    """Return the state before the first step: the task's model and a new optimizer.
+def fresh_state(model: nn.Module, config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> TrainState:
+    """Return the state before the first step: a model and a new optimizer.
 
     Raises `UsageError` if the optimizer refuses its settings, or has no value that is scheduled.
     """
-    optimizer = new_optimizer(task.model, config)
+    optimizer = new_optimizer(model, config)
     if ranks.joined and (config.runtime.shard_optimizer or config.runtime.shard_model):
         optimizer = ShardedOptimizer(optimizer)
     scheduler = Scheduler(config.schedule, config.training.steps, optimizer)
     scaled = pick_precision(config.training, device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=scaled)
     decay = config.training.ema_decay
-    average = None if decay is None else WeightAverage(task.model, decay)
+    average = None if decay is None else WeightAverage(model, decay)
     if ranks.rank:
         torch.manual_seed(seed_of_rank(config.seed, ranks.rank))  # after initialization, ranks draw different numbers
     imported = None
     if config.optimizer.is_imported:
-        imported = ImportedOptimizer(optimizer, dict(task.model.named_parameters()), scheduler.keys)
-    return TrainState(task.model, optimizer, scheduler, scaler, StepClock(device), ranks, average, imported)
+        imported = ImportedOptimizer(optimizer, dict(model.named_parameters()), scheduler.keys)
+    return TrainState(model, optimizer, scheduler, scaler, StepClock(device), ranks, average, imported)
 
 
 def new_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:

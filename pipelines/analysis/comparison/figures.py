@@ -36,7 +36,9 @@ from pipelines.analysis.figure_style import (
     save_figure,
 )
 from pipelines.analysis.layer_figures import write_layer_figures
+from pipelines.analysis.shadow_figures import write_shadow_figures
 from pipelines.tasks.metric import Metric
+from pipelines.training.shadow_file import SHADOWS
 from pipelines.training.statistics_file import STATISTICS
 
 Abscissa = Literal["steps", "tokens", "seconds"]
@@ -61,6 +63,9 @@ _LAYER_WORDS = {
     "layer-norms": "Norms of the gradients and of the updates",
     "layer-scales": "How the scales of the steps are distributed",
     "layer-preconditioners": "Condition numbers of the preconditioners",
+    "shadow-steps": "What other optimizers would have done: angle to the run's step, and length",
+    "shadow-losses": "The loss after steps in their directions",
+    "shadow-spectra": "Singular values of their steps, by kind of weight matrix",
 }
 
 
@@ -369,24 +374,30 @@ class LayerFigures:
 
 
 def write_layers(contenders: Sequence[Entry], figures: Path) -> list[LayerFigures]:
-    """Draw the layer statistics of contenders that have them, as PNG and PDF, into `figures/layers/RUN-NAME`.
+    """Draw what contenders measured in a run: layer statistics, and shadow optimizers.
 
-    Raises `AsgoError` for an unreadable statistics file.
+    Writes PNG and PDF files into `figures/layers/RUN-NAME`. Raises `AsgoError` for an unreadable file.
     """
-    runs = [next((run for run in entry.runs if _has_statistics(run.path)), None) for entry in contenders]
+    runs = [next((run for run in entry.runs if any(_measurements(run.path))), None) for entry in contenders]
     drawn = []
     for run in [run for run in runs if run is not None][:MOST_WITH_LAYERS]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name)
-        paths = write_layer_figures(run.path, figures / LAYERS_FOLDER / name)
+        paths = [path for write in _measurements(run.path) for path in write(run.path, figures / LAYERS_FOLDER / name)]
         images = [(_LAYER_WORDS[path.stem], path.read_bytes()) for path in paths if path.suffix == ".png"]
         drawn.append(LayerFigures(run.name, tuple(images)))
     return drawn
 
 
-def _has_statistics(run: Path) -> bool:
+def _measurements(run: Path) -> list[Callable[[Path, Path], list[Path]]]:
+    """Return the functions that draw what a run has measured."""
+    kinds = ((STATISTICS, write_layer_figures), (SHADOWS, write_shadow_figures))
+    return [write for name, write in kinds if _has_records(run / name)]
+
+
+def _has_records(path: Path) -> bool:
     """Return whether a record follows the header line."""
     try:
-        with (run / STATISTICS).open("rb") as file:
+        with path.open("rb") as file:
             return sum(line.endswith(b"\n") for line, _ in zip(file, range(2), strict=False)) == 2
     except OSError:
         return False

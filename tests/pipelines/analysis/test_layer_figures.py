@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from pipelines.analysis.layer_figures import draw_layers, kinds_of, scale_shares, write_layer_figures
 from pipelines.config import RunConfig
 from pipelines.errors import UsageError
-from pipelines.training.statistics_file import Header, Layer, Preconditioner, Record, append_record, read_statistics
+from pipelines.training.statistics_file import Header, Layer, Preconditioner, Record, read_statistics, statistics_file
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 
@@ -40,7 +40,7 @@ def write_run(run: Path, layers: list[dict[str, Layer]]) -> None:
     run.mkdir()
     for index, of_step in enumerate(layers, 1):
         record = Record(step=100 * index, cost_ms=1.0, layers=of_step)
-        append_record(run / "statistics.jsonl", Header(shapes=SHAPES, scale_edges=None), record)
+        statistics_file(run).append(Header(shapes=SHAPES, scale_edges=None), record)
 
 
 def test_weight_matrices_of_one_kind_share_a_line() -> None:

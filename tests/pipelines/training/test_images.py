@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Mapping
@@ -19,11 +20,12 @@ from pipelines.config import RunConfig, load_run_config
 from pipelines.data.imagenet.importer import prepare_imagenet
 from pipelines.errors import RunInterrupted, UsageError
 from pipelines.exchange.export import export_model
-from pipelines.resolve import Layer, preset_layer, resolve
+from pipelines.resolve import Layer, preset_layer
 from pipelines.steps import resolve_run
 from pipelines.training.checkpoint import newest_checkpoint
 from pipelines.training.lineage import BranchPoint
 from pipelines.training.metrics import Row, read_lines
+from pipelines.training.run_folder import RunFolder
 from pipelines.training.statistics_file import read_statistics
 from pipelines.training.train import plan, train
 from tests.conftest import SilentReporter
@@ -80,7 +82,7 @@ def make(folders: Mapping[str, Path]) -> Make:
         flags = {**SMALL, "data.folder": str(folders[data]), **settings, **values}
         if flags["model.name"] != "mlp":
             del flags["model.widths"]
-        return resolve([preset_layer("images", "images"), Layer("test", flags)])
+        return resolve_run([preset_layer("images", "images"), Layer("test", flags)])
 
     return build
 
@@ -313,3 +315,20 @@ class TestEarlierName:
         runs, problems = read_runs({"old": old_run, "branch": tmp_path / "branch"})
         assert not problems
         assert {each.config.task for each in runs} == {"images"}
+
+
+@pytest.mark.parametrize("data", ["colour", "photographs"])
+def test_shadow_optimizers_change_nothing(data: str, make: Make, tmp_path: Path):
+    """Neither weights and buffers of batch normalization, nor the accuracy of the steps, nor the mixed images."""
+    settings = {**EVERYTHING, "data.resolution": 16, "model.name": "resnet9"}
+    shadows = {"shadows.optimizers": ["muon", "torch.NAdam"], "shadows.every": 2}
+    rows, weights = run(make(data, settings), tmp_path / "without")
+    rows_with, weights_with = run(make(data, {**settings, **shadows}), tmp_path / "with")
+    assert figures(rows_with) == figures(rows)
+    assert weights_with.keys() == weights.keys()
+    assert all(torch.equal(value, weights_with[name]) for name, value in weights.items())
+    records = RunFolder(tmp_path / "with").shadows.read()
+    assert records is not None
+    assert [record["step"] for record in records.records] == [2, 4, 6]
+    for record in records.records:
+        assert all(math.isfinite(each["same_batch"]["own"]) for each in record["directions"].values())

@@ -20,7 +20,7 @@ from pipelines.storage import sync
 from pipelines.training.gpt_task import GPTTask
 from pipelines.training.metrics import Row
 from pipelines.training.run_folder import Divergence, RunFolder
-from pipelines.training.statistics_file import Header, Record, append_record
+from pipelines.training.statistics_file import Header, Record
 from pipelines.training.train import train
 from tests.conftest import SilentReporter
 
@@ -66,12 +66,12 @@ def test_planted_links_are_not_written_through(tmp_path: Path) -> None:
     theirs.write_text("theirs")
     run = RunFolder(tmp_path / "run")
     run.path.mkdir()
-    for path in (tmp_path / "run" / ".lock", run.statistics_path):
+    for path in (tmp_path / "run" / ".lock", run.statistics.path):
         path.symlink_to(theirs)
     with pytest.raises(OSError, match=r"\.lock"):
         run.lock()
     with pytest.raises(AsgoError, match=r"statistics\.jsonl"):
-        append_record(run.statistics_path, Header(shapes={}, scale_edges=None), Record(step=1, cost_ms=1.0, layers={}))
+        run.statistics.append(Header(shapes={}, scale_edges=None), Record(step=1, cost_ms=1.0, layers={}))
     assert theirs.read_text() == "theirs"
 
 
