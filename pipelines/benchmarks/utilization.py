@@ -10,7 +10,8 @@ from models.gpt import GPT
 from models.transformer import Transformer
 from pipelines.config import GPTSettings, TransformerSettings
 
-# Comments: the published numbers, with which other tables agree; GB200, GB300, B300, H200 NVL and A5000 are not checked.
+# Comments: published numbers, with which other tables agree, except for GB200, GB300, B300, H200 NVL and A5000, which
+# are from memory.
 _PEAKS = (
     (r"GB[23]00", 2_500e12),  # GB200 and GB300 NVL72: 360 PFLOPS sparse for 72 GPUs
     (r"B[23]00", 2_250e12),  # HGX B200 and B300: 36 PFLOPS sparse for 8 GPUs
