@@ -72,7 +72,7 @@ def test_the_shipped_search_is_of_eight_optimizers(path: Path) -> None:
         ("trials = 999\nspace.optimizer.lr = {factor = 100.0, points = 3}\n", "optimizer.lr: so many trials with"),
         ("trials = 4\nspace.optimizer.lr = {factor = 3.0}\n", "search.space.optimizer.lr.points is missing"),
         ("trials = 4\nspace.optimizer.lr = {low = 2, high = 1}\n", "optimizer.lr: low=2 is not below high=1"),
-        ("trials = 4\nspace.optimizer.lr = [1.0, 2.0]\n", 'search: sampler = "grid" searches one setting, with factor'),
+        ("trials = 4\nspace.optimizer.lr = [1.0, 2.0]\n", 'search: sampler = "grid" needs factor and points for each'),
         ("trials = 4\nspace.seed = {low = 2, high = 9}\n", "search.space.seed: all trials have the seed of [search]"),
         ("trials = 4\nspace.optimizer.lrr = {factor = 3.0, points = 3}\n", "optimizer.lrr: unknown setting; did you"),
         ("trials = 4\nspace.training.steps = {factor = 3.0, points = 3}\n", "its own value is 160, but a geometric"),
