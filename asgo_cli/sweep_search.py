@@ -46,12 +46,18 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
 
 def _left(plan: SearchPlan, runs: SearchRuns) -> int:
     """Return the number of trials and final runs that have not ended, here and on other workers."""
-    trials = sum(plan.search.trials - result.trials for result in runs.results())
-    ended = runs.final_values()
-    without_best = [result.contender.name for result in runs.results() if result.complete and result.settings is None]
-    return trials + sum(
-        ended.get(name) is None for name, contender in _finals(plan) if contender.name not in without_best
-    )
+    results = runs.results()
+    ended = _ended_finals(plan, runs)
+    without_best = [result.contender.name for result in results if result.complete and result.settings is None]
+    finals = [name for name, contender in _finals(plan) if contender.name not in without_best]
+    return sum(plan.search.trials - result.trials for result in results) + len({*finals} - ended)
+
+
+def _ended_finals(plan: SearchPlan, runs: SearchRuns) -> set[str]:
+    """Return the final runs that have ended, without those that a new best may supersede."""
+    complete = [result.contender.name for result in runs.results() if result.complete]
+    values = runs.final_values()
+    return {name for name, each in _finals(plan) if each.name in complete and values.get(name) is not None}
 
 
 def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
@@ -60,12 +66,12 @@ def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
 
 def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None:
     done = {} if runs is None else {result.contender.name: result.trials for result in runs.results()}
-    ended = {} if runs is None else runs.final_values()
+    ended = set() if runs is None else _ended_finals(plan, runs)
     trial = {contender.name: _tokens(contender.own_trial) for contender in plan.contenders}
     final = {contender.name: _tokens(contender.whole) for contender in plan.contenders}
     total = {name: plan.search.trials * trial[name] + len(plan.seeds) * final[name] for name in final}
     left = sum(total.values()) - sum(done.get(name, 0) * count for name, count in trial.items())
-    left -= sum(final[contender.name] for name, contender in _finals(plan) if ended.get(name) is not None)
+    left -= sum(final[contender.name] for name, contender in _finals(plan) if name in ended)
     unit = task_of(plan.contenders[0].config).unit
     if as_json:
         rows = [
@@ -93,7 +99,8 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
     sizes = (f"{unit} a trial", "a final run") if trial != final else (f"{unit} a run",)
     console.show_table(("contender", "searched", "trials done", *sizes), cells)
     counts = f"{len(cells) * plan.search.trials} trials and {len(_finals(plan))} final runs"
-    at_most = "" if plan.search.pruner == "none" else "at most "
+    may_stay = runs is not None and len(ended) < sum(value is not None for value in runs.final_values().values())
+    at_most = "at most " if plan.search.pruner != "none" or may_stay else ""
     console.show_facts([(counts, f"{at_most}{sum(total.values()):,} {unit}, {left:,} of them left")])
     for line in _shortened(plan.contenders):
         console.say(f"shorter trials: {line}")

@@ -37,6 +37,11 @@ def is_trial(path: Path) -> bool:
     return parent.name == TRIALS and (parent / SEARCH_RECORD).is_file()
 
 
+def contender_of(trial: Path) -> str:
+    """Return the name of the contender whose trial it is."""
+    return trial.resolve().name.rpartition("-t")[0]
+
+
 def _is_superseded(path: Path) -> bool:
     """Return whether the run is a final run of a search with settings that are no longer the best."""
     parent = path.resolve().parent

@@ -151,7 +151,9 @@ def test_another_search_of_the_same_name_is_refused(plan: Callable[..., SearchPl
         open_search(plan("training.steps=7", trials=5, pruner="median"), tmp_path)
     lines = str(error.value).splitlines()
     assert len(lines) == 3
-    assert lines[0] == "search my differs from the one begun here: pruner is none there, median now; choose another --out"
+    assert (
+        lines[0] == "search my differs from the one begun here: pruner is none there, median now; choose another --out"
+    )
     assert "a: training.steps is 6" in lines[1]
 
 
