@@ -34,7 +34,7 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
     runs = open_search(plan, folder)
     left = _left(plan, runs)
     failures: list[Failure] = []
-    if left:
+    if left or not runs.is_tidy():
         runs.extend()
         record_search(plan, folder)
         failures = train_runs(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import itertools
 import json
@@ -187,20 +188,20 @@ class ContenderTrials:
             mark="" if best is first_best or best is None else f" t{best.number}",
         )
 
-    def superseded_by(self, path: Path) -> FrozenTrial | None:
-        """Return the trial whose settings a final run has, if they are not the best ones; else None."""
-        try:
-            config = RunFolder(path).config()
-        except AsgoError:  # not a run; whoever needs the folder reports it
-            return None
-        held = self.claims.held()
+    def superseded(self, out: Path) -> dict[Path, int]:
+        """Return the final runs of an extended search whose settings are no longer the best, and of which trial they are."""
+        held = self.claims.held() if self.is_extended else []
         best = self._best(held)
-        for trial in held:
-            if best is not None and trial.params != best.params:
-                final = self.contender.final(trial.params, config.seed)
-                if path.name == final.name and not differences(config, final.config):
-                    return trial
-        return None
+        former = [trial for trial in held if best is not None and trial.params != best.params]
+        found = {}
+        for path in out.glob(f"{glob.escape(self.contender.name)}-s*") if former else ():
+            with contextlib.suppress(AsgoError):  # not a run; whoever needs the folder reports it
+                config = RunFolder(path).config()
+                for trial in former:
+                    final = self.contender.final(trial.params, config.seed)
+                    if path.name == final.name and not differences(config, final.config):
+                        found[path] = trial.number
+        return found
 
     def _best(self, held: Sequence[FrozenTrial]) -> FrozenTrial | None:
         """Return the finished trial with the lowest cost; of equal ones the first. None if no cost is finite."""
@@ -329,6 +330,10 @@ class SearchRuns:
         for trials in self._contenders:
             trials.extend()
 
+    def is_tidy(self) -> bool:
+        """Whether no final run in this folder is superseded, as by another worker's trials."""
+        return not any(trials.superseded(self._out) for trials in self._contenders if trials.result().complete)
+
     def results(self) -> list[SearchResult]:
         """Return the results of each contender so far."""
         return [trials.result() for trials in self._contenders]
@@ -362,8 +367,8 @@ class SearchRuns:
         """Claim a run; None if there is none, then for `_ASK_AGAIN_S` without reading the storage."""
         if time.monotonic() - self._searched_s < _ASK_AGAIN_S:
             return None
-        self._set_aside()
         found = self._unfinished() or self._new_trial() or self._new_final()
+        self._set_aside()
         if found is None:
             self._searched_s = time.monotonic()
             self.waiting = self._others_at_work()
@@ -448,14 +453,10 @@ class SearchRuns:
     def _set_aside(self) -> None:
         """Move final runs whose settings are no longer the best out of the way, and out of comparisons."""
         for trials in self._contenders:
-            name = trials.contender.name
-            if name in self._tidy or not trials.result().complete:
-                continue
-            self._tidy.add(name)
-            for path in self._out.glob(f"{glob.escape(name)}-s*") if trials.is_extended else ():
-                trial = trials.superseded_by(path)
-                if trial is not None:
-                    target = self._out / TRIALS / SUPERSEDED / f"{path.name}-t{trial.number}"
+            if trials.contender.name not in self._tidy and trials.result().complete:
+                self._tidy.add(trials.contender.name)
+                for path, number in trials.superseded(self._out).items():
+                    target = self._out / TRIALS / SUPERSEDED / f"{path.name}-t{number}"
                     target.parent.mkdir(parents=True, exist_ok=True)
                     path.rename(target)
 

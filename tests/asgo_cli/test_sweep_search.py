@@ -129,7 +129,7 @@ def test_more_trials_are_written_in_the_file_and_the_hint_says_how(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     short = {"training.steps": 4, "evaluation.every": 4}
-    text = write_search(tmp_path / "my.toml", token_folder, steps=2).read_text()
+    text = write_search(tmp_path / "my.toml", token_folder, steps=2, storage=f"{tmp_path}/x.log").read_text()
     for key, value in short.items():
         text = re.sub(rf'^"{key}" = .*$', f'"{key}" = {value}', text, flags=re.MULTILINE)
     (tmp_path / "my.toml").write_text(text)
@@ -151,6 +151,10 @@ def test_more_trials_are_written_in_the_file_and_the_hint_says_how(
     assert row["trials"] == 5
     assert [final["seed"] for final in row["final_losses"]] == [1]
     assert (tmp_path / "runs/my/trials/superseded/a-s1-t2").is_dir()
+    (tmp_path / "runs/other").mkdir()  # of a worker that was not there when the other trials ended
+    (tmp_path / "runs/my/trials/superseded/a-s1-t2").rename(tmp_path / "runs/other/a-s1")
+    assert asgo(monkeypatch, "my.toml", "--out", "runs/other") == 0
+    assert [path.name for path in (tmp_path / "runs/other/trials/superseded").iterdir()] == ["a-s1-t2"]
 
 
 def test_a_search_without_optuna_names_the_way_to_it(

@@ -122,6 +122,28 @@ def test_former_final_runs_stay_until_all_trials_have_ended(plan: Make, tmp_path
     assert not (tmp_path / "trials/superseded").exists()
 
 
+def test_a_final_run_that_another_worker_left_does_not_matter_when_it_is_superseded(plan: Make, tmp_path: Path) -> None:
+    storage = {"storage": f"{tmp_path}/x.log"}
+    other = open_search(plan(3, **storage), tmp_path / "other")
+    while (run := other.next()) is not None and run.run.name != "a-s1":
+        end(other, run)
+    assert run is not None
+    other.ended(run, Ending("stopped", "stopped"))
+    assert [left.name for left in open_search(plan(3, **storage), tmp_path / "own").elsewhere()] == ["a-s1"]
+    assert work(plan(5, **storage), tmp_path / "own")[-4:] == ["a-s1", "b-s1", "a-s2", "b-s2"]
+    assert open_search(plan(5, **storage), tmp_path / "own").elsewhere() == []
+    assert work(plan(5, **storage), tmp_path / "other") == []
+
+
+def test_settings_that_were_tried_twice_are_superseded_once(plan: Make, tmp_path: Path) -> None:
+    search = {"sampler": "random", "space": {"optimizer.lr": [0.0001, 0.001, 0.01, 1.0]}}
+    work(plan(4, **search), tmp_path)
+    held = open_search(plan(4, **search), tmp_path)._contenders[0].claims.held()
+    assert [trial.params["optimizer.lr"] for trial in held].count(rate(tmp_path / "a-s1")) > 1
+    work(plan(20, **search), tmp_path)
+    assert (rate(tmp_path / "a-s1"), len(list((tmp_path / "trials/superseded").glob("a-s1-t*")))) == (1.0, 1)
+
+
 def test_a_folder_that_is_not_of_the_search_is_not_moved(plan: Make, tmp_path: Path) -> None:
     work(plan(3), tmp_path)
     config = RunFolder(tmp_path / "a-s1").config_path
