@@ -189,7 +189,7 @@ class ContenderTrials:
         )
 
     def superseded(self, out: Path) -> dict[Path, int]:
-        """Return the final runs of an extended search whose settings are no longer the best, and of which trial they are."""
+        """Return the final runs whose settings are no longer the best in an extended search, each with its trial."""
         held = self.claims.held() if self.is_extended else []
         best = self._best(held)
         former = [trial for trial in held if best is not None and trial.params != best.params]
