@@ -209,7 +209,7 @@ class ContenderTrials:
         return min(finite, key=lambda trial: (self._cost(trial), trial.number), default=None)
 
     def _on_edge(self, held: Sequence[FrozenTrial]) -> tuple[str, ...]:
-        keys = list(self.search.space)
+        keys = list(self.search.rows)
         return tuple(keys[axis] for axis in edge_axes(self._costs(held)))
 
     def _costs(self, held: Sequence[FrozenTrial]) -> dict[Position, float]:

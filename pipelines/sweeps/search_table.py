@@ -108,8 +108,8 @@ class Search(Settings):
 
     @property
     def rows(self) -> dict[str, Around]:
-        """The settings that have a geometric row."""
-        return {key: dimension for key, dimension in self.space.items() if isinstance(dimension, Around)}
+        """The settings that have a geometric row, sorted: positions are stored, and the file's order may change."""
+        return {key: dimension for key, dimension in sorted(self.space.items()) if isinstance(dimension, Around)}
 
 
 def read_search(values: Mapping[str, Any]) -> Search:

@@ -21,8 +21,9 @@ def quasi_random(seed: int, number: int, space: Mapping[str, BaseDistribution]) 
     """
     from scipy.stats.qmc import Halton  # slow to import
 
+    axes = sorted(space.items())  # the order in a user's file may change
     point = Halton(len(space), scramble=True, seed=np.random.default_rng(seed)).random(number + 1)[number]
-    return {name: from_unit(float(at), each) for at, (name, each) in zip(point, space.items(), strict=True)}
+    return {name: from_unit(float(at), each) for at, (name, each) in zip(point, axes, strict=True)}
 
 
 def to_unit(value: float, distribution: Numbers) -> float:

@@ -26,6 +26,7 @@ def test_the_points_are_more_even_than_independent_ones_for_every_number_of_them
 
 def test_the_sequence_depends_on_the_seed_alone_and_does_not_begin_in_a_corner() -> None:
     assert (points(3, 9)[:5] == points(3, 5)).all()
+    assert quasi_random(3, 4, SQUARE) == quasi_random(3, 4, dict(reversed(SQUARE.items())))
     firsts = np.array([points(seed, 1)[0] for seed in range(40)])
     assert len(np.unique(firsts)) == 80
     assert abs(firsts.mean() - 0.5) < 0.15
