@@ -124,6 +124,7 @@ def test_a_dry_run_shows_the_grid_and_the_cost_and_writes_nothing(
     assert list(tmp_path.iterdir()) == [definition]
 
 
+@long
 def test_more_trials_are_written_in_the_file_and_the_hint_says_how(
     token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
