@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
+from pipelines.config import flatten
 from pipelines.errors import AsgoError
 from pipelines.optimizers import short_key
+from pipelines.shell import command
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
     from pipelines.sweeps.contenders import Contender, SearchPlan
+    from pipelines.sweeps.definition import SweepRun
     from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.search import SearchResult, SearchRuns
     from pipelines.tasks.metric import Metric
@@ -30,10 +34,11 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
     runs = open_search(plan, folder)
     left = _left(plan, runs)
     failures: list[Failure] = []
-    if left:
+    if left or not runs.is_tidy():
+        runs.extend()
         record_search(plan, folder)
         failures = train_runs(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
-    _show_results(plan, runs, failures, as_json)
+    _show_results(plan, runs, failures, folder, as_json)
     console.suggest_next(export_command(folder))
     raise_failures(failures)
     _raise_left_elsewhere(runs)
@@ -41,12 +46,18 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
 
 def _left(plan: SearchPlan, runs: SearchRuns) -> int:
     """Return the number of trials and final runs that have not ended, here and on other workers."""
-    trials = sum(plan.search.trials - result.trials for result in runs.results())
-    ended = runs.final_values()
-    without_best = [result.contender.name for result in runs.results() if result.complete and result.settings is None]
-    return trials + sum(
-        ended.get(name) is None for name, contender in _finals(plan) if contender.name not in without_best
-    )
+    results = runs.results()
+    ended = _ended_finals(plan, runs)
+    without_best = [result.contender.name for result in results if result.complete and result.settings is None]
+    finals = [name for name, contender in _finals(plan) if contender.name not in without_best]
+    return sum(plan.search.trials - result.trials for result in results) + len({*finals} - ended)
+
+
+def _ended_finals(plan: SearchPlan, runs: SearchRuns) -> set[str]:
+    """Return the final runs that have ended, without those that a new best may supersede."""
+    complete = [result.contender.name for result in runs.results() if result.complete]
+    values = runs.final_values()
+    return {name for name, each in _finals(plan) if each.name in complete and values.get(name) is not None}
 
 
 def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
@@ -55,11 +66,12 @@ def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
 
 def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None:
     done = {} if runs is None else {result.contender.name: result.trials for result in runs.results()}
-    ended = {} if runs is None else runs.final_values()
-    tokens = {run.name: run.samples * run.tokens_per_sample for run in (each.whole for each in plan.contenders)}
-    total = (plan.search.trials + len(plan.seeds)) * sum(tokens.values())
-    spent = sum(done.get(name, 0) * count for name, count in tokens.items())
-    spent += sum(tokens[contender.name] for name, contender in _finals(plan) if ended.get(name) is not None)
+    ended = set() if runs is None else _ended_finals(plan, runs)
+    trial = {contender.name: _tokens(contender.own_trial) for contender in plan.contenders}
+    final = {contender.name: _tokens(contender.whole) for contender in plan.contenders}
+    total = {name: plan.search.trials * trial[name] + len(plan.seeds) * final[name] for name in final}
+    left = sum(total.values()) - sum(done.get(name, 0) * count for name, count in trial.items())
+    left -= sum(final[contender.name] for name, contender in _finals(plan) if name in ended)
     unit = task_of(plan.contenders[0].config).unit
     if as_json:
         rows = [
@@ -70,34 +82,55 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
                 "first_points": contender.first_points() if plan.search.sampler == "grid" else None,
                 "trials": plan.search.trials,
                 "trials_done": done.get(contender.name, 0),
-                unit: (plan.search.trials + len(plan.seeds)) * tokens[contender.name],
+                "trial_steps": contender.own_trial.config.training.steps,
+                unit: total[contender.name],
             }
             for contender in plan.contenders
         ]
-        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: total, f"{unit}_left": total - spent})
+        everything = sum(total.values())
+        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: everything, f"{unit}_left": left})
         return
     cells = [
-        (name, _points(contender), f"{done.get(name, 0)} of {plan.search.trials}", rounded(tokens[name]))
+        (name, _points(contender), f"{done.get(name, 0)} of {plan.search.trials}", *map(rounded, sizes))
         for contender in plan.contenders
         for name in [contender.name]
+        for sizes in [[trial[name], final[name]] if trial != final else [final[name]]]
     ]
-    console.show_table(("contender", "searched", "trials done", f"{unit} a run"), cells)
+    sizes = (f"{unit} a trial", "a final run") if trial != final else (f"{unit} a run",)
+    console.show_table(("contender", "searched", "trials done", *sizes), cells)
     counts = f"{len(cells) * plan.search.trials} trials and {len(_finals(plan))} final runs"
-    at_most = "" if plan.search.pruner == "none" else "at most "
-    console.show_facts([(counts, f"{at_most}{total:,} {unit}, {total - spent:,} of them left")])
+    may_stay = runs is not None and len(ended) < sum(value is not None for value in runs.final_values().values())
+    at_most = "at most " if plan.search.pruner != "none" or may_stay else ""
+    console.show_facts([(counts, f"{at_most}{sum(total.values()):,} {unit}, {left:,} of them left")])
+    for line in _shortened(plan.contenders):
+        console.say(f"shorter trials: {line}")
     console.say("dry run: nothing was written")
 
 
 def _points(contender: Contender) -> str:
     """Describe the searched settings in a few words."""
-    if contender.search.sampler == "grid":
-        (key,) = contender.search.space
-        points = [point[key] for point in contender.first_points()]
-        return f"{short_key(key)} {min(points):.3g} to {max(points):.3g}, {len(points)} points"
-    return ", ".join(short_key(key) for key in contender.search.space)
+    if contender.search.sampler != "grid":
+        return ", ".join(short_key(key) for key in contender.search.space)
+    rows = [(key, [point[key] for point in contender.first_points()]) for key in contender.search.space]
+    words = [f"{short_key(key)} {min(values):.3g} to {max(values):.3g}" for key, values in rows]
+    return f"{', '.join(words)}, {math.prod(contender.points)} points"
 
 
-def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
+def _tokens(run: SweepRun) -> int:
+    return run.samples * run.tokens_per_sample
+
+
+def _shortened(contenders: Sequence[Contender]) -> list[str]:
+    """Describe in which settings the trials differ from the final runs, besides what is searched."""
+    found: dict[str, list[str]] = {}
+    for contender in contenders:
+        whole, trial = (flatten(run.config.model_dump(mode="json")) for run in (contender.whole, contender.own_trial))
+        changed = [f"{key} {whole[key]} → {trial[key]}" for key in whole if whole[key] != trial[key]]
+        found.setdefault(", ".join(changed), []).append(contender.name)
+    return [f"{words} ({', '.join(names)})" if len(found) > 1 else words for words, names in found.items() if words]
+
+
+def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], folder: Path, as_json: bool) -> None:
     metric, ended, results = plan.metric, runs.final_values(), runs.results()
     finals = {
         result.contender.name: {seed: ended.get(result.contender.final_name(seed)) for seed in plan.seeds}
@@ -127,8 +160,22 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
         if result.complete and result.on_edge:
             console.warn(
                 f"{result.contender.name}: its best, {_words(result.settings)}, lies on the edge of the tried"
-                " values; give all contenders more trials"
+                f" values of {' and '.join(map(short_key, result.on_edge))}"
             )
+    if any(result.complete and result.on_edge for result in results):
+        _suggest_more_trials(plan, folder)
+
+
+def _suggest_more_trials(plan: SearchPlan, folder: Path) -> None:
+    """Say how to continue the search. Of a shipped sweep the user edits a copy, whose name makes it the same search."""
+    from pipelines.sweeps.definition import shipped_file
+
+    is_own = plan.origin.endswith(".toml")
+    file = plan.origin if is_own else f"{plan.name}.toml"
+    place = file if is_own else f"{file}, a copy of {shipped_file(plan.name)}"
+    more = plan.search.trials + (plan.search.trials + 1) // 2
+    again = command("asgo", "sweep", file, "--out", folder)
+    console.warn(f"to give all contenders more trials, write trials = {more} in {place}, and continue: {again}")
 
 
 def _facts(result: SearchResult, finals: Mapping[int, float | None], metric: Metric) -> dict[str, Any]:
@@ -139,7 +186,7 @@ def _facts(result: SearchResult, finals: Mapping[int, float | None], metric: Met
         "diverged": result.diverged,
         "best": result.settings,
         f"best_{metric.name}": result.value,
-        "on_edge": result.on_edge,
+        "on_edge": bool(result.on_edge),
         f"final_{metric.plural}": [{"seed": seed, metric.name: value} for seed, value in finals.items()],
     }
 

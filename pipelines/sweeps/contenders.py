@@ -13,8 +13,9 @@ from pipelines.config import RunConfig, flatten
 from pipelines.errors import UsageError
 from pipelines.resolve import Layer
 from pipelines.sweeps.definition import Problems, Sweep, SweepRun, Variant, resolve_variants
-from pipelines.sweeps.grid import first_positions
+from pipelines.sweeps.grid import Position, first_positions
 from pipelines.sweeps.search_table import Around, Dimension, Range, Search
+from pipelines.sweeps.shorter import shortened
 from pipelines.tasks import TASKS
 from pipelines.tasks.metric import METRICS, Metric, choose_metric
 
@@ -39,33 +40,36 @@ class Contender:
         return SweepRun(self.name, self.name, self.config)
 
     @cached_property
+    def own_trial(self) -> SweepRun:
+        """A trial with the contender's own settings, to estimate the cost."""
+        return self.trial(0, {})
+
+    @cached_property
     def own(self) -> dict[str, Any]:
         """Its own value of each searched setting."""
         settings = flatten(self.config.model_dump(mode="json"))
         return {key: settings.get(key) for key in self.search.space}
 
-    @property
-    def row(self) -> tuple[str, Around]:
-        """The setting of a grid search, and its values."""
-        ((key, dimension),) = self.search.space.items()
-        assert isinstance(dimension, Around)
-        return key, dimension
-
-    def at(self, position: float) -> dict[str, float]:
+    def at(self, position: Position) -> dict[str, float]:
         """Return the settings at a position of the grid."""
-        key, row = self.row
-        return {key: row.value(self.own[key], position)}
+        rows = zip(self.search.rows.items(), position, strict=True)
+        return {key: row.value(self.own[key], coordinate) for (key, row), coordinate in rows}
 
     def first_points(self) -> list[dict[str, float]]:
         """Return the settings with which a grid search begins."""
-        return [self.at(position) for position in first_positions(self.row[1].points)]
+        return [self.at(position) for position in first_positions(self.points)]
+
+    @property
+    def points(self) -> list[int]:
+        """Number of values of each row of a grid search."""
+        return [row.points for row in self.search.rows.values()]
 
     def extremes(self) -> list[dict[str, Any]]:
         """Return the extreme values of the settings, one setting at a time."""
         found: list[dict[str, Any]] = []
         for key, dimension in self.search.space.items():
             if isinstance(dimension, Around):
-                beyond = self.search.trials - dimension.points if self.search.sampler == "grid" else 0
+                beyond = self.search.trials - math.prod(self.points) if self.search.sampler == "grid" else 0
                 found += [{key: end} for end in dimension.ends(self.own[key], beyond)]
             elif isinstance(dimension, Range):
                 found += [{key: dimension.low}, {key: dimension.high}]
@@ -76,6 +80,8 @@ class Contender:
     def trial(self, number: int, settings: Mapping[str, Any]) -> SweepRun:
         """Return the run of a trial."""
         config = self.variant.resolve({**settings, "seed": self.search.seed})
+        if self.search.steps is not None:
+            config = shortened(config, self.search.steps)
         return SweepRun(self.trial_name(number), self.name, config)
 
     def trial_name(self, number: int) -> str:
@@ -100,6 +106,8 @@ class SearchPlan:
     contenders: tuple[Contender, ...]
     seeds: tuple[int, ...]
     """Seeds of the final runs."""
+    origin: str = ""
+    """Sweep file, or name of a shipped sweep, for messages."""
 
     @property
     def metric(self) -> Metric:
@@ -138,7 +146,7 @@ def plan_search(sweep: Sweep, set_layer: Layer, seeds: Sequence[int] = ()) -> Se
         except UsageError as error:
             problems.add(variant.name, error)
     problems.raise_if_any()
-    return SearchPlan(sweep.name, search, tuple(contenders), final_seeds)
+    return SearchPlan(sweep.name, search, tuple(contenders), final_seeds, sweep.origin)
 
 
 def _can_be_set(variant: Variant, key: str, dimension: Dimension) -> bool:
@@ -160,11 +168,12 @@ def _contender(variant: Variant, search: Search) -> Contender:
             nearest = difflib.get_close_matches(key, settings, n=1)
             hint = f"did you mean {nearest[0]}?" if nearest else "--print-config of asgo train lists them"
             raise UsageError(f"{variant.origin}: search.space: {key}: unknown setting; {hint}")
-        if isinstance(dimension, Around) and not (isinstance(own, float) and own > 0):
+        if isinstance(dimension, Around) and dimension.middle(own) is None:
             found = "not set" if own is None else repr(own)
+            other = "" if search.sampler == "grid" else ", or give { low, high } or a list"
             raise UsageError(
                 f"{variant.origin}: search.space.{key}: its own value is {found}, but a geometric row needs a positive "
-                "float; set it, or give { low, high } or a list"
+                f"float; add center = VALUE to the row{other}"
             )
     for extreme in contender.extremes():
         for key, end in extreme.items():
@@ -172,5 +181,5 @@ def _contender(variant: Variant, search: Search) -> Contender:
                 raise UsageError(
                     f"{variant.origin}: search.space.{key}: so many trials with this factor exceed the float range"
                 )
-        variant.resolve(extreme)
+        contender.trial(0, extreme)
     return contender

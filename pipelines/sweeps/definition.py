@@ -107,6 +107,11 @@ def sweep_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in _SHIPPED.iterdir() if entry.name.endswith(".toml"))
 
 
+def shipped_file(name: str) -> Path:
+    """Return the file of a shipped sweep."""
+    return Path(str(_SHIPPED / f"{name}.toml"))
+
+
 def read_sweep(source: str) -> Sweep:
     """Read a shipped sweep by name, or a TOML file. Raises `UsageError` with one line for each problem."""
     if not source.endswith(".toml"):

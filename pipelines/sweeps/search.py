@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import itertools
 import json
 import math
 import socket
@@ -20,7 +23,7 @@ from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
 from pipelines.sweeps.contenders import Contender, SearchPlan
 from pipelines.sweeps.definition import SweepRun
-from pipelines.sweeps.grid import next_position, on_edge
+from pipelines.sweeps.grid import Position, edge_axes, next_position
 from pipelines.sweeps.queue import FOLDER, Ending
 from pipelines.sweeps.search_table import Around, Range
 from pipelines.sweeps.status import RunStatus, run_status
@@ -35,9 +38,10 @@ from pipelines.sweeps.study import (
     open_storage,
     require_sampler,
 )
+from pipelines.sweeps.unit_cube import quasi_random
 from pipelines.tasks.metric import LOSS, Metric
 from pipelines.training.metrics import Row
-from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
+from pipelines.training.run_folder import SEARCH_RECORD, SUPERSEDED, TRIALS, RunFolder
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -79,12 +83,28 @@ class ContenderTrials:
         self.contender = contender
         self.search = contender.search
         self.metric = metric
-        config = contender.config
+        config = contender.own_trial.config
         pruner = make_pruner(self.search.pruner, config.evaluation.every, config.training.steps)
         self.claims = Claims(storage, name, self.search.trials, pruner, metric)
 
+    @property
+    def first_trials(self) -> int:
+        """Number of trials with which the search was begun."""
+        trials: int = self.claims.definition["search"]["trials"]
+        return trials
+
+    @property
+    def stored_trials(self) -> int:
+        """Number of trials of the stored search."""
+        return self.claims.extended or self.first_trials
+
+    @property
+    def is_extended(self) -> bool:
+        """Whether the search was begun with fewer trials."""
+        return self.search.trials > self.first_trials
+
     def agree(self) -> tuple[list[str], list[str]]:
-        """Store the search's definition; returns a line for each difference from a stored one.
+        """Store the search's definition; returns a line for each difference from a stored one, but for more trials.
 
         First the lines about the table [search], which all contenders share, then those about this contender.
         """
@@ -101,26 +121,37 @@ class ContenderTrials:
         lines = [
             f"{key} is {old.get(key)} there, {new.get(key)} now"
             for key in {**old, **new}
-            if old.get(key) != new.get(key)
+            if old.get(key) != new.get(key) and key != "trials"
         ]
         return lines, changed
+
+    def extend(self) -> None:
+        """Store the number of trials, if it is larger than the stored one."""
+        if self.search.trials > self.stored_trials:
+            self.claims.extend(self.search.trials)
 
     def claim(self, worker: Worker) -> FrozenTrial | None:
         """Claim a trial for this worker; None if all are claimed."""
         while len(held := self.claims.held()) < self.search.trials:
-            choice = params = None
-            if self.search.sampler == "grid":
-                choice = next_position(self.contender.row[1].points, self._costs(held))
-                params = self.contender.at(choice)
-            trial = self.claims.add(worker, choice, params or {}, self.space if params else {})
+            choice, params = self._choose(held)
+            trial = self.claims.add(worker, choice, params, self.space if params else {})
             if trial is not None:
                 return trial
         return None
 
+    def _choose(self, held: Sequence[FrozenTrial]) -> tuple[Any, dict[str, Any]]:
+        """Return what identifies the next trial, and its settings; without both, if the sampler draws them later."""
+        if self.search.sampler == "grid":
+            position = next_position(self.contender.points, self._costs(held))
+            return position[0] if len(position) == 1 else list(position), self.contender.at(position)
+        if self.search.sampler == "qmc":  # the claim is of a point, so that no point is left out or taken twice
+            return len(held), quasi_random(self.search.seed, len(held), self.space)
+        return None, {}
+
     def run(self, trial: FrozenTrial) -> SweepRun:
         """Return the run of a claimed trial."""
         settings = trial.params
-        if self.search.sampler != "grid":
+        if self.search.sampler not in ("grid", "qmc"):
             sampler = make_sampler(self.search.sampler, self.search.seed, trial.number)
             settings = self.claims.sample(trial.number, self.space, sampler)
         return self.contender.trial(trial.number, settings)
@@ -145,8 +176,7 @@ class ContenderTrials:
         """Return the results of the trials so far."""
         held = self.claims.held()
         done = [trial for trial in held if trial.state.is_finished()]
-        finite = [trial for trial in done if math.isfinite(self._cost(trial))]
-        best = min(finite, key=lambda trial: (self._cost(trial), trial.number), default=None)
+        best, first_best = self._best(held), self._best(held[: self.first_trials])
         return SearchResult(
             self.contender,
             trials=len(done),
@@ -154,12 +184,39 @@ class ContenderTrials:
             diverged=sum(trial.value is not None and math.isinf(trial.value) for trial in done),
             settings=None if best is None else best.params,
             value=None if best is None else best.value,
-            on_edge=best is not None and self.search.sampler == "grid" and on_edge(self._costs(held)),
+            on_edge=() if best is None or self.search.sampler != "grid" else self._on_edge(held),
+            mark="" if best is first_best or best is None else f" t{best.number}",
         )
 
-    def _costs(self, held: Sequence[FrozenTrial]) -> dict[float, float]:
+    def superseded(self, out: Path) -> dict[Path, int]:
+        """Return the final runs whose settings are no longer the best in an extended search, each with its trial."""
+        held = self.claims.held() if self.is_extended else []
+        best = self._best(held)
+        former = [trial for trial in held if best is not None and trial.params != best.params]
+        found = {}
+        for path in out.glob(f"{glob.escape(self.contender.name)}-s*") if former else ():
+            with contextlib.suppress(AsgoError):  # not a run; whoever needs the folder reports it
+                config = RunFolder(path).config()
+                for trial in former:
+                    final = self.contender.final(trial.params, config.seed)
+                    if path.name == final.name and not differences(config, final.config):
+                        found[path] = trial.number
+        return found
+
+    def _best(self, held: Sequence[FrozenTrial]) -> FrozenTrial | None:
+        """Return the finished trial with the lowest cost; of equal ones the first. None if no cost is finite."""
+        finite = [trial for trial in held if math.isfinite(self._cost(trial))]
+        return min(finite, key=lambda trial: (self._cost(trial), trial.number), default=None)
+
+    def _on_edge(self, held: Sequence[FrozenTrial]) -> tuple[str, ...]:
+        keys = list(self.search.rows)
+        return tuple(keys[axis] for axis in edge_axes(self._costs(held)))
+
+    def _costs(self, held: Sequence[FrozenTrial]) -> dict[Position, float]:
         """Return costs by position of the grid."""
-        return {trial.user_attrs["choice"]: self._cost(trial) for trial in held}
+        choices = [trial.user_attrs["choice"] for trial in held]
+        positions = [tuple(choice) if isinstance(choice, list) else (choice,) for choice in choices]
+        return {position: self._cost(trial) for position, trial in zip(positions, held, strict=True)}
 
     def _cost(self, trial: FrozenTrial) -> float:
         """Return what the search minimizes; infinity for an unfinished, pruned or diverged trial."""
@@ -182,13 +239,22 @@ class SearchResult:
     """Best settings; None if no trial has a finite value."""
     value: float | None
     """Their final value of the metric."""
-    on_edge: bool
-    """Whether a grid's best value is its lowest or highest one."""
+    on_edge: tuple[str, ...]
+    """Settings of a grid whose best value is the lowest or highest tried one."""
+    mark: str
+    """Distinguishes the final runs from those of the best settings before the search was extended."""
 
     @property
     def complete(self) -> bool:
         """Whether all trials are finished."""
         return self.trials == self.contender.search.trials
+
+    def finals(self, seeds: Sequence[int]) -> dict[str, SweepRun]:
+        """Return the final runs with the best settings so far, by their claims."""
+        if self.settings is None:
+            return {}
+        runs = [self.contender.final(self.settings, seed) for seed in seeds]
+        return {run.name + self.mark: run for run in runs}
 
 
 @dataclass(frozen=True)
@@ -233,11 +299,13 @@ class SearchRuns:
         self._failed: set[str] = set()
         """Contenders with a failed trial. Later trials may depend on it, so they wait for the next command."""
         self._pruned: set[str] = set()
+        self._tidy: set[str] = set()
+        """Contenders without superseded final runs in this folder."""
         self._searched_s = -math.inf
         """Time of the last search for a run that found none."""
 
     def agree(self) -> None:
-        """Raise `UsageError` if the storage has another search of this name."""
+        """Raise `UsageError` if the storage has another search of this name, or this one with more trials."""
         found = [(trials.contender.name, *trials.agree()) for trials in self._contenders]
         shared = dict.fromkeys(line for _, lines, _ in found for line in lines)
         lines = [*shared, *(f"{name}: {line}" for name, _, lines in found for line in lines)]
@@ -250,32 +318,57 @@ class SearchRuns:
                     f"search {self._plan.name} differs from the one begun here: {line}; {place}" for line in lines
                 )
             )
+        stored, asked = max(trials.stored_trials for trials in self._contenders), self._plan.search.trials
+        if stored > asked:
+            raise UsageError(
+                f"search {self._plan.name} already has trials = {stored}, not {asked}: trials that were begun count;"
+                f" write trials = {stored} or more"
+            )
+
+    def extend(self) -> None:
+        """Store a larger number of trials. Until all have ended, former final runs stay where they are."""
+        for trials in self._contenders:
+            trials.extend()
+
+    def is_tidy(self) -> bool:
+        """Whether no final run in this folder is superseded, as by another worker's trials."""
+        return not any(trials.superseded(self._out) for trials in self._contenders if trials.result().complete)
 
     def results(self) -> list[SearchResult]:
         """Return the results of each contender so far."""
         return [trials.result() for trials in self._contenders]
 
     def final_values(self) -> dict[str, float | None]:
-        """Return the metric of the claimed final runs, by name; None for unfinished ones."""
+        """Return the metric of the claimed final runs of the best so far, by name; None for unfinished ones."""
+        values = self._claimed_finals()
+        runs = [result.finals(self._plan.seeds) for result in self.results()]
+        return {run.name: values[claim] for each in runs for claim, run in each.items() if claim in values}
+
+    def _claimed_finals(self) -> dict[str, float | None]:
         return {trial.user_attrs["choice"]: trial.value for trial in self._finals.held()}
 
     def elsewhere(self) -> list[Elsewhere]:
         """Return the unfinished runs of other workers."""
-        studies = [(trials.claims, trials.contender) for trials in self._contenders]
-        found = []
-        for claims, contender in [*studies, (self._finals, None)]:
-            for trial in claims.held():
-                attributes = trial.user_attrs
-                if not trial.state.is_finished() and attributes["worker"] != self._worker.id:
-                    name = attributes["choice"] if contender is None else contender.trial_name(trial.number)
-                    found.append(Elsewhere(name, contender is not None, attributes["place"], attributes.get("left")))
-        return found
+        trials = [
+            (contender.trial_name(trial.number), True, trial)
+            for contender, claims in ((each.contender, each.claims) for each in self._contenders)
+            for trial in claims.held()
+        ]
+        runs = self._final_runs  # without those of former best settings, which nobody needs
+        finals = [(trial.user_attrs["choice"], trial) for trial in self._finals.held()]
+        everything = [*trials, *((runs[claim].name, False, trial) for claim, trial in finals if claim in runs)]
+        return [
+            Elsewhere(name, is_trial, trial.user_attrs["place"], trial.user_attrs.get("left"))
+            for name, is_trial, trial in everything
+            if not trial.state.is_finished() and trial.user_attrs["worker"] != self._worker.id
+        ]
 
     def next(self) -> RunStatus | None:
         """Claim a run; None if there is none, then for `_ASK_AGAIN_S` without reading the storage."""
         if time.monotonic() - self._searched_s < _ASK_AGAIN_S:
             return None
         found = self._unfinished() or self._new_trial() or self._new_final()
+        self._set_aside()
         if found is None:
             self._searched_s = time.monotonic()
             self.waiting = self._others_at_work()
@@ -324,10 +417,11 @@ class SearchRuns:
             for trial in self._own(trials.claims):
                 if trials.contender.trial_name(trial.number) not in self._claimed:
                     return trials.run(trial), self._out / TRIALS, _Claimed(trials.claims, trial.number, trials)
+        finals = self._final_runs
         for trial in self._own(self._finals):
-            name = trial.user_attrs["choice"]
-            if name in self._final_runs and name not in self._claimed:
-                return self._final_runs[name], self._out, _Claimed(self._finals, trial.number, None)
+            run = finals.get(trial.user_attrs["choice"])
+            if run is not None and run.name not in self._claimed:
+                return run, self._out, _Claimed(self._finals, trial.number, None)
         return None
 
     def _new_trial(self) -> tuple[SweepRun, Path, _Claimed] | None:
@@ -339,20 +433,32 @@ class SearchRuns:
         return None
 
     def _new_final(self) -> tuple[SweepRun, Path, _Claimed] | None:
-        held = self.final_values()
-        for name, run in self._final_runs.items():
-            if name not in held:
-                trial = self._finals.add(self._worker, name, {}, {})
+        held = self._claimed_finals()
+        for claim, run in self._final_runs.items():
+            if claim not in held:
+                trial = self._finals.add(self._worker, claim, {}, {})
                 if trial is not None:
                     return run, self._out, _Claimed(self._finals, trial.number, None)
         return None
 
     @property
     def _final_runs(self) -> dict[str, SweepRun]:
-        """Final runs of contenders whose trials have all ended; the first seed of each before the second of any."""
-        results = [result for result in self.results() if result.complete and result.settings is not None]
-        runs = [result.contender.final(result.settings or {}, seed) for seed in self._plan.seeds for result in results]
-        return {run.name: run for run in runs}
+        """Final runs of contenders whose trials have all ended, by claim; the first seed of each before the second."""
+        runs: dict[str, SweepRun] = {}
+        results = [result for result in self.results() if result.complete]
+        for seed, result in itertools.product(self._plan.seeds, results):
+            runs |= result.finals([seed])
+        return runs
+
+    def _set_aside(self) -> None:
+        """Move final runs whose settings are no longer the best out of the way, and out of comparisons."""
+        for trials in self._contenders:
+            if trials.contender.name not in self._tidy and trials.result().complete:
+                self._tidy.add(trials.contender.name)
+                for path, number in trials.superseded(self._out).items():
+                    target = self._out / TRIALS / SUPERSEDED / f"{path.name}-t{number}"
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    path.rename(target)
 
     def _own(self, claims: Claims) -> list[FrozenTrial]:
         """Return this worker's unfinished claims. The folder's lock guarantees that no other process runs them."""

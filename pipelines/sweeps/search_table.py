@@ -8,18 +8,21 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from pipelines.config import Seed, Settings
+from pipelines.config import Count, Seed, Settings
 from pipelines.errors import UsageError
+from pipelines.steps import LENGTHS
 
 Value = bool | int | float | str
 _VALUES: TypeAdapter[list[Value]] = TypeAdapter(list[Value])
 
 
 class Around(Settings):
-    """Geometric row of values around each contender's own value."""
+    """Geometric row of values around each contender's own value, or around `center`."""
 
     factor: float = Field(gt=1, le=100)
     points: int = Field(ge=3, le=99)
+    center: float | None = Field(None, gt=0)
+    """Middle of the row for all contenders, such as a weight decay that some do not have."""
 
     @model_validator(mode="after")
     def _middle_is_own_value(self) -> Self:
@@ -27,15 +30,23 @@ class Around(Settings):
             raise ValueError(f"points={self.points}: must be odd; each contender's own value is in the middle")
         return self
 
-    def ends(self, own: float, beyond: int = 0) -> tuple[float, float]:
+    def middle(self, own: Any) -> float | None:
+        """Return the value in the middle; None if a contender's own value cannot be it."""
+        if self.center is not None:
+            return self.center
+        return own if isinstance(own, float) and own > 0 else None
+
+    def ends(self, own: Any, beyond: int = 0) -> tuple[float, float]:
         """Return the lowest and the highest value, with `beyond` more values on both sides."""
         steps = self.points // 2 + beyond
         return self.value(own, -steps), self.value(own, steps)
 
-    def value(self, own: float, position: float) -> float:
+    def value(self, own: Any, position: float) -> float:
         """Return the value at a position; rounded to 12 digits, so that 0.01 · sqrt(10)² is 0.1."""
+        middle = self.middle(own)
+        assert middle is not None
         try:
-            return float(f"{own * self.factor**position:.12g}")
+            return float(f"{middle * self.factor**position:.12g}")
         except OverflowError:
             return math.inf
 
@@ -63,7 +74,9 @@ class Search(Settings):
     """Settings of a search, equal for all contenders."""
 
     trials: int = Field(ge=1, le=999)
-    """Exact number of trials per contender."""
+    """Exact number of trials per contender. A search that was begun with fewer continues."""
+    steps: Count | None = None
+    """Steps of a trial, if a final run has more."""
     sampler: Literal["grid", "tpe", "random", "gp", "cmaes", "qmc"] = "grid"
     pruner: Literal["none", "median", "hyperband", "successive-halving"] = "none"
     metric: Literal["loss", "accuracy"] = "loss"
@@ -76,17 +89,27 @@ class Search(Settings):
     """Searched settings, by dotted key."""
 
     @model_validator(mode="after")
-    def _grid_is_one_row(self) -> Self:
+    def _grid_has_rows(self) -> Self:
         if self.sampler != "grid":
             return self
-        rows = [dimension for dimension in self.space.values() if isinstance(dimension, Around)]
-        if len(rows) != 1 or len(self.space) != 1:
-            raise ValueError(
-                'sampler = "grid" searches one setting, with factor and points; for more choose "tpe" or another'
-            )
-        if self.trials < rows[0].points:
-            raise ValueError(f"trials={self.trials} is less than the grid's points={rows[0].points}")
+        if len(self.rows) != len(self.space):
+            raise ValueError('sampler = "grid" needs factor and points for each setting; else choose "qmc" or another')
+        points = math.prod(row.points for row in self.rows.values())
+        if self.trials < points:
+            raise ValueError(f"trials={self.trials} is less than the grid's points={points}")
         return self
+
+    @model_validator(mode="after")
+    def _trials_have_one_length(self) -> Self:
+        lengths = [key for key in self.space if key in LENGTHS]
+        if self.steps is not None and lengths:
+            raise ValueError(f"steps={self.steps} is the length of all trials; remove it, or {lengths[0]} in the space")
+        return self
+
+    @property
+    def rows(self) -> dict[str, Around]:
+        """The settings that have a geometric row, sorted: positions are stored, and the file's order may change."""
+        return {key: dimension for key, dimension in sorted(self.space.items()) if isinstance(dimension, Around)}
 
 
 def read_search(values: Mapping[str, Any]) -> Search:

@@ -29,7 +29,7 @@ except ModuleNotFoundError:
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
@@ -40,7 +40,7 @@ from pipelines.tasks.metric import LOSS, Metric
 _LOCK_WAIT_S = 60.0
 _ATTEMPTS = 10
 _ATTEMPT_S = 0.5
-_NEEDS = {"cmaes": "cmaes", "gp": "scipy", "qmc": "scipy"}
+_NEEDS = {"cmaes": "cmaes", "gp": "scipy"}
 _HOLDING = (TrialState.RUNNING, TrialState.COMPLETE, TrialState.PRUNED)
 Space = Mapping[str, BaseDistribution]
 
@@ -113,6 +113,16 @@ class Claims:
         """Store the search's definition."""
         self._study.set_user_attr("definition", definition)
 
+    @property
+    def extended(self) -> int | None:
+        """Number of trials to which the search was extended; None if it was not."""
+        trials: int | None = self._study.user_attrs.get("trials")
+        return trials
+
+    def extend(self, trials: int) -> None:
+        """Store a larger number of trials than that of the definition."""
+        self._study.set_user_attr("trials", trials)
+
     def held(self) -> list[FrozenTrial]:
         """Return the valid claims, in the order of their numbers."""
         held: list[FrozenTrial] = []
@@ -183,7 +193,7 @@ def make_sampler(name: str, seed: int, number: int) -> BaseSampler:
         from pipelines.sweeps.cma_sampler import CmaSampler  # needs a package that the others do not
 
         return CmaSampler(drawn)
-    kinds: dict[str, type[Any]] = {"tpe": TPESampler, "random": RandomSampler, "gp": GPSampler, "qmc": QMCSampler}
+    kinds: dict[str, type[Any]] = {"tpe": TPESampler, "random": RandomSampler, "gp": GPSampler}
     with _no_warnings():
         sampler: BaseSampler = kinds[name](seed=drawn)
     return sampler

@@ -34,6 +34,8 @@ TRIALS = "trials"
 """Folder of a search's trials, in the folder of the search."""
 SEARCH_RECORD = "search.json"
 """Description of the search, in the folder of its trials."""
+SUPERSEDED = "superseded"
+"""Final runs of former best settings, in the folder of the trials."""
 
 
 @dataclass(frozen=True)

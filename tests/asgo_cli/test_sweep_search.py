@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -108,14 +109,53 @@ def test_a_dry_run_shows_the_grid_and_the_cost_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     assert asgo(monkeypatch, "asgo-nanogpt-search", "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "lr 0.001 to 0.1, 5 points" in shown
-    tokens = (7 + 3) * 8 * 2_400 * 256 * 256
-    assert f"56 trials and 24 final runs   {tokens:,} tokens, {tokens:,} of them left" in shown
+    assert "0 of 12" in shown
+    tokens = (12 * 1_200 + 3 * 2_400) * 8 * 256 * 256
+    assert f"96 trials and 24 final runs   {tokens:,} tokens, {tokens:,} of them left" in shown
     assert list(tmp_path.iterdir()) == []
     definition = write_search(tmp_path / "my.toml", tmp_path, pruner="median")
     assert asgo(monkeypatch, definition, "--dry-run") == 0
     assert f"at most {4 * 400 * 4 * 16:,} tokens" in capsys.readouterr().out
+    definition = write_search(tmp_path / "my.toml", tmp_path, steps=100)
+    assert asgo(monkeypatch, definition, "--dry-run") == 0
+    shown = capsys.readouterr()
+    assert f"{(3 * 100 + 400) * 4 * 16:,} tokens" in shown.out
+    assert "shorter trials: training.steps 400 → 100, evaluation.every 200 → 50\n" in shown.err
     assert list(tmp_path.iterdir()) == [definition]
+
+
+@long
+def test_more_trials_are_written_in_the_file_and_the_hint_says_how(
+    token_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = {"training.steps": 4, "evaluation.every": 4}
+    text = write_search(tmp_path / "my.toml", token_folder, steps=2, storage=f"{tmp_path}/x.log").read_text()
+    for key, value in short.items():
+        text = re.sub(rf'^"{key}" = .*$', f'"{key}" = {value}', text, flags=re.MULTILINE)
+    (tmp_path / "my.toml").write_text(text)
+    assert asgo(monkeypatch, "my.toml") == 0
+    words = " ".join(capsys.readouterr().err.split())
+    assert "lies on the edge of the tried values of lr" in words
+    assert "write trials = 5 in my.toml, and continue: asgo sweep my.toml --out runs/my" in words
+    (tmp_path / "my.toml").write_text(text.replace("trials = 3", "trials = 5"))
+    before = sorted((tmp_path / "runs").rglob("*"))
+    assert asgo(monkeypatch, "my.toml", "--dry-run") == 0
+    assert f"at most {(5 * 2 + 4) * 4 * 16:,} tokens, {(2 * 2 + 4) * 4 * 16:,} of them left" in capsys.readouterr().out
+    assert sorted((tmp_path / "runs").rglob("*")) == before
+    (tmp_path / "my.toml").write_text(text)
+    assert asgo(monkeypatch, "my.toml", "--dry-run") == 0, "the search is not extended yet"
+    (tmp_path / "my.toml").write_text(text.replace("trials = 3", "trials = 5"))
+    capsys.readouterr()
+    assert asgo(monkeypatch, "my.toml", "--json") == 0
+    (row,) = json.loads(capsys.readouterr().out)["contenders"]
+    assert row["trials"] == 5
+    assert [final["seed"] for final in row["final_losses"]] == [1]
+    assert (tmp_path / "runs/my/trials/superseded/a-s1-t2").is_dir()
+    (tmp_path / "runs/other").mkdir()  # of a worker that was not there when the other trials ended
+    (tmp_path / "runs/my/trials/superseded/a-s1-t2").rename(tmp_path / "runs/other/a-s1")
+    assert asgo(monkeypatch, "my.toml", "--out", "runs/other") == 0
+    assert [path.name for path in (tmp_path / "runs/other/trials/superseded").iterdir()] == ["a-s1-t2"]
 
 
 def test_a_search_without_optuna_names_the_way_to_it(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 from pipelines.analysis.comparison.entries import finished
-from pipelines.analysis.comparison.results import Entry, Run, Sensitivity, State
+from pipelines.analysis.comparison.find_runs import contender_of
+from pipelines.analysis.comparison.results import Entry, Run, Sensitivity, SensitivityPoint, State
 from pipelines.analysis.comparison.settings import differing_keys, in_words, settings_of
 from pipelines.tasks import task_of
 from pipelines.tasks.metric import Metric
@@ -196,21 +198,30 @@ def _chosen_by_result(entries: Sequence[Entry], contenders: Sequence[Entry], met
 
 def _best_at_an_end(sensitivities: Sequence[Sensitivity], metric: Metric) -> list[str]:
     found = []
+    costs = {id(each): min((_cost(point, metric) for point in each.points), default=math.inf) for each in sensitivities}
     for sensitivity in sensitivities:
+        same = [each for each in sensitivities if each.searched == sensitivity.searched is not None]
+        if any(costs[id(each)] < costs[id(sensitivity)] for each in same):
+            continue  # of the other settings that the search tried, these are not the best
         points = sensitivity.points
         ended = [point for point in points if point.values]
         if not ended:
             continue
-        best = min(ended, key=lambda point: metric.sign * sum(point.values) / len(point.values))
+        best = min(ended, key=lambda point: _cost(point, metric))
         if best in (points[0], points[-1]):
             end = "lowest" if best is points[0] else "highest"
             found.append(f"{sensitivity.family}: the best learning rate, {best.lr:g}, is the {end} of those tried")
     return _together(found, "; the true best may lie beyond.")
 
 
+def _cost(point: SensitivityPoint, metric: Metric) -> float:
+    """Return what is minimized; infinity without finished runs."""
+    return metric.sign * sum(point.values) / len(point.values) if point.values else math.inf
+
+
 def _unequal_trials(trials: Sequence[Run]) -> list[str]:
     """Compare the numbers of trials by contender, over the folders of all workers of a search."""
-    counts = Counter(run.path.resolve().name.rpartition("-t")[0] for run in trials if run.state != "empty")
+    counts = Counter(contender_of(run.path) for run in trials if run.state != "empty")
     contenders: dict[str, list[str]] = defaultdict(list)
     for contender, count in counts.items():
         contenders[str(count)].append(contender)

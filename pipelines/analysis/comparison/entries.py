@@ -10,6 +10,7 @@ from statistics import median
 
 import numpy as np
 
+from pipelines.analysis.comparison.find_runs import contender_of
 from pipelines.analysis.comparison.results import (
     Band,
     Curve,
@@ -78,19 +79,19 @@ class Labels:
     """Names for families and entries: the optimizer, and the settings in which they differ."""
 
     def __init__(self, families: Sequence[Family]) -> None:
-        general = _distinguishing_keys(families, of_the_optimizer=False)
-        self._keys: dict[str, list[str]] = {}
-        """The settings in the labels of an optimizer's families."""
+        self._keys = _keys_of([family for family in families if family.results])
+        self._keys_of_trials = _keys_of(families)
+        """What a search tried in vain does not make the labels of results longer."""
         self._says_lr: dict[str, bool] = {}
         for optimizer in {family.optimizer for family in families}:
             same = [family for family in families if family.optimizer == optimizer]
-            self._keys[optimizer] = _distinguishing_keys(same, of_the_optimizer=True) + general
             lrs = {run.config.optimizer.lr for family in same for run in family.results}
             self._says_lr[optimizer] = len(lrs) > 1
 
     def family(self, family: Family) -> str:
         """Return the label of a family, such as `adamw d_model=256`."""
-        return self.without(family.optimizer, family.settings, None)
+        keys = (self._keys if family.results else self._keys_of_trials)[family.optimizer]
+        return f"{family.optimizer} {in_words(family.settings, keys)}".strip()
 
     def without(self, optimizer: str, settings: Settings, left_out: str | None) -> str:
         """Return the label of the family with these settings, without the setting `left_out`."""
@@ -103,6 +104,15 @@ class Labels:
             return self.family(family)
         keys = [LR, *self._keys[family.optimizer]]
         return f"{family.optimizer} {in_words({**family.settings, LR: lr}, keys)}"
+
+
+def _keys_of(families: Sequence[Family]) -> dict[str, list[str]]:
+    """Return the settings in the labels of families, by optimizer."""
+    general = _distinguishing_keys(families, of_the_optimizer=False)
+    groups: dict[str, list[Family]] = defaultdict(list)
+    for family in families:
+        groups[family.optimizer].append(family)
+    return {name: _distinguishing_keys(same, of_the_optimizer=True) + general for name, same in groups.items()}
 
 
 def _distinguishing_keys(families: Sequence[Family], *, of_the_optimizer: bool) -> list[str]:
@@ -237,7 +247,8 @@ def sensitivities_of(families: Sequence[Family], labels: Labels) -> list[Sensiti
         points = [_point(lr, [run for run in runs if run.config.optimizer.lr == lr]) for lr in family.lrs]
         points = [point for point in points if point.values or point.diverged or point.unfinished]
         if len(points) > 1:
-            found.append(Sensitivity(labels.family(family), family.optimizer, tuple(points)))
+            searched = None if family.results else contender_of(family.runs[0].path)
+            found.append(Sensitivity(labels.family(family), family.optimizer, tuple(points), searched))
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.errors import UsageError
 from pipelines.storage import refuse_file
-from pipelines.training.run_folder import SEARCH_RECORD, TRIALS, RunFolder
+from pipelines.training.run_folder import SEARCH_RECORD, SUPERSEDED, TRIALS, RunFolder
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
@@ -37,11 +37,22 @@ def is_trial(path: Path) -> bool:
     return parent.name == TRIALS and (parent / SEARCH_RECORD).is_file()
 
 
+def contender_of(trial: Path) -> str:
+    """Return the name of the contender whose trial it is."""
+    return trial.resolve().name.rpartition("-t")[0]
+
+
+def _is_superseded(path: Path) -> bool:
+    """Return whether the run is a final run of a search with settings that are no longer the best."""
+    parent = path.resolve().parent
+    return parent.name == SUPERSEDED and is_trial(parent)
+
+
 def _runs_of(path: Path) -> list[Path]:
     refuse_file(path)
     if not path.is_dir():
         raise UsageError(f"{path}: no such folder; give runs, or folders of runs")
-    runs = [path] if _is_run(path) else runs_below(path)
+    runs = [path] if _is_run(path) else [run for run in runs_below(path) if not _is_superseded(run)]
     if not runs:
         raise UsageError(f"{path}: neither a run nor a folder of runs")
     return runs

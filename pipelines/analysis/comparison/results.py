@@ -216,6 +216,8 @@ class Sensitivity:
     family: str
     optimizer: str
     points: tuple[SensitivityPoint, ...]
+    searched: str | None = None
+    """Contender of a search, if all runs are its trials."""
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,33 @@ def test_the_shipped_search_is_of_eight_optimizers(path: Path) -> None:
     plan = plan_search(read_sweep("asgo-nanogpt-search"), assignment_layer([]))
     names = ["asgo", "dasgo", "muon", "shampoo", "adamw", "adam", "asro", "accasro"]
     assert [contender.config.optimizer.name for contender in plan.contenders] == names
-    assert (plan.search.trials, plan.search.seed in plan.seeds) == (7, False)
-    rates = sorted(point["optimizer.lr"] for point in plan.contenders[0].first_points())
-    assert rates == pytest.approx([1e-3, 10**-2.5, 1e-2, 10**-1.5, 1e-1], rel=1e-11)
+    assert (plan.search.trials, plan.search.steps, plan.search.seed in plan.seeds) == (12, 1200, False)
+    points = plan.contenders[0].first_points()
+    rates = sorted({point["optimizer.lr"] for point in points})
+    assert rates == pytest.approx([10**-2.5, 1e-2, 10**-1.5], rel=1e-11)
+    for contender in plan.contenders:
+        decays = {point["optimizer.weight_decay"] for point in contender.first_points()}
+        assert sorted(decays) == [0.01, 0.1, 1.0], contender.name
+
+
+def test_the_shipped_twin_of_track_3_gives_six_optimizers_the_same_budget_for_rates_and_weight_decay() -> None:
+    plan = plan_search(read_sweep("track3-small"), assignment_layer([]))
+    assert len(plan.contenders) == 6
+    assert (plan.search.trials, plan.search.steps, plan.search.sampler) == (16, 500, "qmc")
+    extremes = {key for contender in plan.contenders for extreme in contender.extremes() for key in extreme}
+    parts = {f"optimizer.parts.{part}.lr" for part in ("embedding", "head")}
+    assert extremes == {"optimizer.lr", "optimizer.weight_decay", *parts}
+
+
+def test_a_row_around_a_center_needs_no_value_of_the_contenders_own(path: Path) -> None:
+    decay = '"optimizer.weight_decay" = { factor = 10.0, points = 3'
+    text = HEAD.replace('"asgo"', '"adam"') + "trials = 9\n" + ROW + decay
+    with pytest.raises(UsageError, match=r"run a: .*own value is 0\.0, but .* add center = VALUE to the row$"):
+        plan_of(path, text + " }\n")
+    plan = plan_of(path, text + ", center = 0.5 }\n")
+    for contender in plan.contenders:
+        decays = {point["optimizer.weight_decay"] for point in contender.first_points()}
+        assert sorted(decays) == [0.05, 0.5, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +96,14 @@ def test_the_shipped_search_is_of_eight_optimizers(path: Path) -> None:
         ("trials = 999\nspace.optimizer.lr = {factor = 100.0, points = 3}\n", "optimizer.lr: so many trials with"),
         ("trials = 4\nspace.optimizer.lr = {factor = 3.0}\n", "search.space.optimizer.lr.points is missing"),
         ("trials = 4\nspace.optimizer.lr = {low = 2, high = 1}\n", "optimizer.lr: low=2 is not below high=1"),
-        ("trials = 4\nspace.optimizer.lr = [1.0, 2.0]\n", 'search: sampler = "grid" searches one setting, with factor'),
+        ("trials = 4\nspace.optimizer.lr = [1.0, 2.0]\n", 'search: sampler = "grid" needs factor and points for each'),
+        ("trials = 8\n" + ROW + '"optimizer.eps" = {factor = 3.0, points = 3}', "=8 is less than the grid's points=9"),
+        ("trials = 4\nsteps = 0\n" + ROW, "search.steps = 0: should be greater than 0"),
+        (
+            "trials = 4\nsteps = 9\nsampler = 'qmc'\nspace.training.steps = [20, 40]\n",
+            "steps=9 is the length of all trials; remove it, or training.steps in the space",
+        ),
+        ("trials = 4\nspace.optimizer.lr = {factor = 3.0, points = 3, center = 0.0}\n", "lr.center = 0.0: should be"),
         ("trials = 4\nspace.seed = {low = 2, high = 9}\n", "search.space.seed: all trials have the seed of [search]"),
         ("trials = 4\nspace.optimizer.lrr = {factor = 3.0, points = 3}\n", "optimizer.lrr: unknown setting; did you"),
         ("trials = 4\nspace.training.steps = {factor = 3.0, points = 3}\n", "its own value is 160, but a geometric"),

@@ -75,7 +75,7 @@ def test_the_best_trial_has_the_highest_accuracy_and_the_grid_goes_towards_it(pl
     rising: dict[float, float | None] = {0.001: 0.6, 0.01: 0.7, 0.1: 0.8, 1.0: 0.9, 10.0: 0.85}
     runs = work(plan(trials=5), tmp_path / "out", rising)
     (result,) = runs.results()
-    assert (result.trials, result.settings, result.value, result.on_edge) == (5, {"optimizer.lr": 1.0}, 0.9, False)
+    assert (result.trials, result.settings, result.value, result.on_edge) == (5, {"optimizer.lr": 1.0}, 0.9, ())
     assert runs.final_values() == {"a-s1": 0.9, "a-s2": 0.9}
     assert {RunFolder(tmp_path / f"out/a-s{seed}").config().optimizer.lr for seed in (1, 2)} == {1.0}
 

@@ -15,7 +15,7 @@ WORKER = Worker("a", "here")
 SPACE = {"x": between(1e-4, 1.0, log=True), "y": between(0.0, 1.0, log=False)}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes", "qmc"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "gp", "cmaes"])
 def test_a_sampler_chooses_within_the_space_and_the_same_again_when_asked_again(sampler: str, tmp_path: Path) -> None:
     claims = Claims(open_storage(None, tmp_path / "study.log"), "study", budget=6)
     seen = []

@@ -212,6 +212,28 @@ def test_other_settings_that_a_search_tried_stay_out_of_the_labels(tmp_path: Pat
     assert [each.family for each in comparison.sensitivities] == []
 
 
+def test_shorter_trials_at_several_rates_are_families_of_their_own(tmp_path: Path) -> None:
+    """Their losses are those of fewer steps, and only the best of the other settings is worth a caution."""
+    for decay, losses in {0.1: (3.3, 3.0, 3.2), 1.0: (3.6, 3.5, 3.4)}.items():
+        for lr, loss in zip((0.01, 0.02, 0.04), losses, strict=True):
+            settings = {"optimizer__lr": lr, "optimizer__weight_decay": decay, "training__steps": 80}
+            path = tmp_path / "trials" / f"asgo-t{round(decay * 10)}{round(lr * 100)}"
+            write_run(path, {0: 5.0, 80: loss}, optimizer="asgo", **settings)
+    (tmp_path / "trials" / "search.json").write_text("{}")
+    for name in ("asgo-s1", "trials/superseded/asgo-s1-t0"):
+        write_run(tmp_path / name, falling_to(2.5), optimizer="asgo", optimizer__lr=0.02, optimizer__weight_decay=0.1)
+    write_run(tmp_path / "adamw-s1", falling_to(2.6), optimizer="adamw")
+    comparison = compare_runs([tmp_path])
+    assert [each.label for each in comparison.entries] == ["asgo", "adamw"]
+    assert [len(each.runs) for each in comparison.entries] == [1, 1], "the superseded run is left out"
+    assert sorted((each.family, len(each.points)) for each in comparison.sensitivities) == [
+        ("asgo weight_decay=0.1 steps=80", 3),
+        ("asgo weight_decay=1 steps=80", 3),
+    ]
+    assert not [caution for caution in comparison.cautions if "of those tried" in caution]
+    assert not [caution for caution in comparison.cautions if "trials" in caution]
+
+
 def test_runs_of_different_tasks_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path / "text", falling_to(3.0))
     write_run(tmp_path / "images", falling_to(3.0), task="images")
