@@ -28,7 +28,7 @@ from pipelines.analysis.comparison.results import Comparison, Run, Target
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
-from pipelines.tasks.metric import LOSS, METRICS, Metric
+from pipelines.tasks.metric import LOSS, Metric
 
 
 def compare_runs(
@@ -58,8 +58,6 @@ def compare_runs(
     asked = None if evidence_rule is None else rule_named(evidence_rule)
     if asked is not None:
         metric_name = _metric_of_rules(metric_name)
-    if metric_name not in (None, *METRICS):
-        raise UsageError(f"--metric {metric_name}: unknown metric; choose {' or '.join(METRICS)}")
     runs, left_out = read_runs(find_runs(paths), metric_name, parse_columns(columns))
     runs = without_cut_short(drawn_from_their_parents(runs))
     task = _common_task(runs)

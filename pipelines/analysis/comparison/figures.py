@@ -259,7 +259,7 @@ def _draw_cross(axes: Axes, x: float, height: float, colour: str, metric: Metric
 
 
 def _draw_cost(comparison: Comparison) -> Figure | None:
-    entries = [entry for entry in shown(comparison) if entry.step_ms]
+    entries = [entry for entry in shown(comparison) if entry.step_ms and entry.optimizer_ms is not None]
     if not entries:
         return None
     states = [entry.state_bytes or 0 for entry in entries]

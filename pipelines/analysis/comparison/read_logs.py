@@ -24,24 +24,27 @@ from pipelines.analysis.comparison.run_curves import (
     rows_of,
     worse_than_untrained,
 )
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import printable
 from pipelines.tasks.metric import BPB, LOSS, METRICS, Metric
 
 
-def read_logged_runs(name: str, path: Path, asked: str | None, given: Names) -> list[Run]:
-    """Read the runs of one log by the metric `asked`, or else by bits per byte if they validate only by that, or loss.
+def read_logged_runs(name: str, path: Path, asked: str | None, given: Names, common: str = "") -> list[Run]:
+    """Read the runs of one log by the metric `asked`, or else by loss, or by bits per byte if they validate only by it.
+
+    `name` is its relative path. Below the folder `common`, it names the contender, if the log does not.
 
     Raises `AsgoError` if the log cannot be read or does not validate by the metric, and `UsageError` like `read_log`.
     """
-    return [_run(name, path, log, asked) for log in read_log(path, given)]
+    named = split_path(name[len(common) :], path)
+    return [_run(name, path, log, asked, named) for log in read_log(path, given)]
 
 
-def _run(name: str, path: Path, log: Log, asked: str | None) -> Run:
+def _run(name: str, path: Path, log: Log, asked: str | None, named: tuple[str, int | None]) -> Run:
     _require_sound(path, log.columns)
     columns = last_of_each_step(log.columns)
     metric = _metric(path, columns, asked)
-    contender, seed = split_path(name, path)
+    contender, seed = named
     train, val = curve_of(columns, "train", LOSS), curve_of(columns, "val", BPB if metric is BPB else LOSS)
     last = max(columns["step"], default=0)
     state, reason = _state(log, max(last, log.reached), train, val)
@@ -92,6 +95,8 @@ def _metric(path: Path, columns: Columns, asked: str | None) -> Metric:
     recorded = [name for name in METRICS if not np.isnan(columns[name][val]).all()]
     if asked is None:
         return BPB if recorded and LOSS.name not in recorded and BPB.name in recorded else LOSS
+    if asked not in METRICS:
+        raise UsageError(f"--metric {asked}: unknown metric; choose {' or '.join(METRICS)}")
     if len(val) and asked not in recorded and recorded:
         raise AsgoError(f"{path}: no validation by {asked}; it validates by {' and '.join(recorded)}")
     return METRICS[asked]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,11 +62,12 @@ def read_runs(
     """
     logs = [name for name, path in paths.items() if is_log(path)]
     folders = [name for name in paths if name not in set(logs)]
+    common = os.path.commonpath([name.rpartition("/")[0] for name in logs]) if logs else ""
     with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parsers release Python's lock
         results = list(pool.map(lambda name: _try_to_read(name, paths[name], metric), folders))
         if metric is None:
             metric = next((runs[0].metric.name for runs in results if not isinstance(runs, str)), None)
-        results += pool.map(lambda name: _try_to_read(name, paths[name], metric, given or {}), logs)
+        results += pool.map(lambda name: _try_to_read(name, paths[name], metric, given or {}, common), logs)
     runs = [run for result in results if not isinstance(result, str) for run in result]
     failures = [result for result in results if isinstance(result, str)]
     if not runs:
@@ -78,10 +80,14 @@ def read_runs(
     return runs, failures
 
 
-def _try_to_read(name: str, path: Path, metric: str | None, given: Names | None = None) -> list[Run] | str:
-    """Read a run folder, or a log if there are `given` names."""
+def _try_to_read(
+    name: str, path: Path, metric: str | None, given: Names | None = None, common: str = ""
+) -> list[Run] | str:
+    """Read a run folder, or a log if there are `given` names; `common` is the folder of all logs."""
     try:
-        return [read_run(name, path, metric)] if given is None else read_logged_runs(name, path, metric, given)
+        if given is None:
+            return [read_run(name, path, metric)]
+        return read_logged_runs(name, path, metric, given, common)
     except UsageError:
         raise
     except AsgoError as error:

@@ -23,7 +23,7 @@ from pipelines.analysis.comparison.results import Comparison, Target
 from pipelines.analysis.comparison.tables import make_tables
 from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.errors import UsageError
-from pipelines.tasks.metric import ACCURACY, LOSS, METRICS
+from pipelines.tasks.metric import ACCURACY, LOSS
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
 FINALS = {"asgo": (0.91, 0.92, 0.94), "muon": (0.88, 0.93, 0.85), "adamw": (0.8, 0.81, 0.83)}
