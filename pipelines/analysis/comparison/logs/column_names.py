@@ -47,12 +47,16 @@ def parse_columns(text: str | None) -> dict[str, str]:
     return names
 
 
+def listed(names: Sequence[str]) -> str:
+    """Return the names as text, the first of many."""
+    return ", ".join(printable(name[:80]) for name in names[:_SHOWN]) + ", ..." * (len(names) > _SHOWN)
+
+
 def require_columns(path: Path, names: Sequence[str], given: Names) -> None:
     """Raise `UsageError` with the names that exist, if `--columns` names one that does not."""
     for key, name in given.items():
         if name not in names:
-            shown = ", ".join(map(printable, names[:_SHOWN])) + ", ..." * (len(names) > _SHOWN)
-            raise UsageError(f"--columns {key}={name}: {path} has no such column; it has {shown}")
+            raise UsageError(f"--columns {key}={name}: {path} has no such column; it has {listed(names)}")
 
 
 def step_column(names: Sequence[str], given: Names) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines.analysis.comparison.logs.column_names import (
     Names,
+    listed,
     metric_columns,
     progress_columns,
     require_columns,
@@ -37,8 +38,10 @@ def read_tensorboard(path: Path, given: Names) -> list[Log]:
     require_columns(path, tags, {key: name for key, name in given.items() if "." in key})
     columns = metric_columns(tags, given)
     if not columns:
-        shown = ", ".join(map(printable, tags[:30])) or "no scalars"
-        raise AsgoError(f"{path}: no tag such as train/loss or val/loss ({shown}); name them: --columns val.loss=TAG")
+        raise AsgoError(
+            f"{path}: no tag such as train/loss or val/loss; name one: --columns val.loss=TAG; the tags are "
+            f"{listed(tags) or 'none'}"
+        )
     places = columns | {(None, quantity): name for quantity, name in progress_columns(tags, {}).items()}
     series: dict[Place, Series] = {}
     for place, tag in places.items():
