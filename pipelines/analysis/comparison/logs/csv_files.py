@@ -17,6 +17,7 @@ from pipelines.analysis.comparison.logs.column_names import (
     OF_THE_RUN,
     SPLIT_WORDS,
     Names,
+    listed,
     metric_columns,
     progress_columns,
     require_columns,
@@ -62,7 +63,7 @@ class _Table:
 
 def is_csv(content: bytes) -> bool:
     """Return whether the first line names a column of steps."""
-    return step_column(_header(content)[0], {}) is not None
+    return step_column(header(content)[0], {}) is not None
 
 
 def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
@@ -72,7 +73,7 @@ def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
         UsageError: `--columns` names a column that does not exist.
         AsgoError: a row has another number of cells, or a cell is not a number.
     """
-    names, delimiter = _header(content)
+    names, delimiter = header(content)
     step = step_column(names, given)
     if step is None:
         return []
@@ -86,7 +87,9 @@ def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
         texts.pop(_SPLIT, None)
     places = _long_places(names, given) if _SPLIT in texts else _wide_places(names, given)
     if not places:
-        raise AsgoError(f"{path}: no column of losses; name it: --columns val.loss=NAME,train.loss=NAME")
+        raise AsgoError(
+            f"{path}: no column of losses; name it: --columns val.loss=NAME,train.loss=NAME; it has {listed(names)}"
+        )
     places |= {(None, key): name for key, name in progress_columns(names, given).items()}
     table = _read(path, content, delimiter, step, places, texts)
     return [
@@ -94,7 +97,7 @@ def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
     ]
 
 
-def _header(content: bytes) -> tuple[list[str], str]:
+def header(content: bytes) -> tuple[list[str], str]:
     """Return the names in the first line, and the delimiter."""
     first = content[:_BLOCK].removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n").partition(b"\n")[0]
     line = first.decode("utf-8", "replace").strip("\r")

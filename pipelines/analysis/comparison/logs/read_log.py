@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipelines.analysis.comparison.logs.column_names import Names
-from pipelines.analysis.comparison.logs.csv_files import is_csv, read_csv
+from pipelines.analysis.comparison.logs.column_names import Names, listed
+from pipelines.analysis.comparison.logs.csv_files import header, is_csv, read_csv
 from pipelines.analysis.comparison.logs.hugging_face import STATE, newest_state, read_hugging_face
 from pipelines.analysis.comparison.logs.log import Log
 from pipelines.analysis.comparison.logs.run_names import SUFFIXES
@@ -59,8 +59,10 @@ def read_log(path: Path, given: Names) -> list[Log]:
         raise AsgoError(f"{path}: empty")
     logs = ([] if is_csv(content) else read_text(content)) or read_csv(path, content, given)
     if not logs:
+        names = header(content)[0]
+        its_names = f"; its first line has {listed(names)}" if 1 < len(names) < 1000 and b"\0" not in content else ""
         raise AsgoError(
             f"{path}: neither a CSV with a column of steps in its first line, nor a log of {', '.join(PROGRAMS)}; "
-            "name the columns of a CSV: --columns step=NAME,val.loss=NAME"
+            f"name the columns of a CSV: --columns step=NAME,val.loss=NAME{its_names}"
         )
     return logs
