@@ -109,7 +109,7 @@ def _state(log: Log, last: float, train: Curve, val: Curve) -> tuple[State, str 
     for curve in (train, val):
         if len(curve.steps) and not np.isfinite(curve.values[-1]):
             return "diverged", f"a loss that is not finite at step {curve.steps[-1]:,.0f}"
-    if is_no_better_than_untrained(val, log.steps or last):
+    if is_no_better_than_untrained(val, log.steps or last or 1):
         return "diverged", worse_than_untrained(val)
     if not len(val.steps):
         return "unfinished", "no validation in the log; --columns val.loss=NAME names its column"
