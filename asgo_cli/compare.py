@@ -23,7 +23,7 @@ EXAMPLES = examples(
     "asgo compare runs --target 3.28 --out report",
     "asgo compare runs --against adamw",
     "asgo compare runs --rule track3",
-    "asgo compare logs/adamw-s1.csv logs/muon-s1.csv --columns step=iteration,val.loss=nll",
+    "asgo compare logs --columns step=iteration,val.loss=nll",
     "asgo compare runs/images --metric accuracy --target 0.9",
 )
 
@@ -83,7 +83,7 @@ def compare(
 ) -> None:
     """Compare training runs: one HTML page, figures and tables.
 
-    Runs that differ only in the seed are grouped. Only the run folders are read. A log is a CSV, an export of
+    Runs that differ only in the seed are grouped. Only the run folders and logs are read. A log is a CSV, an export of
     W&B, TensorBoard's event files, trainer_state.json of Hugging Face, or what nanoGPT, nanochat, modded-nanogpt or
     llm.c print.
     """
