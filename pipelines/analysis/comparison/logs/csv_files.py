@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ _BLOCK = 1 << 22  # a longer row is an error
 _ENDS = ("__MIN", "__MAX")  # of the chart exports of W&B: the lowest and highest of a group or a bin
 _OF = " - "  # the columns of a chart export are named RUN - METRIC
 _SPLIT = "split"
+_MOST_RUNS = 10_000
 
 Places = dict[Place, str]
 """Names of columns by what they hold."""
@@ -80,8 +82,9 @@ def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
     require_columns(path, names, given)
     charts = {} if given.keys() - {"step"} else _charts(names)
     if charts:
-        tables = ((run, _read(path, content, delimiter, step, places, {})) for run, places in charts.items())
-        return [Log(run, *split_name(run), columns_of(_wide(table))) for run, table in tables]
+        all_places: Places = {(None, name): name for places in charts.values() for name in places.values()}
+        table = _read(path, content, delimiter, step, all_places, {})
+        return [Log(run, *split_name(run), columns_of(_wide(_of_chart(table, charts[run])))) for run in charts]
     texts = {key: name for key in (_SPLIT, *OF_THE_RUN) if (name := given.get(key) or _exactly(key, names))}
     if any("." in key for key in given):
         texts.pop(_SPLIT, None)
@@ -93,7 +96,8 @@ def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
     places |= {(None, key): name for key, name in progress_columns(names, given).items()}
     table = _read(path, content, delimiter, step, places, texts)
     return [
-        Log(*named, columns_of(_long(path, part) if _SPLIT in texts else _wide(part))) for named, part in _runs(table)
+        Log(*named, columns_of(_long(path, part) if _SPLIT in texts else _wide(part)))
+        for named, part in _runs(path, table)
     ]
 
 
@@ -132,6 +136,11 @@ def _charts(names: Sequence[str]) -> dict[str, Places]:
             for place in metric_columns([metric], {}):
                 charts.setdefault(run, {})[place] = name
     return charts
+
+
+def _of_chart(table: _Table, places: Places) -> _Table:
+    """Return the columns of one run of a chart export."""
+    return _Table(table.step, {place: table.values[None, name] for place, name in places.items()}, {})
 
 
 def _read(path: Path, content: bytes, delimiter: str, step: str, places: Places, texts: Mapping[str, str]) -> _Table:
@@ -184,8 +193,14 @@ def _parse(content: bytes, delimiter: str, types: Mapping[str, pa.DataType], dec
 
 
 def _wide(table: _Table) -> dict[Place, Series]:
-    """Return the series of a table with a column a split."""
-    return {place: table.series(place) for place in table.values}
+    """Return the series of a table with a column a split. NaN is an empty cell where another metric has a number."""
+    metrics = [table.values[place] for place in table.values if place[1] in METRICS]
+    finite = reduce(pc.or_, (pc.fill_null(pc.is_finite(column), False) for column in metrics))
+    series = {}
+    for place, column in table.values.items():
+        is_empty = pc.and_(pc.fill_null(pc.is_nan(column), False), finite)
+        series[place] = table.series(place, pc.invert(is_empty))
+    return series
 
 
 def _long(path: Path, table: _Table) -> dict[Place, Series]:
@@ -216,8 +231,11 @@ def _floats(values: pa.Array) -> npt.NDArray[np.float64]:
     return found
 
 
-def _runs(table: _Table) -> Iterator[tuple[tuple[str, str, int | None], _Table]]:
-    """Split the rows into runs; yield the run's name, contender and seed, and its rows."""
+def _runs(path: Path, table: _Table) -> Iterator[tuple[tuple[str, str, int | None], _Table]]:
+    """Split the rows into runs; yield the run's name, contender and seed, and its rows.
+
+    Raises `AsgoError` if there are too many: they are columns of something else.
+    """
     keys = [key for key in OF_THE_RUN if key in table.texts]
     if not keys:
         yield ("", "", None), table
@@ -226,6 +244,8 @@ def _runs(table: _Table) -> Iterator[tuple[tuple[str, str, int | None], _Table]]
     for key in keys:
         encoded = table.texts[key].fill_null("").dictionary_encode()
         codes = codes * len(encoded.dictionary) + encoded.indices.to_numpy()
+        if len(encoded.dictionary) > _MOST_RUNS:
+            raise AsgoError(f"{path}: more than {_MOST_RUNS:,} values in the column of the {key}; name another column")
     order = np.argsort(codes, kind="stable")
     begins = np.flatnonzero(np.diff(codes[order])) + 1
     for rows in np.split(order, begins) if len(order) else []:

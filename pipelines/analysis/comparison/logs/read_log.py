@@ -28,8 +28,13 @@ def logs_below(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for place, folders, files in os.walk(folder):
+    entered: set[Path] = set()  # a link may lead back to a parent folder: an endless loop
+    for place, folders, files in os.walk(folder, followlinks=True):
         here = Path(place)
+        if here.resolve() in entered:
+            folders.clear()
+            continue
+        entered.add(here.resolve())
         folders[:] = sorted(name for name in folders if not name.startswith((".", "wandb")))
         if newest_state(here) is not None:
             folders.clear()  # its event files are in a subfolder

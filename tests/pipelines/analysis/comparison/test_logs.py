@@ -249,6 +249,11 @@ def test_a_wrong_option_is_one_line(columns: str, message: str, tmp_path: Path) 
         ("a.csv", b"step,split,loss\n0.5,val,1\n", "step 0.5 is not a whole number from 0"),
         ("a.csv", b"step,split,loss,tokens\n1,val,1,-7\n", "tokens is -7"),
         ("a.csv", b"step,split,loss\n1,b\x1b[31m,1\n", r"no train or val in the column of splits: b\x1b[31m"),
+        (
+            "a.csv",
+            b"run,step,split,loss\n" + b"".join(b"%d,1,val,1\n" % n for n in range(10_001)),
+            "more than 10,000 val",
+        ),
         ("trainer_state.json", b'{"log_history": 7}', "not a state of Hugging Face's Trainer"),
         ("trainer_state.json", b'{"log_history":' + b"[" * 100_000, "not a state of Hugging Face's Trainer"),
         ("events.out.tfevents.1.host", b"\xff" * 5000, "events.out.tfevents.1.host: "),
@@ -269,6 +274,8 @@ def test_rows_that_are_odd_are_gaps_repeats_or_left_out(tmp_path: Path) -> None:
     assert (run.lost_rows, run.repeated_rows) == (0, 3)
     assert compare_text(tmp_path, "step,train_loss,val_loss\n0,5,5\n1,inf,\n2,4,4\n").lost_rows == 1
     assert compare_text(tmp_path, "step,val_loss\n0,5\n1,4\n2,NaN\n").state == "diverged"
+    padded = compare_text(tmp_path, "step,train_loss,val_loss\n0,nan,5\n1,4,nan\n2,3,3\n3,2,nan\n")
+    assert (padded.state, padded.train.steps.tolist(), padded.val.steps.tolist()) == ("finished", [1, 2, 3], [0, 2])
     assert compare_text(tmp_path, "step,loss\n0,5\n1,4\n").reason == (
         "no validation in the log; --columns val.loss=NAME names its column"
     )
@@ -287,6 +294,7 @@ def test_logs_are_not_searched_where_runs_are_nor_in_folders_of_trackers(tmp_pat
     long_csv(tmp_path / "logs/wandb/run-1/adamw", losses_to(3.0))
     long_csv(tmp_path / "logs/.cache/adamw", losses_to(3.0))
     write(tmp_path / "logs/notes.txt", "ideas")
+    (tmp_path / "logs/again").symlink_to(tmp_path / "logs", target_is_directory=True)
     comparison = compare_runs([tmp_path / "logs"])
     assert [run.name for run in runs_of(comparison)] == ["adamw.csv"]
     assert comparison.cautions[0].startswith("notes.txt is left out: ")
