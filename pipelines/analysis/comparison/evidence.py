@@ -73,7 +73,7 @@ def _doubts(rule: EvidenceRule, entry: Entry, entries: Sequence[Entry]) -> Itera
         yield "a single run; more runs, with seeds fixed in advance, are better evidence"
     others = [other for other in entries if other is not entry and _but_for_steps(other) == _but_for_steps(entry)]
     if others:
-        steps = ", ".join(f"{other.runs[0].steps:,}" for other in others)
+        steps = ", ".join("unknown" if (length := other.runs[0].steps) is None else f"{length:,}" for other in others)
         yield f"the same settings have runs of {steps} steps too, and the stopping step must be fixed in advance"
 
 

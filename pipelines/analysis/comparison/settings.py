@@ -28,7 +28,7 @@ def settings_of(run: Run) -> Settings:
     a branch began, and until which step. Of a run of a log, only the contender and the number of steps are known.
     """
     if run.config is None:
-        return {"optimizer.name": run.optimizer, "training.steps": run.steps, LOG: True}
+        return {"optimizer.name": run.optimizer, "training.steps": run.steps or "unknown", LOG: True}
     flat = flatten(run.config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
     branch = ",".join(f"{ancestor.optimizer}@{ancestor.step}" for ancestor in run.lineage)

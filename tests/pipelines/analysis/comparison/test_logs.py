@@ -109,6 +109,19 @@ def test_without_seeds_a_test_is_not_paired_and_a_warning_says_so(tmp_path: Path
     assert "does not say how long" not in told
 
 
+def test_one_unknown_seed_is_enough_not_to_pair(tmp_path: Path) -> None:
+    for optimizer, finals in FINALS.items():
+        long_csv(tmp_path / optimizer, losses_to(finals[0]))
+        long_csv(tmp_path / f"{optimizer}-s1", losses_to(finals[1]))
+        modded_nanogpt(tmp_path / f"{optimizer}-s2", losses_to(finals[2]))
+    comparison = compare_runs([tmp_path], evidence_rule="track3")
+    tests = {(each.first, each.second): each.test for each in comparison.verdicts}
+    assert tests["muon steps=unknown", "adamw steps=unknown"] == "Welch"
+    told = "\n".join(comparison.cautions)
+    assert "the same settings have runs of 100 steps too" in told
+    assert "the same settings have runs of unknown steps too" in told
+
+
 def test_what_logs_do_not_say_is_a_warning_and_an_empty_cell(tmp_path: Path) -> None:
     comparison = compare_runs([write_all(tmp_path / "logs")])
     told = "\n".join(comparison.cautions)
