@@ -21,7 +21,6 @@ def cautions_of(
     contenders: Sequence[Entry],
     sensitivities: Sequence[Sensitivity],
     metric: Metric,
-    unit: str,
 ) -> list[str]:
     """Return the warnings about the comparison, the most severe first."""
     results = [run for run in runs if not run.is_trial]
@@ -30,7 +29,7 @@ def cautions_of(
         *_different_work(entries, metric),
         *_not_finished(results, metric),
         *_odd_rows(runs, metric),
-        *_branches(results, unit),
+        *_branches(results),
         *_seeds(contenders),
         *_repeated_seeds(entries),
         *_chosen_by_result(entries, contenders, metric),
@@ -180,8 +179,9 @@ def _odd_rows(runs: Sequence[Run], metric: Metric) -> list[str]:
     return found
 
 
-def _branches(results: Sequence[Run], unit: str) -> list[str]:
+def _branches(results: Sequence[Run]) -> list[str]:
     names = [run.name for run in results if run.lineage]
+    unit = next((task_of(run.config).unit for run in results if run.config is not None), "")
     return _together(names, f": branches; their steps, {unit} and seconds include what their parents trained.")
 
 

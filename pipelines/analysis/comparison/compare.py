@@ -24,7 +24,8 @@ from pipelines.analysis.comparison.log_cautions import log_cautions
 from pipelines.analysis.comparison.logs.column_names import parse_columns
 from pipelines.analysis.comparison.read_logs import without_cut_short
 from pipelines.analysis.comparison.read_runs import read_runs
-from pipelines.analysis.comparison.results import Comparison, Run, Target
+from pipelines.analysis.comparison.results import Comparison, Entry, Run, Target
+from pipelines.analysis.comparison.rules import EvidenceRule
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
@@ -60,26 +61,23 @@ def compare_runs(
         metric_name = _metric_of_rules(metric_name)
     runs, left_out = read_runs(find_runs(paths), metric_name, parse_columns(columns))
     runs = without_cut_short(drawn_from_their_parents(runs))
-    task = _common_task(runs)
-    unit = "tokens" if task is None else TASKS[task].unit
-    metric = _common_metric(runs)
+    task, metric = _common_task(runs), _common_metric(runs)
     _check_target(target, metric)
     families = families_of(runs)
     labels = Labels(families)
     entries = entries_of(families, labels, confidence, metric)
-    aim = target_of(contenders_of(entries), target, metric)
-    if asked is not None and target is None:
-        aim = Target(asked.target, f"the target of {asked.name}")
+    aim = _target(contenders_of(entries), target, asked, metric)
     entries = [with_reach(entry, aim, metric) for entry in entries]
     contenders = contenders_of(entries)
     reference = None if against is None else contender_named(contenders, against, "--against")
     sensitivities = sensitivities_of(families, labels)
     evidence = () if asked is None else evidence_of(asked, entries, contenders)
-    objections = [] if asked is None else evidence_cautions(asked, evidence, left_out)
     judged = verdicts(contenders, confidence, metric, reference)
+    cautions = left_out + ([] if asked is None else evidence_cautions(asked, evidence, left_out))
+    cautions += log_cautions(entries, judged, metric) + cautions_of(runs, entries, contenders, sensitivities, metric)
     return Comparison(
         task=task,
-        unit=unit,
+        unit="tokens" if task is None else TASKS[task].unit,
         metric=metric,
         entries=tuple(entries),
         contenders=tuple(contenders),
@@ -90,15 +88,19 @@ def compare_runs(
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),
-        cautions=(
-            *left_out,
-            *objections,
-            *log_cautions(entries, judged, metric),
-            *cautions_of(runs, entries, contenders, sensitivities, metric, unit),
-        ),
+        cautions=tuple(cautions),
         evidence_rule=asked,
         evidence=evidence,
     )
+
+
+def _target(
+    contenders: Sequence[Entry], target: float | None, rule: EvidenceRule | None, metric: Metric
+) -> Target | None:
+    """Return the given target, or else that of the rule, or else the default."""
+    if rule is not None and target is None:
+        return Target(rule.target, f"the target of {rule.name}")
+    return target_of(contenders, target, metric)
 
 
 def _metric_of_rules(asked: str | None) -> str:
