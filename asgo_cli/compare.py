@@ -23,6 +23,7 @@ EXAMPLES = examples(
     "asgo compare runs --target 3.28 --out report",
     "asgo compare runs --against adamw",
     "asgo compare runs --rule track3",
+    "asgo compare logs --columns step=iteration,val.loss=nll",
     "asgo compare runs/images --metric accuracy --target 0.9",
 )
 
@@ -55,7 +56,7 @@ RuleOption = Annotated[
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, or folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs, logs, or folders of them.")],
     out: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Folder of the report; an earlier report is replaced.")
     ] = Path("report"),
@@ -70,18 +71,28 @@ def compare(
         str | None,
         typer.Option(metavar="NAME", help="Test all others with this contender only.", show_default="all pairs"),
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY=NAME,...",
+            help="Columns of logs with other names: step=iteration,val.loss=nll.",
+            show_default="the usual names",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare training runs: one HTML page, figures and tables.
 
-    Runs that differ only in the seed are grouped. Only the run folders are read.
+    Runs that differ only in the seed are grouped. Only the run folders and logs are read. A log is a CSV, an export of
+    W&B, TensorBoard's event files, trainer_state.json of Hugging Face, or what nanoGPT, nanochat, modded-nanogpt or
+    llm.c print.
     """
     from pipelines.analysis.comparison.compare import compare_runs
     from pipelines.analysis.comparison.headline import headline
     from pipelines.analysis.comparison.report import check_report_folder, summary, write_report
 
     check_report_folder(out)
-    comparison = compare_runs(runs, target, confidence, rule, metric, against)
+    comparison = compare_runs(runs, target, confidence, rule, metric, against, columns)
     page = write_report(comparison, out, command("asgo", *sys.argv[1:]))
     for caution in comparison.cautions:
         console.warn(caution)

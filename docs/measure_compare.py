@@ -1,10 +1,12 @@
-"""Measures `asgo compare` on made-up runs of real size: seconds and peak memory, for one run and for many.
+"""Measures `asgo compare` on made-up runs, or logs, of real size: seconds and peak memory, for one and for many.
 
 python docs/measure_compare.py --runs 100 --steps 50000      # about 1.2 GB of metrics, in a temporary folder
+python docs/measure_compare.py --logs                        # the same as CSV files of other programs
 python docs/measure_compare.py --runs 18 --keep /tmp/made    # keeps the runs and the report, to look at
 """
 
 import argparse
+import csv
 import math
 import random
 import resource
@@ -63,14 +65,26 @@ def rows(config: RunConfig) -> Iterator[Row]:
             yield Row(**counts, split="val", loss=loss)
 
 
-def make_runs(root: Path, count: int, steps: int) -> None:
-    """Runs with as few seeds as so many optimizers leave."""
+def make_runs(root: Path, count: int, steps: int, as_logs: bool) -> None:
+    """Runs, or CSV files, with as few seeds as so many optimizers leave."""
+    root.mkdir(parents=True)
     for index in range(count):
         seed, rank = divmod(index, min(len(OPTIMIZERS), max(1, math.ceil(count / 3))))
         config = configuration(OPTIMIZERS[rank], seed, steps)
+        if as_logs:
+            write_log(root / f"{OPTIMIZERS[rank]}-s{seed}.csv", config)
+            continue
         folder = RunFolder(root / f"{OPTIMIZERS[rank]}-s{seed}")
         folder.begin(config, {"kind": "made up"}, "cpu")
         folder.metrics_path.write_bytes(to_lines(rows(config)))
+
+
+def write_log(path: Path, config: RunConfig) -> None:
+    """A CSV with the columns of `asgo export-metrics`, without those that name the run."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(Row.__annotations__))
+        writer.writeheader()
+        writer.writerows(dict(row) for row in rows(config))
 
 
 def compare(root: Path) -> None:
@@ -92,11 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--logs", action="store_true", help="CSV files instead of run folders")
     parser.add_argument("--keep", type=Path, help="a new folder for the runs and the report")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="asgo-compare-") as temporary:
         root = options.keep or Path(temporary)
-        make_runs(root / "runs", options.runs, options.steps)
+        make_runs(root / "runs", options.runs, options.steps, options.logs)
         compare(root)
 
 

@@ -23,6 +23,7 @@ from pipelines.exchange.export import export_model
 from pipelines.resolve import Layer, preset_layer, resolve
 from pipelines.training.train import train
 from tests.conftest import SMALL, WORDS, SilentReporter
+from tests.pipelines.analysis.comparison.log_files import long_csv, losses_to
 from tests.pipelines.data.image_sources.image_makers import class_files, write_folder, write_zip
 from tests.pipelines.exchange.test_classifier_export import save
 from tests.test_docs import commands
@@ -74,6 +75,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         values = {"optimizer.name": "adamw" if "adamw" in name else "asgo", "seed": int(name[-1:] == "2")}
         layer = Layer("test", {**SMALL, "data.folder": str(root / "data" / "mine"), **values})
         train(resolve([preset_layer("gpt", "tiny"), layer]), root / "runs" / name, SilentReporter())
+    for name in ("adamw-s1", "adamw-s2", "muon-s1", "muon-s2"):
+        long_csv(root / "logs" / name, losses_to(3.0))
+    (root / "other.csv").write_text("iteration,nll\n0,6.0\n9,3.0\n")
     _, checkpoint = save(root / "b1" / "checkpoints", "efficientnet_b1")
     config = json.loads((checkpoint / "state.json").read_text())["config"]
     (root / "b1" / "config.json").write_text(json.dumps({"config": config}))

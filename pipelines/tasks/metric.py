@@ -66,7 +66,9 @@ class Metric:
 
 LOSS = Metric("loss", "losses", 1, "loss")
 ACCURACY = Metric("accuracy", "accuracies", -1, "top-1", is_share=True)
-METRICS = {metric.name: metric for metric in (LOSS, ACCURACY)}
+BPB = Metric("bpb", "bits per byte", 1, "bpb")
+"""No task records it, but logs of other programs do: it does not depend on the tokenizer, as a loss per token does."""
+METRICS = {metric.name: metric for metric in (LOSS, ACCURACY, BPB)}
 """Metrics by name."""
 
 

@@ -143,5 +143,5 @@ def test_a_report_with_something_of_the_users_in_it_is_not_replaced(folder: Path
 def test_a_path_without_runs_is_one_line(folder: Path) -> None:
     result = asgo("compare", "nowhere", "--out", "new", folder=folder)
     assert result.code == 2
-    assert result.err == "error: nowhere: no such folder; give runs, or folders of runs\n"
+    assert result.err == "error: nowhere: no such folder or log; give runs, logs, or folders of them\n"
     assert not (folder / "new").exists()

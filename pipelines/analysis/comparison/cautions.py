@@ -37,11 +37,15 @@ def cautions_of(
         *_chosen_by_result(entries, contenders, metric),
         *_best_at_an_end(sensitivities, metric),
         *_unequal_trials([run for run in runs if run.is_trial]),
-        *_sentence("Different devices or versions of torch", _owners(entries, _machine), "times do not compare"),
+        *_sentence(
+            "Different devices or versions of torch",
+            _owners(_of_folders(entries), _machine),
+            "times do not compare",
+        ),
     ]
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """Join the distinct names; of many, only the first."""
     return ", ".join(_first(list(dict.fromkeys(names))))
 
@@ -66,11 +70,18 @@ def _owners(entries: Sequence[Entry], shown: Callable[[Run], str]) -> dict[str, 
     return owners
 
 
+def by_value(what: str, entries: Sequence[Entry], shown: Callable[[Run], str], consequence: str) -> list[str]:
+    """Return a warning with the entries of each text `shown(run)` that is not empty, if they differ."""
+    owners = _owners(entries, shown)
+    owners.pop("", None)
+    return _sentence(what, owners, consequence)
+
+
 def _sentence(what: str, owners: dict[str, list[str]], consequence: str) -> list[str]:
     """Return a warning with the owners of each value and the consequence; an empty list if all values are equal."""
     if len(owners) < 2:
         return []
-    parts = _some(f"{value or 'unknown'} ({_some(names)})" for value, names in owners.items())
+    parts = some(f"{value or 'unknown'} ({some(names)})" for value, names in owners.items())
     return [f"{what}: {parts}; {consequence}."]
 
 
@@ -83,13 +94,14 @@ def _no_results(results: Sequence[Run]) -> list[str]:
 def _different_work(entries: Sequence[Entry], metric: Metric) -> list[str]:
     """Warn about differences that make results incomparable."""
 
+    entries = _of_folders(entries)
     differing = differing_keys([settings_of(entry.runs[0]) for entry in entries])
 
     def owners(prefix: str) -> dict[str, list[str]]:
         keys = [key for key in differing if key.startswith(prefix) and (key != _ORDER or prefix == _ORDER)]
         return _owners(entries, lambda run: in_words(settings_of(run), keys))
 
-    decays = any(entry.runs[0].config.schedule.kind != "constant" for entry in entries)
+    decays = any(_decays(run) for entry in entries for run in entry.runs[:1])
     at_other_rates = ", and at equal steps their learning rates have not decayed equally" if decays else ""
     return [
         *_sentence("Different data", owners("data"), f"their {metric.plural} do not compare"),
@@ -111,7 +123,17 @@ def _different_work(entries: Sequence[Entry], metric: Metric) -> list[str]:
     ]
 
 
+def _of_folders(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries of run folders, which say all settings."""
+    return [entry for entry in entries if entry.runs[0].config is not None]
+
+
+def _decays(run: Run) -> bool:
+    return run.config is not None and run.config.schedule.kind != "constant"
+
+
 def _validated_on(run: Run) -> str:
+    assert run.config is not None
     tokens, samples = getattr(run.config.evaluation, "tokens", None), run.config.validation_samples
     if tokens is not None:
         return f"the first {tokens:,} tokens"
@@ -119,6 +141,7 @@ def _validated_on(run: Run) -> str:
 
 
 def _budget(run: Run) -> str:
+    assert run.config is not None
     training = run.config.training
     samples = training.steps * training.batch_size
     task = task_of(run.config)
@@ -130,20 +153,20 @@ def _not_finished(results: Sequence[Run], metric: Metric) -> list[str]:
     for run in results:
         by_state[run.state].append(run)
     diverged, unfinished, empty = (by_state[state] for state in ("diverged", "unfinished", "empty"))
-    decaying = [run for run in unfinished if run.config.schedule.kind != "constant"]
+    decaying = [run for run in unfinished if _decays(run)]
     found = []
     if diverged:
-        found.append(f"Diverged, so without a final {metric.name}: {_some(run.name for run in diverged)}.")
+        found.append(f"Diverged, so without a final {metric.name}: {some(run.name for run in diverged)}.")
     if unfinished:
-        names = _some(f"{run.name} ({run.reason})" for run in unfinished)
+        names = some(f"{run.name} ({run.reason})" for run in unfinished)
         curves = "their curves are drawn only if no seed has finished"
         found.append(f"Not finished, so without a final {metric.name}: {names}; {curves}.")
     if decaying:
-        names = _some(run.name for run in decaying)
+        names = some(run.name for run in decaying)
         effect = f"brings {metric.plural} {metric.either('down', 'up')}"
         found.append(f"Stopped before the learning rate had decayed, which {effect}: {names}.")
     if empty:
-        found.append(f"Nothing recorded yet: {_some(run.name for run in empty)}.")
+        found.append(f"Nothing recorded yet: {some(run.name for run in empty)}.")
     return found
 
 
@@ -152,15 +175,15 @@ def _odd_rows(runs: Sequence[Run], metric: Metric) -> list[str]:
     lost = [run.name for run in runs if run.lost_rows and run.state != "diverged"]
     found = []
     if repeated:
-        found.append(f"Steps recorded more than once; the last record counts: {_some(repeated)}.")
+        found.append(f"Steps recorded more than once; the last record counts: {some(repeated)}.")
     if lost:
-        found.append(f"{metric.plural.capitalize()} that are not finite, shown as gaps in the curves: {_some(lost)}.")
+        found.append(f"{metric.plural.capitalize()} that are not finite, shown as gaps in the curves: {some(lost)}.")
     return found
 
 
 def _branches(results: Sequence[Run]) -> list[str]:
     names = [run.name for run in results if run.lineage]
-    unit = task_of(results[0].config).unit if results else ""
+    unit = next((task_of(run.config).unit for run in results if run.config is not None), "")
     return _together(names, f": branches; their steps, {unit} and seconds include what their parents trained.")
 
 
@@ -169,7 +192,7 @@ def _seeds(contenders: Sequence[Entry]) -> list[str]:
     single = [entry.label for entry in ended if finished(entry) == 1]
     found = []
     if single:
-        found.append(f"Only one finished seed: {_some(single)}; a difference may be chance.")
+        found.append(f"Only one finished seed: {some(single)}; a difference may be chance.")
     counts: dict[str, list[str]] = defaultdict(list)
     for entry in ended:
         counts[str(finished(entry))].append(entry.label)
@@ -179,10 +202,10 @@ def _seeds(contenders: Sequence[Entry]) -> list[str]:
 def _repeated_seeds(entries: Sequence[Entry]) -> list[str]:
     found = []
     for entry in entries:
-        counts = Counter(run.config.seed for run in entry.runs if run.final is not None)
+        counts = Counter(run.seed for run in entry.runs if run.final is not None and run.seed is not None)
         repeated = [str(seed) for seed, count in counts.items() if count > 1]
         if repeated:
-            found.append(f"{entry.label} has several runs of seed {_some(repeated)}")
+            found.append(f"{entry.label} has several runs of seed {some(repeated)}")
     return _together(found, ": they are not independent, and its interval is too narrow.")
 
 

@@ -20,12 +20,16 @@ from pipelines.analysis.comparison.entries import (
 )
 from pipelines.analysis.comparison.evidence import evidence_cautions, evidence_of, rule_named
 from pipelines.analysis.comparison.find_runs import find_runs
+from pipelines.analysis.comparison.log_cautions import log_cautions
+from pipelines.analysis.comparison.logs.column_names import parse_columns
+from pipelines.analysis.comparison.read_logs import without_cut_short
 from pipelines.analysis.comparison.read_runs import read_runs
-from pipelines.analysis.comparison.results import Comparison, Run, Target
+from pipelines.analysis.comparison.results import Comparison, Entry, Run, Target
+from pipelines.analysis.comparison.rules import EvidenceRule
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
-from pipelines.tasks.metric import LOSS, Metric, choose_metric
+from pipelines.tasks.metric import LOSS, Metric
 
 
 def compare_runs(
@@ -35,17 +39,19 @@ def compare_runs(
     evidence_rule: str | None = None,
     metric_name: str | None = None,
     against: str | None = None,
+    columns: str | None = None,
 ) -> Comparison:
-    """Compare runs, or all runs in folders of runs. A run in progress counts up to its last record.
+    """Compare runs and logs of other programs, or all in folders. A run in progress counts up to its last record.
 
     `target` is a validation loss to reach, in nats, or an accuracy, as a fraction; `confidence` is that of intervals
     and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES`; `metric_name` is a name in
     `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule; `against` is
-    a contender's label or optimizer, with which all others are tested, instead of all pairs.
+    a contender's label or optimizer, with which all others are tested, instead of all pairs; `columns` names columns of
+    logs, as `logs.column_names.parse_columns` reads it.
 
     Raises:
-        UsageError: a path contains no run, the runs have different tasks, a number is out of range, the rule is
-            unknown, their task does not record the metric, or there is no such contender.
+        UsageError: a path contains no run, the runs have different tasks or metrics, a number is out of range, the rule
+            is unknown, their task does not record the metric, or there is no such contender or column.
         AsgoError: no run can be read.
     """
     if not 0 < confidence < 1:
@@ -53,40 +59,48 @@ def compare_runs(
     asked = None if evidence_rule is None else rule_named(evidence_rule)
     if asked is not None:
         metric_name = _metric_of_rules(metric_name)
-    runs, left_out = read_runs(find_runs(paths), metric_name)
-    runs = drawn_from_their_parents(runs)
-    task = _common_task(runs)
-    metric = choose_metric(TASKS[task], metric_name, "--metric")
+    runs, left_out = read_runs(find_runs(paths), metric_name, parse_columns(columns))
+    runs = without_cut_short(drawn_from_their_parents(runs))
+    task, metric = _common_task(runs), _common_metric(runs)
     _check_target(target, metric)
     families = families_of(runs)
     labels = Labels(families)
     entries = entries_of(families, labels, confidence, metric)
-    aim = target_of(contenders_of(entries), target, metric)
-    if asked is not None and target is None:
-        aim = Target(asked.target, f"the target of {asked.name}")
+    aim = _target(contenders_of(entries), target, asked, metric)
     entries = [with_reach(entry, aim, metric) for entry in entries]
     contenders = contenders_of(entries)
     reference = None if against is None else contender_named(contenders, against, "--against")
     sensitivities = sensitivities_of(families, labels)
     evidence = () if asked is None else evidence_of(asked, entries, contenders)
-    objections = [] if asked is None else evidence_cautions(asked, evidence, left_out)
+    judged = verdicts(contenders, confidence, metric, reference)
+    cautions = left_out + ([] if asked is None else evidence_cautions(asked, evidence, left_out))
+    cautions += log_cautions(entries, judged, metric) + cautions_of(runs, entries, contenders, sensitivities, metric)
     return Comparison(
         task=task,
-        unit=TASKS[task].unit,
+        unit="tokens" if task is None else TASKS[task].unit,
         metric=metric,
         entries=tuple(entries),
         contenders=tuple(contenders),
-        verdicts=verdicts(contenders, confidence, metric, reference),
+        verdicts=judged,
         rule=rule(confidence, metric, reference),
         confidence=confidence,
         against=reference,
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),
-        cautions=(*left_out, *objections, *cautions_of(runs, entries, contenders, sensitivities, metric)),
+        cautions=tuple(cautions),
         evidence_rule=asked,
         evidence=evidence,
     )
+
+
+def _target(
+    contenders: Sequence[Entry], target: float | None, rule: EvidenceRule | None, metric: Metric
+) -> Target | None:
+    """Return the given target, or else that of the rule, or else the default."""
+    if rule is not None and target is None:
+        return Target(rule.target, f"the target of {rule.name}")
+    return target_of(contenders, target, metric)
 
 
 def _metric_of_rules(asked: str | None) -> str:
@@ -103,13 +117,25 @@ def _check_target(target: float | None, metric: Metric) -> None:
         raise UsageError(f"the target must be a fraction between 0 and 1, not {target:g}; 0.9 is 90 %")
 
 
-def _common_task(runs: Sequence[Run]) -> str:
-    """Return the task of all runs. Raise `UsageError` if they differ."""
+def _common_task(runs: Sequence[Run]) -> str | None:
+    """Return the task of all runs; None if all are read from logs. Raise `UsageError` if they differ."""
+    tasks = [(run, run.config.task) for run in runs if run.config is not None]
+    for run, task in tasks:
+        first, its_task = tasks[0]
+        if task != its_task:
+            raise UsageError(
+                f"{first.path} trains {its_task}, {run.path} {task}: their losses do not compare; give runs of one task"
+            )
+    return tasks[0][1] if tasks else None
+
+
+def _common_metric(runs: Sequence[Run]) -> Metric:
+    """Return the metric of all runs. Raise `UsageError` if they differ: each log has its own."""
     first = runs[0]
     for run in runs:
-        if run.config.task != first.config.task:
+        if run.metric is not first.metric:
             raise UsageError(
-                f"{first.path} trains {first.config.task}, {run.path} {run.config.task}: "
-                "their losses do not compare; give runs of one task"
+                f"{first.path} validates by {first.metric.name}, {run.path} by {run.metric.name}, which do "
+                "not compare; give logs of one metric"
             )
-    return first.config.task
+    return first.metric

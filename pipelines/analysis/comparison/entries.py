@@ -22,7 +22,7 @@ from pipelines.analysis.comparison.results import (
     SettingEffect,
     Target,
 )
-from pipelines.analysis.comparison.settings import LR, Settings, differing_keys, identity, in_words, settings_of
+from pipelines.analysis.comparison.settings import LOG, LR, Settings, differing_keys, identity, in_words, settings_of
 from pipelines.analysis.comparison.t_tests import interval
 from pipelines.tasks.metric import Metric
 
@@ -53,8 +53,8 @@ class Family:
 
     @property
     def lrs(self) -> list[float]:
-        """The learning rates, ascending."""
-        return sorted({run.config.optimizer.lr for run in self.runs})
+        """The learning rates, ascending; none for runs of logs."""
+        return sorted({run.lr for run in self.runs if run.lr is not None})
 
 
 def families_of(runs: Sequence[Run]) -> list[Family]:
@@ -62,12 +62,12 @@ def families_of(runs: Sequence[Run]) -> list[Family]:
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in sorted(runs, key=_order):
         groups[identity(without_lr(run))].append(run)
-    families = [Family(group[0].config.optimizer.name, without_lr(group[0]), tuple(group)) for group in groups.values()]
+    families = [Family(group[0].optimizer, without_lr(group[0]), tuple(group)) for group in groups.values()]
     return [family for family in families if family.results or len(family.lrs) > 1]
 
 
 def _order(run: Run) -> tuple[float, int, str]:
-    return run.config.optimizer.lr, run.config.seed, run.name
+    return run.lr or 0.0, -1 if run.seed is None else run.seed, run.name
 
 
 def without_lr(run: Run) -> Settings:
@@ -79,40 +79,47 @@ class Labels:
     """Names for families and entries: the optimizer, and the settings in which they differ."""
 
     def __init__(self, families: Sequence[Family]) -> None:
-        self._keys = _keys_of([family for family in families if family.results])
-        self._keys_of_trials = _keys_of(families)
+        self._names: dict[tuple[str, bool], str] = {}
+        """Names of optimizers, by the optimizer and whether its runs are read from logs, which name few settings."""
+        self._keys: dict[str, list[str]] = {}
+        """The settings in the labels of the families with such a name."""
+        self._keys_of_trials: dict[str, list[str]] = {}
         """What a search tried in vain does not make the labels of results longer."""
         self._says_lr: dict[str, bool] = {}
-        for optimizer in {family.optimizer for family in families}:
-            same = [family for family in families if family.optimizer == optimizer]
-            lrs = {run.config.optimizer.lr for family in same for run in family.results}
-            self._says_lr[optimizer] = len(lrs) > 1
+        for is_log in (False, True):
+            alike = [family for family in families if (LOG in family.settings) == is_log]
+            general = _distinguishing_keys(_with_results(alike), of_the_optimizer=False)
+            general_of_trials = _distinguishing_keys(alike, of_the_optimizer=False)
+            for optimizer in {family.optimizer for family in alike}:
+                same = [family for family in alike if family.optimizer == optimizer]
+                name = f"{optimizer} (log)" if is_log and (optimizer, False) in self._names else optimizer
+                self._names[optimizer, is_log] = name
+                self._keys[name] = _distinguishing_keys(_with_results(same), of_the_optimizer=True) + general
+                self._keys_of_trials[name] = _distinguishing_keys(same, of_the_optimizer=True) + general_of_trials
+                self._says_lr[name] = len({run.lr for family in same for run in family.results}) > 1
 
     def family(self, family: Family) -> str:
         """Return the label of a family, such as `adamw d_model=256`."""
-        keys = (self._keys if family.results else self._keys_of_trials)[family.optimizer]
-        return f"{family.optimizer} {in_words(family.settings, keys)}".strip()
+        name = self._names[family.optimizer, LOG in family.settings]
+        keys = (self._keys if family.results else self._keys_of_trials)[name]
+        return f"{name} {in_words(family.settings, keys)}".strip()
 
     def without(self, optimizer: str, settings: Settings, left_out: str | None) -> str:
         """Return the label of the family with these settings, without the setting `left_out`."""
-        keys = [key for key in self._keys[optimizer] if key != left_out]
-        return f"{optimizer} {in_words(settings, keys)}".strip()
+        name = self._names[optimizer, LOG in settings]
+        keys = [key for key in self._keys[name] if key != left_out]
+        return f"{name} {in_words(settings, keys)}".strip()
 
-    def entry(self, family: Family, lr: float) -> str:
+    def entry(self, family: Family, lr: float | None) -> str:
         """Return the label of an entry, such as `adamw lr=0.001 d_model=256`."""
-        if not self._says_lr[family.optimizer]:
+        name = self._names[family.optimizer, LOG in family.settings]
+        if not self._says_lr[name]:
             return self.family(family)
-        keys = [LR, *self._keys[family.optimizer]]
-        return f"{family.optimizer} {in_words({**family.settings, LR: lr}, keys)}"
+        return f"{name} {in_words({**family.settings, LR: lr}, [LR, *self._keys[name]])}"
 
 
-def _keys_of(families: Sequence[Family]) -> dict[str, list[str]]:
-    """Return the settings in the labels of families, by optimizer."""
-    general = _distinguishing_keys(families, of_the_optimizer=False)
-    groups: dict[str, list[Family]] = defaultdict(list)
-    for family in families:
-        groups[family.optimizer].append(family)
-    return {name: _distinguishing_keys(same, of_the_optimizer=True) + general for name, same in groups.items()}
+def _with_results(families: Sequence[Family]) -> list[Family]:
+    return [family for family in families if family.results]
 
 
 def _distinguishing_keys(families: Sequence[Family], *, of_the_optimizer: bool) -> list[str]:
@@ -130,9 +137,9 @@ def entries_of(families: Sequence[Family], labels: Labels, confidence: float, me
     """Return an entry per learning rate of each family, the best first; entries without a finished run come last."""
     entries = []
     for family in families:
-        groups: dict[float, list[Run]] = defaultdict(list)
+        groups: dict[float | None, list[Run]] = defaultdict(list)
         for run in family.results:
-            groups[run.config.optimizer.lr].append(run)
+            groups[run.lr].append(run)
         for lr, group in groups.items():
             entries.append(_entry(labels.entry(family, lr), labels.family(family), group, confidence))
     return sorted(entries, key=lambda entry: (entry.final is None, _cost(entry, metric), entry.label))
@@ -164,9 +171,9 @@ def _entry(label: str, family: str, runs: Sequence[Run], confidence: float) -> E
     going = ended or [run for run in runs if run.state == "unfinished"]
     return Entry(
         label=label,
-        optimizer=runs[0].config.optimizer.name,
+        optimizer=runs[0].optimizer,
         family=family,
-        lr=runs[0].config.optimizer.lr,
+        lr=runs[0].lr,
         runs=tuple(runs),
         final=interval([run.final for run in runs if run.final is not None], confidence),
         final_train=interval([run.final_train for run in runs if run.final_train is not None], confidence),
@@ -227,10 +234,20 @@ def with_reach(entry: Entry, target: Target | None, metric: Metric) -> Entry:
         entry,
         reach=Reach(
             steps=tuple(None if at is None else int(run.val.steps[at]) for run, at in found),
-            tokens=tuple(None if at is None else int(run.val.tokens[at]) for run, at in found),
-            seconds=tuple(None if at is None else float(run.val.seconds[at]) for run, at in found),
+            tokens=tuple(None if at is None else whole(run.val.tokens[at]) for run, at in found),
+            seconds=tuple(None if at is None else known(run.val.seconds[at]) for run, at in found),
         ),
     )
+
+
+def known(value: float) -> float | None:
+    """Return the value; None for NaN, which stands for what is not recorded."""
+    return None if np.isnan(value) else float(value)
+
+
+def whole(value: float) -> int | None:
+    """Return the value as a whole number; None for NaN."""
+    return None if np.isnan(value) else int(value)
 
 
 def _first_to_reach(target: Target, run: Run, metric: Metric) -> int | None:
@@ -244,7 +261,7 @@ def sensitivities_of(families: Sequence[Family], labels: Labels) -> list[Sensiti
     found = []
     for family in families:
         runs = [run for run in family.runs if run.state != "empty"]
-        points = [_point(lr, [run for run in runs if run.config.optimizer.lr == lr]) for lr in family.lrs]
+        points = [_point(lr, [run for run in runs if run.lr == lr]) for lr in family.lrs]
         points = [point for point in points if point.values or point.diverged or point.unfinished]
         if len(points) > 1:
             searched = None if family.results else contender_of(family.runs[0].path)

@@ -34,7 +34,7 @@ def _evidence(rule: EvidenceRule, entry: Entry, entries: Sequence[Entry]) -> Evi
         is_met=final is not None and rule.is_met(final.mean, final.count),
         runs_needed=None if final is None else rule.runs_needed(final.mean),
         objections=tuple(_objections(rule, entry)),
-        doubts=tuple(_doubts(entry, entries)),
+        doubts=tuple(_doubts(rule, entry, entries)),
     )
 
 
@@ -49,27 +49,31 @@ def evidence_cautions(rule: EvidenceRule, found: Sequence[Evidence], unreadable:
 
 
 def _objections(rule: EvidenceRule, entry: Entry) -> Iterator[str]:
-    given = flatten(entry.runs[0].config.model_dump(mode="json"))
-    for key, needed in rule.settings.items():
+    config = entry.runs[0].config
+    given = {} if config is None else flatten(config.model_dump(mode="json"))
+    for key, needed in rule.settings.items() if config else ():
         if given.get(key) != needed:
             value = "not set" if given.get(key) is None else given[key]
             yield f"{key} is {value}, and the rule needs {needed}"
     without = [f"{run.name} ({run.state})" for run in entry.runs if run.final is None]
     if without:
         yield f"runs without a final loss, and the rule takes all: {', '.join(without)}"
-    repeated = [str(seed) for seed, count in Counter(run.config.seed for run in entry.runs).items() if count > 1]
+    counts = Counter(run.seed for run in entry.runs if run.seed is not None)
+    repeated = [str(seed) for seed, count in counts.items() if count > 1]
     if repeated:
         yield f"several runs of seed {', '.join(repeated)} are not independent"
     if any(run.lineage for run in entry.runs):
         yield "branches are not independent runs"
 
 
-def _doubts(entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
+def _doubts(rule: EvidenceRule, entry: Entry, entries: Sequence[Entry]) -> Iterator[str]:
+    if entry.runs[0].config is None:
+        yield f"the log does not say {', '.join(rule.settings)}, and the rule needs the benchmark's"
     if entry.final is not None and entry.final.count == 1:
         yield "a single run; more runs, with seeds fixed in advance, are better evidence"
     others = [other for other in entries if other is not entry and _but_for_steps(other) == _but_for_steps(entry)]
     if others:
-        steps = ", ".join(f"{other.runs[0].config.training.steps:,}" for other in others)
+        steps = ", ".join("unknown" if (length := other.runs[0].steps) is None else f"{length:,}" for other in others)
         yield f"the same settings have runs of {steps} steps too, and the stopping step must be fixed in advance"
 
 

@@ -93,7 +93,7 @@ def axis_title(abscissa: Abscissa, unit: str) -> str:
 
 
 def _draw_curves(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
-    entries = [(line_style(index), entry) for index, entry in enumerate(shown(comparison))]
+    entries = [(line_style(index), entry) for index, entry in enumerate(shown(comparison)) if has(entry, abscissa)]
     metric = comparison.metric
     drawn = [(style, entry) for style, entry in entries if entry.train or entry.val or entry.diverged]
     if not drawn:
@@ -122,6 +122,12 @@ def _draw_curves(comparison: Comparison, abscissa: Abscissa) -> Figure | None:
     return figure
 
 
+def has(entry: Entry, abscissa: Abscissa) -> bool:
+    """Return whether the curves of an entry have it: logs of other programs often lack tokens and seconds."""
+    curves = [curve for run in entry.runs for curve in (run.train, run.val) if len(curve.steps)]
+    return not curves or any(np.isfinite(getattr(curve, abscissa)).any() for curve in curves)
+
+
 def _draw_band(axes: Axes, band: Band | None, abscissa: Abscissa, style: dict[str, Any]) -> None:
     if band is not None and len(band.steps):
         x = getattr(band, abscissa)
@@ -140,7 +146,7 @@ def _draw_curve(axes: Axes, curve: Curve, abscissa: Abscissa, style: dict[str, A
 
 
 def _leave_out_beginning(axes: Axes, curves: Sequence[tuple[Array, Array]], metric: Metric) -> None:
-    last = max((float(x[-1]) for x, _ in curves if len(x)), default=0.0)
+    last = max((float(x[-1]) for x, _ in curves if len(x) and np.isfinite(x[-1])), default=0.0)
     late = [metric.sign * values[(x >= _BEGINNING * last) & np.isfinite(values)] for x, values in curves]
     late = [costs for costs in late if len(costs)]
     if last > 0 and late:
@@ -253,7 +259,7 @@ def _draw_cross(axes: Axes, x: float, height: float, colour: str, metric: Metric
 
 
 def _draw_cost(comparison: Comparison) -> Figure | None:
-    entries = [entry for entry in shown(comparison) if entry.step_ms]
+    entries = [entry for entry in shown(comparison) if entry.step_ms and entry.optimizer_ms is not None]
     if not entries:
         return None
     states = [entry.state_bytes or 0 for entry in entries]

@@ -1,4 +1,4 @@
-"""Find run folders, given directly or inside other folders."""
+"""Find run folders and logs of other programs, given directly or inside other folders."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipelines.analysis.comparison.logs.read_log import KINDS, logs_below
 from pipelines.errors import UsageError
 from pipelines.storage import refuse_file
 from pipelines.training.run_folder import SEARCH_RECORD, SUPERSEDED, TRIALS, RunFolder
+
+_OWN_FILES = ("config.json", "metrics.jsonl")  # of a run, which is given by its folder
 
 
 def find_runs(paths: Sequence[Path]) -> dict[str, Path]:
     """Return every run once, by its path relative to the common folder. Raise `UsageError` for a path without runs.
 
+    A path is a run, a log, or a folder with either; in a folder with runs, logs are ignored: they may be of these runs.
     Follows links; a run that is found only through a link has the link's name. A dangling link counts as a run, so
     that the error names it.
     """
@@ -49,13 +53,22 @@ def _is_superseded(path: Path) -> bool:
 
 
 def _runs_of(path: Path) -> list[Path]:
-    refuse_file(path)
+    if path.is_file():
+        if path.name in _OWN_FILES:
+            refuse_file(path)
+        return [path]
     if not path.is_dir():
-        raise UsageError(f"{path}: no such folder; give runs, or folders of runs")
+        raise UsageError(f"{path}: no such folder or log; give runs, logs, or folders of them")
     runs = [path] if _is_run(path) else [run for run in runs_below(path) if not _is_superseded(run)]
+    runs = runs or logs_below(path)
     if not runs:
-        raise UsageError(f"{path}: neither a run nor a folder of runs")
+        raise UsageError(f"{path}: neither a run nor a folder of runs, nor a log ({KINDS}) or a folder of logs")
     return runs
+
+
+def is_log(path: Path) -> bool:
+    """Return whether a path that `find_runs` found is a log."""
+    return path.is_file() or (path.is_dir() and not RunFolder(path).exists())
 
 
 def _is_run(path: Path) -> bool:

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json
 
-from pipelines.analysis.comparison.find_runs import is_trial
-from pipelines.analysis.comparison.results import Array, Curve, Run, State
-from pipelines.analysis.comparison.thinning import Indices, keep_evenly, keep_spikes, moving_mean
+from pipelines.analysis.comparison.find_runs import is_log, is_trial
+from pipelines.analysis.comparison.logs.column_names import Names
+from pipelines.analysis.comparison.read_logs import read_logged_runs
+from pipelines.analysis.comparison.results import Curve, Run, State
+from pipelines.analysis.comparison.run_curves import (
+    Columns,
+    curve_of,
+    curves_of,
+    is_no_better_than_untrained,
+    last_of_each_step,
+    last_validation,
+    median,
+    rows_of,
+    worse_than_untrained,
+)
 from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import parse_json, printable
 from pipelines.tasks import task_of
-from pipelines.tasks.metric import LOSS, METRICS, Metric, choose_metric
-from pipelines.training.metrics import SPLITS, Split, metric_types, read_lines, rows_to_columns
+from pipelines.tasks.metric import ACCURACY, LOSS, Metric, choose_metric
+from pipelines.training.metrics import SPLITS, metric_types, read_lines, rows_to_columns
 from pipelines.training.run_folder import RunFolder, checkpoint_folders
 
-Columns = dict[str, np.ndarray[Any, Any]]
-
-_NAMES = ("step", "tokens", "elapsed_s", *METRICS, "step_ms", "optimizer_ms")
+_NAMES = ("step", "tokens", "elapsed_s", LOSS.name, ACCURACY.name, "step_ms", "optimizer_ms")
 """Metrics that a comparison reads, besides `split`; others are ignored."""
 _ARROW_TYPES = {int: pa.int64(), float: pa.float64()}
 _TYPES = {"split": pa.string(), **{name: _ARROW_TYPES[metric_types()[name]] for name in _NAMES}}
@@ -38,20 +47,28 @@ _READING = pyarrow.json.ReadOptions(use_threads=False)  # whole runs are read in
 _AT_ONCE = 4  # runs whose whole files are in memory at once
 _FAILURES_SHOWN = 4
 _READ = ("fingerprint", "device", "git_commit", "versions", "torch")
-_POINTS = 2000
-_SMOOTHED_POINTS = 1000
-_SMOOTHED = 0.04  # each point of the smoothed curve is a mean over this fraction of the run
 
 
-def read_runs(paths: Mapping[str, Path], metric: str | None = None) -> tuple[list[Run], list[str]]:
-    """Return the runs, and a sentence for each that cannot be read.
+def read_runs(
+    paths: Mapping[str, Path], metric: str | None = None, given: Names | None = None
+) -> tuple[list[Run], list[str]]:
+    """Return the runs of run folders and of logs, and a sentence for each path that cannot be read.
 
-    `metric` is the name of the compared metric, that of the runs' task if None. Raises `AsgoError` if no run can be
-    read, and `UsageError` if a task does not record the metric.
+    `metric` is the name of the compared metric. If it is None, it is that of the task of the run folders, or else the
+    one by which each log validates. `given` are names of columns of logs.
+
+    Raises `AsgoError` if no run can be read, and `UsageError` if a task does not record the metric, or a log has no
+    column of a given name.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parser releases Python's lock
-        results = list(pool.map(lambda name: _try_to_read(name, paths[name], metric), paths))
-    runs = [result for result in results if isinstance(result, Run)]
+    logs = [name for name, path in paths.items() if is_log(path)]
+    folders = [name for name in paths if name not in set(logs)]
+    common = os.path.commonpath([name.rpartition("/")[0] for name in logs]) if logs else ""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:  # the parsers release Python's lock
+        results = list(pool.map(lambda name: _try_to_read(name, paths[name], metric), folders))
+        if metric is None:
+            metric = next((runs[0].metric.name for runs in results if not isinstance(runs, str)), None)
+        results += pool.map(lambda name: _try_to_read(name, paths[name], metric, given or {}, common), logs)
+    runs = [run for result in results if not isinstance(result, str) for run in result]
     failures = [result for result in results if isinstance(result, str)]
     if not runs:
         raise AsgoError(f"none of the runs can be read: {failures[0]}")
@@ -63,9 +80,14 @@ def read_runs(paths: Mapping[str, Path], metric: str | None = None) -> tuple[lis
     return runs, failures
 
 
-def _try_to_read(name: str, path: Path, metric: str | None) -> Run | str:
+def _try_to_read(
+    name: str, path: Path, metric: str | None, given: Names | None = None, common: str = ""
+) -> list[Run] | str:
+    """Read a run folder, or a log if there are `given` names; `common` is the folder of all logs."""
     try:
-        return read_run(name, path, metric)
+        if given is None:
+            return [read_run(name, path, metric)]
+        return read_logged_runs(name, path, metric, given, common)
     except UsageError:
         raise
     except AsgoError as error:
@@ -83,30 +105,35 @@ def read_run(name: str, path: Path, asked: str | None = None) -> Run:
     recorded = read_columns(folder.metrics_path) if folder.metrics_path.is_file() else rows_to_columns([])
     require_sound(folder.metrics_path, recorded)
     columns = last_of_each_step(recorded)
-    _require_recorded(folder.metrics_path, columns, metric)
+    require_recorded(folder.metrics_path, columns, metric)
     lineage = tuple(folder.lineage())
     own = columns["step"] > (lineage[-1].step if lineage else 0)  # the parent may have another optimizer
-    state, reason = _state(folder, config, _curve(columns, "train", LOSS), _curve(columns, "val", LOSS))
-    train, val = _finite(_curve(columns, "train", metric)), _finite(_curve(columns, "val", metric))
-    smoothed = _smoothed(train, config)
+    state, reason = _state(folder, config, curve_of(columns, "train", LOSS), curve_of(columns, "val", LOSS))
+    steps = config.training.steps
+    curves = curves_of(columns, metric, steps, steps / config.metrics.every)
     return Run(
         name=printable(name),
         path=path,
         config=config,
+        metric=metric,
+        optimizer=config.optimizer.name,
+        lr=config.optimizer.lr,
+        seed=config.seed,
+        steps=steps,
         data=_texts(record.get("data")),
         environment=_texts(record.get("environment")),
         state=state,
         is_trial=is_trial(path),
-        train=_take(train, keep_spikes(train.values, _POINTS)),
-        smoothed=smoothed,
-        val=val,
+        train=curves.train,
+        smoothed=curves.smoothed,
+        val=curves.val,
         lost_rows=int((~np.isfinite(columns[metric.name])).sum()),
-        final=float(val.values[-1]) if state == "finished" else None,
-        final_train=float(smoothed.values[-1]) if state == "finished" and len(smoothed.values) else None,
-        best=metric.best(val.values.tolist()),
-        beside=_last(columns, metric.other),
-        step_ms=_median(columns["step_ms"][own]),
-        optimizer_ms=_median(columns["optimizer_ms"][own]),
+        final=curves.final(state),
+        final_train=curves.final_train(state),
+        best=curves.best,
+        beside=last_validation(columns, metric.other),
+        step_ms=median(columns["step_ms"][own]),
+        optimizer_ms=median(columns["optimizer_ms"][own]),
         state_bytes=optimizer_state_bytes(folder.checkpoints),
         reason=reason,
         repeated_rows=len(recorded["step"]) - len(columns["step"]),
@@ -129,45 +156,10 @@ def _sha256(source: Any) -> str:
     return printable(str(source.get("sha256", "")))[:8] if isinstance(source, dict) else ""
 
 
-def _rows(columns: Columns, split: Split) -> npt.NDArray[np.intp]:
-    return np.flatnonzero(columns["split"] == SPLITS.index(split))
-
-
-def _curve(columns: Columns, split: Split, metric: Metric) -> Curve:
-    rows = _rows(columns, split)
-    names = ("step", "tokens", "elapsed_s", metric.name)
-    return Curve(*(columns[name][rows].astype(np.float64) for name in names))
-
-
-def _finite(curve: Curve) -> Curve:
-    """Drop values that are not finite: they would spoil the moving mean of their neighbours."""
-    return _take(curve, np.flatnonzero(np.isfinite(curve.values)))
-
-
-def _take(curve: Curve, kept: Indices) -> Curve:
-    return Curve(curve.steps[kept], curve.tokens[kept], curve.seconds[kept], curve.values[kept])
-
-
-def _smoothed(train: Curve, config: RunConfig) -> Curve:
-    recorded = config.training.steps / config.metrics.every
-    means = replace(train, values=moving_mean(train.values, int(recorded * _SMOOTHED / 2)))
-    return _take(means, keep_evenly(train.steps, config.training.steps, _SMOOTHED_POINTS))
-
-
-def _require_recorded(path: Path, columns: Columns, metric: Metric) -> None:
+def require_recorded(path: Path, columns: Columns, metric: Metric) -> None:
     """Raise `AsgoError` if a validation has no value; a loss that is not finite is a divergence instead."""
-    if metric is not LOSS and np.isnan(columns[metric.name][_rows(columns, "val")]).any():
+    if metric is not LOSS and np.isnan(columns[metric.name][rows_of(columns, "val")]).any():
         raise AsgoError(f"{path}: a validation without {metric.name}; --metric {LOSS.name} compares the {LOSS.plural}")
-
-
-def _last(columns: Columns, metric: Metric) -> float | None:
-    values = columns[metric.name][_rows(columns, "val")]
-    return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
-
-
-def _median(values: Array) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if len(known) else None
 
 
 def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tuple[State, str | None]:
@@ -178,22 +170,12 @@ def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tu
         return "diverged", f"a loss or gradient that is not finite at step {divergence.step:,}"
     if not len(val.steps) and not len(train.steps):
         return "empty", "nothing recorded yet"
-    if _is_no_better_than_untrained(val, steps):
-        return (
-            "diverged",
-            f"validation loss {val.values[-1]:.4g} at step {val.steps[-1]:,.0f}, untrained {val.values[0]:.4g}",
-        )
+    if is_no_better_than_untrained(val, steps):
+        return "diverged", worse_than_untrained(val)
     if len(val.steps) and val.steps[-1] == steps:
         return "finished", None
     last = max(curve.steps[-1] for curve in (train, val) if len(curve.steps))
     return "unfinished", f"at step {last:,.0f} of {steps:,}"
-
-
-def _is_no_better_than_untrained(val: Curve, steps: int) -> bool:
-    """Return whether, after half of the steps or more, the loss is not below the untrained model's."""
-    return (
-        len(val.steps) > 0 and val.steps[0] == 0 and val.steps[-1] >= steps / 2 and not val.values[-1] < val.values[0]
-    )
 
 
 def read_columns(path: Path) -> Columns:
@@ -230,17 +212,6 @@ def require_sound(path: Path, columns: Columns) -> None:
         if bad.any():
             line = int(bad.argmax())
             raise AsgoError(f"{path}:{line + 1}: not the metrics of a run: {name} is {columns[name][line]:g}")
-
-
-def last_of_each_step(columns: Columns) -> Columns:
-    """Return the rows sorted by step, only the last one per step and split: a resumed run repeats steps."""
-    if not len(columns["step"]):
-        return columns
-    places = np.stack([columns["split"], columns["step"]])
-    _, from_behind = np.unique(places[:, ::-1], axis=1, return_index=True)
-    kept = np.sort(places.shape[1] - 1 - from_behind)
-    kept = kept[np.argsort(columns["step"][kept], kind="stable")]
-    return {name: column[kept] for name, column in columns.items()}
 
 
 def optimizer_state_bytes(checkpoints: Path) -> int | None:

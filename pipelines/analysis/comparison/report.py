@@ -23,6 +23,7 @@ from pipelines.analysis.comparison.figures import (
     LayerFigures,
     axis_title,
     figure_names,
+    has,
     shown,
     write_figures,
     write_layers,
@@ -185,6 +186,7 @@ def render_page(
         verdicts=verdict_table(comparison, _shown_verdicts(comparison)),
         most_pairs=MOST_PAIRS,
         curves=_curves(comparison),
+        abscissas=_abscissas_of(comparison),
         left_out=_left_out(comparison),
         runs=run_table(comparison),
         images={name: _base64(images[name]) for name in figure_names(comparison.metric) if name in images},
@@ -261,7 +263,7 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
     contenders = shown(comparison)
     singles = _single_runs(contenders)
     return {
-        "titles": {name: axis_title(name, comparison.unit) for name in _ABSCISSAS},
+        "titles": {name: axis_title(name, comparison.unit) for name in _abscissas_of(comparison)},
         "target": None if comparison.target is None else comparison.target.value,
         "contenders": [
             {
@@ -275,6 +277,12 @@ def _curves(comparison: Comparison) -> dict[str, Any]:
             for index, entry in enumerate(contenders)
         ],
     }
+
+
+def _abscissas_of(comparison: Comparison) -> list[Abscissa]:
+    """Return the horizontal axes that a contender has, and the steps."""
+    entries = shown(comparison)
+    return [name for name in _ABSCISSAS if name == "steps" or any(has(entry, name) for entry in entries)]
 
 
 def _single_runs(contenders: Sequence[Entry]) -> set[str]:

@@ -34,9 +34,9 @@ class Curve:
 
     steps: Array
     tokens: Array
-    """Images, if the run trains on images."""
+    """Images, if the run trains on images. NaN if they are not recorded."""
     seconds: Array
-    """Time of training steps, without validation and saving."""
+    """Time of training steps, without validation and saving. NaN if it is not recorded."""
     values: Array
 
     def since(self, step: int) -> Curve:
@@ -60,12 +60,22 @@ class Band:
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of one run folder; curves and results are those of the compared metric."""
+    """A run folder, or a run of a log of another program; curves and results are those of the compared metric."""
 
     name: str
     """Its path relative to the common folder of all compared runs."""
     path: Path
-    config: RunConfig
+    config: RunConfig | None
+    """None for a run of a log, which does not say it."""
+    metric: Metric
+    """The compared metric."""
+    optimizer: str
+    """For a run of a log, the contender that the log, or its name, names."""
+    lr: float | None
+    seed: int | None
+    """None if neither the log nor its name says it."""
+    steps: int | None
+    """Length of the whole run; None if the log does not say it."""
     data: Mapping[str, Any]
     """The data's description in `config.json`."""
     environment: Mapping[str, Any]
@@ -79,7 +89,7 @@ class Run:
     val: Curve
     """Every validation."""
     final: float | None
-    """Validation after the last step; None unless finished."""
+    """Validation after the last step, or the last one of a log; None unless finished."""
     final_train: float | None
     """Mean training value over the last 2 % of the steps; None unless finished."""
     best: float | None
@@ -130,6 +140,7 @@ class Reach:
 
     steps: tuple[int | None, ...]
     tokens: tuple[int | None, ...]
+    """None, too, if it is not recorded; so with the seconds."""
     seconds: tuple[float | None, ...]
 
     @property
@@ -147,7 +158,8 @@ class Entry:
     optimizer: str
     family: str
     """Label of the entries that differ only in the learning rate, without the learning rate."""
-    lr: float
+    lr: float | None
+    """None for runs of logs."""
     runs: tuple[Run, ...]
     """By seed."""
     final: Interval | None
@@ -260,7 +272,8 @@ class Evidence:
 class Comparison:
     """All results of a comparison."""
 
-    task: str
+    task: str | None
+    """None if all runs are read from logs."""
     unit: str
     """tokens or images"""
     metric: Metric

@@ -13,6 +13,8 @@ from pipelines.storage import printable
 Settings = Mapping[str, Any]
 LR = "optimizer.lr"
 _DATA = "data"
+LOG = "log"
+"""A setting that only the runs of logs have."""
 _NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", *MAY_CHANGE_ON_RESUME)
 """Settings, or prefixes of settings, that change a run's result only by chance."""
 _VAGUE = ("every", "kind", "name", "batches", "tokens")
@@ -23,8 +25,10 @@ def settings_of(run: Run) -> Settings:
     """Return the settings that affect the result by more than chance, by dotted key.
 
     `data` is the fingerprint; `optimizer.code` that of an imported optimizer's file; `branch` says with which optimizer
-    a branch began, and until which step.
+    a branch began, and until which step. Of a run of a log, only the contender and the number of steps are known.
     """
+    if run.config is None:
+        return {"optimizer.name": run.optimizer, "training.steps": run.steps or "unknown", LOG: True}
     flat = flatten(run.config.model_dump(mode="json"))
     kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
     branch = ",".join(f"{ancestor.optimizer}@{ancestor.step}" for ancestor in run.lineage)

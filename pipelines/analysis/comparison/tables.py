@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.analysis.comparison.entries import known, whole
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run, Verdict
 from pipelines.analysis.comparison.t_tests import MOST_SEEDS
 from pipelines.storage import csv_cell, printable
@@ -133,10 +134,20 @@ def evidence_table(comparison: Comparison) -> Table:
         entry, final = each.entry, each.entry.final
         margin = "" if each.margin is None else f"{each.margin:+.4f}"
         needed = "" if final is None else "none is enough" if each.runs_needed is None else f"{each.runs_needed:,}"
-        steps = entry.runs[0].config.training.steps
+        steps = entry.runs[0].steps
         mean = None if final is None else final.mean
         count = 0 if final is None else final.count
-        texts.append((entry.label, str(count), LOSS.text(mean), margin, each.outcome, needed, f"{steps:,}"))
+        texts.append(
+            (
+                entry.label,
+                str(count),
+                LOSS.text(mean),
+                margin,
+                each.outcome,
+                needed,
+                "" if steps is None else f"{steps:,}",
+            )
+        )
         records.append(
             {
                 "entry": entry.label,
@@ -211,7 +222,7 @@ def run_table(comparison: Comparison) -> Table:
         (
             run.name,
             entry.label,
-            str(run.config.seed),
+            "" if run.seed is None else str(run.seed),
             run.state,
             f"{run.last_step:,}",
             metric.text(run.final),
@@ -235,11 +246,11 @@ def _run_record(entry: Entry, index: int, run: Run, metric: Metric) -> Record:
         "entry": entry.label,
         "optimizer": entry.optimizer,
         "lr": entry.lr,
-        "seed": run.config.seed,
+        "seed": run.seed,
         "state": run.state,
         "reason": run.reason,
         "step": run.last_step,
-        "steps": run.config.training.steps,
+        "steps": run.steps,
         f"final_{metric.name}": run.final,
         f"best_{metric.name}": run.best,
         f"final_train_{metric.name}": run.final_train,
@@ -289,7 +300,8 @@ def _setting_table(comparison: Comparison) -> Table:
     for effect in comparison.setting_effects:
         for value, entry in zip(effect.values, effect.entries, strict=True):
             final = with_margin(entry.final, metric)
-            texts.append((effect.setting, effect.label, f"{value:g}", f"{entry.lr:g}", _seeds(entry), final))
+            lr = "" if entry.lr is None else f"{entry.lr:g}"
+            texts.append((effect.setting, effect.label, f"{value:g}", lr, _seeds(entry), final))
             records.append(
                 {
                     "setting": effect.setting,
@@ -309,7 +321,7 @@ def _setting_table(comparison: Comparison) -> Table:
 def _curve_table(comparison: Comparison) -> Table:
     """Return the table of all validations of all runs except trials of a search."""
     records = [
-        {"run": run.name, "entry": entry.label, "seed": run.config.seed, **point}
+        {"run": run.name, "entry": entry.label, "seed": run.seed, **point}
         for entry in comparison.entries
         for run in entry.runs
         for point in _validations(run, comparison.unit, comparison.metric)
@@ -324,8 +336,8 @@ def _validations(run: Run, unit: str, metric: Metric) -> list[Record]:
     return [
         {
             "step": int(val.steps[index]),
-            unit: int(val.tokens[index]),
-            "seconds": float(val.seconds[index]),
+            unit: whole(val.tokens[index]),
+            "seconds": known(val.seconds[index]),
             f"val_{metric.name}": float(val.values[index]),
             f"train_{metric.name}": float(train.values[place]) if place >= 0 else None,
         }
@@ -374,12 +386,18 @@ def _seeds(entry: Entry) -> str:
 
 
 def _to_target(entry: Entry, what: str) -> str:
-    if entry.reach is None:
+    if entry.reach is None or not _is_recorded(entry, what):
         return ""
     middle, misses = median_with_misses(getattr(entry.reach, what)), entry.reach.misses
     if middle is None:
         return "missed" if misses == len(entry.runs) else f"{misses} of {len(entry.runs)} missed"
     return digits(middle) + (f" ({misses} missed)" if misses else "")
+
+
+def _is_recorded(entry: Entry, what: str) -> bool:
+    """Return whether the validations of any run have it, or there are none."""
+    recorded = [getattr(run.val, what) for run in entry.runs if len(run.val.steps)]
+    return not recorded or any(np.isfinite(values).any() for values in recorded)
 
 
 def _with_share(entry: Entry) -> str:

@@ -26,8 +26,8 @@ class _Side:
     final: Interval
     values: tuple[float, ...]
     """Final values of the finished runs, by seed."""
-    seeds: tuple[int, ...]
-    """Their seeds, ascending."""
+    seeds: tuple[int | None, ...]
+    """Their seeds, ascending; None if a log does not say it."""
     work: str
     """Equal for contenders that can be paired."""
 
@@ -56,7 +56,7 @@ def verdicts(
 def _sides(contenders: Sequence[Entry]) -> Iterator[_Side]:
     for entry in contenders:
         if entry.final is not None:
-            found = [(run.config.seed, run.final) for run in entry.runs if run.final is not None]
+            found = [(run.seed, run.final) for run in entry.runs if run.final is not None]
             settings = settings_of(entry.runs[0])
             work = {key: value for key, value in settings.items() if key.startswith(_OF_THE_PAIRED)}
             seeds, values = zip(*found, strict=True)
@@ -64,7 +64,7 @@ def _sides(contenders: Sequence[Entry]) -> Iterator[_Side]:
 
 
 def _test(first: _Side, second: _Side) -> TTest | None:
-    distinct = len(set(first.seeds)) == len(first.seeds)
+    distinct = len(set(first.seeds)) == len(first.seeds) and None not in first.seeds
     if distinct and first.seeds == second.seeds and first.work == second.work:
         return paired(first.values, second.values)
     return welch(first.values, second.values)

@@ -23,7 +23,7 @@ from pipelines.analysis.comparison.results import Comparison, Target
 from pipelines.analysis.comparison.tables import make_tables
 from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.errors import UsageError
-from pipelines.tasks.metric import ACCURACY, LOSS, METRICS
+from pipelines.tasks.metric import ACCURACY, LOSS
 from tests.pipelines.analysis.comparison.run_folders import falling_to, write_run
 
 FINALS = {"asgo": (0.91, 0.92, 0.94), "muon": (0.88, 0.93, 0.85), "adamw": (0.8, 0.81, 0.83)}
@@ -64,7 +64,7 @@ def test_a_value_is_written_as_its_metric_is() -> None:
     assert (ACCURACY.text(0.91234), ACCURACY.difference(0.0213, "+")) == ("91.23%", "+2.13")
     assert (ACCURACY.difference_unit, ACCURACY.text(None), ACCURACY.text_beside(0.5)) == (" points", "", "50.0%")
     assert (LOSS.best([3.0, 2.0]), ACCURACY.best([0.3, 0.2]), ACCURACY.best([])) == (2.0, 0.3, None)
-    assert [metric.other for metric in METRICS.values()] == [ACCURACY, LOSS]
+    assert [LOSS.other, ACCURACY.other] == [ACCURACY, LOSS]
 
 
 def test_contenders_are_ordered_by_accuracy_and_by_loss_where_asked(comparison: Comparison, tmp_path: Path) -> None:
