@@ -22,6 +22,7 @@ from pipelines.analysis.comparison.evidence import evidence_cautions, evidence_o
 from pipelines.analysis.comparison.find_runs import find_runs
 from pipelines.analysis.comparison.read_runs import read_runs
 from pipelines.analysis.comparison.results import Comparison, Run, Target
+from pipelines.analysis.comparison.until_certain import members_of, mixing_cautions, recorded_reference
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
@@ -41,7 +42,8 @@ def compare_runs(
     `target` is a validation loss to reach, in nats, or an accuracy, as a fraction; `confidence` is that of intervals
     and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES`; `metric_name` is a name in
     `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule; `against` is
-    a contender's label or optimizer, with which all others are tested, instead of all pairs.
+    a contender's label or optimizer, with which all others are tested, by default the one of the sweep that added seeds
+    until certain; without one, all pairs are tested.
 
     Raises:
         UsageError: a path contains no run, the runs have different tasks, a number is out of range, the rule is
@@ -66,9 +68,13 @@ def compare_runs(
         aim = Target(asked.target, f"the target of {asked.name}")
     entries = [with_reach(entry, aim, metric) for entry in entries]
     contenders = contenders_of(entries)
-    reference = None if against is None else contender_named(contenders, against, "--against")
+    members = members_of(contenders)
+    if against is None:
+        reference = recorded_reference(contenders, members)
+    else:
+        reference = contender_named(contenders, against, "--against")
     sensitivities = sensitivities_of(families, labels)
-    evidence = () if asked is None else evidence_of(asked, entries, contenders)
+    evidence = () if asked is None else evidence_of(asked, entries, contenders, members)
     objections = [] if asked is None else evidence_cautions(asked, evidence, left_out)
     return Comparison(
         task=task,
@@ -76,14 +82,19 @@ def compare_runs(
         metric=metric,
         entries=tuple(entries),
         contenders=tuple(contenders),
-        verdicts=verdicts(contenders, confidence, metric, reference),
-        rule=rule(confidence, metric, reference),
+        verdicts=verdicts(contenders, confidence, metric, reference, members),
+        rule=rule(confidence, metric, reference, members),
         confidence=confidence,
         against=reference,
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),
-        cautions=(*left_out, *objections, *cautions_of(runs, entries, contenders, sensitivities, metric)),
+        cautions=(
+            *left_out,
+            *objections,
+            *mixing_cautions(contenders, members),
+            *cautions_of(runs, entries, contenders, sensitivities, metric),
+        ),
         evidence_rule=asked,
         evidence=evidence,
     )
