@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.analysis.comparison.branches import drawn_from_their_parents
@@ -21,8 +21,9 @@ from pipelines.analysis.comparison.entries import (
 from pipelines.analysis.comparison.evidence import evidence_cautions, evidence_of, rule_named
 from pipelines.analysis.comparison.find_runs import find_runs
 from pipelines.analysis.comparison.read_runs import read_runs
-from pipelines.analysis.comparison.results import Comparison, Run, Target
-from pipelines.analysis.comparison.until_certain import members_of, mixing_cautions, recorded_reference
+from pipelines.analysis.comparison.results import Comparison, Entry, Run, Target
+from pipelines.analysis.comparison.rules import EvidenceRule
+from pipelines.analysis.comparison.until_certain import Member, members_of, mixing_cautions, recorded_reference
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
@@ -42,8 +43,8 @@ def compare_runs(
     `target` is a validation loss to reach, in nats, or an accuracy, as a fraction; `confidence` is that of intervals
     and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES`; `metric_name` is a name in
     `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule; `against` is
-    a contender's label or optimizer, with which all others are tested, by default the one of the sweep that added seeds
-    until certain; without one, all pairs are tested.
+    a contender's label or optimizer, with which all others are tested, instead of all pairs; by default that of the
+    sweep that added seeds until certain.
 
     Raises:
         UsageError: a path contains no run, the runs have different tasks, a number is out of range, the rule is
@@ -63,19 +64,15 @@ def compare_runs(
     families = families_of(runs)
     labels = Labels(families)
     entries = entries_of(families, labels, confidence, metric)
-    aim = target_of(contenders_of(entries), target, metric)
-    if asked is not None and target is None:
-        aim = Target(asked.target, f"the target of {asked.name}")
+    aim = _target(contenders_of(entries), target, asked, metric)
     entries = [with_reach(entry, aim, metric) for entry in entries]
     contenders = contenders_of(entries)
     members = members_of(contenders)
-    if against is None:
-        reference = recorded_reference(contenders, members)
-    else:
-        reference = contender_named(contenders, against, "--against")
+    reference = _reference(contenders, against, members)
     sensitivities = sensitivities_of(families, labels)
     evidence = () if asked is None else evidence_of(asked, entries, contenders, members)
     objections = [] if asked is None else evidence_cautions(asked, evidence, left_out)
+    cautions = [*left_out, *objections, *mixing_cautions(contenders, members)]
     return Comparison(
         task=task,
         unit=TASKS[task].unit,
@@ -89,15 +86,24 @@ def compare_runs(
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),
-        cautions=(
-            *left_out,
-            *objections,
-            *mixing_cautions(contenders, members),
-            *cautions_of(runs, entries, contenders, sensitivities, metric),
-        ),
+        cautions=(*cautions, *cautions_of(runs, entries, contenders, sensitivities, metric)),
         evidence_rule=asked,
         evidence=evidence,
     )
+
+
+def _target(
+    contenders: Sequence[Entry], asked: float | None, evidence_rule: EvidenceRule | None, metric: Metric
+) -> Target | None:
+    if evidence_rule is not None and asked is None:
+        return Target(evidence_rule.target, f"the target of {evidence_rule.name}")
+    return target_of(contenders, asked, metric)
+
+
+def _reference(contenders: Sequence[Entry], asked: str | None, members: Mapping[str, Member]) -> Entry | None:
+    if asked is None:
+        return recorded_reference(contenders, members)
+    return contender_named(contenders, asked, "--against")
 
 
 def _metric_of_rules(asked: str | None) -> str:

@@ -93,7 +93,7 @@ def sequential_rule(looks: Looks) -> str:
     """Describe the test, in a sentence or two."""
     last = len(looks.seeds)
     return (
-        f" Pairs of contenders whose seeds were added until certain have a sequential test instead: paired t-tests after "
-        f"{looks.first} to {last} seeds, where n seeds spend (n/{last})^{EXPONENT} of the error rate; its p is the "
-        "smallest, over these looks, of the t-test's p divided by the share that the look spends."
+        " Pairs of contenders whose seeds were added until certain have a sequential test instead: paired t-tests "
+        f"after {looks.first} to {last} seeds, where n seeds spend (n/{last})^{EXPONENT} of the error rate; its p is "
+        "the smallest, over these looks, of the t-test's p divided by the share that the look spends."
     )
