@@ -22,17 +22,35 @@ if TYPE_CHECKING:
 
 def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, dry_run: bool, as_json: bool) -> None:
     """Run the trials and final runs that remain, or show the plan."""
-    from pipelines.sweeps.search import is_begun, open_search, record_search
-
     if dry_run:
-        _show_plan(plan, open_search(plan, folder) if is_begun(folder) else None, as_json)
+        show_search_plan(plan, folder, as_json)
         return
+    runs, failures = _train(plan, folder, slots, gpus)
+    _end(plan, folder, runs, failures, as_json)
+
+
+def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> list[SearchResult]:
+    """Run the trials and final runs that remain; return the results if all have ended, else show them and raise."""
+    runs, failures = _train(plan, folder, slots, gpus)
+    if failures or _left(plan, runs):
+        _end(plan, folder, runs, failures, as_json=False)
+        raise AsgoError("the search has not ended: give the same command again when it has, on all workers")
+    return runs.results()
+
+
+def _train(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> tuple[SearchRuns, list[Failure]]:
+    from pipelines.sweeps.search import open_search, record_search
+
     runs = open_search(plan, folder)
     left = _left(plan, runs)
-    failures: list[Failure] = []
-    if left:
-        record_search(plan, folder)
-        failures = train_runs(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
+    if not left:
+        return runs, []
+    record_search(plan, folder)
+    whole = [contender.whole for contender in plan.contenders]
+    return runs, train_runs(runs, whole, left, folder, slots, gpus)
+
+
+def _end(plan: SearchPlan, folder: Path, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
     _show_results(plan, runs, failures, as_json)
     console.suggest_next(export_command(folder))
     raise_failures(failures)
@@ -53,7 +71,11 @@ def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
     return [(contender.final_name(seed), contender) for contender in plan.contenders for seed in plan.seeds]
 
 
-def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None:
+def show_search_plan(plan: SearchPlan, folder: Path, as_json: bool, most_seeds: int | None = None) -> None:
+    """Show trials, final runs and their cost, and that of up to `most_seeds` final runs of each contender."""
+    from pipelines.sweeps.search import is_begun, open_search
+
+    runs = open_search(plan, folder) if is_begun(folder) else None
     done = {} if runs is None else {result.contender.name: result.trials for result in runs.results()}
     ended = {} if runs is None else runs.final_values()
     tokens = {run.name: run.samples * run.tokens_per_sample for run in (each.whole for each in plan.contenders)}
@@ -61,6 +83,7 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
     spent = sum(done.get(name, 0) * count for name, count in tokens.items())
     spent += sum(tokens[contender.name] for name, contender in _finals(plan) if ended.get(name) is not None)
     unit = task_of(plan.contenders[0].config).unit
+    more = 0 if most_seeds is None else (most_seeds - len(plan.seeds)) * sum(tokens.values())
     if as_json:
         rows = [
             {
@@ -74,7 +97,8 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
             }
             for contender in plan.contenders
         ]
-        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: total, f"{unit}_left": total - spent})
+        most = {} if most_seeds is None else {f"{unit}_at_most": total + more}
+        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: total, f"{unit}_left": total - spent, **most})
         return
     cells = [
         (name, _points(contender), f"{done.get(name, 0)} of {plan.search.trials}", rounded(tokens[name]))
@@ -84,7 +108,10 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
     console.show_table(("contender", "searched", "trials done", f"{unit} a run"), cells)
     counts = f"{len(cells) * plan.search.trials} trials and {len(_finals(plan))} final runs"
     at_most = "" if plan.search.pruner == "none" else "at most "
-    console.show_facts([(counts, f"{at_most}{total:,} {unit}, {total - spent:,} of them left")])
+    facts = [(counts, f"{at_most}{total:,} {unit}, {total - spent:,} of them left")]
+    if most_seeds is not None:
+        facts.append((f"until certain, at most {most_seeds} seeds", f"at most {more:,} {unit} more"))
+    console.show_facts(facts)
     console.say("dry run: nothing was written")
 
 
