@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pipelines.resolve import Layer
     from pipelines.sweeps.definition import Sweep
     from pipelines.sweeps.queue import Failure
-    from pipelines.sweeps.until_certain import Plan, SeedWish, Standing, UntilCertain
+    from pipelines.sweeps.until_certain import Plan, SeedWish, Standing
 
 
 def sweep_until_certain(
@@ -68,7 +68,7 @@ def _train(plan: Plan, folder: Path, slots: int | None, gpus: int | None, as_jso
         standing = source.look()
     else:
         source.record(standing)
-    _show_verdicts(plan, source, standing, failures, as_json)
+    _show_verdicts(plan, standing, failures, as_json)
     console.suggest_next(command("asgo", "compare", folder))
     raise_failures(failures)
 
@@ -81,10 +81,9 @@ def _say_look(plan: Plan, standing: Standing) -> None:
         console.say(f"look after {look.seeds} seeds: {undecided}; seed {plan.record.seeds[look.seeds]} of {growing}")
 
 
-def _show_verdicts(
-    plan: Plan, source: UntilCertain, standing: Standing, failures: Sequence[Failure], as_json: bool
-) -> None:
-    metric, seeds = plan.metric, source.seeds()
+def _show_verdicts(plan: Plan, standing: Standing, failures: Sequence[Failure], as_json: bool) -> None:
+    metric, seeds = plan.metric, {name: len(own) for name, own in standing.results.items()}
+    diverged = [name for name, own in standing.results.items() if None in own.values()]
     most = len(plan.record.seeds) * len(seeds)
     if as_json:
         verdicts = [
@@ -103,8 +102,8 @@ def _show_verdicts(
                 "verdicts": verdicts,
                 "looks": [look.model_dump() for look in standing.looks],
                 "seeds": seeds,
-                "diverged": source.diverged(),
-                "runs": source.trained,
+                "diverged": diverged,
+                "runs": sum(seeds.values()),
                 "runs_with_all_seeds": most,
                 "failures": reasons,
             }
@@ -128,8 +127,8 @@ def _show_verdicts(
         [
             (f"{decided} of {len(cells)} pairs decided", f"at {plan.record.confidence:.0%}, by the sequential test"),
             ("seeds", counts),
-            (f"{source.trained} runs", f"{len(plan.record.seeds)} seeds of all are {most} runs"),
+            (f"{sum(seeds.values())} runs", f"{len(plan.record.seeds)} seeds of all are {most} runs"),
         ]
     )
-    for name in source.diverged():
+    for name in diverged:
         console.warn(f"{name}: a run diverged, so it got no further seeds")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipelines.analysis.comparison.read_runs import read_run
@@ -114,6 +114,8 @@ class Standing:
     """What is known after the looks so far."""
 
     looks: tuple[Look, ...]
+    results: Mapping[str, Results]
+    """What the last look has seen; without results before the first."""
     verdicts: tuple[Verdict, ...]
     """Of the last look; none before the first."""
     missing: tuple[SweepRun, ...]
@@ -126,25 +128,24 @@ def standing_of(plan: Plan, results: Mapping[str, Results]) -> Standing:
     Contenders of undecided pairs get the next seed, unless a run of either has diverged: such pairs stay as they are.
     """
     record, growing = plan.record, list(plan.record.contenders)
-    looks: list[Look] = []
-    verdicts: tuple[Verdict, ...] = ()
+    standing = Standing((), {name: {} for name in growing}, (), ())
     for count in range(record.first_look, len(record.seeds) + 1):
         seeds = record.seeds[:count]
         missing = [
             plan.runs[name][index] for index in range(count) for name in growing if seeds[index] not in results[name]
         ]
         if missing:
-            return Standing(tuple(looks), verdicts, tuple(missing))
-        seen = {name: {seed: results[name][seed] for seed in seeds if seed in results[name]} for name in results}
+            return replace(standing, missing=tuple(missing))
+        seen = {**standing.results, **{name: {seed: results[name][seed] for seed in seeds} for name in growing}}
         verdicts = _verdicts(plan, seen)
-        undecided = [(each.first, each.second) for each in verdicts if each.outcome == "cannot tell"]
-        looks.append(Look(seeds=count, undecided=tuple(undecided)))
+        undecided = tuple((each.first, each.second) for each in verdicts if each.outcome == "cannot tell")
+        standing = Standing((*standing.looks, Look(seeds=count, undecided=undecided)), seen, verdicts, ())
         diverged = {name for name in seen if None in seen[name].values()}
         open_pairs = [pair for pair in undecided if diverged.isdisjoint(pair)]
         growing = [name for name in record.contenders if any(name in pair for pair in open_pairs)]
         if not growing:
             break
-    return Standing(tuple(looks), verdicts, ())
+    return standing
 
 
 def _verdicts(plan: Plan, results: Mapping[str, Results]) -> tuple[Verdict, ...]:
@@ -201,23 +202,11 @@ class UntilCertain:
     @property
     def trained(self) -> int:
         """Number of runs that have ended, as of the last look."""
-        return sum(self.seeds().values())
-
-    def seeds(self) -> dict[str, int]:
-        """Return how many runs of each contender have ended."""
-        return {name: len(own) for name, own in self._results.items()}
-
-    def diverged(self) -> list[str]:
-        """Return the contenders with a diverged run."""
-        return [name for name, own in self._results.items() if None in own.values()]
+        return sum(map(len, self._results.values()))
 
     def record(self, standing: Standing) -> None:
         """Write the plan, the looks, and the results that they have seen."""
-        seeds = self._plan.record.seeds[: standing.looks[-1].seeds] if standing.looks else ()
-        results = {
-            name: {seed: own[seed] for seed in seeds if seed in own} for name, own in self._results.items() if seeds
-        }
-        record = self._plan.record.model_copy(update={"results": results, "looks": standing.looks})
+        record = self._plan.record.model_copy(update={"results": standing.results, "looks": standing.looks})
         if record != self._record or not standing.looks:
             self._out.mkdir(parents=True, exist_ok=True)
             record.write(self._out)

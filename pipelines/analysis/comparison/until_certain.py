@@ -90,9 +90,7 @@ def read_record(folder: Path) -> Record | None:
     except OSError as error:
         raise AsgoError(f"{path}: {error.strerror}") from None
     except ValueError:
-        raise AsgoError(
-            f"{path}: not the record of a sweep until certain, without which its runs cannot be compared"
-        ) from None
+        raise AsgoError(f"{path}: damaged; without it, the runs of this sweep cannot be compared") from None
 
 
 @dataclass(frozen=True)
