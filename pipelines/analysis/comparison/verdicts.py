@@ -116,7 +116,7 @@ def _verdict(
         p=p,
         test=test.name,
         corrected=shown.bounds(1 - share * level),
-        seeds_needed=None if is_sequential or outcome != "cannot tell" else seeds_needed(shown, alpha),
+        seeds_needed=None if is_sequential or outcome != "cannot tell" else seeds_needed(shown, level),
     )
 
 
