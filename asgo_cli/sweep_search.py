@@ -35,7 +35,9 @@ def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int 
     if failures or _left(plan, runs):
         _end(plan, folder, runs, failures, as_json=False)
         raise AsgoError("the search has not ended: give the same command again when it has, on all workers")
-    return runs.results()
+    results = runs.results()
+    _warn_about(results, plan.metric)
+    return results
 
 
 def _train(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> tuple[SearchRuns, list[Failure]]:
@@ -146,6 +148,10 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
             for result in results
         ]
         console.show_table(("contender", "trials", "best", f"its {metric.name}", f"final {metric.plural}"), cells)
+    _warn_about(results, metric)
+
+
+def _warn_about(results: Sequence[SearchResult], metric: Metric) -> None:
     for result in results:
         if result.complete and result.settings is None:
             console.warn(

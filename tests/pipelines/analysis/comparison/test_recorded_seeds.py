@@ -81,8 +81,13 @@ def test_runs_given_one_by_one_or_through_links_are_recognized(folder: Path, tmp
         assert (verdict.test, verdict.p) == ("sequential", pytest.approx(expected_p(), rel=1e-9))
 
 
-def test_a_contender_from_elsewhere_has_the_usual_test_and_a_warning(folder: Path, tmp_path: Path) -> None:
-    write_runs(tmp_path / "other", "muon", [3.04, 3.01, 3.03, 3.05, 3.06])
+@pytest.mark.parametrize("place", ["other", "mine"])
+def test_a_contender_without_a_record_has_the_usual_test_and_a_warning(
+    place: str, folder: Path, tmp_path: Path
+) -> None:
+    if place == "other":
+        assert not [caution for caution in compare_runs([folder]).cautions if caution.startswith("Results decided")]
+    write_runs(tmp_path / place, "muon", [3.04, 3.01, 3.03, 3.05, 3.06])
     comparison = compare_runs([tmp_path])
     tests = {frozenset((each.first, each.second)): each.test for each in comparison.verdicts}
     assert tests == {
@@ -92,7 +97,6 @@ def test_a_contender_from_elsewhere_has_the_usual_test_and_a_warning(folder: Pat
     }
     warning = "Results decided how many seeds the contenders of mine got: tests of one of them and a contender"
     assert [caution for caution in comparison.cautions if caution.startswith(warning)]
-    assert not [caution for caution in compare_runs([folder]).cautions if caution.startswith("Results decided")]
 
 
 def test_other_seeds_of_a_contender_are_left_out_of_its_test_with_a_warning(folder: Path) -> None:
