@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,12 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
 
 
 def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> list[SearchResult]:
-    """Run the trials and final runs that remain; return the results if all have ended, else show them and raise."""
-    runs, failures = _train(plan, folder, slots, gpus)
-    if failures or _left(plan, runs):
-        _end(plan, folder, runs, failures, as_json=False)
-        raise AsgoError("the search has not ended: give the same command again when it has, on all workers")
+    """Run the trials that remain, without final runs; return the results, or show them and raise if some have none."""
+    trials = replace(plan, seeds=())
+    runs, failures = _train(trials, folder, slots, gpus)
+    if failures or _left(trials, runs):
+        _end(trials, folder, runs, failures, as_json=False)
+        raise AsgoError("the search has not ended on all workers; when it has, give the same command again")
     results = runs.results()
     _warn_about(results, plan.metric)
     return results

@@ -178,6 +178,7 @@ class UntilCertain:
         self._results: dict[str, dict[int, float | None]] = {name: {} for name in plan.runs}
         self._left: list[SweepRun] = []
         self._training: set[str] = set()
+        self._ended: set[str] = set()
         self._failed = False
         changed = self._record.differences(plan.record)
         if changed:
@@ -235,6 +236,8 @@ class UntilCertain:
         divergence = RunFolder(run.folder).divergence()
         if ending.kind == "failed" and divergence is not None:
             return Ending("done", f"diverged at step {divergence.step}")
+        if ending.kind == "done":
+            self._ended.add(run.run.name)
         self._failed = self._failed or ending.kind != "done"
         return ending
 
@@ -243,8 +246,9 @@ class UntilCertain:
         status, seed = run_status(run, self._out), run.config.seed
         if status.state == "done":
             read = read_run(run.name, status.folder, self._plan.metric.name)
-            if read.state not in ("finished", "diverged"):
+            if read.state in ("finished", "diverged"):
+                self._results[run.variant][seed] = read.final
+            elif run.name in self._ended:  # else it was killed before the last validation, and resumes there
                 raise AsgoError(f"{status.folder}: ended without a validation after the last step; remove it")
-            self._results[run.variant][seed] = read.final
         elif status.begun and RunFolder(status.folder).divergence() is not None:
             self._results[run.variant][seed] = None

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.until_certain import RECORD, read_record
+from pipelines.config import RunConfig
 from pipelines.errors import AsgoError, UsageError
 from pipelines.sweeps.definition import Sweep, SweepRun
 from pipelines.sweeps.queue import Ending
 from pipelines.sweeps.search_table import read_search
 from pipelines.sweeps.until_certain import Plan, Seeds, SeedWish, Standing, UntilCertain, plan_runs, standing_of
 from pipelines.tasks.metric import LOSS
+from pipelines.training.train import train
+from tests.conftest import SilentReporter
 from tests.long import sampled
 from tests.pipelines.analysis.comparison.run_folders import config_of, falling_to, record_divergence, write_run
 
@@ -148,6 +151,31 @@ def test_a_failed_run_ends_the_sweep_after_the_other_runs_of_its_look(tmp_path: 
         failure = Ending("failed", "the disk is full")
         assert source.ended(run, failure) == failure
     assert len(started) == 9
+
+
+def test_a_run_without_its_last_validation_resumes_and_is_an_error_if_that_does_not_help(
+    small_config: Callable[..., RunConfig], tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """As after a kill between the last step and the validation."""
+    runs = [
+        SweepRun(f"{name}-s{seed}", name, small_config(optimizer__name=name, seed=seed))
+        for seed in (1, 2)
+        for name in ("asgo", "adamw")
+    ]
+    for run in runs:
+        train(run.config, tmp_path / run.name, reporter)
+    path = tmp_path / "asgo-s1" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    source = UntilCertain(plan_runs(runs, Seeds((1, 2), (1, 2)), LOSS, None), tmp_path, lambda standing: None)
+    status = source.next()
+    assert status is not None
+    assert (status.run.name, status.state) == ("asgo-s1", "done")
+    source.ended(status, Ending("done", "done"))
+    with pytest.raises(AsgoError, match="asgo-s1: ended without a validation after the last step"):
+        source.next()
+    train(status.run.config, status.folder, reporter, resume=True)
+    assert source.next() is None
+    assert source.look().looks[-1].seeds == 2
 
 
 def test_while_runs_of_a_look_are_in_progress_there_is_no_next_look(tmp_path: Path) -> None:
