@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,13 +12,12 @@ from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
 from asgo_cli.names import SWEEPS, sweeps_and_files
-from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
+from asgo_cli.sweep_runs import raise_failures, run_facts, show_plan, train_runs
 from pipelines.errors import UsageError
 from pipelines.shell import command
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
-    from pipelines.sweeps.definition import SweepRun
     from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.status import RunStatus
 
@@ -26,18 +25,36 @@ EXAMPLES = examples(
     "asgo sweep asro-gpt-paper --dry-run",
     "asgo sweep asgo-nanogpt-paper --seeds 1,2,3 --gpus 4",
     "asgo sweep my.toml --slots 2 --set training.steps=500",
+    "asgo sweep my.toml --until-certain --max-seeds 10 --against adamw",
 )
 
 
+SourceArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME|FILE.toml",
+        help=f"A shipped sweep ({', '.join(SWEEPS)}), or a file of your own.",
+        autocompletion=sweeps_and_files,
+    ),
+]
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Number of parallel runs.", show_default="one per GPU, or one on the CPU"),
+]
+UntilCertainOption = Annotated[
+    bool, typer.Option("--until-certain", help="Add seeds to the runs of undecided pairs, until all are decided.")
+]
+MaxSeedsOption = Annotated[
+    int | None, typer.Option(min=2, max=100, metavar="N", help="Seeds at most, until certain.", show_default="8")
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Compare all other runs with this one only.", show_default="all pairs"),
+]
+
+
 def sweep(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME|FILE.toml",
-            help=f"A shipped sweep ({', '.join(SWEEPS)}), or a file of your own.",
-            autocompletion=sweeps_and_files,
-        ),
-    ],
+    source: SourceArgument,
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder of the runs.", show_default="runs/NAME")
     ] = None,
@@ -45,18 +62,16 @@ def sweep(
         str | None,
         typer.Option(metavar="1,2,3", help="Train every run with each of these seeds.", show_default="the file's"),
     ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Number of parallel runs.", show_default="one per GPU, or one on the CPU"
-        ),
-    ] = None,
+    slots: SlotsOption = None,
     gpus: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Number of GPUs to use, one run on each.", show_default="all")
     ] = None,
     assignments: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key in all runs.")
     ] = None,
+    until_certain: UntilCertainOption = False,
+    max_seeds: MaxSeedsOption = None,
+    against: AgainstOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the results as JSON.")] = False,
 ) -> None:
@@ -70,9 +85,18 @@ def sweep(
     from pipelines.sweeps.definition import read_sweep, resolve_runs
     from pipelines.sweeps.status import run_statuses
 
+    if not until_certain and (max_seeds, against) != (None, None):
+        raise UsageError("--max-seeds and --against are for --until-certain")
     definition = read_sweep(source)
     set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
     folder = out or Path("runs") / definition.name
+    if until_certain:
+        from asgo_cli.sweep_until import sweep_until_certain
+        from pipelines.sweeps.until_certain import SeedWish
+
+        wish = SeedWish(final_seeds, max_seeds, against)
+        sweep_until_certain(definition, set_layer, wish, folder, slots, gpus, dry_run, as_json)
+        return
     if definition.search is not None:
         from asgo_cli.sweep_search import search
         from pipelines.sweeps.contenders import plan_search
@@ -82,7 +106,7 @@ def sweep(
     runs = resolve_runs(definition, set_layer, final_seeds)
     plan = run_statuses(runs, folder)
     if dry_run:
-        _show_plan(plan, as_json)
+        show_plan(plan, as_json)
         return
     failures = _train(plan, folder, slots, gpus)
     _show_results(run_statuses(runs, folder), failures, as_json)
@@ -110,43 +134,12 @@ def _train(plan: Sequence[RunStatus], folder: Path, slots: int | None, gpus: int
     return train_runs(FixedRuns(left), [run.run for run in left], len(left), folder, slots, gpus)
 
 
-def _facts(run: SweepRun) -> dict[str, Any]:
-    config = run.config
-    return {"run": run.name, "seed": config.seed, "optimizer": config.optimizer.name, "lr": config.optimizer.lr}
-
-
-def _show_plan(plan: Sequence[RunStatus], as_json: bool) -> None:
-    total, left = sum(run.tokens for run in plan), sum(run.tokens_left for run in plan)
-    unit = task_of(plan[0].run.config).unit
-    if as_json:
-        rows = [
-            {**_facts(run.run), "steps": run.run.config.training.steps, unit: run.tokens, "state": run.state}
-            for run in plan
-        ]
-        console.show_json({"runs": rows, unit: total, f"{unit}_left": left})
-        return
-    cells = [
-        (
-            run.run.name,
-            run.run.config.optimizer.name,
-            f"{run.run.config.optimizer.lr:g}",
-            f"{run.run.config.training.steps:,}",
-            rounded(run.tokens),
-            run.state,
-        )
-        for run in plan
-    ]
-    console.show_table(("run", "optimizer", "lr", "steps", unit, "state"), cells)
-    console.show_facts([(f"{len(plan)} runs", f"{total:,} {unit}, {left:,} of them left")])
-    console.say("dry run: nothing was written")
-
-
 def _show_results(results: Sequence[RunStatus], failures: Sequence[Failure], as_json: bool) -> None:
     failed = {run.name: run for run in failures}
     metrics = task_of(results[0].run.config).metrics
     rows = [
         {
-            **_facts(run.run),
+            **run_facts(run.run),
             "state": "failed" if run.run.name in failed else run.state,
             **{f"validation_{metric.name}": last.get(metric.name) for metric in metrics},
             "folder": str(run.folder),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class SweepProgress(RunBars):
     """Draws the progress of `count` runs on stderr."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int | str) -> None:
         super().__init__()
         self._count = count
         self._started = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +27,42 @@ if TYPE_CHECKING:
 
 def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, dry_run: bool, as_json: bool) -> None:
     """Run the trials and final runs that remain, or show the plan."""
-    from pipelines.sweeps.search import is_begun, open_search, record_search
-
     if dry_run:
-        _show_plan(plan, open_search(plan, folder) if is_begun(folder) else None, as_json)
+        show_search_plan(plan, folder, as_json)
         return
+    runs, failures = _train(plan, folder, slots, gpus)
+    _end(plan, folder, runs, failures, as_json)
+
+
+def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> list[SearchResult]:
+    """Run the trials that remain, without final runs; return the results, or show them and raise if some have none."""
+    trials = replace(plan, seeds=())
+    runs, failures = _train(trials, folder, slots, gpus)
+    if failures or _left(trials, runs):
+        _end(trials, folder, runs, failures, as_json=False)
+        raise AsgoError("the search has not ended on all workers; when it has, give the same command again")
+    results = runs.results()
+    _warn_about(results, plan.metric)
+    return results
+
+
+def _train(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> tuple[SearchRuns, list[Failure]]:
+    from pipelines.sweeps.search import open_search, record_search
+
     runs = open_search(plan, folder)
     left = _left(plan, runs)
-    failures: list[Failure] = []
-    if left or not runs.is_tidy():
-        runs.extend()
-        record_search(plan, folder)
-        failures = train_runs(runs, [contender.whole for contender in plan.contenders], left, folder, slots, gpus)
-    _show_results(plan, runs, failures, folder, as_json)
+    if not left and runs.is_tidy():
+        return runs, []
+    runs.extend()
+    record_search(plan, folder)
+    whole = [contender.whole for contender in plan.contenders]
+    return runs, train_runs(runs, whole, left, folder, slots, gpus)
+
+
+def _end(plan: SearchPlan, folder: Path, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
+    _show_results(plan, runs, failures, as_json)
+    if any(result.complete and result.on_edge for result in runs.results()):
+        _suggest_more_trials(plan, folder)
     console.suggest_next(export_command(folder))
     raise_failures(failures)
     _raise_left_elsewhere(runs)
@@ -64,7 +88,11 @@ def _finals(plan: SearchPlan) -> list[tuple[str, Contender]]:
     return [(contender.final_name(seed), contender) for contender in plan.contenders for seed in plan.seeds]
 
 
-def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None:
+def show_search_plan(plan: SearchPlan, folder: Path, as_json: bool, most_seeds: int | None = None) -> None:
+    """Show trials, final runs and their cost, and that of up to `most_seeds` final runs of each contender."""
+    from pipelines.sweeps.search import is_begun, open_search
+
+    runs = open_search(plan, folder) if is_begun(folder) else None
     done = {} if runs is None else {result.contender.name: result.trials for result in runs.results()}
     ended = set() if runs is None else _ended_finals(plan, runs)
     trial = {contender.name: _tokens(contender.own_trial) for contender in plan.contenders}
@@ -73,6 +101,7 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
     left = sum(total.values()) - sum(done.get(name, 0) * count for name, count in trial.items())
     left -= sum(final[contender.name] for name, contender in _finals(plan) if name in ended)
     unit = task_of(plan.contenders[0].config).unit
+    more = 0 if most_seeds is None else (most_seeds - len(plan.seeds)) * sum(final.values())
     if as_json:
         rows = [
             {
@@ -88,7 +117,8 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
             for contender in plan.contenders
         ]
         everything = sum(total.values())
-        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: everything, f"{unit}_left": left})
+        most = {} if most_seeds is None else {f"{unit}_at_most": everything + more}
+        console.show_json({"contenders": rows, "seeds": plan.seeds, unit: everything, f"{unit}_left": left, **most})
         return
     cells = [
         (name, _points(contender), f"{done.get(name, 0)} of {plan.search.trials}", *map(rounded, sizes))
@@ -101,7 +131,10 @@ def _show_plan(plan: SearchPlan, runs: SearchRuns | None, as_json: bool) -> None
     counts = f"{len(cells) * plan.search.trials} trials and {len(_finals(plan))} final runs"
     may_stay = runs is not None and len(ended) < sum(value is not None for value in runs.final_values().values())
     at_most = "at most " if plan.search.pruner != "none" or may_stay else ""
-    console.show_facts([(counts, f"{at_most}{sum(total.values()):,} {unit}, {left:,} of them left")])
+    facts = [(counts, f"{at_most}{sum(total.values()):,} {unit}, {left:,} of them left")]
+    if most_seeds is not None:
+        facts.append((f"until certain, at most {most_seeds} seeds", f"at most {more:,} {unit} more"))
+    console.show_facts(facts)
     for line in _shortened(plan.contenders):
         console.say(f"shorter trials: {line}")
     console.say("dry run: nothing was written")
@@ -130,7 +163,7 @@ def _shortened(contenders: Sequence[Contender]) -> list[str]:
     return [f"{words} ({', '.join(names)})" if len(found) > 1 else words for words, names in found.items() if words]
 
 
-def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], folder: Path, as_json: bool) -> None:
+def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:
     metric, ended, results = plan.metric, runs.final_values(), runs.results()
     finals = {
         result.contender.name: {seed: ended.get(result.contender.final_name(seed)) for seed in plan.seeds}
@@ -152,6 +185,10 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
             for result in results
         ]
         console.show_table(("contender", "trials", "best", f"its {metric.name}", f"final {metric.plural}"), cells)
+    _warn_about(results, metric)
+
+
+def _warn_about(results: Sequence[SearchResult], metric: Metric) -> None:
     for result in results:
         if result.complete and result.settings is None:
             console.warn(
@@ -162,8 +199,6 @@ def _show_results(plan: SearchPlan, runs: SearchRuns, failures: Sequence[Failure
                 f"{result.contender.name}: its best, {_words(result.settings)}, lies on the edge of the tried"
                 f" values of {' and '.join(map(short_key, result.on_edge))}"
             )
-    if any(result.complete and result.on_edge for result in results):
-        _suggest_more_trials(plan, folder)
 
 
 def _suggest_more_trials(plan: SearchPlan, folder: Path) -> None:

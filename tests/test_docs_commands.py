@@ -33,6 +33,7 @@ ELSEWHERE = {
     "--nodes": "needs several machines",
     "--processes": "takes seconds to start: tests/asgo_cli/test_launch.py does it",
     "--branch": "needs a run of thousands of steps: tests/asgo_cli/test_branch.py does it on less",
+    "--until-certain": "trains many runs: tests/asgo_cli/test_sweep_until.py does it on less",
     "fineweb": "needs a network: tests/pipelines/data/corpus has a hub of its own",
     "openwebtext": "needs a copy of the hub's files: tests/pipelines/data/corpus makes one",
     "torchvision": "needs a network: tests/pipelines/data/image_sources makes such files",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipelines.analysis.comparison.branches import drawn_from_their_parents
@@ -26,6 +26,7 @@ from pipelines.analysis.comparison.read_logs import without_cut_short
 from pipelines.analysis.comparison.read_runs import read_runs
 from pipelines.analysis.comparison.results import Comparison, Entry, Run, Target
 from pipelines.analysis.comparison.rules import EvidenceRule
+from pipelines.analysis.comparison.until_certain import Member, members_of, mixing_cautions, recorded_reference
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
 from pipelines.tasks import TASKS
@@ -46,8 +47,8 @@ def compare_runs(
     `target` is a validation loss to reach, in nats, or an accuracy, as a fraction; `confidence` is that of intervals
     and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES`; `metric_name` is a name in
     `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule; `against` is
-    a contender's label or optimizer, with which all others are tested, instead of all pairs; `columns` names columns of
-    logs, as `logs.column_names.parse_columns` reads it.
+    a contender's label or optimizer, with which all others are tested, instead of all pairs; by default that of the
+    sweep that added seeds until certain; `columns` names columns of logs, see `logs.column_names.parse_columns`.
 
     Raises:
         UsageError: a path contains no run, the runs have different tasks or metrics, a number is out of range, the rule
@@ -69,12 +70,14 @@ def compare_runs(
     aim = _target(contenders_of(entries), target, asked, metric)
     entries = [with_reach(entry, aim, metric) for entry in entries]
     contenders = contenders_of(entries)
-    reference = None if against is None else contender_named(contenders, against, "--against")
+    members = members_of(contenders)
+    reference = _reference(contenders, against, members)
     sensitivities = sensitivities_of(families, labels)
-    evidence = () if asked is None else evidence_of(asked, entries, contenders)
-    judged = verdicts(contenders, confidence, metric, reference)
+    evidence = () if asked is None else evidence_of(asked, entries, contenders, members)
+    judged = verdicts(contenders, confidence, metric, reference, members)
     cautions = left_out + ([] if asked is None else evidence_cautions(asked, evidence, left_out))
-    cautions += log_cautions(entries, judged, metric) + cautions_of(runs, entries, contenders, sensitivities, metric)
+    cautions += mixing_cautions(contenders, members) + log_cautions(entries, judged, metric)
+    cautions += cautions_of(runs, entries, contenders, sensitivities, metric)
     return Comparison(
         task=task,
         unit="tokens" if task is None else TASKS[task].unit,
@@ -82,7 +85,7 @@ def compare_runs(
         entries=tuple(entries),
         contenders=tuple(contenders),
         verdicts=judged,
-        rule=rule(confidence, metric, reference),
+        rule=rule(confidence, metric, reference, members),
         confidence=confidence,
         against=reference,
         target=aim,
@@ -101,6 +104,13 @@ def _target(
     if rule is not None and target is None:
         return Target(rule.target, f"the target of {rule.name}")
     return target_of(contenders, target, metric)
+
+
+def _reference(contenders: Sequence[Entry], asked: str | None, members: Mapping[str, Member]) -> Entry | None:
+    """Return the contender that is asked for, or else the one that a sweep until certain has recorded."""
+    if asked is None:
+        return recorded_reference(contenders, members)
+    return contender_named(contenders, asked, "--against")
 
 
 def _metric_of_rules(asked: str | None) -> str:

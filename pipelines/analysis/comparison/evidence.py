@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from pipelines.analysis.comparison.results import Entry, Evidence
 from pipelines.analysis.comparison.rules import RULES, EvidenceRule
@@ -21,19 +21,25 @@ def rule_named(name: str) -> EvidenceRule:
     return RULES[name]
 
 
-def evidence_of(rule: EvidenceRule, entries: Sequence[Entry], contenders: Sequence[Entry]) -> tuple[Evidence, ...]:
-    """Return the evidence of each contender; `entries` also has the settings that are not contenders."""
-    return tuple(_evidence(rule, entry, entries) for entry in contenders)
+def evidence_of(
+    rule: EvidenceRule, entries: Sequence[Entry], contenders: Sequence[Entry], until_certain: Collection[str] = ()
+) -> tuple[Evidence, ...]:
+    """Return the evidence of each contender; `entries` also has the settings that are not contenders.
+
+    `until_certain` are the labels of contenders whose results decided how many seeds they have.
+    """
+    return tuple(_evidence(rule, entry, entries, entry.label in until_certain) for entry in contenders)
 
 
-def _evidence(rule: EvidenceRule, entry: Entry, entries: Sequence[Entry]) -> Evidence:
+def _evidence(rule: EvidenceRule, entry: Entry, entries: Sequence[Entry], until_certain: bool) -> Evidence:
     final = entry.final
+    objections = [*_objections(rule, entry), *["results decided how many seeds it has"] * until_certain]
     return Evidence(
         entry=entry,
         margin=None if final is None else rule.margin(final.mean, final.count),
         is_met=final is not None and rule.is_met(final.mean, final.count),
         runs_needed=None if final is None else rule.runs_needed(final.mean),
-        objections=tuple(_objections(rule, entry)),
+        objections=tuple(objections),
         doubts=tuple(_doubts(rule, entry, entries)),
     )
 

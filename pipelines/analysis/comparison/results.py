@@ -22,7 +22,7 @@ State = Literal["finished", "unfinished", "diverged", "empty"]
 or not below the untrained model's; empty: nothing recorded yet."""
 
 Outcome = Literal["better", "worse", "cannot tell"]
-TestName = Literal["paired", "Welch"]
+TestName = Literal["paired", "Welch", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,8 @@ class Verdict:
     corrected: tuple[float, float] | None = None
     """Ends of the difference's interval at the level of Holm's procedure: without 0 only if the outcome is certain."""
     seeds_needed: int | None = None
-    """How many seeds each would need in total to tell; see `t_tests.seeds_needed`. None if the outcome is certain."""
+    """How many seeds each would need in total to tell; see `t_tests.seeds_needed`. None if the outcome is certain, and
+    for a sequential test, whose number of seeds is limited from the beginning."""
 
 
 @dataclass(frozen=True)

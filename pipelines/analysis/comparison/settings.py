@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.analysis.comparison.results import Run
-from pipelines.config import MAY_CHANGE_ON_RESUME, flatten
+from pipelines.config import MAY_CHANGE_ON_RESUME, RunConfig, flatten
 from pipelines.storage import printable
 
 Settings = Mapping[str, Any]
@@ -29,11 +29,15 @@ def settings_of(run: Run) -> Settings:
     """
     if run.config is None:
         return {"optimizer.name": run.optimizer, "training.steps": run.steps or "unknown", LOG: True}
-    flat = flatten(run.config.model_dump(mode="json"))
-    kept = {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
     branch = ",".join(f"{ancestor.optimizer}@{ancestor.step}" for ancestor in run.lineage)
     code = {"optimizer.code": run.optimizer_sha256} if run.optimizer_sha256 else {}
-    return {**kept, **code, _DATA: run.data.get("fingerprint"), "branch": branch or "no"}
+    return {**settings_in(run.config), **code, _DATA: run.data.get("fingerprint"), "branch": branch or "no"}
+
+
+def settings_in(config: RunConfig) -> dict[str, Any]:
+    """Return those of `settings_of` that are in the configuration."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
 
 
 def identity(settings: Settings) -> str:

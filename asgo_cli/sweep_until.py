@@ -1,0 +1,134 @@
+"""`asgo sweep --until-certain`: its runs, a line after each look, and its verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from asgo_cli import console
+from asgo_cli.sweep_runs import raise_failures, show_plan, train_runs
+from pipelines.shell import command
+from pipelines.tasks import TASKS
+
+if TYPE_CHECKING:
+    from pipelines.resolve import Layer
+    from pipelines.sweeps.definition import Sweep
+    from pipelines.sweeps.queue import Failure
+    from pipelines.sweeps.until_certain import Plan, SeedWish, Standing
+
+
+def sweep_until_certain(
+    definition: Sweep,
+    set_layer: Layer,
+    wish: SeedWish,
+    folder: Path,
+    slots: int | None,
+    gpus: int | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train the runs of a list, or the final runs of a search, until all pairs are decided; or show the plan."""
+    from pipelines.sweeps.definition import resolve_runs
+    from pipelines.sweeps.status import run_statuses
+    from pipelines.sweeps.until_certain import plan_runs
+
+    seeds = wish.seeds(definition)
+    if definition.search is None:
+        runs = resolve_runs(definition, set_layer, seeds.all)
+        plan = plan_runs(runs, seeds, TASKS[definition.task].metrics[0], wish.against)
+        if dry_run:
+            show_plan(run_statuses(plan.first_runs, folder), as_json, run_statuses(runs, folder))
+            return
+    else:
+        from asgo_cli.sweep_search import best_of_search, show_search_plan
+        from pipelines.sweeps.contenders import plan_search
+
+        search = plan_search(definition, set_layer, seeds.first)
+        runs = [contender.final({}, seed) for seed in seeds.all for contender in search.contenders]
+        plan_runs(runs, seeds, search.metric, wish.against)  # errors come before the search
+        if dry_run:
+            show_search_plan(search, folder, as_json, len(seeds.all))
+            return
+        best = [each for each in best_of_search(search, folder, slots, gpus) if each.settings is not None]
+        runs = [each.contender.final(each.settings or {}, seed) for seed in seeds.all for each in best]
+        plan = plan_runs(runs, seeds, search.metric, wish.against)
+    _train(plan, folder, slots, gpus, as_json)
+
+
+def _train(plan: Plan, folder: Path, slots: int | None, gpus: int | None, as_json: bool) -> None:
+    from pipelines.sweeps.until_certain import UntilCertain
+
+    source = UntilCertain(plan, folder, lambda standing: _say_look(plan, standing))
+    standing = source.look()
+    failures: list[Failure] = []
+    if standing.missing:
+        most = sum(map(len, plan.runs.values())) - source.trained
+        failures = train_runs(source, plan.first_runs, f"at most {most}", folder, slots, gpus)
+        standing = source.look()
+    else:
+        source.record(standing)
+    _show_verdicts(plan, standing, failures, as_json)
+    console.suggest_next(command("asgo", "compare", folder))
+    raise_failures(failures)
+
+
+def _say_look(plan: Plan, standing: Standing) -> None:
+    if standing.looks and standing.missing:
+        look = standing.looks[-1]
+        growing = ", ".join(dict.fromkeys(run.variant for run in standing.missing))
+        undecided = f"{len(look.undecided)} of {len(standing.verdicts)} pairs undecided"
+        console.say(f"look after {look.seeds} seeds: {undecided}; seed {plan.record.seeds[look.seeds]} of {growing}")
+
+
+def _show_verdicts(plan: Plan, standing: Standing, failures: Sequence[Failure], as_json: bool) -> None:
+    metric, seeds = plan.metric, {name: len(own) for name, own in standing.results.items()}
+    diverged = [name for name, own in standing.results.items() if None in own.values()]
+    most = len(plan.record.seeds) * len(seeds)
+    if as_json:
+        verdicts = [
+            {
+                "first": each.first,
+                "second": each.second,
+                "outcome": each.outcome,
+                "difference": None if each.difference is None else each.difference.mean,
+                "p": each.p,
+            }
+            for each in standing.verdicts
+        ]
+        reasons = [{"run": run.name, "reason": run.reason, "log": str(run.log)} for run in failures]
+        console.show_json(
+            {
+                "verdicts": verdicts,
+                "looks": [look.model_dump() for look in standing.looks],
+                "seeds": seeds,
+                "diverged": diverged,
+                "runs": sum(seeds.values()),
+                "runs_with_all_seeds": most,
+                "failures": reasons,
+            }
+        )
+        return
+    cells = [
+        (
+            each.first,
+            each.second,
+            each.outcome,
+            "" if each.difference is None else metric.difference(each.difference.mean, "+") + metric.difference_unit,
+            "" if each.p is None else f"{each.p:.2g}",
+        )
+        for each in standing.verdicts
+    ]
+    if cells:
+        console.show_table(("first", "second", "the first is", "first minus second", "p, corrected"), cells)
+    decided = sum(each.outcome != "cannot tell" for each in standing.verdicts)
+    counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
+    console.show_facts(
+        [
+            (f"{decided} of {len(cells)} pairs decided", f"at {plan.record.confidence:.0%}, by the sequential test"),
+            ("seeds", counts),
+            (f"{sum(seeds.values())} runs", f"{len(plan.record.seeds)} seeds of all are {most} runs"),
+        ]
+    )
+    for name in diverged:
+        console.warn(f"{name}: a run diverged, so it got no further seeds")
