@@ -57,9 +57,7 @@ def compare_runs(
     """
     if not 0 < confidence < 1:
         raise UsageError(f"the confidence must be between 0 and 1, not {confidence}; 0.95 is usual")
-    asked = None if evidence_rule is None else rule_named(evidence_rule)
-    if asked is not None:
-        metric_name = _metric_of_rules(metric_name)
+    asked, metric_name = _rule_and_metric(evidence_rule, metric_name)
     runs, left_out = read_runs(find_runs(paths), metric_name, parse_columns(columns))
     runs = without_cut_short(drawn_from_their_parents(runs))
     task, metric = _common_task(runs), _common_metric(runs)
@@ -113,11 +111,14 @@ def _reference(contenders: Sequence[Entry], asked: str | None, members: Mapping[
     return contender_named(contenders, asked, "--against")
 
 
-def _metric_of_rules(asked: str | None) -> str:
-    """Return the metric of all evidence rules. Raise `UsageError` if another is asked for."""
-    if asked not in (None, LOSS.name):
-        raise UsageError(f"--rule is about {LOSS.plural}: leave out --metric {asked}")
-    return LOSS.name
+def _rule_and_metric(name: str | None, metric: str | None) -> tuple[EvidenceRule | None, str | None]:
+    """Return the rule with this name, and the metric: with a rule, the loss. Raise `UsageError` if they do not fit."""
+    if name is None:
+        return None, metric
+    asked = rule_named(name)
+    if metric not in (None, LOSS.name):
+        raise UsageError(f"--rule is about {LOSS.plural}: leave out --metric {metric}")
+    return asked, LOSS.name
 
 
 def _check_target(target: float | None, metric: Metric) -> None:
