@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from asgo_cli import (
     bench,
+    claim,
     compare,
     console,
     data,
@@ -39,6 +40,7 @@ _ORDER = (
     "train",
     "sweep",
     "compare",
+    "claim",
     "viz",
     "export-metrics",
     "export-model",
@@ -76,6 +78,7 @@ app = typer.Typer(
 app.add_typer(data.app, name="data")
 app.add_typer(train.app, name="train")
 app.command("sweep", epilog=sweep.EXAMPLES)(sweep.sweep)
+app.command("claim", epilog=claim.EXAMPLES)(claim.claim)
 app.command("compare", epilog=compare.EXAMPLES)(compare.compare)
 app.command("viz", epilog=viz.EXAMPLES)(viz.viz)
 app.command("export-metrics", epilog=export.EXAMPLES)(export.export_metrics)

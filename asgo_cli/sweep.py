@@ -18,8 +18,10 @@ from pipelines.shell import command
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
+    from pipelines.sweeps.definition import Sweep
     from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.status import RunStatus
+    from pipelines.sweeps.until_certain import SeedWish
 
 EXAMPLES = examples(
     "asgo sweep asro-gpt-paper --dry-run",
@@ -112,6 +114,33 @@ def sweep(
     _show_results(run_statuses(runs, folder), failures, as_json)
     console.suggest_next(export_command(folder), command("asgo", "compare", folder))
     raise_failures(failures)
+
+
+def train_sweep(definition: Sweep, folder: Path, slots: int | None, gpus: int | None, wish: SeedWish | None) -> None:
+    """Train what is missing of a sweep, with `wish` until certain; raise `AsgoError` if some runs have not ended.
+
+    A run that diverged has ended: it is not trained again.
+    """
+    from pipelines.resolve import assignment_layer
+    from pipelines.sweeps.definition import resolve_runs
+    from pipelines.sweeps.status import run_statuses
+
+    nothing_set = assignment_layer([])
+    if wish is not None:
+        from asgo_cli.sweep_until import train_until_certain
+
+        _, _, failures = train_until_certain(definition, nothing_set, wish, folder, slots, gpus)
+        raise_failures(failures)
+    elif definition.search is not None:
+        from asgo_cli.sweep_search import train_search
+        from pipelines.sweeps.contenders import plan_search
+
+        train_search(plan_search(definition, nothing_set), folder, slots, gpus)
+    else:
+        runs = run_statuses(resolve_runs(definition, nothing_set), folder)
+        failures = _train([run for run in runs if not run.diverged], folder, slots, gpus)
+        diverged = {run.run.name for run in runs if run.diverged}
+        raise_failures([failure for failure in failures if failure.name not in diverged])
 
 
 def _parse_seeds(text: str | None) -> list[int]:

@@ -34,6 +34,13 @@ def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, 
     _end(plan, folder, runs, failures, as_json)
 
 
+def train_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> None:
+    """Run the trials and final runs that remain; raise `AsgoError` if some have not ended."""
+    runs, failures = _train(plan, folder, slots, gpus)
+    raise_failures(failures)
+    _raise_left_elsewhere(runs)
+
+
 def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> list[SearchResult]:
     """Run the trials that remain, without final runs; return the results, or show them and raise if some have none."""
     trials = replace(plan, seeds=())

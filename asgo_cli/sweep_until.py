@@ -13,6 +13,7 @@ from pipelines.tasks import TASKS
 
 if TYPE_CHECKING:
     from pipelines.resolve import Layer
+    from pipelines.sweeps.contenders import SearchPlan
     from pipelines.sweeps.definition import Sweep
     from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.until_certain import Plan, SeedWish, Standing
@@ -29,34 +30,68 @@ def sweep_until_certain(
     as_json: bool,
 ) -> None:
     """Train the runs of a list, or the final runs of a search, until all pairs are decided; or show the plan."""
-    from pipelines.sweeps.definition import resolve_runs
+    if dry_run:
+        _show_plan(definition, set_layer, wish, folder, as_json)
+        return
+    plan, standing, failures = train_until_certain(definition, set_layer, wish, folder, slots, gpus)
+    _show_verdicts(plan, standing, failures, as_json)
+    console.suggest_next(command("asgo", "compare", folder))
+    raise_failures(failures)
+
+
+def _show_plan(definition: Sweep, set_layer: Layer, wish: SeedWish, folder: Path, as_json: bool) -> None:
     from pipelines.sweeps.status import run_statuses
-    from pipelines.sweeps.until_certain import plan_runs
 
     seeds = wish.seeds(definition)
     if definition.search is None:
-        runs = resolve_runs(definition, set_layer, seeds.all)
-        plan = plan_runs(runs, seeds, TASKS[definition.task].metrics[0], wish.against)
-        if dry_run:
-            show_plan(run_statuses(plan.first_runs, folder), as_json, run_statuses(runs, folder))
-            return
+        plan = _plan_of_list(definition, set_layer, wish)
+        every = [run for runs in plan.runs.values() for run in runs]
+        show_plan(run_statuses(plan.first_runs, folder), as_json, run_statuses(every, folder))
     else:
-        from asgo_cli.sweep_search import best_of_search, show_search_plan
-        from pipelines.sweeps.contenders import plan_search
+        from asgo_cli.sweep_search import show_search_plan
 
-        search = plan_search(definition, set_layer, seeds.first)
-        runs = [contender.final({}, seed) for seed in seeds.all for contender in search.contenders]
-        plan_runs(runs, seeds, search.metric, wish.against)  # errors come before the search
-        if dry_run:
-            show_search_plan(search, folder, as_json, len(seeds.all))
-            return
+        show_search_plan(_checked_search(definition, set_layer, wish), folder, as_json, len(seeds.all))
+
+
+def train_until_certain(
+    definition: Sweep, set_layer: Layer, wish: SeedWish, folder: Path, slots: int | None, gpus: int | None
+) -> tuple[Plan, Standing, list[Failure]]:
+    """Train what is missing, the trials of a search first; return what is known then, and the runs that failed."""
+    if definition.search is None:
+        plan = _plan_of_list(definition, set_layer, wish)
+    else:
+        from asgo_cli.sweep_search import best_of_search
+        from pipelines.sweeps.until_certain import plan_runs
+
+        seeds, search = wish.seeds(definition), _checked_search(definition, set_layer, wish)
         best = [each for each in best_of_search(search, folder, slots, gpus) if each.settings is not None]
         runs = [each.contender.final(each.settings or {}, seed) for seed in seeds.all for each in best]
         plan = plan_runs(runs, seeds, search.metric, wish.against)
-    _train(plan, folder, slots, gpus, as_json)
+    return plan, *_train(plan, folder, slots, gpus)
 
 
-def _train(plan: Plan, folder: Path, slots: int | None, gpus: int | None, as_json: bool) -> None:
+def _plan_of_list(definition: Sweep, set_layer: Layer, wish: SeedWish) -> Plan:
+    from pipelines.sweeps.definition import resolve_runs
+    from pipelines.sweeps.until_certain import plan_runs
+
+    seeds = wish.seeds(definition)
+    runs = resolve_runs(definition, set_layer, seeds.all)
+    return plan_runs(runs, seeds, TASKS[definition.task].metrics[0], wish.against)
+
+
+def _checked_search(definition: Sweep, set_layer: Layer, wish: SeedWish) -> SearchPlan:
+    """Return the plan of the search, after a check of the final runs: their errors come before the search."""
+    from pipelines.sweeps.contenders import plan_search
+    from pipelines.sweeps.until_certain import plan_runs
+
+    seeds = wish.seeds(definition)
+    search = plan_search(definition, set_layer, seeds.first)
+    runs = [contender.final({}, seed) for seed in seeds.all for contender in search.contenders]
+    plan_runs(runs, seeds, search.metric, wish.against)
+    return search
+
+
+def _train(plan: Plan, folder: Path, slots: int | None, gpus: int | None) -> tuple[Standing, list[Failure]]:
     from pipelines.sweeps.until_certain import UntilCertain
 
     source = UntilCertain(plan, folder, lambda standing: _say_look(plan, standing))
@@ -68,9 +103,7 @@ def _train(plan: Plan, folder: Path, slots: int | None, gpus: int | None, as_jso
         standing = source.look()
     else:
         source.record(standing)
-    _show_verdicts(plan, standing, failures, as_json)
-    console.suggest_next(command("asgo", "compare", folder))
-    raise_failures(failures)
+    return standing, failures
 
 
 def _say_look(plan: Plan, standing: Standing) -> None:

@@ -53,6 +53,7 @@ ELSEWHERE = {
 
 OF_A_RUN = {key: value for key, value in SMALL.items() if not key.startswith("model.")}
 SWEEP = 'task = "gpt"\npreset = "tiny"\n[data]\nfolder = "data/text"\n[grid]\noptimizer.name = ["asgo", "adamw"]\n'
+CLAIM = 'runs = ["runs/my"]\n[statement]\ncontender = "asgo"\nbetter_than = "adamw"\n'
 FILES = {"sweeps.md": SWEEP, "README.md": SWEEP, "training.md": "[data]\nfolder = 'data/text'\n"}
 """What `my.toml` is on a page."""
 
@@ -119,6 +120,7 @@ def test_a_command_in_the_documents_does_its_work(
     monkeypatch.chdir(tmp_path / "world")
     page = request.node.callspec.id.partition(":")[0]
     Path("my.toml").write_text(FILES.get(page, ""))
+    Path("asgo-beats-adamw.toml").write_text(CLAIM)
     if page == "export.md":
         Path("b1").rename("runs/b1")
     if "--out" in words and "--resume" not in words:

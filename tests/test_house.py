@@ -66,7 +66,7 @@ LAYERS = (
     {"exchange", "generation"},
     {"analysis"},
     {"sweeps"},
-    {"benchmarks", "demo", "doctor"},
+    {"benchmarks", "claim", "demo", "doctor"},
 )
 """The packages and modules of `pipelines`, lowest first. One imports its own layer and those before it.
 

@@ -101,6 +101,14 @@ def test_the_results_are_those_of_the_sweep_beside_them(table: Path) -> None:
     assert {run["steps"] for run in rows(table.parent / "runs.csv")} == {str(sweep["training"]["steps"])}
 
 
+def test_the_claims_are_answered_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    claims = sorted((RESULTS / "claims").glob("*.toml"))
+    result = CliRunner().invoke(app, ["claim", *map(str, claims), "--table", str(tmp_path / "claims.md")])
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "claims.md").read_text() == (RESULTS / "claims/claims.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["abs_sum", "inseparable_l2"])
 def test_the_trajectories_end_where_the_table_says(name: str) -> None:
     (function,) = [

@@ -17,6 +17,7 @@ BENCHES := optimizers train data loader
 
 .PHONY: results
 results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(BENCHES:%=$(RESULTS)/costs/%.txt)
+	$(BIN)/asgo claim $(RESULTS)/claims/*.toml --slots $(SLOTS) --table $(RESULTS)/claims/claims.md
 	$(BIN)/python $(RESULTS)/assemble.py
 
 $(RESULTS)/functions/functions.json:

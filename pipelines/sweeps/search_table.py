@@ -122,7 +122,7 @@ def read_search(values: Mapping[str, Any]) -> Search:
         try:
             space[setting] = _dimension(written)
         except ValidationError as error:
-            problems += _lines(error, place)
+            problems += validation_lines(error, place)
         except UsageError as error:
             problems.append(f"{place}: {error}")
     if "seed" in space:
@@ -131,7 +131,7 @@ def read_search(values: Mapping[str, Any]) -> Search:
         try:
             return Search.model_validate({**table, "space": space})
         except ValidationError as error:
-            problems = list(_lines(error, "search"))
+            problems = list(validation_lines(error, "search"))
     raise UsageError("\n".join(problems))
 
 
@@ -163,7 +163,8 @@ def _dimension(written: Any) -> Dimension:
     raise UsageError("write { factor, points }, { low, high } or a list of values")
 
 
-def _lines(error: ValidationError, place: str) -> Iterable[str]:
+def validation_lines(error: ValidationError, place: str) -> Iterable[str]:
+    """Yield a line for each error, with the key in the table `place`."""
     for details in error.errors():
         where = ".".join([place, *map(str, details["loc"])])
         message = details["msg"].removeprefix("Input ").removeprefix("Value error, ")

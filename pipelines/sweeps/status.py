@@ -46,6 +46,11 @@ class RunStatus:
         training = self.run.config.training
         return (training.steps - self.step) * training.batch_size * self.run.tokens_per_sample
 
+    @property
+    def diverged(self) -> bool:
+        """Whether its last attempt diverged."""
+        return RunFolder(self.folder).divergence() is not None
+
     def final_metrics(self) -> dict[str, float]:
         """Return the task's metrics after the last step, by name; empty for a run that is not done."""
         rows = RunFolder(self.folder).rows() if self.state == "done" else []

@@ -48,7 +48,7 @@ def verdicts(
     With `against`, only those of the pairs with that contender, which is the second of each. `members` are contenders,
     by label, whose seeds were added until certain.
     """
-    sides = list(_sides(contenders, members or {}))
+    sides = list(sides_of(contenders, members or {}))
     return judge(pairs_of(sides, None if against is None else against.label), confidence, metric)
 
 
@@ -71,7 +71,8 @@ def judge(pairs: Sequence[tuple[Side, Side]], confidence: float, metric: Metric)
     )
 
 
-def _sides(contenders: Sequence[Entry], members: Mapping[str, Member]) -> Iterator[Side]:
+def sides_of(contenders: Sequence[Entry], members: Mapping[str, Member]) -> Iterator[Side]:
+    """Yield the sides of the contenders with a finished run."""
     for entry in contenders:
         if entry.final is not None:
             found = [(run.seed, run.final) for run in entry.runs if run.final is not None]

@@ -1,0 +1,155 @@
+"""`asgo claim`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from asgo_cli import console
+from asgo_cli.help_text import examples
+from pipelines.errors import UsageError
+from pipelines.shell import command
+
+if TYPE_CHECKING:
+    from pipelines.analysis.comparison.results import Interval
+    from pipelines.claim import Claim, Judgement
+    from pipelines.tasks.metric import Metric
+
+EXAMPLES = examples("asgo claim asgo-beats-adamw.toml", "asgo claim claims/*.toml --json")
+
+
+def claim(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.toml...", help="Claims.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Folder of the sweep's runs.", show_default="runs/SWEEP")
+    ] = None,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Number of parallel runs.", show_default="one per GPU, or one on the CPU"
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Number of GPUs to use, one run on each.", show_default="all")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(metavar="FILE.md", help="Also write the answers as a Markdown table.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers as JSON.")] = False,
+) -> None:
+    """Train what a claim needs, and say whether it holds.
+
+    A claim is a TOML file: a sweep, a statement about two of its runs, and a confidence. Finished runs are not trained
+    again. The answer is holds, does not hold, or cannot tell.
+    """
+    from pipelines.claim import judge_claim, read_claim
+
+    claims = [(path, read_claim(path)) for path in files]
+    if out is not None and len({each.sweep for _, each in claims}) > 1:
+        raise UsageError("--out: the claims need several sweeps; leave it out, or give the claims of one sweep")
+    judged = [
+        (path, each, judge_claim(each, _trained(each, out, slots, gpus) if each.sweep is not None else None))
+        for path, each in claims
+    ]
+    if table is not None:
+        _write_table(table, judged)
+    if as_json:
+        console.show_json({"claims": [_facts(*each) for each in judged]})
+        return
+    console.show_table(("claim", "answer"), [(_title(each, found.metric), found.answer) for _, each, found in judged])
+    for _, each, found in judged:
+        console.say(_sentence(each, found))
+    sweeps = dict.fromkeys(each.sweep for _, each in claims if each.sweep is not None)
+    console.suggest_next(*(command("asgo", "compare", _folder(sweep, out)) for sweep in sweeps))
+
+
+def _folder(sweep: str, out: Path | None) -> Path:
+    return out or Path("runs") / (Path(sweep).stem if sweep.endswith(".toml") else sweep)
+
+
+def _trained(claim: Claim, out: Path | None, slots: int | None, gpus: int | None) -> Path:
+    """Train the runs of the claim's sweep that are missing; return their folder."""
+    from asgo_cli.sweep import train_sweep
+    from pipelines.resolve import assignment_layer
+    from pipelines.sweeps.definition import read_sweep, resolve_variants
+    from pipelines.sweeps.until_certain import SeedWish
+
+    assert claim.sweep is not None
+    folder, definition = _folder(claim.sweep, out), read_sweep(claim.sweep)
+    names = [variant.name for variant in resolve_variants(definition, assignment_layer([]))]
+    for name in (claim.statement.contender, claim.statement.reference):
+        if name not in names:
+            raise UsageError(f"{name}: no run of {claim.sweep} has this name; choose from {', '.join(names)}")
+    wish = SeedWish((), claim.max_seeds, claim.statement.reference) if claim.until_certain else None
+    train_sweep(definition, folder, slots, gpus, wish)
+    return folder
+
+
+def _title(claim: Claim, metric: Metric) -> str:
+    return claim.title or claim.statement.in_words(metric)
+
+
+def _sentence(claim: Claim, found: Judgement) -> str:
+    """Say what is claimed, what was found, and how surely."""
+    parts = [*_measured(claim, found), *_remarks(found)]
+    return f"{found.answer}: {claim.statement.in_words(found.metric)}: {'; '.join(parts)}"
+
+
+def _measured(claim: Claim, found: Judgement) -> list[str]:
+    """Describe what was found: the ends of both, and how much better than claimed."""
+    metric, statement = found.metric, claim.statement
+    sides = ((statement.contender, found.contender), (statement.reference, found.reference))
+    ends = [f"{name} ends at {metric.text(final.mean)}" for name, final in sides if final is not None]
+    counts = sorted({final.count for _, final in sides if final is not None})
+    tested = f", {found.test} test" if found.test else ""
+    seeds = f" ({' and '.join(map(str, counts))} seeds{tested})" if counts else ""
+    surplus = [] if found.surplus is None else [_surplus(metric, found.surplus, claim.confidence)]
+    return [", ".join(ends) + seeds, *surplus] if ends else []
+
+
+def _remarks(found: Judgement) -> list[str]:
+    needed = [f"about {found.seeds_needed} seeds of each would tell"] if found.seeds_needed else []
+    return [*needed, *([found.reason] if found.reason else [])]
+
+
+def _surplus(metric: Metric, surplus: Interval, confidence: float) -> str:
+    """Describe how much better than claimed, with the interval."""
+    size = metric.difference(abs(surplus.mean)) + metric.difference_unit
+    words = f"{size} {'better' if surplus.mean >= 0 else 'worse'} than claimed"
+    if surplus.low is None or surplus.high is None:
+        return words
+    low, high = (metric.difference(end, "+") for end in (surplus.low, surplus.high))
+    return f"{words} ({confidence:.0%} interval {low} to {high})"
+
+
+def _facts(path: Path, claim: Claim, found: Judgement) -> dict[str, Any]:
+    return {
+        "claim": str(path),
+        "title": _title(claim, found.metric),
+        "statement": claim.statement.in_words(found.metric),
+        "answer": found.answer,
+        "reason": found.reason,
+        "metric": found.metric.name,
+        "contender": None if found.contender is None else found.contender.mean,
+        "reference": None if found.reference is None else found.reference.mean,
+        "seeds": [0 if final is None else final.count for final in (found.contender, found.reference)],
+        "surplus": None if found.surplus is None else found.surplus.mean,
+        "interval": None if found.surplus is None else [found.surplus.low, found.surplus.high],
+        "confidence": claim.confidence,
+        "test": found.test,
+        "p": found.p,
+        "seeds_needed": found.seeds_needed,
+    }
+
+
+def _write_table(path: Path, judged: list[tuple[Path, Claim, Judgement]]) -> None:
+    from pipelines.storage import write_output
+
+    lines = ["| claim | measured | answer |", "| --- | --- | --- |"]
+    for file, each, found in judged:
+        title = f"{_title(each, found.metric)} ({file.name})"
+        cells = (title, "; ".join(_measured(each, found)), "; ".join([found.answer, *_remarks(found)]))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    write_output(path, ("\n".join(lines) + "\n").encode())

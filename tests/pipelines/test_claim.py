@@ -1,0 +1,205 @@
+"""Claims: the statement is tested as it is written, checked against scipy and against a known truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from scipy import stats
+
+from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.report import write_report
+from pipelines.analysis.comparison.t_tests import interval
+from pipelines.analysis.comparison.until_certain import Record
+from pipelines.analysis.comparison.verdicts import Side
+from pipelines.claim import Claim, Judgement, Statement, _judged, judge_claim, read_claim
+from pipelines.errors import AsgoError, UsageError
+from pipelines.tasks.metric import ACCURACY, LOSS
+from tests.pipelines.analysis.comparison.run_folders import falling_to, record_divergence, write_run
+
+ASGO = [3.00, 3.02, 3.01, 3.015]
+ADAMW = [3.05, 3.06, 3.08, 3.05]
+
+
+def claim_of(**changes: Any) -> Claim:
+    confidence = changes.pop("confidence", 0.95)
+    statement = {"contender": "asgo", "better_than": "adamw", **changes}
+    return Claim.model_validate({"sweep": "any.toml", "confidence": confidence, "statement": statement})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Runs of two contenders with four common seeds."""
+    for optimizer, finals in (("asgo", ASGO), ("adamw", ADAMW)):
+        for seed, final in enumerate(finals, start=1):
+            write_run(tmp_path / "runs" / f"{optimizer}-s{seed}", falling_to(final), optimizer=optimizer, seed=seed)
+    return tmp_path / "runs"
+
+
+def surplus_of(found: Judgement) -> tuple[float, float, float]:
+    assert found.surplus is not None
+    low, high = found.surplus.low, found.surplus.high
+    assert low is not None
+    assert high is not None
+    return found.surplus.mean, low, high
+
+
+@pytest.mark.parametrize(
+    ("changes", "limits", "answer"),
+    [
+        ({}, np.array(ADAMW), "holds"),
+        ({"by": 0.01}, np.array(ADAMW) - 0.01, "holds"),
+        ({"by": 0.045}, np.array(ADAMW) - 0.045, "cannot tell"),
+        ({"by": 0.2}, np.array(ADAMW) - 0.2, "does not hold"),
+        ({"by": "1 %"}, np.array(ADAMW) * 0.99, "cannot tell"),
+        ({"better_than": None, "no_worse_than": "adamw", "by": "2%"}, np.array(ADAMW) * 1.02, "holds"),
+    ],
+)
+def test_the_test_is_the_paired_one_of_the_statement(
+    changes: dict[str, Any], limits: Any, answer: str, folder: Path
+) -> None:
+    """The differences by seed between the limit and the contender, with scipy's interval of their mean."""
+    found = judge_claim(claim_of(**changes), folder)
+    expected = stats.ttest_rel(limits, ASGO)
+    bounds = expected.confidence_interval(0.95)
+    assert (found.answer, found.test, found.metric) == (answer, "paired", LOSS)
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-6)
+    assert surplus_of(found) == pytest.approx((np.mean(limits - ASGO), bounds.low, bounds.high), rel=1e-6)
+    assert found.contender is not None
+    assert found.reference is not None
+    assert [found.contender.mean, found.reference.mean] == pytest.approx([np.mean(ASGO), np.mean(ADAMW)])
+    assert (found.seeds_needed is not None) == (answer == "cannot tell")
+
+
+def test_of_accuracies_the_higher_is_better(tmp_path: Path) -> None:
+    right = {"muon": (0.71, 0.73, 0.72), "adamw": (0.61, 0.62, 0.66)}
+    for optimizer, finals in right.items():
+        for seed, final in enumerate(finals, start=1):
+            accuracy = {0: 0.1, 305305: final}
+            write_run(
+                tmp_path / f"{optimizer}-s{seed}", {0: 5.0, 305305: 2.0}, task="images", optimizer=optimizer,
+                seed=seed, accuracy=accuracy,
+            )  # fmt: skip
+    found = judge_claim(claim_of(contender="muon", by=0.02), tmp_path)
+    bounds = stats.ttest_rel(right["muon"], np.array(right["adamw"]) + 0.02).confidence_interval(0.95)
+    assert (found.answer, found.metric) == ("holds", ACCURACY)
+    assert surplus_of(found)[1:] == pytest.approx((bounds.low, bounds.high), rel=1e-6)
+    no_worse = claim_of(contender="adamw", better_than=None, no_worse_than="muon", by=0.02)
+    assert judge_claim(no_worse, tmp_path).answer == "does not hold"
+
+
+def test_other_seeds_are_tested_unpaired(folder: Path) -> None:
+    (folder / "asgo-s4").rename(folder.parent / "away")
+    found = judge_claim(claim_of(by=0.01), folder)
+    expected = stats.ttest_ind(np.array(ADAMW) - 0.01, ASGO[:3], equal_var=False)
+    assert (found.test, found.p) == ("Welch", pytest.approx(expected.pvalue, rel=1e-6))
+
+
+def test_a_claim_on_the_border_rarely_holds() -> None:
+    """At a confidence of 95 %, in at most 2.5 % of simulated studies, and rarely does not hold, up to three errors."""
+    random, studies, answers = np.random.default_rng(1), 2000, []
+    claim = claim_of(by=0.1)
+    for _ in range(studies):
+        reference = random.normal(3.0, 0.05, 5)
+        contender = reference - 0.1 + random.normal(0.0, 0.02, 5)
+        pair = [
+            Side(name, interval(values, 0.95), tuple(values), (1, 2, 3, 4, 5), "")  # type: ignore[arg-type]
+            for name, values in (("asgo", contender.tolist()), ("adamw", reference.tolist()))
+        ]
+        answers.append(_judged(claim, LOSS, *pair, ()).answer)
+    most = 0.025 * studies + 3 * (0.025 * 0.975 * studies) ** 0.5
+    assert 0 < answers.count("holds") < most
+    assert 0 < answers.count("does not hold") < most
+
+
+def test_seeds_that_were_added_until_certain_have_the_sequential_test(folder: Path) -> None:
+    Record(
+        contenders=("asgo", "adamw"), against=None, metric="loss", confidence=0.95, first_look=3, seeds=(1, 2, 3, 4, 5)
+    ).write(folder)
+    found = judge_claim(claim_of(by=0.01), folder)
+    limits = np.array(ADAMW) - 0.01
+    spent = {3: (3 / 5) ** 3, 4: (4 / 5) ** 3 - (3 / 5) ** 3}
+    expected = min(stats.ttest_rel(limits[:n], ASGO[:n]).pvalue / share for n, share in spent.items())
+    assert (found.test, found.p) == ("sequential", pytest.approx(expected, rel=1e-6))
+
+
+def test_a_diverged_run_decides_against_its_contender_only(folder: Path) -> None:
+    run = write_run(folder / "asgo-s5", {0: 5.0}, optimizer="asgo", seed=5)
+    record_divergence(run, 3, "the loss is inf")
+    found = judge_claim(claim_of(), folder)
+    assert (found.answer, found.reason) == ("does not hold", "a run of asgo diverged")
+    turned = {"contender": "adamw", "better_than": "asgo"}
+    found = judge_claim(claim_of(**turned), folder)
+    assert (found.answer, found.reason) == ("cannot tell", "a run of asgo diverged")
+
+
+def test_one_seed_cannot_tell(folder: Path) -> None:
+    for run in folder.glob("*-s[234]"):
+        run.rename(folder.parent / run.name)
+    found = judge_claim(claim_of(), folder)
+    assert found.surplus is not None
+    assert (found.answer, found.p, found.surplus.low) == ("cannot tell", None, None)
+    assert found.reason is not None
+
+
+def test_a_table_of_runs_says_the_same_as_the_runs(folder: Path, tmp_path: Path) -> None:
+    write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
+    table = claim_of(by=0.01).model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
+    assert judge_claim(table, None) == judge_claim(claim_of(by=0.01), folder)
+    with pytest.raises(UsageError, match="sgd: no finished run has this name; choose from asgo, adamw"):
+        judge_claim(table.model_copy(update={"statement": Statement(contender="sgd", better_than="asgo")}), None)
+
+
+def test_runs_and_logs_are_named_as_in_a_comparison(folder: Path) -> None:
+    found = judge_claim(claim_of(by=0.01).model_copy(update={"runs": (str(folder),)}), None)
+    assert found == judge_claim(claim_of(by=0.01), folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["run,seed,state\na-s1,1,finished\n", "run,seed,state,final_loss\na-s1,1,finished,x\n"]
+)
+def test_a_damaged_table_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_text(content)
+    with pytest.raises(AsgoError, match="not a table of runs that asgo compare wrote"):
+        judge_claim(claim_of().model_copy(update={"runs": (str(tmp_path / "runs.csv"),)}), None)
+
+
+GOOD = {"sweep": "my.toml", "statement": {"contender": "a", "better_than": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**GOOD, "runs": ["x"]}, "write either sweep or runs"),
+        ({"statement": GOOD["statement"]}, "write either sweep or runs"),
+        ({"sweep": "my.toml"}, "statement is missing"),
+        ({**GOOD, "confidenze": 0.9}, "confidenze: unknown key"),
+        ({**GOOD, "confidence": 2}, "confidence = 2: should be less than 1"),
+        ({**GOOD, "max_seeds": 4}, "max_seeds is for until_certain = true"),
+        ({**GOOD, "statement": {"contender": "a"}}, "statement: write either better_than or no_worse_than"),
+        ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": "much"}}, "statement.by: 'much': write a"),
+        ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": -1.0}}, "statement.by: -1.0: must not"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line(values: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "claim.toml"
+    path.write_text(tomli_w.dumps(values))
+    with pytest.raises(UsageError) as error:
+        read_claim(path)
+    assert str(error.value).startswith(f"{path}: {message}")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_paths_begin_at_the_folder_of_the_claim(tmp_path: Path) -> None:
+    path = tmp_path / "claim.toml"
+    path.write_text(tomli_w.dumps(GOOD))
+    assert read_claim(path).sweep == str(tmp_path / "my.toml")
+    path.write_text(tomli_w.dumps({**GOOD, "sweep": "asro-gpt-paper"}))
+    assert read_claim(path).sweep == "asro-gpt-paper"
+    for content in ("a = ", "\ufeffa = [[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]"):
+        path.write_text(content)
+        with pytest.raises(UsageError, match="not valid TOML"):
+            read_claim(path)
