@@ -11,7 +11,9 @@ import typer
 from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
+from asgo_cli.launch import Launch
 from asgo_cli.names import SWEEPS, sweeps_and_files
+from asgo_cli.slurm import SlurmJobs, SlurmOption, submit_runs
 from asgo_cli.sweep_runs import raise_failures, run_facts, show_plan, train_runs
 from pipelines.errors import UsageError
 from pipelines.shell import command
@@ -72,6 +74,11 @@ def sweep(
     until_certain: UntilCertainOption = False,
     max_seeds: MaxSeedsOption = None,
     against: AgainstOption = None,
+    slurm: SlurmOption = None,
+    worker: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="K", help="Number of this command, if several work on one search in one folder."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the results as JSON.")] = False,
 ) -> None:
@@ -90,7 +97,12 @@ def sweep(
     definition = read_sweep(source)
     set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
     folder = out or Path("runs") / definition.name
+    jobs = None if slurm is None else SlurmJobs.of(slurm, Launch(processes=slots))
     if until_certain:
+        if jobs is not None or worker is not None:
+            raise UsageError(
+                "--until-certain: runs here, without --slurm and --worker; submit the sweep without it first"
+            )
         from asgo_cli.sweep_until import sweep_until_certain
         from pipelines.sweeps.until_certain import SeedWish
 
@@ -101,10 +113,17 @@ def sweep(
         from asgo_cli.sweep_search import search
         from pipelines.sweeps.contenders import plan_search
 
-        search(plan_search(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json)
+        search(plan_search(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json, worker, jobs)
         return
+    if worker is not None:
+        raise UsageError("--worker: for a search; the runs of this sweep need no workers")
+    if jobs is not None and (slots or gpus):
+        raise UsageError("--slots and --gpus: with --slurm, every run is a job; write gpus=N and jobs=N in --slurm")
     runs = resolve_runs(definition, set_layer, final_seeds)
     plan = run_statuses(runs, folder)
+    if jobs is not None:
+        submit_runs(jobs, plan, folder, dry_run, as_json)
+        return
     if dry_run:
         show_plan(plan, as_json)
         return
