@@ -1,4 +1,4 @@
-"""`--slurm` of `asgo train` and `asgo sweep`: submit what is missing as Slurm jobs, and show the states of the others."""
+"""`--slurm` of `asgo train` and `asgo sweep`: submit what is missing, and show the states of all jobs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import typer
 from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.launch import LAUNCH_FLAGS, Launch, own_path, without_options
-from pipelines.errors import UsageError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.shell import command
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ SlurmOption = Annotated[
     typer.Option(
         "--slurm",
         metavar="KEY=VALUE,...",
-        help="Submit to Slurm: partition, time, gpus, cpus, mem, nodes, jobs (how many at once), or any other option of "
-        "sbatch; `default` for none.",
+        help="Submit to Slurm: partition, time, gpus, cpus, mem, nodes, jobs (how many at once), or any other option "
+        "of sbatch; `default` for none.",
     ),
 ]
 
@@ -166,7 +166,11 @@ def _submit(
 
     submissions = slurm.Submissions(folder)
     if dry_run:
-        newest = submissions.newest() if slurm.has_slurm() else {}
+        newest: dict[str, Job] = {}
+        try:
+            newest = submissions.newest()
+        except AsgoError as error:  # the script can be printed anywhere
+            console.warn(f"the queue is unknown: {error}")
         missing = _missing(tasks, newest)
         if missing:
             typer.echo(script(missing), nl=False)
@@ -203,26 +207,20 @@ def _report_failures(names: Sequence[str], newest: dict[str, Job]) -> None:
 
 
 def _show(tasks: Sequence[Task], newest: dict[str, Job], as_json: bool) -> None:
-    rows = [
-        {
-            "name": task.name,
-            "state": _state(task, job),
-            "step": task.step,
-            "job": job and job.id,
-            "log": str(job and job.log),
-        }
-        for task in tasks
-        for job in [newest.get(task.name)]
-    ]
+    jobs = [(task, newest.get(task.name)) for task in tasks]
     if as_json:
+        rows = [{"name": task.name, "state": _state(task, job), "step": task.step, **_facts(job)} for task, job in jobs]
         console.show_json({"jobs": rows})
         return
-    console.show_table(
-        ("run", "state", "step", "job"), [(r["name"], r["state"], r["step"], r["job"] or "") for r in rows]
-    )
-    log = next((row["log"] for row in rows if row["state"] == "running"), None)
+    cells = [(task.name, _state(task, job), task.step, job.id if job else "") for task, job in jobs]
+    console.show_table(("name", "state", "step", "job"), cells)
+    log = next((job.log for _, job in jobs if job is not None and job.state == "RUNNING"), None)
     if log is not None:
         console.say(f"the log of a running job: {log}")
+
+
+def _facts(job: Job | None) -> dict[str, str | None]:
+    return {"job": job.id, "log": str(job.log)} if job else {"job": None, "log": None}
 
 
 def _state(task: Task, job: Job | None) -> str:
@@ -231,4 +229,5 @@ def _state(task: Task, job: Job | None) -> str:
         return task.state
     if job.state is None:
         return "stopped" if job.error() is None else "failed"
-    return f"pending: {job.reason}" if job.state == "PENDING" else job.state.lower()
+    reason = f": {job.reason}" if job.state == "PENDING" and job.reason != "None" else ""
+    return f"{job.state.lower()}{reason}"

@@ -30,8 +30,10 @@ MOST_TASKS = 1000
 _DEFAULT = "default"
 _FLAGS = ("contiguous", "exclusive", "hold", "oversubscribe", "spread-job")
 _SHORT = {"gpus": "gpus-per-node", "cpus": "cpus-per-task"}
-_OURS = ("array", "chdir", "error", "input", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable",
-    "requeue", "test-only", "wait", "wrap")  # fmt: skip
+_OURS = (
+    *("array", "chdir", "error", "input", "no-requeue", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable"),
+    *("requeue", "test-only", "wait", "wrap"),
+)
 _KEY = re.compile(r"[a-z][a-z0-9-]*")
 _DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 _QUEUED = re.compile(r"(?P<id>[0-9]+(?P<suffix>(_[0-9]+)?))\|(?P<state>[^|]*)\|(?P<reason>[^|]*)\|(?P<path>.*)")
@@ -313,11 +315,6 @@ class Submissions:
 def sbatch_words(script: Path) -> list[str]:
     """Return the command that submits a script."""
     return ["sbatch", "--parsable", str(script)]
-
-
-def has_slurm() -> bool:
-    """Whether this machine has Slurm's commands."""
-    return shutil.which("squeue") is not None
 
 
 def _logs(folder: Path) -> Path:
