@@ -97,7 +97,7 @@ def submit_training(jobs: SlurmJobs, settings: RunConfig, folder: Path, dry_run:
     status = run_status(run, place.parent)
     dropped = ["--slurm", "--out", "--plot", *LAUNCH_FLAGS.values()]
     words = without_options(sys.argv[1:], *dropped, without_value=["--dry-run", "--resume"])
-    flags = [] if "--device" in words else jobs.flags()
+    flags = jobs.flags() if words == without_options(words, "--device") else []
     arguments = f'{command(*words, "--resume", *flags)} --out "$folder"'
     is_left = _submit(jobs, [_task(status)], folder, arguments, is_array=False, dry_run=dry_run)
     if not is_left:

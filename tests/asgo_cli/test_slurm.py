@@ -140,7 +140,7 @@ def test_a_run_shows_its_step(fake_slurm: FakeSlurm, token_folder: Path, monkeyp
         (["--slurm=gres=gpu:2", "--gpus=2"], "--gpus 2"),
         (["--slurm", "cpus=2", "--processes", "2"], "--processes 2"),
         (["--slurm", "nodes=2,gpus=1"], "--gpus 1"),
-        (["--slurm", "gpus=1", "--device", "cpu"], "--device cpu --resume"),
+        (["--slurm", "gpus=1", "--device=cpu"], "--device=cpu"),
         (["--slurm", "default"], "--resume"),
     ],
 )
@@ -148,7 +148,8 @@ def test_the_processes_of_a_job(words: list[str], expected: str, token_folder: P
     result = train(token_folder, *words, "--dry-run", "--out", "x", "--set=runtime.device=auto")
     script = result.out
     (start,) = [line for line in script.splitlines() if line.startswith("srun ")]
-    assert start.endswith(f'{expected} --out "$folder" &'), result.err
+    assert f" {expected} " in start, result.err
+    assert ("--device cuda" in start) == (words == ["--slurm", "gpus=1"])
     assert ("--gpus-per-node" in script) == (("gpus" in words[1] or "--gpus" in words) and "gres" not in words[0])
     assert ("--node-rank" in start) == ("nodes=2" in words[1])
 
