@@ -199,10 +199,9 @@ def _start(request: Request, program: Program) -> str:
     srun = ["srun", "--export=ALL", *cpus]
     if request.nodes == 1:
         return f"{command(*srun, *program.words)} {program.arguments}"
-    host = '$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
     place = 'exec "$@" --nodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --rendezvous "$RENDEZVOUS"'
     return (
-        f'export RENDEZVOUS="{host}:$((20000 + SLURM_JOB_ID % 20000))"\n'
+        f'export RENDEZVOUS="$(hostname):$((20000 + SLURM_JOB_ID % 20000))"  # this shell runs on machine 0\n'
         f"{command(*srun, 'bash', '-c', place, 'asgo', *program.words)} {program.arguments}"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -25,10 +26,10 @@ AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdSpoolDir={folder}/spool
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdSpoolDir={folder}/spool-%n
+SlurmdPidFile={folder}/%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
+SlurmdLogFile={folder}/%n.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -42,11 +43,14 @@ AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 KillWait=20
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1
-PartitionName=polite Nodes={host} MaxTime=INFINITE PriorityTier=1 GraceTime=60
-PartitionName=high Nodes={host} MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+NodeName=node1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
+NodeName=node2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
+PartitionName=low Nodes=node1 Default=YES MaxTime=INFINITE PriorityTier=1
+PartitionName=polite Nodes=node1 MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=node1 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+PartitionName=both Nodes=node1,node2 MaxTime=INFINITE PriorityTier=1
 """
+_NODES = ("node1", "node2")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "srun", "sinfo")
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 _WAIT_S = 20.0
@@ -67,7 +71,7 @@ def real_slurm() -> Iterator[Path]:
                 *(f"--pid-file={folder}/pid", f"--log-file={folder}/log", f"--seed-file={folder}/seed"),
             ],
             ["slurmctld", "-D", "-c"],
-            ["slurmd", "-D", "-c"],
+            *(["slurmd", "-D", "-c", "-N", node] for node in _NODES),
         ]
         environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(configuration)}
         with (folder / "output").open("wb") as output:
@@ -87,9 +91,11 @@ def _configure(folder: Path) -> Path:
     (folder / "key").write_bytes(os.urandom(1024))
     (folder / "key").chmod(0o600)
     (folder / "state").mkdir()
-    (folder / "spool").mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as second:
-        ports = (first.getsockname()[1], second.getsockname()[1])
+    for node in _NODES:
+        (folder / f"spool-{node}").mkdir()
+    with contextlib.ExitStack() as held:
+        servers = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [server.getsockname()[1] for server in servers]
     host, user = socket.gethostname().partition(".")[0], pwd.getpwuid(os.getuid()).pw_name
     configuration = folder / "slurm.conf"
     configuration.write_text(_CONFIGURATION.format(folder=folder, host=host, user=user, ports=ports))
@@ -100,9 +106,13 @@ def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
         state = subprocess.run(
-            ["sinfo", "--noheader", "--format=%T"], env=environment, capture_output=True, text=True, check=False
+            ["sinfo", "--noheader", "--Node", "--format=%T"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
-        if state.stdout.split()[:1] == ["idle"]:
+        if {*state.stdout.split()} == {"idle"}:
             return
         time.sleep(0.3)
     pytest.skip(f"Slurm does not start here: {(folder / 'output').read_text(errors='replace')[-300:]}")

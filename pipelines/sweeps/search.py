@@ -459,7 +459,8 @@ class SearchRuns:
                 for path, number in trials.superseded(self._out).items():
                     target = self._out / TRIALS / SUPERSEDED / f"{path.name}-t{number}"
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    path.rename(target)
+                    with contextlib.suppress(FileNotFoundError):  # another worker in this folder moved it
+                        path.rename(target)
 
     def _own(self, claims: Claims) -> list[FrozenTrial]:
         """Return this worker's unfinished claims. The folder's lock guarantees that no other process runs them."""

@@ -161,3 +161,17 @@ def test_training_in_a_folder_with_a_space(token_folder: Path, undisturbed: dict
     wait_for(is_queue_empty)
     assert Path(f"runs/100% x/slurm/{job}.out").read_text().count("attempt of job") == 2
     assert bits(Path("runs/100% x")) == undisturbed["b-s42"]
+
+
+def test_two_machines_resume_exactly(token_folder: Path) -> None:
+    write_sweep(Path("my.toml"), token_folder, RUNS[1], **{**SETTINGS, "training.steps": 1000})
+    asgo("sweep", "my.toml", "--slurm", "hold,cpus=1")  # writes the configuration
+    output("scancel", f"--user={os.getuid()}")
+    words = ["train", "gpt", "--config", "runs/my/sweep/b-s42.toml"]
+    asgo(*words, "--processes", "2", "--out", "undisturbed")
+    job = submit(*words, "--processes", "1", "--out", "run", "--slurm", "partition=both,nodes=2,cpus=1")
+    wait_for(lambda: has_steps(Path("run")))
+    output("scancel", "--signal=TERM", job)
+    wait_for(is_queue_empty)
+    assert Path(f"run/slurm/{job}.out").read_text().count("attempt of job") == 2
+    assert bits(Path("run")) == bits(Path("undisturbed"))
