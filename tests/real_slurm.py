@@ -105,13 +105,8 @@ def _configure(folder: Path) -> Path:
 def _wait_until_idle(environment: dict[str, str], folder: Path) -> None:
     deadline = time.monotonic() + _WAIT_S
     while time.monotonic() < deadline:
-        state = subprocess.run(
-            ["sinfo", "--noheader", "--Node", "--format=%T"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        words = ["sinfo", "--noheader", "--Node", "--format=%T"]
+        state = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         if {*state.stdout.split()} == {"idle"}:
             return
         time.sleep(0.3)

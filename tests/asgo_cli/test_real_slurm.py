@@ -65,9 +65,10 @@ def has_steps(run: Path) -> bool:
 
 
 def is_queue_empty() -> bool:
-    """Whether no job is left; lets requeued jobs start now, for which Slurm waits two minutes."""
+    """Whether no job is left; lets requeued jobs start soon, for which Slurm waits two minutes."""
     lines = output("squeue", "--array", "--noheader", "--format=%i|%r").splitlines()
     for job in [line.partition("|")[0] for line in lines if line.endswith("|BeginTime")]:
+        time.sleep(3)  # a machine that has not yet ended the first attempt refuses the second
         output("scontrol", "update", f"JobId={job}", "StartTime=now")
     return not lines
 
