@@ -136,7 +136,7 @@ def test_a_time_limit_requeues_a_job_and_scancel_does_not(token_folder: Path) ->
     longer = {**SETTINGS, "training.steps": 12_000, "evaluation.every": 12_000}
     write_sweep(Path("my.toml"), token_folder, RUNS[1], **longer)
     with subprocess.Popen([sys.executable, "-m", "asgo_cli", "sweep", "my.toml", "--out", "undisturbed"]) as reference:
-        job = submit("sweep", "my.toml", "--slurm", "cpus=1,time=2,signal=TERM@70")
+        job = submit("sweep", "my.toml", "--slurm", "cpus=1,time=1,signal=TERM@50")
         log = Path(f"runs/my/slurm/{job}_0.out")
         wait_for(lambda: is_queue_empty() or (log.is_file() and log.read_text().count("attempt of job") == 2))
         assert "DUE TO JOB REQUEUE" in log.read_text()
