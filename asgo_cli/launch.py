@@ -35,7 +35,7 @@ LAUNCH_OPTIONS: dict[str, Any] = {
     ],
 }
 """The options of a command that starts processes, by the fields of `Launch`."""
-_FLAGS = {name: f"--{name.replace('_', '-')}" for name in LAUNCH_OPTIONS}
+LAUNCH_FLAGS = {name: f"--{name.replace('_', '-')}" for name in LAUNCH_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Launch:
 
     def check(self, device: str | None) -> None:
         """Raise `UsageError` if the options, or they and `--device`, contradict each other."""
-        given = [flag for name, flag in _FLAGS.items() if getattr(self, name)]
+        given = [flag for name, flag in LAUNCH_FLAGS.items() if getattr(self, name)]
         across = (self.nodes, self.node_rank, self.rendezvous)
         place = launched()
         if given and place is not None:
@@ -159,14 +159,19 @@ def own_path() -> dict[str, str]:
 
 def worker_arguments(launch: Launch, arguments: Sequence[str]) -> list[str]:
     """Return the arguments without those of `Launch`, which are for the launcher."""
+    return [*without_options(arguments, *LAUNCH_FLAGS.values()), "--device", str(launch.device)]
+
+
+def without_options(arguments: Sequence[str], *with_value: str, without_value: Sequence[str] = ()) -> list[str]:
+    """Return the arguments without these options and their values."""
     kept = []
     rest = iter(arguments)
     for argument in rest:
-        if argument in _FLAGS.values():
+        if argument in with_value:
             next(rest)
-        elif argument.partition("=")[0] not in _FLAGS.values():
+        elif argument.partition("=")[0] not in (*with_value, *without_value):
             kept.append(argument)
-    return [*kept, "--device", str(launch.device)]
+    return kept
 
 
 def threads_per_process(launch: Launch) -> int:

@@ -11,14 +11,16 @@ import typer
 from asgo_cli import console
 from asgo_cli.export import export_command
 from asgo_cli.help_text import examples
+from asgo_cli.launch import Launch
 from asgo_cli.names import SWEEPS, sweeps_and_files
+from asgo_cli.slurm import SlurmJobs, SlurmOption, submit_runs
 from asgo_cli.sweep_runs import raise_failures, run_facts, show_plan, train_runs
 from pipelines.errors import UsageError
 from pipelines.shell import command
 from pipelines.tasks import task_of
 
 if TYPE_CHECKING:
-    from pipelines.sweeps.definition import Sweep
+    from pipelines.sweeps.definition import Sweep, SweepRun
     from pipelines.sweeps.queue import Failure
     from pipelines.sweeps.status import RunStatus
     from pipelines.sweeps.until_certain import SeedWish
@@ -54,26 +56,33 @@ AgainstOption = Annotated[
     typer.Option(metavar="NAME", help="Compare all other runs with this one only.", show_default="all pairs"),
 ]
 
+WorkerOption = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="K", help="Number of this command, if several work on one search in one folder."),
+]
+OutOption = Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder of the runs.", show_default="runs/NAME")]
+SeedsOption = Annotated[
+    str | None,
+    typer.Option(metavar="1,2,3", help="Train every run with each of these seeds.", show_default="the file's"),
+]
+GpusOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Number of GPUs to use, one run on each.", show_default="all")
+]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key in all runs.")]
+
 
 def sweep(
     source: SourceArgument,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Folder of the runs.", show_default="runs/NAME")
-    ] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(metavar="1,2,3", help="Train every run with each of these seeds.", show_default="the file's"),
-    ] = None,
+    out: OutOption = None,
+    seeds: SeedsOption = None,
     slots: SlotsOption = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of GPUs to use, one run on each.", show_default="all")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one key in all runs.")
-    ] = None,
+    gpus: GpusOption = None,
+    assignments: SetOption = None,
     until_certain: UntilCertainOption = False,
     max_seeds: MaxSeedsOption = None,
     against: AgainstOption = None,
+    slurm: SlurmOption = None,
+    worker: WorkerOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the runs and their cost, and exit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan or the results as JSON.")] = False,
 ) -> None:
@@ -85,14 +94,18 @@ def sweep(
     """
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import read_sweep, resolve_runs
-    from pipelines.sweeps.status import run_statuses
 
     if not until_certain and (max_seeds, against) != (None, None):
         raise UsageError("--max-seeds and --against are for --until-certain")
     definition = read_sweep(source)
     set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
     folder = out or Path("runs") / definition.name
+    jobs = None if slurm is None else SlurmJobs.of(slurm, Launch(processes=slots))
     if until_certain:
+        if jobs is not None or worker is not None:
+            raise UsageError(
+                "--until-certain: runs here, without --slurm and --worker; submit the sweep without it first"
+            )
         from asgo_cli.sweep_until import sweep_until_certain
         from pipelines.sweeps.until_certain import SeedWish
 
@@ -103,10 +116,30 @@ def sweep(
         from asgo_cli.sweep_search import search
         from pipelines.sweeps.contenders import plan_search
 
-        search(plan_search(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json)
+        search(plan_search(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json, worker, jobs)
         return
-    runs = resolve_runs(definition, set_layer, final_seeds)
+    if worker is not None:
+        raise UsageError("--worker: for a search; the runs of this sweep need no workers")
+    _sweep_list(resolve_runs(definition, set_layer, final_seeds), folder, slots, gpus, dry_run, as_json, jobs)
+
+
+def _sweep_list(
+    runs: Sequence[SweepRun],
+    folder: Path,
+    slots: int | None,
+    gpus: int | None,
+    dry_run: bool,
+    as_json: bool,
+    jobs: SlurmJobs | None,
+) -> None:
+    from pipelines.sweeps.status import run_statuses
+
     plan = run_statuses(runs, folder)
+    if jobs is not None:
+        if slots or gpus:
+            raise UsageError("--slots and --gpus: with --slurm, every run is a job; write gpus=N and jobs=N in --slurm")
+        submit_runs(jobs, plan, folder, dry_run, as_json)
+        return
     if dry_run:
         show_plan(plan, as_json)
         return

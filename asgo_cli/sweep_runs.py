@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 def train_runs(
-    source: Source, like: Sequence[SweepRun], count: int | str, folder: Path, slots: int | None, gpus: int | None
+    source: Source,
+    like: Sequence[SweepRun],
+    count: int | str,
+    folder: Path,
+    slots: int | None,
+    gpus: int | None,
+    worker: int | None = None,
 ) -> list[Failure]:
     """Train `count` runs of the source, whose data and devices are those of the runs `like`; return the failures."""
     from asgo_cli.sweep_progress import SweepProgress
@@ -35,7 +41,7 @@ def train_runs(
     on_gpus = any(run.config.runtime.device in ("auto", "cuda") for run in like)
     places = make_slots(slots, gpus, on_gpus)
     with SweepProgress(count) as progress:
-        return carry_out(source, folder, places, _program(), progress)
+        return carry_out(source, folder, places, _program(), progress, worker)
 
 
 def _program() -> Program:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgo_cli import console
 from asgo_cli.export import export_command
+from asgo_cli.slurm import SlurmJobs, submit_workers
 from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
 from pipelines.config import flatten
 from pipelines.errors import AsgoError
@@ -25,12 +26,23 @@ if TYPE_CHECKING:
     from pipelines.tasks.metric import Metric
 
 
-def search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, dry_run: bool, as_json: bool) -> None:
+def search(
+    plan: SearchPlan,
+    folder: Path,
+    slots: int | None,
+    gpus: int | None,
+    dry_run: bool,
+    as_json: bool,
+    worker: int | None = None,
+    jobs: SlurmJobs | None = None,
+) -> None:
     """Run the trials and final runs that remain, or show the plan."""
+    if jobs is not None and _submit(jobs, plan, folder, dry_run, as_json):
+        return
     if dry_run:
         show_search_plan(plan, folder, as_json)
         return
-    runs, failures = _train(plan, folder, slots, gpus)
+    runs, failures = _train(plan, folder, slots, gpus, worker)
     _end(plan, folder, runs, failures, as_json)
 
 
@@ -53,17 +65,37 @@ def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int 
     return results
 
 
-def _train(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> tuple[SearchRuns, list[Failure]]:
+def _submit(jobs: SlurmJobs, plan: SearchPlan, folder: Path, dry_run: bool, as_json: bool) -> bool:
+    """Submit workers if anything is left for them; return whether there is."""
+    from pipelines.sweeps.search import is_begun, open_search, record_search
+
+    if dry_run and not is_begun(folder):
+        left = len(plan.contenders) * plan.search.trials + len(_finals(plan))
+    else:
+        runs = open_search(plan, folder)
+        left = _left(plan, runs)
+        if left and not dry_run:
+            runs.extend()
+            record_search(plan, folder)
+    if left:
+        submit_workers(jobs, left, folder, dry_run, as_json)
+    return left > 0
+
+
+def _train(
+    plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None, worker: int | None = None
+) -> tuple[SearchRuns, list[Failure]]:
     from pipelines.sweeps.search import open_search, record_search
 
-    runs = open_search(plan, folder)
+    runs = open_search(plan, folder, worker)
     left = _left(plan, runs)
     if not left and runs.is_tidy():
         return runs, []
     runs.extend()
-    record_search(plan, folder)
+    if not worker:  # two workers would write the same file at the same time
+        record_search(plan, folder)
     whole = [contender.whole for contender in plan.contenders]
-    return runs, train_runs(runs, whole, left, folder, slots, gpus)
+    return runs, train_runs(runs, whole, left, folder, slots, gpus, worker)
 
 
 def _end(plan: SearchPlan, folder: Path, runs: SearchRuns, failures: Sequence[Failure], as_json: bool) -> None:

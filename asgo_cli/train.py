@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +18,7 @@ from asgo_cli.help_text import examples
 from asgo_cli.launch import LAUNCH_OPTIONS, Launch
 from asgo_cli.options import Device
 from asgo_cli.progress import TrainingProgress
+from asgo_cli.slurm import SlurmJobs, SlurmOption, submit_training
 from asgo_cli.worker import is_restarted
 from pipelines.errors import UsageError
 from pipelines.optimizers import short_name_of
@@ -177,6 +177,7 @@ def _options_of(task: TaskDescription) -> list[_Option]:
         _Option("device", Device, "runtime.device"),
         _Option("compile", CompileOption, "runtime.compile"),
         *(_Option(name, annotation, default=getattr(Launch(), name)) for name, annotation in LAUNCH_OPTIONS.items()),
+        _Option("slurm", SlurmOption),
         _Option("shard_optimizer", ShardOptimizerOption, "runtime.shard_optimizer"),
         _Option("shard_model", ShardModelOption, "runtime.shard_model"),
         _Option("track", TrackOption, "runtime.track"),
@@ -193,6 +194,9 @@ def _add_command(task: TaskDescription) -> None:
 
     def train(**given: Any) -> None:
         asked = Launch(**{name: given[name] for name in LAUNCH_OPTIONS})
+        jobs = None if given["slurm"] is None else SlurmJobs.of(given["slurm"], asked)
+        if jobs is not None:
+            asked, given["resume"] = jobs.launch, True
         asked.check(given["device"])
         if given["plot"] is not None and not given["dry_run"]:
             raise UsageError("--plot: draws the schedule without training; add --dry-run")
@@ -202,7 +206,7 @@ def _add_command(task: TaskDescription) -> None:
         branch = _branch_point(given["branch"], given["preset"], given["out"])
         settings = _resolve(task, given["preset"], given["config"], flags, given["set"] or [], resumed, branch)
         modes = {name: given[name] for name in ("resume", "print_config", "dry_run", "plot")}
-        _carry_out(settings, given["out"], asked, branch=branch, **modes)
+        _carry_out(settings, given["out"], asked, branch=branch, jobs=jobs, **modes)
 
     train.__doc__ = f"{task.summary}\n\nLater settings win: the preset, --config, the other options, --set."
     train.__annotations__ = {option.name: option.annotation for option in options}
@@ -237,6 +241,7 @@ def _carry_out(
     asked: Launch,
     *,
     branch: BranchPoint | None,
+    jobs: SlurmJobs | None,
     resume: bool,
     print_config: bool,
     dry_run: bool,
@@ -248,6 +253,9 @@ def _carry_out(
         _print_config(settings)
         return
     asked.check(settings.runtime.device)
+    if jobs is not None:
+        submit_training(jobs, settings, folder, dry_run)
+        return
     asked.check_machine()
     warnings.showwarning = lambda message, *_: console.warn(str(message))
     if dry_run:
@@ -335,22 +343,13 @@ def _show_plan(settings: RunConfig, folder: Path, branch: BranchPoint | None, pl
         facts.append(("processes", asked.description))
     console.show_facts(facts)
     if asked:
-        typer.echo(launch.torchrun_command(asked, list(_arguments_of_training())))
+        arguments = launch.without_options(sys.argv[1:], "--plot", without_value=["--dry-run"])
+        typer.echo(launch.torchrun_command(asked, arguments))
     if plot is None:
         console.say("dry run: nothing was written")
         return
     draw_schedule(planned.schedule, plot)
     console.say(f"{plot}: the schedule; dry run: nothing else was written")
-
-
-def _arguments_of_training() -> Iterator[str]:
-    """Yield the arguments of this command without --dry-run and --plot FILE."""
-    arguments = iter(sys.argv[1:])
-    for argument in arguments:
-        if argument == "--plot":
-            next(arguments)
-        elif argument != "--dry-run" and not argument.startswith("--plot="):
-            yield argument
 
 
 def _train(settings: RunConfig, folder: Path, resume: bool, branch: BranchPoint | None) -> None:

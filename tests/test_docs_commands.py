@@ -30,6 +30,7 @@ from tests.test_docs import commands
 
 ELSEWHERE = {
     "--gpus": "needs GPUs",
+    "--slurm": "needs Slurm: tests/asgo_cli/test_slurm.py and test_real_slurm.py do it",
     "--nodes": "needs several machines",
     "--processes": "takes seconds to start: tests/asgo_cli/test_launch.py does it",
     "--branch": "needs a run of thousands of steps: tests/asgo_cli/test_branch.py does it on less",

@@ -57,7 +57,7 @@ def test_imports_go_downwards_only(path: Path) -> None:
 
 
 LAYERS = (
-    {"errors", "storage", "locking", "shell", "stopping", "optimizers", "imported_optimizers"},
+    {"errors", "storage", "locking", "shell", "slurm", "stopping", "optimizers", "imported_optimizers"},
     {"config", "resolve", "shadow_settings", "compiler_cache", "tensors"},
     {"data"},
     {"hf"},

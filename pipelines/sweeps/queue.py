@@ -18,6 +18,7 @@ from pipelines.errors import RunInterrupted, UsageError
 from pipelines.locking import try_lock
 from pipelines.stopping import StopRequest, stop_on_signals
 from pipelines.storage import parse_json, refusing_links, write_atomically
+from pipelines.sweeps.definition import SweepRun
 from pipelines.sweeps.slots import Slot
 from pipelines.sweeps.status import RunStatus
 from pipelines.training.metrics import Row
@@ -124,15 +125,33 @@ class Program:
     environment: Mapping[str, str]
 
 
+def queue_folder(out: Path, worker: int | None) -> Path:
+    """Return the folder of a worker's configurations, logs and lock."""
+    return out / FOLDER / f"worker-{worker}" if worker else out / FOLDER
+
+
+def workers(out: Path) -> list[int]:
+    """Return the numbers of the workers that have worked in `out`."""
+    found = (path.name.removeprefix("worker-") for path in (out / FOLDER).glob("worker-*"))
+    return [0, *sorted(int(number) for number in found if number.isdecimal())]
+
+
 def carry_out(
-    source: Source, out: Path, slots: Sequence[Slot], program: Program, reporter: QueueReporter
+    source: Source,
+    out: Path,
+    slots: Sequence[Slot],
+    program: Program,
+    reporter: QueueReporter,
+    worker: int | None = None,
 ) -> list[Failure]:
     """Train the runs of `source` in `out`, one per slot; returns those that failed.
+
+    Workers with different numbers may share `out`.
 
     `program` starts `asgo`. Forwards the first signal to the runs and raises `RunInterrupted` when all have ended.
     Raises `UsageError` if another sweep runs in `out`.
     """
-    folder = out / FOLDER
+    folder = queue_folder(out, worker)
     with _locked(folder, reporter) as lock, stop_on_signals() as stop:
         queue = _Queue(source, folder, slots, program, reporter, lock)
         queue.work(stop)
@@ -219,10 +238,7 @@ class _Queue:
         return waiting is not None
 
     def _start(self, run: RunStatus, slot: int) -> _Process:
-        name = run.run.name
-        config, log = self._folder / f"{name}.toml", self._log(run)
-        text = tomli_w.dumps(run.run.config.model_dump(mode="json", exclude_none=True))
-        write_atomically(config, text.encode())
+        config, log = write_config(run.run, self._folder), self._log(run)
         arguments: list[object] = ["train", run.run.config.task, "--config", config, "--resume", "--out", run.folder]
         if getattr(run.run.config.runtime, "workers", 0) is None:  # the default would use all cores
             arguments += ["--workers", self._slots[slot].threads]
@@ -320,6 +336,13 @@ def _reason(process: _Process, code: int) -> str:
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     return lines[-1] if lines else f"exit code {code}"
+
+
+def write_config(run: SweepRun, folder: Path) -> Path:
+    """Write the configuration of a run to `folder`; return the file."""
+    path = folder / f"{run.name}.toml"
+    write_atomically(path, tomli_w.dumps(run.config.model_dump(mode="json", exclude_none=True)).encode())
+    return path
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from pipelines.storage import write_atomically
 from pipelines.sweeps.contenders import Contender, SearchPlan
 from pipelines.sweeps.definition import SweepRun
 from pipelines.sweeps.grid import Position, edge_axes, next_position
-from pipelines.sweeps.queue import FOLDER, Ending
+from pipelines.sweeps.queue import Ending, queue_folder
 from pipelines.sweeps.search_table import Around, Range
 from pipelines.sweeps.status import RunStatus, run_status
 from pipelines.sweeps.study import (
@@ -51,10 +51,10 @@ _JOURNAL = "study.log"
 _ASK_AGAIN_S = 1.0
 
 
-def open_search(plan: SearchPlan, out: Path) -> SearchRuns:
+def open_search(plan: SearchPlan, out: Path, worker: int | None = None) -> SearchRuns:
     """Join the search in its storage. Raises `UsageError` if the storage has another search, or cannot be opened."""
     require_sampler(plan.search.sampler)
-    runs = SearchRuns(plan, open_storage(plan.search.storage, out / TRIALS / _JOURNAL), out)
+    runs = SearchRuns(plan, open_storage(plan.search.storage, out / TRIALS / _JOURNAL), out, worker)
     runs.agree()
     return runs
 
@@ -285,9 +285,10 @@ class SearchRuns:
 
     waiting: str | None = None
 
-    def __init__(self, plan: SearchPlan, storage: BaseStorage, out: Path) -> None:
+    def __init__(self, plan: SearchPlan, storage: BaseStorage, out: Path, worker: int | None = None) -> None:
         self._plan = plan
         self._out = out
+        self._number = worker
         self._contenders = [
             ContenderTrials(contender, f"{plan.name}/{contender.name}", storage, plan.metric)
             for contender in plan.contenders
@@ -458,7 +459,8 @@ class SearchRuns:
                 for path, number in trials.superseded(self._out).items():
                     target = self._out / TRIALS / SUPERSEDED / f"{path.name}-t{number}"
                     target.parent.mkdir(parents=True, exist_ok=True)
-                    path.rename(target)
+                    with contextlib.suppress(FileNotFoundError):  # another worker in this folder moved it
+                        path.rename(target)
 
     def _own(self, claims: Claims) -> list[FrozenTrial]:
         """Return this worker's unfinished claims. The folder's lock guarantees that no other process runs them."""
@@ -474,13 +476,14 @@ class SearchRuns:
 
     @cached_property
     def _worker(self) -> Worker:
-        """This folder's worker; its id is stored under the folder's lock."""
+        """This folder's worker of this number; its id is stored under its lock."""
 
-        path = self._out / FOLDER / "worker"
+        path = queue_folder(self._out, self._number) / "worker"
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, uuid.uuid4().hex.encode())
-        return Worker(path.read_text(), f"{socket.gethostname()}:{self._out.absolute()}")
+        number = f", worker {self._number}" if self._number else ""
+        return Worker(path.read_text(), f"{socket.gethostname()}:{self._out.absolute()}{number}")
 
     def _settings(self, run: RunStatus) -> str:
         settings = flatten(run.run.config.model_dump(mode="json"))
