@@ -19,6 +19,8 @@ from asgo_cli.app import app
 from models.functions import FUNCTIONS
 from pipelines.analysis.optimizer_settings import default_settings
 from pipelines.analysis.trajectories import run_trajectories
+from pipelines.resolve import assignment_layer
+from pipelines.sweeps.definition import read_sweep, resolve_variants
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -96,7 +98,9 @@ def test_a_sweep_can_be_run_again(sweep: Path, monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize("table", TABLES, ids=names(TABLES))
 def test_the_results_are_those_of_the_sweep_beside_them(table: Path) -> None:
     sweep = tomllib.loads((table.parent / "sweep.toml").read_text())
-    expected = {f"{run['name']}-s{seed}" for run in sweep["runs"] for seed in sweep["seeds"]}
+    definition = read_sweep(str(table.parent / "sweep.toml"))
+    variants = [variant.name for variant in resolve_variants(definition, assignment_layer([]))]
+    expected = {f"{name}-s{seed}" for name in variants for seed in sweep["seeds"]}
     assert {run["run"] for run in rows(table.parent / "runs.csv")} == expected
     assert {run["steps"] for run in rows(table.parent / "runs.csv")} == {str(sweep["training"]["steps"])}
 
