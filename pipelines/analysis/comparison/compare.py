@@ -26,6 +26,7 @@ from pipelines.analysis.comparison.read_logs import without_cut_short
 from pipelines.analysis.comparison.read_runs import read_runs
 from pipelines.analysis.comparison.results import Comparison, Entry, Run, Target
 from pipelines.analysis.comparison.rules import EvidenceRule
+from pipelines.analysis.comparison.tuning import tunings_of
 from pipelines.analysis.comparison.until_certain import Member, members_of, mixing_cautions, recorded_reference
 from pipelines.analysis.comparison.verdicts import contender_named, rule, verdicts
 from pipelines.errors import UsageError
@@ -89,6 +90,7 @@ def compare_runs(
         target=aim,
         sensitivities=tuple(sensitivities),
         setting_effects=tuple(setting_effects_of(contenders, labels)),
+        tunings=tunings_of(runs, entries, confidence, metric),
         cautions=tuple(cautions),
         evidence_rule=asked,
         evidence=evidence,

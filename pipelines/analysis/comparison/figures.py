@@ -23,6 +23,7 @@ from pipelines.analysis.comparison.difference_figure import draw_differences
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity, SettingEffect
 from pipelines.analysis.comparison.tables import digits
 from pipelines.analysis.comparison.thinning import without_outliers
+from pipelines.analysis.comparison.tuning_figure import draw_tuning
 from pipelines.analysis.figure_style import (
     MOST_STYLES,
     NEUTRAL_COLOUR,
@@ -361,6 +362,7 @@ def _drawers(metric: Metric) -> dict[str, Callable[[Comparison], Figure | None]]
         "differences": draw_differences,
         "sensitivity": _draw_sensitivity,
         "settings": draw_setting_effects,
+        "tuning-budget": draw_tuning,
         "optimizer-cost": _draw_cost,
     }
 

@@ -37,8 +37,11 @@ from pipelines.analysis.comparison.tables import (
     evidence_table,
     make_tables,
     run_table,
+    tuning_cost_table,
+    tuning_table,
     verdict_table,
 )
+from pipelines.analysis.comparison.tuning_words import tuning_words
 from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
@@ -182,6 +185,9 @@ def render_page(
         others=_other_entries(comparison),
         contenders=contenders,
         evidence=evidence_table(comparison),
+        tuning=tuning_table(comparison),
+        tuning_costs=tuning_cost_table(comparison),
+        tuning_words=tuning_words(comparison),
         matrix=_matrix(comparison),
         verdicts=verdict_table(comparison, _shown_verdicts(comparison)),
         most_pairs=MOST_PAIRS,

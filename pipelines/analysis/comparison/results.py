@@ -118,7 +118,12 @@ class Run:
     @property
     def last_step(self) -> int:
         """The last recorded step; 0 for an empty run."""
-        return int(max((curve.steps[-1] for curve in (self.train, self.val) if len(curve.steps)), default=0))
+        return int(self.spent("steps"))
+
+    def spent(self, unit: Literal["steps", "tokens", "seconds"]) -> float:
+        """Return what it took until the last record; 0 for an empty run."""
+        curves = (curve for curve in (self.train, self.val) if len(curve.steps))
+        return max((float(getattr(curve, unit)[-1]) for curve in curves), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,36 @@ class SettingEffect:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """The best result of k trials of a contender of a search, for k = 1, 2, ..., n; see `tuning`."""
+
+    label: str
+    """That of its final runs' entry, or else the contender's name."""
+    optimizer: str
+    entry: Entry | None
+    """Entry of its final runs, if they are compared."""
+    trials: tuple[Run, ...]
+    """All that began, in the order in which they were tried."""
+    counted: int
+    """n: without those that may still be running."""
+    is_expected: bool
+    """Whether the best is the mean over random orders of the trials; else it is that of the first k."""
+    best: Array
+    band: Array | None
+    """Ends of the bootstrap interval, as two rows; None unless it is expected."""
+    tokens: Array
+    """Spent on k trials."""
+
+    def whole_trial(self, unit: Literal["steps", "tokens"]) -> float:
+        """Return the length of the longest trial."""
+        return max(run.spent(unit) for run in self.trials)
+
+    def total(self, unit: Literal["tokens", "seconds"]) -> float:
+        """Return what all trials took."""
+        return sum(run.spent(unit) for run in self.trials)
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Whether the runs of a contender meet an evidence rule."""
 
@@ -295,6 +330,8 @@ class Comparison:
     """Effects of the numeric settings in which contenders differ."""
     cautions: tuple[str, ...]
     """Sentences that say why runs may not be comparable, or do not qualify for the evidence rule."""
+    tunings: tuple[Tuning, ...] = ()
+    """Tuning of each contender of a search."""
     against: Entry | None = None
     """The contender that all others are tested against; None if all pairs are tested."""
     evidence_rule: EvidenceRule | None = None

@@ -6,14 +6,15 @@ import csv
 import io
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from pipelines.analysis.comparison.entries import known, whole
-from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run, Verdict
+from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run, Tuning, Verdict
 from pipelines.analysis.comparison.t_tests import MOST_SEEDS
 from pipelines.storage import csv_cell, printable
 from pipelines.tasks.metric import LOSS, Metric
@@ -60,7 +61,7 @@ def _table(
 
 
 def make_tables(comparison: Comparison) -> tuple[Table, ...]:
-    """Return the tables of entries, evidence, verdicts, runs, sensitivity, settings and curves that have rows."""
+    """Return the tables of entries, evidence, verdicts, runs, sensitivity, settings, tuning, curves that have rows."""
     made = (
         entry_table(comparison, comparison.entries),
         evidence_table(comparison),
@@ -68,12 +69,14 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
         run_table(comparison),
         _sensitivity_table(comparison),
         _setting_table(comparison),
+        tuning_table(comparison),
+        tuning_cost_table(comparison),
         _curve_table(comparison),
     )
     return tuple(table for table in made if table.records)
 
 
-TABLES = ("entries", "evidence", "verdicts", "runs", "sensitivity", "settings", "curves")
+TABLES = ("entries", "evidence", "verdicts", "runs", "sensitivity", "settings", "tuning", "tuning_costs", "curves")
 """The names of the tables of `make_tables`."""
 
 
@@ -316,6 +319,70 @@ def _setting_table(comparison: Comparison) -> Table:
             )
     heads = ("setting", "of", "value", "lr", "seeds", f"final {metric.name}")
     return _table("settings", heads, texts, records)
+
+
+def tuning_table(comparison: Comparison) -> Table:
+    """Return the table of the best values after k trials: all k as records, and as texts 1, 2, 4, ... and the last."""
+    metric = comparison.metric
+    most = max((each.counted for each in comparison.tunings), default=0)
+    numbers = [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+    texts, records = [], []
+    for each in comparison.tunings:
+        shown = (metric.text(each.best[k - 1]) if k <= each.counted else "" for k in numbers)
+        states = Counter(run.state for run in each.trials)
+        texts.append((each.label, str(each.counted), str(states["diverged"] or ""), *shown))
+        for place in range(each.counted):
+            records.append(
+                {
+                    "contender": each.label,
+                    "optimizer": each.optimizer,
+                    "trials": place + 1,
+                    comparison.unit: float(each.tokens[place]),
+                    "kind": "expected" if each.is_expected else "so far",
+                    f"best_{metric.name}": float(each.best[place]),
+                    "low": None if each.band is None else float(each.band[0, place]),
+                    "high": None if each.band is None else float(each.band[1, place]),
+                }
+            )
+    heads = ("", "trials", "diverged", *(f"best of {k}" for k in numbers))
+    return _table("tuning", heads, texts, records)
+
+
+def tuning_cost_table(comparison: Comparison) -> Table:
+    """Return the table of what the target costs with the trials; without rows if there is no target."""
+    rows = [] if comparison.target is None else [each for each in comparison.tunings if each.entry is not None]
+    rows.sort(key=lambda each: with_tuning(each, "tokens") or math.inf)
+    units: dict[Literal["tokens", "seconds"], str] = {"tokens": comparison.unit, "seconds": "seconds"}
+    texts, records = [], []
+    for each in rows:
+        cells, record = [each.label, str(len(each.trials))], {"contender": each.label, "trials": len(each.trials)}
+        for unit, word in units.items():
+            both = with_tuning(each, unit)
+            cells += [
+                digits(each.total(unit)),
+                "" if each.entry is None else _to_target(each.entry, unit),
+                digits(both),
+            ]
+            record |= {
+                f"{word}_of_trials": each.total(unit),
+                f"{word}_to_target": _reached(each, unit),
+                f"{word}": both,
+            }
+        texts.append(tuple(cells))
+        records.append(record)
+    heads = [head for word in units.values() for head in (f"{word} of the trials", f"{word} to target", f"{word}, sum")]
+    return _table("tuning_costs", ("", "trials", *heads), texts, records)
+
+
+def with_tuning(tuning: Tuning, unit: Literal["tokens", "seconds"]) -> float | None:
+    """Return what the trials and one run to the target take, the median over its seeds; None if it is missed."""
+    reached = _reached(tuning, unit)
+    return None if reached is None else tuning.total(unit) + reached
+
+
+def _reached(tuning: Tuning, unit: Literal["tokens", "seconds"]) -> float | None:
+    reach = None if tuning.entry is None else tuning.entry.reach
+    return None if reach is None else median_with_misses(getattr(reach, unit))
 
 
 def _curve_table(comparison: Comparison) -> Table:
