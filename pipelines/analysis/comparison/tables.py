@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -322,30 +321,38 @@ def _setting_table(comparison: Comparison) -> Table:
 
 
 def tuning_table(comparison: Comparison) -> Table:
-    """Return the table of the best values after k trials: all k as records, and as texts 1, 2, 4, ... and the last."""
-    metric = comparison.metric
-    most = max((each.counted for each in comparison.tunings), default=0)
+    """Return the table of the best values after k trials: records for all k, texts for 1, 2, 4, ... and the last."""
+    metric, tunings = comparison.metric, comparison.tunings
+    most = max((each.counted for each in tunings), default=0)
     numbers = [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
-    texts, records = [], []
-    for each in comparison.tunings:
-        shown = (metric.text(each.best[k - 1]) if k <= each.counted else "" for k in numbers)
-        states = Counter(run.state for run in each.trials)
-        texts.append((each.label, str(each.counted), str(states["diverged"] or ""), *shown))
-        for place in range(each.counted):
-            records.append(
-                {
-                    "contender": each.label,
-                    "optimizer": each.optimizer,
-                    "trials": place + 1,
-                    comparison.unit: float(each.tokens[place]),
-                    "kind": "expected" if each.is_expected else "so far",
-                    f"best_{metric.name}": float(each.best[place]),
-                    "low": None if each.band is None else float(each.band[0, place]),
-                    "high": None if each.band is None else float(each.band[1, place]),
-                }
-            )
-    heads = ("", "trials", "diverged", *(f"best of {k}" for k in numbers))
-    return _table("tuning", heads, texts, records)
+    columns = [("", [each.label for each in tunings]), ("trials", [str(len(each.trials)) for each in tunings])]
+    for state in ("diverged", "unfinished"):
+        counts = [sum(run.state == state for run in each.trials) for each in tunings]
+        columns += [(state, [str(count or "") for count in counts])] * any(counts)
+    for k in numbers:
+        columns.append((f"best of {k}", [_best_of(k, each, metric) for each in tunings]))
+    rows = zip(*(texts for _, texts in columns), strict=True)
+    records = (record for each in tunings for record in _tuning_records(each, comparison.unit, metric))
+    return _table("tuning", (head for head, _ in columns), rows, records)
+
+
+def _best_of(k: int, tuning: Tuning, metric: Metric) -> str:
+    return metric.text(tuning.best[k - 1]) if k <= tuning.counted else ""
+
+
+def _tuning_records(tuning: Tuning, unit: str, metric: Metric) -> Iterable[Record]:
+    for place, best in enumerate(tuning.best.tolist()):
+        low, high = (None, None) if tuning.band is None else tuning.band[:, place].tolist()
+        yield {
+            "contender": tuning.label,
+            "optimizer": tuning.optimizer,
+            "trials": place + 1,
+            unit: float(tuning.tokens[place]),
+            "kind": "expected" if tuning.is_expected else "so far",
+            f"best_{metric.name}": best,
+            "low": low,
+            "high": high,
+        }
 
 
 def tuning_cost_table(comparison: Comparison) -> Table:

@@ -40,7 +40,9 @@ def draw_tuning(comparison: Comparison) -> Figure | None:
         band = f"{comparison.confidence:.0%} bootstrap interval"
         handles.append(Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label=band))
     _leave_out_bad(axes, comparison)
-    axes.set(xlabel="trials", ylabel=f"best validation {metric.name} of the trials")
+    steps = {each.whole_trial("steps") for each in tunings}
+    length = f" of {steps.pop():,.0f} steps" if len(steps) == 1 else ""
+    axes.set(xlabel=f"trials{length}", ylabel=f"best validation {metric.name} of the trials")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain_axes(axes)
     if metric.is_share:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from pipelines.analysis.comparison.results import Comparison, Tuning
 from pipelines.analysis.comparison.tables import digits, with_tuning
@@ -52,13 +52,13 @@ def _winners(comparison: Comparison, leaders: Sequence[Tuning]) -> str:
 
 def _certainty(tunings: Sequence[Tuning], leaders: Sequence[Tuning]) -> str:
     if not leaders[0].is_expected:
-        return "It is the result of one order of trials, with one seed each: small differences are chance."
+        return "These are the results of one order of trials, with one seed each: small differences are chance."
     places = range(len(leaders))
     overlap = [place + 1 for place in places if any(_overlap(leaders[place], each, place) for each in tunings)]
     if not overlap:
-        return "Its band overlaps with no other."
-    where = "At every number of trials" if len(overlap) == len(leaders) else f"With {_trials(overlap)}"
-    return f"{where}, its band overlaps with another: who is best there is not certain."
+        return "No band overlaps with that of the leader."
+    where = "For every number of trials" if len(overlap) == len(leaders) else f"With {_trials(overlap)}"
+    return f"{where}, the leader's band overlaps with another: who leads there is not certain."
 
 
 def _overlap(first: Tuning, second: Tuning, place: int) -> bool:
@@ -77,15 +77,17 @@ def _trials(numbers: Sequence[int]) -> str:
     return f"{', '.join(texts)} trial{'s' if numbers[-1] > 1 else ''}"
 
 
-def _cost(comparison: Comparison) -> Iterable[str]:
-    """Say which contender reaches the target with the fewest tokens, those of its trials included."""
-    sums = [(with_tuning(each, "tokens"), each) for each in comparison.tunings]
+def _cost(comparison: Comparison) -> list[str]:
+    """Say which contenders reach the target with the fewest tokens, those of their trials included."""
+    sums = ((with_tuning(each, "tokens"), each) for each in comparison.tunings)
     found = sorted(((cost, each) for cost, each in sums if cost is not None), key=lambda pair: pair[0])
-    if comparison.target is None or len(found) < 2:
+    if comparison.target is None or not found:
         return []
-    (cost, best), (next_cost, second), *_ = found
-    unit, target = comparison.unit, comparison.metric.text(comparison.target.value)
-    return [
-        f"With its trials included, {best.label} reaches the target, {target}, with the fewest {unit}: {digits(cost)}, "
-        f"{digits(best.total('tokens'))} of them for the trials; {second.label}, the next, with {digits(next_cost)}."
-    ]
+    least, target = found[0][0], comparison.metric.text(comparison.target.value)
+    best = [each for cost, each in found if cost == least]
+    labels = ", ".join(each.label for each in best)
+    first = (
+        f"Fewest {comparison.unit} to the target ({target}), trials included: {labels} with {digits(least)}, "
+        f"{digits(best[0].total('tokens'))} of them for trials."
+    )
+    return [first, *(f"Next: {other.label} with {digits(cost)}." for cost, other in found[len(best) :][:1])]
