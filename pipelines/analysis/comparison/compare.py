@@ -56,8 +56,7 @@ def compare_runs(
             is unknown, their task does not record the metric, or there is no such contender or column.
         AsgoError: no run can be read.
     """
-    if not 0 < confidence < 1:
-        raise UsageError(f"the confidence must be between 0 and 1, not {confidence}; 0.95 is usual")
+    _check_confidence(confidence)
     asked, metric_name = _rule_and_metric(evidence_rule, metric_name)
     runs, left_out = read_runs(find_runs(paths), metric_name, parse_columns(columns))
     runs = without_cut_short(drawn_from_their_parents(runs))
@@ -121,6 +120,11 @@ def _rule_and_metric(name: str | None, metric: str | None) -> tuple[EvidenceRule
     if metric not in (None, LOSS.name):
         raise UsageError(f"--rule is about {LOSS.plural}: leave out --metric {metric}")
     return asked, LOSS.name
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise UsageError(f"the confidence must be between 0 and 1, not {confidence}; 0.95 is usual")
 
 
 def _check_target(target: float | None, metric: Metric) -> None:

@@ -176,7 +176,7 @@ def test_accuracies_are_the_highest(tmp_path: Path) -> None:
         figure = draw_tuning(comparison)
     assert figure is not None
     bottom, top = figure.axes[0].get_ylim()
-    assert bottom < 0.5 < 0.7 < top
+    assert bottom < 0.6 < 0.7 < top
 
 
 def test_workers_of_one_search_are_put_together_and_two_searches_are_not(tmp_path: Path) -> None:
