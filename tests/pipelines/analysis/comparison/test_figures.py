@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from pipelines.analysis.comparison import figures
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.figures import MOST_SHOWN, figure_names, shown, write_figures
-from pipelines.analysis.comparison.results import Comparison, SettingEffect
+from pipelines.analysis.comparison.results import Comparison, SettingEffect, Tuning
 from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.figure_style import line_style
 from pipelines.tasks.metric import LOSS
@@ -49,9 +49,16 @@ def drawn(comparison: Comparison) -> dict[str, Figure]:
     return draw(comparison)
 
 
+def tuning_of(comparison: Comparison, label: str) -> Tuning:
+    """Two trials."""
+    runs, best, tokens = comparison.contenders[0].runs, np.array([3.1, 3.0]), np.array([1.0, 2.0])
+    return Tuning(label, "asgo", None, runs, 2, is_expected=True, best=best, band=np.stack([best, best]), tokens=tokens)
+
+
 def test_every_figure_is_written_as_png_and_pdf(comparison: Comparison, tmp_path: Path) -> None:
     effect = SettingEffect("optimizer.beta2", "asgo", (0.8, 0.95), comparison.contenders[:2])
-    assert write_figures(dataclasses.replace(comparison, setting_effects=(effect,)), tmp_path) == figure_names(LOSS)
+    more = dataclasses.replace(comparison, setting_effects=(effect,), tunings=(tuning_of(comparison, "asgo"),))
+    assert write_figures(more, tmp_path) == figure_names(LOSS)
     for name in figure_names(LOSS):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -113,7 +120,9 @@ def test_a_label_that_looks_like_a_formula_is_drawn_as_it_is(comparison: Compari
     first, *others = comparison.contenders
     named = dataclasses.replace(first, label=r"$\frac$ a_b^c")
     effect = SettingEffect("optimizer.beta2", named.label, (0.8,), (named,))
-    changed = dataclasses.replace(comparison, contenders=(named, *others), setting_effects=(effect,))
+    tuning = tuning_of(comparison, named.label)
+    contenders = (named, *others)
+    changed = dataclasses.replace(comparison, contenders=contenders, setting_effects=(effect,), tunings=(tuning,))
     assert write_figures(changed, tmp_path) == figure_names(LOSS)
 
 
