@@ -330,6 +330,7 @@ def _show_plan(settings: RunConfig, folder: Path, branch: BranchPoint | None, pl
         ("model", f"{planned.model}, {planned.parameters:,} parameters"),
         ("optimizer", f"{settings.optimizer.name}, lr {settings.optimizer.lr:g}, {settings.schedule.kind}"),
         *((f"  {part.name}", f"{part.parameters:,} parameters, {part.settings}") for part in planned.parts),
+        *([("shadows", ", ".join(settings.shadows.optimizers))] if settings.shadows.optimizers else []),
         ("data", settings.data.folder),
         ("step", f"{planned.tokens_per_step:,} {unit}, accumulated over {planned.micro_batches} micro-batches"),
         ("steps", f"{training.steps:,}"),

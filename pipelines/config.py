@@ -653,7 +653,7 @@ class ShadowSettings(Settings):
     """Shadow optimizers of a run; see `pipelines.training.shadows`."""
 
     optimizers: dict[str, ShadowOptimizer] = {}
-    """By name. `pipelines.shadows` makes the table from a list such as `["muon", "adamw:lr=3e-4"]`."""
+    """By name. `pipelines.shadow_settings` makes the table from a list such as `["muon", "adamw:lr=3e-4"]`."""
     every: Count = 100
     """Steps between records."""
 

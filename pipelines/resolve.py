@@ -22,6 +22,7 @@ from pipelines.config import (
     ImportedOptimizerSettings,
     RunConfig,
     ScheduleSettings,
+    ShadowOptimizer,
     flatten,
     run_config_of,
     settings_class_of,
@@ -321,7 +322,15 @@ def _explain(
 ) -> str:
     """Return one line for a pydantic error: source, key, what is wrong, what to do."""
     loc = [str(part) for part in details["loc"]]
-    tag = loc[1] if loc[:1] == ["optimizer"] and len(loc) > 1 and issubclass(model, RunConfig) else ""
+    if loc[:2] == ["shadows", "optimizers"] and len(loc) > 3:
+        shadow, inner = join_key(loc[:3]), details.copy()
+        inner["loc"], origin = details["loc"][3:], _origin(shadow, sources)
+        if details["type"] in ("missing", "union_tag_not_found"):
+            return (
+                f'{origin}: {shadow} has no optimizer: write a list of names, as in shadows.optimizers=["muon:lr=0.1"]'
+            )
+        return _explain(inner, sources, ShadowOptimizer, origin, f"{shadow}.")
+    tag = loc[1] if loc[:1] == ["optimizer"] and len(loc) > 1 and issubclass(model, RunConfig | ShadowOptimizer) else ""
     if tag in OPTIMIZER_SETTINGS or tag == IMPORTED:
         del loc[1]  # pydantic names the member of the union there
     key = ".".join(loc)
@@ -340,7 +349,7 @@ def _explain(
         name = value.get("name", "") if isinstance(value, dict) else value
         hint = _hint(str(name), OPTIMIZER_NAMES)
         paths = "" if hint.startswith("did") else "; or an import path, such as torch.NAdam or ./FILE.py:Class"
-        return f"{_origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}{paths}"
+        return f"{source or _origin('optimizer.name', sources)}: unknown optimizer {name!r}; {hint}{paths}"
     if kind == "value_error":
         return f"{where}: {details['msg'].removeprefix('Value error, ')}"
     message = details["msg"].removeprefix("Input ").replace("a valid tuple", "a list of values")

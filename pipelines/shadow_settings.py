@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pipelines.config import RunConfig, ShadowOptimizer, flatten, task_name
@@ -47,6 +48,21 @@ def shadow_configs(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
+@contextlib.contextmanager
+def errors_of_shadow() -> Iterator[None]:
+    """Context manager in which errors about an optimizer name `shadows.optimizers` instead of `--optimizer`."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError("\n".join(map(line_of_shadow, str(error).splitlines()))) from error
+
+
+def line_of_shadow(line: str) -> str:
+    """Return a line about an optimizer for the optimizer as a shadow."""
+    rest = line.removeprefix("--optimizer ")
+    return line if rest == line else f"{_NAMES}: {rest}"
+
+
 def _is_table(key: str) -> bool:
     return key.startswith(_TABLES)
 
@@ -68,15 +84,18 @@ def _shadow(layers: Sequence[Layer], text: str, source: str, resolve: Resolve) -
         name, keywords = split_optimizer(text)
     except ValueError as error:
         raise UsageError(f"{place}: {error}") from None
+    if "name" in keywords:
+        raise UsageError(f"{place}: name: not a setting; the name of the optimizer comes before the colon")
     lowest, *others = layers
     own = {f"optimizer.{key}": parse_value(value) for key, value in keywords.items()}
-    config = resolve(
-        [
-            Layer(lowest.source, {**_without(lowest.values, *_OF_THE_OPTIMIZER), **_of_preset(lowest, name)}),
-            *(Layer(layer.source, _without(layer.values, "optimizer.")) for layer in others),
-            Layer(place, {"optimizer.name": name, **own}),
-        ]
-    )
+    with errors_of_shadow():
+        config = resolve(
+            [
+                Layer(lowest.source, {**_without(lowest.values, *_OF_THE_OPTIMIZER), **_of_preset(lowest, name)}),
+                *(Layer(layer.source, _without(layer.values, "optimizer.")) for layer in others),
+                Layer(place, {"optimizer.name": name, **own}),
+            ]
+        )
     return ShadowOptimizer(optimizer=config.optimizer, schedule=config.schedule)
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -283,7 +283,7 @@ class Submissions:
         path = self._folder / name
         self._record([*self._submissions, _Submission(script=name, runs=list(runs), is_array=is_array)])
         write_atomically(path, script.encode())
-        job = _answer(sbatch_words(path)).partition(";")[0]
+        job = _answer(sbatch_words(path), _overriding(script)).partition(";")[0]
         self._submissions[-1].job = job
         self._record(self._submissions)
         return job
@@ -320,11 +320,22 @@ def _logs(folder: Path) -> Path:
     return folder.resolve() / FOLDER
 
 
-def _answer(words: Sequence[str]) -> str:
-    """Return what one of Slurm's commands prints. Raises `AsgoError` if it fails, with its words in one line."""
+def _overriding(script: str) -> set[str]:
+    """Return the environment variables that sbatch prefers to the options in a script, such as `SBATCH_PARTITION`."""
+    names = {"array": "array-inx", "mem": "mem-per-node", "time": "timelimit"}  # others have the name of the option
+    keys = {*_OURS, *re.findall(r"^#SBATCH --([a-z0-9-]+)", script, re.MULTILINE)}
+    return {f"SBATCH_{names.get(key, key).upper().replace('-', '_')}" for key in keys}
+
+
+def _answer(words: Sequence[str], left_out: Collection[str] = ()) -> str:
+    """Return what one of Slurm's commands prints; `left_out` are environment variables that it does not receive.
+
+    Raises `AsgoError` if it fails, with its words in one line.
+    """
     if shutil.which(words[0]) is None:
         raise AsgoError(f"--slurm: there is no {words[0]} here; give the command on a machine that submits to Slurm")
-    answer = subprocess.run(words, env=_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    environment = {name: value for name, value in _environment().items() if name not in left_out}
+    answer = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if answer.returncode != 0:
         reason = "; ".join(line.strip() for line in answer.stderr.splitlines() if line.strip())
         raise AsgoError(reason or f"{words[0]}: exit code {answer.returncode}")

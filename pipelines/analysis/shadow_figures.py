@@ -104,6 +104,12 @@ def _array(values: Iterable[float | None]) -> Array:
     return np.array([math.nan if value is None else value for value in values], dtype=np.float64)
 
 
+def _median(values: Iterable[float | None]) -> float:
+    """Return the median of the finite values; NaN if there are none."""
+    finite = [value for value in values if value is not None]
+    return float(np.median(finite)) if finite else math.nan
+
+
 def _draw_losses(shadows: ShadowRecords) -> Figure:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     same, held_out = figure.subplots(1, 2, sharey=True)
@@ -133,8 +139,8 @@ def _draw_loss(
         return
     medians = np.ma.median(np.ma.masked_invalid([_array(change["at_lengths"]) for change in changes]), axis=0)  # type: ignore[no-untyped-call]
     axes.plot(lengths, medians, **style, linewidth=1.2)  # type: ignore[arg-type]
-    ratio = np.nanmedian(_array(_norm_ratio(directions[name], directions[RUN]) for directions in found))
-    own = np.nanmedian(_array(change["own"] for change in changes))
+    ratio = _median(_norm_ratio(directions[name], directions[RUN]) for directions in found)
+    own = _median(change["own"] for change in changes)
     if lengths[0] / 2 <= ratio <= lengths[-1] * 2:
         axes.plot([ratio], [own], color=str(style["color"]), marker="o", markersize=4)
 

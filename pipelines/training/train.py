@@ -22,7 +22,7 @@ from pipelines.compiler_cache import use_private_compiler_cache
 from pipelines.config import ImportedOptimizerSettings, RunConfig, differences
 from pipelines.errors import AsgoError, Diverged, UsageError
 from pipelines.imported_optimizers import check_part_keywords, named_constructor, source_of
-from pipelines.shadow_settings import shadow_configs
+from pipelines.shadow_settings import errors_of_shadow, line_of_shadow, shadow_configs
 from pipelines.shell import command
 from pipelines.stopping import stop_on_signals
 from pipelines.tasks import task_of
@@ -94,6 +94,9 @@ def plan(config: RunConfig, processes: int = 1) -> Plan:
     task = task_of(config).build(config, torch.device("cpu"), ALONE)
     task.close()
     training, optimizer = config.training, new_optimizer(task.model, config)
+    for shadow in shadow_configs(config).values():
+        with errors_of_shadow():
+            new_optimizer(task.model, shadow)
     return Plan(
         parameters=sum(param.numel() for param in task.model.parameters()),
         parts=_planned_parts(task.model, optimizer),
@@ -158,8 +161,10 @@ def train(
         parent = find_parent(folder, branch, continues, config, ranks, reporter.note)
         torch.manual_seed(config.seed)
         with contextlib.closing(task_of(config).build(config, device, ranks)) as task, contextlib.closing(folder):
-            for each in (config, *shadow_configs(config).values()):
-                _rehearse(task.model, each, device, reporter.note)
+            _rehearse(task.model, config, device, reporter.note)
+            for shadow in shadow_configs(config).values():
+                with errors_of_shadow():
+                    _rehearse(task.model, shadow, device, lambda line: reporter.note(line_of_shadow(line)))
             ranks.on_rank_0(lambda: _claim(folder, continues))
             return _train(task, config, folder, device, reporter, ranks, beat, continues, parent)
 
@@ -283,7 +288,7 @@ def _initial_state(
         for line in task.load_initial_weights():
             reporter.note(line)
     state = fresh_state(task.model, config, device, ranks)
-    with restored_random_state(device):
+    with restored_random_state(device), errors_of_shadow():
         state.shadows = new_shadows(task.model, config, lambda model, shadow: fresh_state(model, shadow, device, ranks))
     state.arithmetic = agree_on_arithmetic(state.optimizer, config.runtime, device, ranks, reporter.note)
     if checkpoint is not None:

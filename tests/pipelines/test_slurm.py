@@ -189,6 +189,19 @@ def test_a_job_starts_without_the_variables_of_the_job_that_submits_it(
     assert {name for name in names if name.startswith(("SLURM", "SRUN", "SQUEUE", "CUDA"))} == {"SLURM_CONF"}
 
 
+def test_options_come_before_the_defaults_in_the_environment(
+    fake_slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch itself prefers its variables to the options in a script."""
+    for name in ("PARTITION", "TIMELIMIT", "MEM_PER_NODE", "ARRAY_INX", "NO_REQUEUE", "SIGNAL", "WAIT", "ACCOUNT"):
+        monkeypatch.setenv(f"SBATCH_{name}", "3")
+    script = make_script(read_request("partition=gpu,time=10,mem=4G"), program("true"), tmp_path, None)
+    with Submissions(tmp_path) as submissions:
+        submissions.submit(["a"], script, is_array=False)
+    names = {line.partition("=")[0] for line in fake_slurm.environment()}
+    assert {name for name in names if name.startswith("SBATCH_")} == {"SBATCH_ACCOUNT"}
+
+
 def test_the_script_is_valid_for_the_shell(tmp_path: Path) -> None:
     for runs in (None, ["a"]):
         script = make_script(read_request("nodes=2,gpus=8"), program("true"), tmp_path, runs)

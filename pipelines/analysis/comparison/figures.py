@@ -382,13 +382,13 @@ class LayerFigures:
 
 
 def write_layers(contenders: Sequence[Entry], figures: Path) -> list[LayerFigures]:
-    """Draw what contenders measured in a run: layer statistics, and shadow optimizers.
+    """Draw what each contender measured, in the run with most: layer statistics, and shadow optimizers.
 
     Writes PNG and PDF files into `figures/layers/RUN-NAME`. Raises `AsgoError` for an unreadable file.
     """
-    runs = [next((run for run in entry.runs if any(_measurements(run.path))), None) for entry in contenders]
+    runs = [max(entry.runs, key=lambda run: len(_measurements(run.path))) for entry in contenders if entry.runs]
     drawn = []
-    for run in [run for run in runs if run is not None][:MOST_WITH_LAYERS]:
+    for run in [run for run in runs if _measurements(run.path)][:MOST_WITH_LAYERS]:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name)
         paths = [path for write in _measurements(run.path) for path in write(run.path, figures / LAYERS_FOLDER / name)]
         images = [(_LAYER_WORDS[path.stem], path.read_bytes()) for path in paths if path.suffix == ".png"]

@@ -53,6 +53,17 @@ def test_missing_values_leave_gaps(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_shadow_without_any_finite_value_is_drawn_without_warnings(tmp_path: Path) -> None:
+    """As with a learning rate of zero, or weights that overflow."""
+    none = LossChange(at_lengths=[math.nan] * 3, own=math.nan)
+    nothing = {**direction(None, math.nan), "same_batch": none, "held_out": none}
+    header = Header(optimizer="asgo", shapes=SHAPES, lengths=[0.5, 1.0, 2.0])
+    directions = {RUN: direction(1.0, 1.0), "muon": nothing}
+    shadow_file(tmp_path).append(header, Record(step=1, cost_ms=1.0, directions=directions))  # type: ignore[typeddict-item]
+    assert len(write_shadow_figures(tmp_path, tmp_path / "figures")) == 6
+
+
 def test_a_run_without_shadows_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no shadow optimizers; train with --set"):
         draw_shadows(tmp_path)

@@ -228,6 +228,8 @@ def test_a_stored_run_keeps_the_settings_of_its_shadows(make: Make, tmp_path: Pa
         (["muon", "muon"], r"^test: shadows\.optimizers: 'muon' is there twice; leave one out$"),
         (["muon:momentum"], r"^test: shadows\.optimizers: muon:momentum: 'momentum' is not key=value$"),
         (["muon:lr=-1"], r"^test: shadows\.optimizers: muon:lr=-1: optimizer\.lr = -1: should be greater"),
+        (["muon:name=adamw"], r"^test: shadows\.optimizers: muon:name=adamw: name: not a setting"),
+        (["torch.LBFGS"], r"^shadows\.optimizers: torch\.LBFGS: its step\(\) needs a closure"),
         (["torch.nn.Linear"], r"shadows\.optimizers: torch\.nn\.Linear|torch\.nn\.Linear"),
         ([3], r"^test: shadows\.optimizers is \[3\]: write a list of names, such as"),
         (5, r"^test: shadows\.optimizers is 5: write a list of names"),
@@ -237,6 +239,33 @@ def test_what_is_wrong_is_one_line(names: Any, message: str, make: Make) -> None
     with pytest.raises(UsageError, match=message) as error:
         make(shadows__optimizers=names)
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("muon.lr", r"test: shadows\.optimizers\.muon has no optimizer: write a list of names"),
+        ("muon.optimizer.lr", r"test: shadows\.optimizers\.muon has no optimizer: write a list of names"),
+        ('"torch.NAdam".lr', r'test: shadows\.optimizers\."torch\.NAdam"\.lr: unknown key; known: optimizer, schedule'),
+    ],
+)
+def test_a_table_of_a_shadow_that_is_wrong_is_explained(key: str, message: str, make: Make) -> None:
+    with pytest.raises(UsageError, match=message):
+        make(**{f"shadows.optimizers.{key}": 0.5})
+
+
+def test_settings_in_a_table_are_checked(make: Make) -> None:
+    table = {"shadows.optimizers.muon.optimizer.name": "muon"}
+    assert list(make(**table).shadows.optimizers) == ["muon"]
+    with pytest.raises(UsageError, match=r"^test: shadows\.optimizers\.muon\.optimizer\.foo: unknown key; known: .*lr"):
+        make(**table, **{"shadows.optimizers.muon.optimizer.foo": 1})
+    with pytest.raises(UsageError, match=r"^test: shadows\.optimizers\.muon\.optimizer\.lr = -1: should be greater"):
+        make(**table, **{"shadows.optimizers.muon.optimizer.lr": -1})
+
+
+def test_a_shadow_that_cannot_step_is_named_as_a_shadow(make: Make, tmp_path: Path, reporter: SilentReporter) -> None:
+    with pytest.raises(UsageError, match=r"^shadows\.optimizers: torch\.SparseAdam: a step with it raises"):
+        train(make(shadows__optimizers=["torch.SparseAdam"]), tmp_path / "run", reporter)
 
 
 def test_optimizers_with_modes_are_refused_before_anything_is_written(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.analysis.comparison import report
 from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.figures import write_layers
 from pipelines.analysis.comparison.report import write_report
 from pipelines.config import RunConfig
 from pipelines.errors import UsageError
@@ -42,3 +44,17 @@ def test_each_contender_that_recorded_its_layers_shows_them(
     (layers / "mine.txt").write_text("not a figure")
     with pytest.raises(UsageError, match=r"contains figures/layers/mine.txt beside a report"):
         write_report(compare_runs([tmp_path / "runs"]), tmp_path / "report", "asgo compare")
+
+
+def test_the_run_with_most_measurements_is_drawn(
+    small_config: Callable[..., RunConfig], tmp_path: Path, reporter: SilentReporter
+) -> None:
+    """The layers of one seed do not hide the shadow optimizers of another."""
+    both: list[dict[str, Any]] = [{}, {"shadows.optimizers.muon.optimizer.name": "muon", "shadows.every": 6}]
+    for seed, shadows in enumerate(both, 1):
+        config = small_config(optimizer__name="adamw", statistics__every=6, seed=seed, **shadows)
+        train(config, tmp_path / "runs" / f"adamw-{seed}", reporter)
+    (entry,) = compare_runs([tmp_path / "runs"]).entries
+    (drawn,) = write_layers([entry], tmp_path / "figures")
+    assert drawn.name == "adamw-2"
+    assert len(drawn.images) == 5
