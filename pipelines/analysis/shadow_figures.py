@@ -171,11 +171,16 @@ def _draw_spectra(shadows: ShadowRecords) -> Figure:
 
 
 def _draw_spectrum(axes: Axes, layers: Sequence[LayerUpdate | None], index: int) -> None:
-    """Draw the median over layers of the singular values of their updates, relative to the largest."""
+    """Draw the median over layers of the singular values of their updates, relative to the largest.
+
+    Layers of one kind may have different sizes, as in a residual network: shorter spectra are interpolated.
+    """
     found = [_array(layer["singular_values"]) for layer in layers if layer is not None and layer["singular_values"]]
     relative = [values / values[0] for values in found if values[0] > 0]
     if relative:
-        axes.plot(np.linspace(0, 1, len(relative[0])), np.median(relative, axis=0), **line_style(index), linewidth=1.2)
+        ranks = np.linspace(0, 1, max(map(len, relative)))
+        aligned = [np.interp(ranks, np.linspace(0, 1, len(values)), values) for values in relative]
+        axes.plot(ranks, np.median(aligned, axis=0), **line_style(index), linewidth=1.2)
 
 
 def _handles(shadows: ShadowRecords, first: int) -> list[Line2D]:

@@ -40,6 +40,16 @@ def test_lines_show_what_was_recorded(tmp_path: Path) -> None:
     assert [line.get_ydata().tolist() for line in spectrum] == [[1.0, 0.5, 0.0]] * 2  # type: ignore[union-attr]
 
 
+def test_layers_of_one_kind_may_have_different_sizes(tmp_path: Path) -> None:
+    """As the convolutions of a residual network have."""
+    run = direction(1.0, 1.0)
+    run["layers"]["blocks.1.up.weight"] = LayerUpdate(norm=1.0, cosine=1.0, singular_values=[2.0, 1.0, 0.5, 0.25, 0.0])
+    header = Header(optimizer="asgo", shapes=SHAPES, lengths=[0.5, 1.0, 2.0])
+    shadow_file(tmp_path).append(header, Record(step=1, cost_ms=1.0, directions={RUN: run}))
+    (line,) = dict(draw_shadows(tmp_path))["shadow-spectra"].axes[0].lines
+    assert line.get_ydata().tolist() == [1.0, 0.625, 0.375, 0.1875, 0.0]  # type: ignore[union-attr]
+
+
 @pytest.mark.filterwarnings("error")
 def test_missing_values_leave_gaps(tmp_path: Path) -> None:
     """Of a shadow without a direction, as in a step of length 0, and of a loss that is not finite."""

@@ -56,5 +56,5 @@ def test_the_run_with_most_measurements_is_drawn(
         train(config, tmp_path / "runs" / f"adamw-{seed}", reporter)
     (entry,) = compare_runs([tmp_path / "runs"]).entries
     (drawn,) = write_layers([entry], tmp_path / "figures")
-    assert drawn.name == "adamw-2"
+    assert drawn.run == "adamw-2"
     assert len(drawn.images) == 5
