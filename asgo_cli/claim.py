@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipelines.analysis.comparison.results import Interval
     from pipelines.claim import Claim, Judgement
     from pipelines.sweeps.definition import Sweep
+    from pipelines.sweeps.until_certain import SeedWish
     from pipelines.tasks.metric import Metric
 
 EXAMPLES = examples("asgo claim asgo-beats-adamw.toml", "asgo claim claims/*.toml --json")
@@ -86,6 +87,8 @@ def _checked(path: Path, claim: Claim) -> Sweep | None:
         if name not in names:
             raise UsageError(f"{path}: {name}: no run of {claim.sweep} has this name; choose from {', '.join(names)}")
     choose_metric(TASKS[definition.task], claim.metric, f"{path}: metric")
+    if claim.until_certain:
+        _wish(claim).seeds(definition)
     return definition
 
 
@@ -94,14 +97,18 @@ def _trained(
 ) -> Path | None:
     """Train the runs of the claim's sweep that are missing; return their folder."""
     from asgo_cli.sweep import train_sweep
-    from pipelines.sweeps.until_certain import SeedWish
 
     if claim.sweep is None or definition is None:
         return None
     folder = _folder(claim.sweep, out)
-    wish = SeedWish((), claim.max_seeds, claim.statement.reference) if claim.until_certain else None
-    train_sweep(definition, folder, slots, gpus, wish)
+    train_sweep(definition, folder, slots, gpus, _wish(claim) if claim.until_certain else None)
     return folder
+
+
+def _wish(claim: Claim) -> SeedWish:
+    from pipelines.sweeps.until_certain import SeedWish
+
+    return SeedWish((), claim.max_seeds, claim.statement.reference)
 
 
 def _title(claim: Claim, metric: Metric) -> str:
