@@ -15,6 +15,8 @@ from pipelines.shell import command
 if TYPE_CHECKING:
     from pipelines.analysis.comparison.results import Interval
     from pipelines.claim import Claim, Judgement
+    from pipelines.sweeps.definition import Sweep
+    from pipelines.sweeps.until_certain import SeedWish
     from pipelines.tasks.metric import Metric
 
 EXAMPLES = examples("asgo claim asgo-beats-adamw.toml", "asgo claim claims/*.toml --json")
@@ -49,9 +51,10 @@ def claim(
     claims = [(path, read_claim(path)) for path in files]
     if out is not None and len({each.sweep for _, each in claims}) > 1:
         raise UsageError("--out: the claims need several sweeps; leave it out, or give the claims of one sweep")
+    sweeps = [_checked(path, each) for path, each in claims]  # all of them, before the first run starts
     judged = [
-        (path, each, judge_claim(each, _trained(each, out, slots, gpus) if each.sweep is not None else None))
-        for path, each in claims
+        (path, each, judge_claim(each, _trained(each, sweep, out, slots, gpus)))
+        for (path, each), sweep in zip(claims, sweeps, strict=True)
     ]
     if table is not None:
         _write_table(table, judged)
@@ -61,30 +64,51 @@ def claim(
     console.show_table(("claim", "answer"), [(_title(each, found.metric), found.answer) for _, each, found in judged])
     for _, each, found in judged:
         console.say(_sentence(each, found))
-    sweeps = dict.fromkeys(each.sweep for _, each in claims if each.sweep is not None)
-    console.suggest_next(*(command("asgo", "compare", _folder(sweep, out)) for sweep in sweeps))
+    folders = dict.fromkeys(_folder(each.sweep, out) for _, each in claims if each.sweep is not None)
+    console.suggest_next(*(command("asgo", "compare", folder) for folder in folders))
 
 
 def _folder(sweep: str, out: Path | None) -> Path:
     return out or Path("runs") / (Path(sweep).stem if sweep.endswith(".toml") else sweep)
 
 
-def _trained(claim: Claim, out: Path | None, slots: int | None, gpus: int | None) -> Path:
-    """Train the runs of the claim's sweep that are missing; return their folder."""
-    from asgo_cli.sweep import train_sweep
+def _checked(path: Path, claim: Claim) -> Sweep | None:
+    """Return the claim's sweep, if it has one. Raises `UsageError` for runs or a metric that it does not have."""
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import read_sweep, resolve_variants
-    from pipelines.sweeps.until_certain import SeedWish
+    from pipelines.tasks import TASKS
+    from pipelines.tasks.metric import choose_metric
 
-    assert claim.sweep is not None
-    folder, definition = _folder(claim.sweep, out), read_sweep(claim.sweep)
+    if claim.sweep is None:
+        return None
+    definition = read_sweep(claim.sweep)
     names = [variant.name for variant in resolve_variants(definition, assignment_layer([]))]
     for name in (claim.statement.contender, claim.statement.reference):
         if name not in names:
-            raise UsageError(f"{name}: no run of {claim.sweep} has this name; choose from {', '.join(names)}")
-    wish = SeedWish((), claim.max_seeds, claim.statement.reference) if claim.until_certain else None
-    train_sweep(definition, folder, slots, gpus, wish)
+            raise UsageError(f"{path}: {name}: no run of {claim.sweep} has this name; choose from {', '.join(names)}")
+    choose_metric(TASKS[definition.task], claim.metric, f"{path}: metric")
+    if claim.until_certain:
+        _wish(claim).seeds(definition)
+    return definition
+
+
+def _trained(
+    claim: Claim, definition: Sweep | None, out: Path | None, slots: int | None, gpus: int | None
+) -> Path | None:
+    """Train the runs of the claim's sweep that are missing; return their folder."""
+    from asgo_cli.sweep import train_sweep
+
+    if claim.sweep is None or definition is None:
+        return None
+    folder = _folder(claim.sweep, out)
+    train_sweep(definition, folder, slots, gpus, _wish(claim) if claim.until_certain else None)
     return folder
+
+
+def _wish(claim: Claim) -> SeedWish:
+    from pipelines.sweeps.until_certain import SeedWish
+
+    return SeedWish((), claim.max_seeds, claim.statement.reference)
 
 
 def _title(claim: Claim, metric: Metric) -> str:

@@ -43,19 +43,20 @@ class Statement(Settings):
     by: float | str = 0.0
     """`better_than`: by at least so much; `no_worse_than`: by at most so much. In the metric's unit, or "2 %"."""
 
-    @field_validator("by")
+    @field_validator("by", mode="before")  # before the union, whose errors are one line for each of its types
     @classmethod
-    def _is_an_amount(cls, by: float | str) -> float | str:
-        if isinstance(by, str) and not _PERCENT.fullmatch(by):
-            raise ValueError(f'{by!r}: write a number, or a percentage of the other\'s value, such as "2 %"')
-        if isinstance(by, float) and not by >= 0:
-            raise ValueError(f"{by}: must not be negative")
+    def _is_an_amount(cls, by: object) -> object:
+        is_number = isinstance(by, float | int) and not isinstance(by, bool) and 0 <= by < math.inf
+        if not is_number and not (isinstance(by, str) and _PERCENT.fullmatch(by)):
+            raise ValueError(f'{by!r}: write a number from 0, or a percentage of the other\'s value, such as "2 %"')
         return by
 
     @model_validator(mode="after")
     def _has_one_relation(self) -> Self:
         if (self.better_than is None) == (self.no_worse_than is None):
             raise ValueError("write either better_than or no_worse_than")
+        if self.contender == self.reference:
+            raise ValueError(f"{self.contender} is compared with itself; name two runs")
         return self
 
     @property
@@ -159,7 +160,8 @@ def judge_claim(claim: Claim, folder: Path | None) -> Judgement:
     else:
         paths = [Path(each) for each in claim.runs] if folder is None else [folder]
         comparison = compare_runs(paths, confidence=claim.confidence, metric_name=claim.metric)
-        metric, entries = comparison.metric, comparison.contenders
+        # A claim names its learning rates, so of a sweep, entries that differ only in it are all there to choose.
+        metric, entries = comparison.metric, comparison.contenders if folder is None else comparison.entries
         pair = [_entry(entries, name, folder) for name in (statement.contender, statement.reference)]
         diverged = [
             name

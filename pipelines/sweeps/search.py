@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from pipelines.analysis.comparison.until_certain import read_record
 from pipelines.config import differences, flatten, load_run_config
 from pipelines.errors import AsgoError, UsageError
 from pipelines.storage import write_atomically
@@ -306,7 +307,9 @@ class SearchRuns:
         """Time of the last search for a run that found none."""
 
     def agree(self) -> None:
-        """Raise `UsageError` if the storage has another search of this name, or this one with more trials."""
+        """Raise `UsageError` if the storage has another search of this name, or this one with more trials, or if more
+        trials would follow a sweep until certain.
+        """
         found = [(trials.contender.name, *trials.agree()) for trials in self._contenders]
         shared = dict.fromkeys(line for _, lines, _ in found for line in lines)
         lines = [*shared, *(f"{name}: {line}" for name, _, lines in found for line in lines)]
@@ -324,6 +327,12 @@ class SearchRuns:
             raise UsageError(
                 f"search {self._plan.name} already has trials = {stored}, not {asked}: trials that were begun count;"
                 f" write trials = {stored} or more"
+            )
+        record = read_record(self._out) if asked > stored else None
+        if record is not None and record.looks:  # results that were seen may be why, and a new best would replace them
+            raise UsageError(
+                f"{self._out}: final runs of {stored} trials were compared until certain here, so no more trials can"
+                " follow; choose another --out"
             )
 
     def extend(self) -> None:

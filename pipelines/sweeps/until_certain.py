@@ -58,8 +58,8 @@ class SeedWish:
         first = given or tuple(itertools.islice(following, FIRST))
         if not 2 <= len(first) <= most:
             raise UsageError(
-                f"--until-certain: {len(first)} seeds before the first look, and {most} at most: give two --seeds or "
-                "more, and --max-seeds not below their number"
+                f"until certain: {len(first)} seeds before the first look, and {most} at most: give two seeds or more, "
+                "and not fewer at most (--max-seeds, or a claim's max_seeds)"
             )
         return Seeds(first, (*first, *itertools.islice(following, most - len(first))))
 

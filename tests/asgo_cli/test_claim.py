@@ -57,5 +57,20 @@ def test_a_contender_that_diverges_or_is_not_there(token_folder: Path, tmp_path:
     write_claim(tmp_path / "none.toml", "my.toml", "none")
     result = claim(tmp_path, "none.toml")
     assert (result.returncode, result.stdout) == (2, "")
-    assert "none: no run of my.toml has this name; choose from b, wild" in result.stderr
+    assert "none.toml: none: no run of my.toml has this name; choose from b, wild" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_all_claims_are_checked_before_the_first_run(token_folder: Path, tmp_path: Path) -> None:
+    write_sweep(tmp_path / "my.toml", token_folder, *GOOD, seeds=[1, 2])
+    write_claim(tmp_path / "a.toml", "my.toml", "a")
+    write_claim(tmp_path / "none.toml", "my.toml", "none")
+    write_claim(tmp_path / "images.toml", "my.toml", "a", metric="accuracy")
+    for wrong, problem in (
+        ("none.toml", "none.toml: none: no run of my.toml has this name"),
+        ("images.toml", "images.toml: metric accuracy: the task gpt records no accuracy; choose loss"),
+    ):
+        result = claim(tmp_path, "a.toml", wrong)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert problem in result.stderr
+        assert not (tmp_path / "runs").exists()

@@ -73,7 +73,7 @@ def test_a_dry_run_shows_the_least_and_the_highest_cost(
         (["--max-seeds", "5"], "--max-seeds and --against are for --until-certain"),
         (["--against", "a"], "--max-seeds and --against are for --until-certain"),
         (["--until-certain", "--against", "c"], "--against c: no contender has this name; choose one of a, b"),
-        (["--until-certain", "--seeds", "1"], "--until-certain: 1 seeds before the first look, and 8 at most"),
+        (["--until-certain", "--seeds", "1"], "until certain: 1 seeds before the first look, and 8 at most"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

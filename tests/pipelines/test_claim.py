@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,15 @@ def test_a_diverged_run_decides_against_its_contender_only(folder: Path) -> None
     assert (found.answer, found.reason) == ("cannot tell", "a run of asgo diverged")
 
 
+def test_runs_that_differ_only_in_the_learning_rate_are_compared_by_name(tmp_path: Path) -> None:
+    """`asgo compare` chooses one of them; a claim has named its own."""
+    for name, lr, finals in (("low", 1e-3, ASGO), ("high", 1e-2, ADAMW)):
+        for seed, final in enumerate(finals, start=1):
+            write_run(tmp_path / f"{name}-s{seed}", falling_to(final), optimizer="adamw", seed=seed, optimizer__lr=lr)
+    found = judge_claim(claim_of(contender="low", better_than="high"), tmp_path)
+    assert (found.answer, found.test) == ("holds", "paired")
+
+
 def test_one_seed_cannot_tell(folder: Path) -> None:
     for run in folder.glob("*-s[234]"):
         run.rename(folder.parent / run.name)
@@ -181,7 +191,10 @@ GOOD = {"sweep": "my.toml", "statement": {"contender": "a", "better_than": "b"}}
         ({**GOOD, "max_seeds": 4}, "max_seeds is for until_certain = true"),
         ({**GOOD, "statement": {"contender": "a"}}, "statement: write either better_than or no_worse_than"),
         ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": "much"}}, "statement.by: 'much': write a"),
-        ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": -1.0}}, "statement.by: -1.0: must not"),
+        ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": -1.0}}, "statement.by: -1.0: write a"),
+        ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": math.nan}}, "statement.by: nan: write a"),
+        ({**GOOD, "statement": {"contender": "a", "better_than": "b", "by": True}}, "statement.by: True: write a"),
+        ({**GOOD, "statement": {"contender": "a", "better_than": "a"}}, "statement: a is compared with itself"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line(values: dict[str, Any], message: str, tmp_path: Path) -> None:

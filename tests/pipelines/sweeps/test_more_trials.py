@@ -11,6 +11,7 @@ import pytest
 import tomli_w
 
 from pipelines.analysis.comparison.find_runs import find_runs
+from pipelines.analysis.comparison.until_certain import Look, Record
 from pipelines.errors import UsageError
 from pipelines.resolve import assignment_layer
 from pipelines.sweeps.contenders import SearchPlan, plan_search
@@ -120,6 +121,18 @@ def test_former_final_runs_stay_until_all_trials_have_ended(plan: Make, tmp_path
     assert work(plan(5), tmp_path, most=2) == ["a-t3", "b-t3"]
     assert rate(tmp_path / "a-s1") == 0.1
     assert not (tmp_path / "trials/superseded").exists()
+
+
+def test_no_more_trials_follow_a_sweep_until_certain(plan: Make, tmp_path: Path) -> None:
+    """They could be a reaction to its verdicts, and a new best would replace results that are in its record."""
+    work(plan(3), tmp_path)
+    record = Record(contenders=("a", "b"), against=None, metric="loss", confidence=0.95, first_look=2, seeds=(1, 2))
+    record.write(tmp_path)
+    open_search(plan(5), tmp_path)  # no look yet
+    record.model_copy(update={"looks": (Look(seeds=2, undecided=()),)}).write(tmp_path)
+    with pytest.raises(UsageError, match="final runs of 3 trials were compared until certain here"):
+        open_search(plan(5), tmp_path)
+    assert work(plan(3), tmp_path) == []
 
 
 def test_a_final_run_that_another_worker_left_does_not_matter_when_it_is_superseded(plan: Make, tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
         AsgoError: a row has another number of cells, or a cell is not a number.
     """
     names, delimiter = header(content)
+    given = {key: next((each for each in names if each.strip() == name), name) for key, name in given.items()}
     step = step_column(names, given)
     if step is None:
         return []
@@ -113,7 +114,7 @@ def header(content: bytes) -> tuple[list[str], str]:
 
 
 def _exactly(word: str, names: Sequence[str]) -> str | None:
-    return next((name for name in names if name.lower() == word), None)
+    return next((name for name in names if name.strip().lower() == word), None)
 
 
 def _long_places(names: Sequence[str], given: Names) -> Places:
@@ -156,7 +157,7 @@ def _read(path: Path, content: bytes, delimiter: str, step: str, places: Places,
     return _Table(
         step=_whole(table[step]),
         values={place: _whole(table[name]) for place, name in places.items()},
-        texts={key: _whole(table[name]) for key, name in texts.items()},
+        texts={key: pc.utf8_trim_whitespace(_whole(table[name])) for key, name in texts.items()},
     )
 
 

@@ -299,6 +299,14 @@ def test_a_log_in_utf_16_is_read_as_powershell_writes_it(tmp_path: Path) -> None
     assert runs_of(compare_runs([tmp_path / "a.log"]))[0].final == 5.0
 
 
+def test_spaces_after_the_commas_are_not_part_of_names(tmp_path: Path) -> None:
+    text = "step, split, loss, seed\n0, train, 4.0, 1\n0, val, 4.0, 1\n10, val, 3.0, 1\n"
+    run = compare_text(tmp_path, text)
+    assert (run.final, run.seed, len(run.train.steps)) == (3.0, 1, 1)
+    named = compare_text(tmp_path, "it, nll\n0, 4.0\n10, 3.0\n", columns="step=it,val.loss=nll")
+    assert named.final == 3.0
+
+
 def test_logs_are_not_searched_where_runs_are_nor_in_folders_of_trackers(tmp_path: Path) -> None:
     write_run(tmp_path / "runs/adamw", falling_to(3.0))
     long_csv(tmp_path / "runs/adamw-s1", losses_to(3.0))
