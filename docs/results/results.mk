@@ -5,12 +5,13 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-SWEEPS := shakespeare paper-settings accasro asgo track3-small
+SWEEPS := shakespeare paper-settings accasro accasro-rates asgo track3-small
 DATA-track3-small := shakespeare-bytes
 # Which figures of a comparison the pages show.
 FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
 FIGURES-paper-settings := final-losses loss-steps
 FIGURES-accasro := settings
+FIGURES-accasro-rates := sensitivity layers/accasro-lr0.001-s1/layer-scales
 FIGURES-asgo := settings
 FIGURES-track3-small := loss-steps differences
 BENCHES := optimizers train data loader
