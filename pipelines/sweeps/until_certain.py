@@ -59,7 +59,7 @@ class SeedWish:
         if not 2 <= len(first) <= most:
             raise UsageError(
                 f"until certain: {len(first)} seeds before the first look, and {most} at most: give two seeds or more, "
-                "and not fewer at most (--max-seeds, or a claim's max_seeds)"
+                "and --max-seeds (in a claim, max_seeds) not below their number"
             )
         return Seeds(first, (*first, *itertools.islice(following, most - len(first))))
 
