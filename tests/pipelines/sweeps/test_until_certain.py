@@ -231,7 +231,7 @@ def test_the_seeds_continue_after_those_given_without_the_seed_of_a_search() -> 
     assert SeedWish([10, 11], 3, None).seeds(sweep_with((5, 2))) == Seeds((10, 11), (10, 11, 12))
     assert SeedWish([], 5, None).seeds(sweep_with((), 2)) == Seeds((1, 3, 4), (1, 3, 4, 5, 6))
     for wish in (SeedWish([7], None, None), SeedWish([1, 2, 3], 2, None)):
-        with pytest.raises(UsageError, match="give two seeds or more, and --max-seeds .* not below their number"):
+        with pytest.raises(UsageError, match=r"give two seeds or more, and --max-seeds .* not below their number"):
             wish.seeds(sweep_with(()))
 
 
