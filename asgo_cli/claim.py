@@ -9,6 +9,7 @@ import typer
 
 from asgo_cli import console
 from asgo_cli.help_text import examples
+from asgo_cli.sweep import GpusOption, SlotsOption
 from pipelines.errors import UsageError
 from pipelines.shell import command
 
@@ -27,15 +28,8 @@ def claim(
     out: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder of the sweep's runs.", show_default="runs/SWEEP")
     ] = None,
-    slots: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Number of parallel runs.", show_default="one per GPU, or one on the CPU"
-        ),
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Number of GPUs to use, one run on each.", show_default="all")
-    ] = None,
+    slots: SlotsOption = None,
+    gpus: GpusOption = None,
     table: Annotated[
         Path | None, typer.Option(metavar="FILE.md", help="Also write the answers as a Markdown table.")
     ] = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,15 @@ def check_figure_path(path: Path, more: str = "") -> None:
     """Raise `UsageError` unless the suffix is a supported format; `more` ends the message."""
     if path.suffix.lower() not in _METADATA:
         raise UsageError(f"{path}: the name of a figure must end in {', '.join(_METADATA)}{more}")
+
+
+def save_figures(figures: Iterable[tuple[str, Figure]], out: Path) -> list[Path]:
+    """Write figures into the folder `out`, each as PNG and PDF; return the files."""
+    paths = [(figure, out / f"{name}{suffix}") for name, figure in figures for suffix in (".png", ".pdf")]
+    with figure_style():
+        for figure, path in paths:
+            save_figure(figure, path)
+    return [path for _, path in paths]
 
 
 def save_figure(figure: Figure, path: Path) -> None:

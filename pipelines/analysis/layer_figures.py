@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from pipelines.analysis.figure_style import figure_style, legend_below, line_style, plain_axes, save_figure
+from pipelines.analysis.figure_style import figure_style, legend_below, line_style, plain_axes, save_figures
 from pipelines.errors import UsageError
 from pipelines.training.statistics_file import STATISTICS, Layer, Statistics, read_statistics
 
@@ -55,12 +55,7 @@ def draw_layers(run: Path) -> list[tuple[str, Figure]]:
 
 def write_layer_figures(run: Path, out: Path) -> list[Path]:
     """Draw a run's layer statistics into the folder `out`, each figure as PNG and PDF; return the files."""
-    figures = draw_layers(run)
-    paths = [(figure, out / f"{name}{suffix}") for name, figure in figures for suffix in (".png", ".pdf")]
-    with figure_style():
-        for figure, path in paths:
-            save_figure(figure, path)
-    return [path for _, path in paths]
+    return save_figures(draw_layers(run), out)
 
 
 def kinds_of(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipelines.analysis.figure_style import figure_style, legend_below, line_style, literal, plain_axes, save_figure
+from pipelines.analysis.figure_style import figure_style, legend_below, line_style, literal, plain_axes, save_figures
 from pipelines.analysis.layer_figures import kinds_of
 from pipelines.errors import UsageError
 from pipelines.training.shadow_file import RUN, Direction, LayerUpdate, LossChange, Record, ShadowRecords, shadow_file
@@ -41,12 +41,7 @@ def draw_shadows(run: Path) -> list[tuple[str, Figure]]:
 
 def write_shadow_figures(run: Path, out: Path) -> list[Path]:
     """Draw a run's shadows into the folder `out`, each figure as PNG and PDF; return the files."""
-    figures = draw_shadows(run)
-    paths = [(figure, out / f"{name}{suffix}") for name, figure in figures for suffix in (".png", ".pdf")]
-    with figure_style():
-        for figure, path in paths:
-            save_figure(figure, path)
-    return [path for _, path in paths]
+    return save_figures(draw_shadows(run), out)
 
 
 def shadow_names(shadows: ShadowRecords) -> list[str]:
@@ -68,7 +63,11 @@ def _draw_steps(shadows: ShadowRecords) -> Figure:
         axes.set_xlabel("step")
         axes.locator_params(axis="x", nbins=6)
         plain_axes(axes)
-    legend_below(figure, _handles(shadows, 1))
+    handles = _handles(shadows, 1)
+    for handle, name in zip(handles, shadow_names(shadows), strict=True):
+        found = [record["directions"][name] for record in shadows.records if name in record["directions"]]
+        handle.set_label(f"{name}, {_median(each['step_ms'] for each in found):.3g} ms a step")
+    legend_below(figure, handles)
     return figure
 
 
