@@ -1,7 +1,8 @@
 """Put the tables of `make results` into the pages beside this file.
 
 What stands in a page between `<!-- FILE -->` and `<!-- end -->` becomes the file: a Markdown table as it is, anything
-else as a block. The trajectories' table is made here, of what `asgo viz all --json` printed.
+else as a block. The trajectories' table is made here, of what `asgo viz all --json` printed, and the table that says
+which code made which results, of the comparisons' `runs.csv`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 FUNCTIONS = HERE / "functions" / "functions.json"
+ORIGIN = {"git_commit": "commit", "torch": "torch", "device": "device", "instructions": "instruction set"}
+"""Columns of `runs.csv`, and their heads."""
 _PLACE = re.compile(r"(<!-- ([\w./-]+\.\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -23,6 +26,7 @@ def main() -> None:
     rows = trajectory_rows(json.loads(FUNCTIONS.read_text(encoding="utf-8")))
     FUNCTIONS.with_suffix(".csv").write_text(as_csv(rows), encoding="utf-8")
     FUNCTIONS.with_suffix(".md").write_text(as_markdown(rows), encoding="utf-8")
+    (HERE / "origins" / "origins.md").write_text(origins(), encoding="utf-8")
     for page in sorted(HERE.glob("*.md")):
         page.write_text(assembled(page.read_text(encoding="utf-8")), encoding="utf-8")
 
@@ -46,6 +50,22 @@ def trajectory_rows(printed: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def origins() -> str:
+    """A row for each folder with runs; several commits or machines of one folder are all in it."""
+    rows = []
+    for path in sorted(HERE.glob("*/runs.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            runs = list(csv.DictReader(file))
+        made = {head: " and ".join(sorted({_short(run.get(key)) for run in runs})) for key, head in ORIGIN.items()}
+        rows.append({"results": path.parent.name, "runs": len(runs), **made})
+    return as_markdown(rows)
+
+
+def _short(value: str | None) -> str:
+    """Seven digits of a commit, and whether files had changed; other values as they are."""
+    return re.sub(r"^([0-9a-f]{7})[0-9a-f]{33}", r"\1", value or "not recorded")
+
+
 def as_csv(rows: list[dict[str, Any]]) -> str:
     """With all digits."""
     text = io.StringIO()
@@ -59,7 +79,7 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     """With three digits."""
     lines = [
         list(rows[0]),
-        ["---", "---", *["---:"] * (len(rows[0]) - 2)],
+        ["---" if isinstance(value, str) else "---:" for value in rows[0].values()],
         *(map(_rounded, row.values()) for row in rows),
     ]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

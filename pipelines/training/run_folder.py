@@ -297,9 +297,12 @@ def checkpoint_folders(parent: Path) -> list[Path]:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Return package versions, git commit, device and platform."""
+    """Return package versions, git commit, device, instruction set of the CPU, and platform."""
+    import torch  # slow to import, and commands that only read run folders do not need it
+
     return {
         "device": device,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

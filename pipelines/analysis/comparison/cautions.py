@@ -42,6 +42,18 @@ def cautions_of(
             _owners(_of_folders(entries), _machine),
             "times do not compare",
         ),
+        *by_value(
+            "Different instruction sets of the CPU",
+            entries,
+            lambda run: run.environment.get("instructions", ""),
+            "losses differ by rounding, and times do not compare",
+        ),
+        *by_value(
+            "Different commits of the code",
+            entries,
+            lambda run: run.environment.get("git_commit", ""),
+            "a difference may be the code's, not the optimizer's",
+        ),
     ]
 
 
@@ -252,5 +264,4 @@ def _unequal_trials(trials: Sequence[Run]) -> list[str]:
 
 
 def _machine(run: Run) -> str:
-    versions = run.environment.get("versions")
-    return f"{run.environment.get('device')} with torch {versions.get('torch') if isinstance(versions, dict) else None}"
+    return f"{run.environment.get('device')} with torch {run.environment.get('torch')}"

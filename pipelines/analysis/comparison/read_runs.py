@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ _READING = pyarrow.json.ReadOptions(use_threads=False)  # whole runs are read in
 
 _AT_ONCE = 4  # runs whose whole files are in memory at once
 _FAILURES_SHOWN = 4
-_READ = ("fingerprint", "device", "git_commit", "versions", "torch")
+_ENVIRONMENT = ("device", "instructions", "torch", "git_commit")
 
 
 def read_runs(
@@ -120,8 +120,8 @@ def read_run(name: str, path: Path, asked: str | None = None) -> Run:
         lr=config.optimizer.lr,
         seed=config.seed,
         steps=steps,
-        data=_texts(record.get("data")),
-        environment=_texts(record.get("environment")),
+        data=_texts(record.get("data"), ("fingerprint",)),
+        environment=_environment(record.get("environment")),
         state=state,
         is_trial=is_trial(path),
         train=curves.train,
@@ -142,14 +142,15 @@ def read_run(name: str, path: Path, asked: str | None = None) -> Run:
     )
 
 
-def _texts(record: Any) -> dict[str, Any]:
-    """Return the known keys of a table in `config.json` as text: for display only, so any content is accepted."""
+def _texts(record: Any, keys: Sequence[str]) -> dict[str, str]:
+    """Return values of a table in `config.json` as text: for display only, so any content is accepted."""
     table = record if isinstance(record, dict) else {}
-    return {
-        key: _texts(value) if isinstance(value, dict) else None if value is None else printable(str(value))
-        for key, value in table.items()
-        if key in _READ
-    }
+    return {key: printable(str(table[key])) for key in keys if table.get(key) is not None}
+
+
+def _environment(record: Any) -> dict[str, str]:
+    versions = record.get("versions") if isinstance(record, dict) else None
+    return {**_texts(record, _ENVIRONMENT), **_texts(versions, ("torch",))}
 
 
 def _sha256(source: Any) -> str:

@@ -144,17 +144,12 @@ def _origin(comparison: Comparison, command: str) -> list[tuple[str, str]]:
         ("made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, by asgo {version('asgo')}"),
         ("trained on", _listed(runs, "device")),
         ("code of the runs", _listed(runs, "git_commit")),
-        ("torch of the runs", "; ".join(sorted({_torch(run) for run in runs}))),
+        ("torch of the runs", _listed(runs, "torch")),
     ]
 
 
 def _listed(runs: Sequence[Run], key: str) -> str:
-    return "; ".join(sorted({str(run.environment.get(key) or "not recorded") for run in runs}))
-
-
-def _torch(run: Run) -> str:
-    versions = run.environment.get("versions")
-    return str(versions.get("torch") or "not recorded") if isinstance(versions, dict) else "not recorded"
+    return "; ".join(sorted({run.environment.get(key, "not recorded") for run in runs}))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,9 +76,10 @@ class Run:
     """None if neither the log nor its name says it."""
     steps: int | None
     """Length of the whole run; None if the log does not say it."""
-    data: Mapping[str, Any]
+    data: Mapping[str, str]
     """The data's description in `config.json`."""
-    environment: Mapping[str, Any]
+    environment: Mapping[str, str]
+    """Where `config.json` says it: `device`, `instructions` of the CPU, version of `torch`, `git_commit`."""
     state: State
     is_trial: bool
     """Whether it is a trial of a search: it shows the effect of a learning rate, but is not a result."""
@@ -109,9 +110,9 @@ class Run:
     repeated_rows: int = 0
     """Rows left out because a later row has the same step."""
     lineage: tuple[Ancestor, ...] = ()
+    """The checkpoints that it descends from, oldest first; none unless it is a branch. Its metrics include theirs."""
     optimizer_sha256: str = ""
     """First digits of the SHA-256 of an imported optimizer's code."""
-    """The checkpoints that it descends from, oldest first; none unless it is a branch. Its metrics include theirs."""
     drawn_from: int = 0
     """First step of its curves in figures: the curve of another run shows those before."""
 

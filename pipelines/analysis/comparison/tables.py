@@ -263,7 +263,7 @@ def _run_record(entry: Entry, index: int, run: Run, metric: Metric) -> Record:
         "step_ms": run.step_ms,
         "optimizer_ms": run.optimizer_ms,
         "state_bytes": run.state_bytes,
-        "device": run.environment.get("device"),
+        **{key: run.environment.get(key) for key in ("device", "instructions", "torch", "git_commit")},
         "branch_of": _parent(run),
     }
 

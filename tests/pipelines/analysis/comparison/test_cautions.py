@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,32 @@ def test_a_fair_comparison_has_none(runs: Path) -> None:
 def test_different_work_is_told(runs: Path, settings: dict[str, Any], expected: list[str]) -> None:
     three_seeds(runs, "adamw", 3.1, **settings)
     comparison = compare_runs([runs])
-    torch = comparison.entries[0].runs[0].environment["versions"]["torch"]
+    torch = comparison.entries[0].runs[0].environment["torch"]
     assert [caution.replace(torch, "TORCH") for caution in comparison.cautions] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("instructions", "Different instruction sets of the CPU: OLD (asgo), NEW (adamw); losses differ by rounding, "
+                         "and times do not compare."),
+        ("git_commit", "Different commits of the code: OLD (asgo), NEW (adamw); a difference may be the code's, not "
+                       "the optimizer's."),
+    ],
+)  # fmt: skip
+def test_other_machines_and_other_code_are_told(runs: Path, key: str, expected: str) -> None:
+    three_seeds(runs, "adamw", 3.1)
+    for optimizer, value in (("asgo", "OLD"), ("adamw", "NEW")):
+        for config in runs.glob(f"{optimizer}-*/config.json"):
+            record = json.loads(config.read_text())
+            record["environment"][key] = value
+            config.write_text(json.dumps(record))
+    assert compare_runs([runs]).cautions == (expected,)
+    for config in runs.glob("asgo-*/config.json"):  # as versions before the key wrote it
+        record = json.loads(config.read_text())
+        del record["environment"][key]
+        config.write_text(json.dumps(record))
+    assert compare_runs([runs]).cautions == ()
 
 
 def test_runs_without_a_final_loss_are_told(runs: Path) -> None:
