@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.results import Entry, Interval, TestName
 from pipelines.analysis.comparison.t_tests import interval
-from pipelines.analysis.comparison.until_certain import members_of
+from pipelines.analysis.comparison.until_certain import Member, members_of, read_record
 from pipelines.analysis.comparison.verdicts import Side, contender_named, judge, sides_of
 from pipelines.config import Settings
 from pipelines.errors import AsgoError, UsageError
@@ -154,9 +154,12 @@ def judge_claim(claim: Claim, folder: Path | None) -> Judgement:
     statement = claim.statement
     if folder is None and len(claim.runs) == 1 and _is_table(Path(claim.runs[0])):
         metric = METRICS[claim.metric or "loss"]
-        sides = _sides_in_table(Path(claim.runs[0]), metric, claim.confidence)
-        contender, reference = (_named(sides, name) for name in (statement.contender, statement.reference))
-        diverged: Sequence[str] = ()
+        table = _read_table(Path(claim.runs[0]), metric)
+        contender, reference = (
+            table.side(name, claim.confidence) for name in (statement.contender, statement.reference)
+        )
+        roles = {"contender": statement.contender, "reference": statement.reference}
+        diverged = [role for role, name in roles.items() if None in table.results[name].values()]
     else:
         paths = [Path(each) for each in claim.runs] if folder is None else [folder]
         comparison = compare_runs(paths, confidence=claim.confidence, metric_name=claim.metric)
@@ -243,38 +246,51 @@ def _is_table(path: Path) -> bool:
         return set(next(csv.reader([file.readline(1 << 16)]), [])) >= _TABLE_COLUMNS
 
 
-def _sides_in_table(path: Path, metric: Metric, confidence: float) -> dict[str, Side]:
-    """Return the contenders in a table of runs, by the names of their runs without the seed.
+@dataclass(frozen=True)
+class _Table:
+    """Runs in a table that `asgo compare` wrote."""
 
-    Runs of one seed are taken for paired if they have equal steps: the table does not say more.
-    """
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    path: Path
+    results: Mapping[str, Mapping[int, float | None]]
+    """Final values by name without the seed, and by seed; None for a run that diverged."""
+    steps: Mapping[str, set[str]]
+
+    def side(self, name: str, confidence: float) -> Side:
+        """Return a contender. Raises `UsageError` if none of its runs has finished.
+
+        Runs of one seed are taken for paired if they have equal steps: the table does not say more. The record of a
+        sweep until certain in the same folder is about these runs: `asgo compare` writes both.
+        """
+        results = self.results.get(name, {})
+        finished = {seed: value for seed, value in sorted(results.items()) if value is not None}
+        final = interval(tuple(finished.values()), confidence)
+        if final is None:
+            known = ", ".join(name for name, values in self.results.items() if set(values.values()) != {None})
+            raise UsageError(f"{name}: no finished run has this name; choose from {known or 'none'}")
+        record, member = read_record(self.path.parent), None
+        if record is not None and name in record.contenders:
+            seen = {seed: results[seed] for seed in record.seeds if seed in results}
+            member = Member(self.path.parent, record, name, seen, len(results) - len(seen))
+        work = ",".join(sorted(self.steps[name]))
+        return Side(name, final, tuple(finished.values()), tuple(finished), work, member)
+
+
+def _read_table(path: Path, metric: Metric) -> _Table:
+    results: dict[str, dict[int, float | None]] = defaultdict(dict)
     steps: dict[str, set[str]] = defaultdict(set)
     if path.stat().st_size > _MOST_TABLE_BYTES:
         raise AsgoError(f"{path}: too large for a table of runs")
     with path.open(encoding="utf-8", newline="") as file:
         try:
             for row in csv.DictReader(file):
-                if row["state"] == "finished" and row["seed"]:
-                    name = printable(row["run"]).removesuffix(f"-s{row['seed']}")
-                    value = float(row[f"final_{metric.name}"])
-                    if not math.isfinite(value):
-                        raise ValueError(value)
-                    found[name][int(row["seed"])] = value
-                    steps[name].add(row.get("steps") or "")
+                if row["state"] not in ("finished", "diverged") or not row["seed"]:
+                    continue
+                name = printable(row["run"]).removesuffix(f"-s{row['seed']}")
+                value = float(row[f"final_{metric.name}"]) if row["state"] == "finished" else None
+                if value is not None and not math.isfinite(value):
+                    raise ValueError(value)
+                results[name][int(row["seed"])] = value
+                steps[name].add(row.get("steps") or "")
         except (ValueError, KeyError, TypeError, csv.Error):
             raise AsgoError(f"{path}: not a table of runs that asgo compare wrote") from None
-    sides = {}
-    for name, values in found.items():
-        seeds = tuple(sorted(values))
-        finals = tuple(values[seed] for seed in seeds)
-        final = interval(finals, confidence)
-        assert final is not None
-        sides[name] = Side(name, final, finals, seeds, ",".join(sorted(steps[name])))
-    return sides
-
-
-def _named(sides: Mapping[str, Side], name: str) -> Side:
-    if name not in sides:
-        raise UsageError(f"{name}: no finished run has this name; choose from {', '.join(sides) or 'none'}")
-    return sides[name]
+    return _Table(path, results, steps)

@@ -116,10 +116,15 @@ def test_a_claim_on_the_border_rarely_holds() -> None:
     assert 0 < answers.count("does not hold") < most
 
 
-def test_seeds_that_were_added_until_certain_have_the_sequential_test(folder: Path) -> None:
+def write_record(folder: Path) -> None:
+    """Write that a sweep until certain has trained the runs."""
     Record(
         contenders=("asgo", "adamw"), against=None, metric="loss", confidence=0.95, first_look=3, seeds=(1, 2, 3, 4, 5)
     ).write(folder)
+
+
+def test_seeds_that_were_added_until_certain_have_the_sequential_test(folder: Path) -> None:
+    write_record(folder)
     found = judge_claim(claim_of(by=0.01), folder)
     limits = np.array(ADAMW) - 0.01
     spent = {3: (3 / 5) ** 3, 4: (4 / 5) ** 3 - (3 / 5) ** 3}
@@ -155,7 +160,15 @@ def test_one_seed_cannot_tell(folder: Path) -> None:
     assert found.reason is not None
 
 
-def test_a_table_of_runs_says_the_same_as_the_runs(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("until_certain", [False, True])
+@pytest.mark.parametrize("diverged", [None, "asgo", "adamw"])
+def test_a_table_of_runs_says_the_same_as_the_runs(
+    folder: Path, diverged: str | None, until_certain: bool, tmp_path: Path
+) -> None:
+    if until_certain:
+        write_record(folder)
+    if diverged is not None:
+        record_divergence(write_run(folder / f"{diverged}-s5", {0: 5.0}, optimizer=diverged, seed=5), 3, "inf")
     write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
     table = claim_of(by=0.01).model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
     assert judge_claim(table, None) == judge_claim(claim_of(by=0.01), folder)

@@ -42,6 +42,7 @@ from pipelines.analysis.comparison.tables import (
     verdict_table,
 )
 from pipelines.analysis.comparison.tuning_words import tuning_words
+from pipelines.analysis.comparison.until_certain import RECORD, Record, read_record
 from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.analysis.figure_style import plotly_line
 from pipelines.analysis.page_template import render
@@ -70,6 +71,7 @@ _OURS = {
     "tables/",
     *(f"figures/{name}{suffix}" for name in _FIGURES for suffix in (".png", ".pdf")),
     *(f"tables/{name}{suffix}" for name in TABLES for suffix in (".md", ".csv")),
+    f"tables/{RECORD}",
 }
 _LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
 
@@ -110,6 +112,9 @@ def write_report(comparison: Comparison, out: Path, command: str) -> Path:
             if table.texts:
                 (tables / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
             (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+        record = _record(comparison)
+        if record is not None:  # without it, a claim about the table of runs would have the usual test
+            record.write(tables)
         images = {name: (figures / f"{name}.png").read_bytes() for name in names}
         layers = write_layers(shown(comparison), figures)
         page = render_page(comparison, images, layers, _origin(comparison, command))
@@ -135,6 +140,12 @@ def summary(comparison: Comparison) -> dict[str, Any]:
 
 def _runs(comparison: Comparison) -> list[Run]:
     return [run for entry in comparison.entries for run in entry.runs]
+
+
+def _record(comparison: Comparison) -> Record | None:
+    """Return the record of a sweep until certain, if all runs are in its folder."""
+    folders = {run.path.resolve().parent for run in _runs(comparison)}
+    return read_record(folders.pop()) if len(folders) == 1 else None
 
 
 def _origin(comparison: Comparison, command: str) -> list[tuple[str, str]]:
