@@ -62,6 +62,18 @@ def refuse_file(path: Path) -> None:
         raise UsageError(f"{path}: this is a file; give the folder that it is in: {path.parent}")
 
 
+def walk_once(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Walk like `os.walk`, following links, but enter each folder once: a link to a parent would make it endless."""
+    entered: set[Path] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        resolved = Path(place).resolve()
+        if resolved in entered:
+            folders.clear()
+            continue
+        entered.add(resolved)
+        yield Path(place), folders, files
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its missing parents, and flush each new entry to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]

@@ -15,7 +15,16 @@ from matplotlib.lines import Line2D
 from pipelines.analysis.figure_style import figure_style, legend_below, line_style, literal, plain_axes, save_figures
 from pipelines.analysis.layer_figures import kinds_of
 from pipelines.errors import UsageError
-from pipelines.training.shadow_file import RUN, Direction, LayerUpdate, LossChange, Record, ShadowRecords, shadow_file
+from pipelines.training.shadow_file import (
+    RUN,
+    Direction,
+    LayerUpdate,
+    LossChange,
+    Record,
+    ShadowRecords,
+    shadow_file,
+    step_cost,
+)
 
 Array = npt.NDArray[np.float64]
 
@@ -66,7 +75,7 @@ def _draw_steps(shadows: ShadowRecords) -> Figure:
     handles = _handles(shadows, 1)
     for handle, name in zip(handles, shadow_names(shadows), strict=True):
         found = [record["directions"][name] for record in shadows.records if name in record["directions"]]
-        handle.set_label(f"{name}, {_median(each['step_ms'] for each in found):.3g} ms a step")
+        handle.set_label(f"{name}, {step_cost(_median(each['step_ms'] for each in found))}")
     legend_below(figure, handles)
     return figure
 

@@ -72,6 +72,11 @@ ShadowRecords = Records[Header, Record]
 ShadowFile = RecordFile[Header, Record]
 
 
+def step_cost(ms: float) -> str:
+    """Return the time of a shadow's steps for people, three digits below a second."""
+    return f"{ms:,.0f} ms a step" if ms >= 1000 else f"{ms:.3g} ms a step"
+
+
 def shadow_file(run: Path) -> ShadowFile:
     """Return the file of a run folder."""
     return RecordFile(run / SHADOWS, Header, Record, "shadow optimizers")

@@ -24,7 +24,7 @@ from pipelines.training.device import synchronize
 from pipelines.training.random_state import random_state, restored_random_state, set_random_state
 from pipelines.training.run import Run
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.shadow_file import RUN, Direction, Header, LayerUpdate, LossChange, Record
+from pipelines.training.shadow_file import RUN, Direction, Header, LayerUpdate, LossChange, Record, step_cost
 from pipelines.training.state import Shadow, TrainState
 from pipelines.training.task import Batch
 
@@ -113,7 +113,7 @@ class Shadows:
         synchronize(self._state.clock.device)
         self._read_times()
         training_s = self._state.clock.elapsed_s - self._began_s
-        each = ", ".join(f"{name} {1e3 * s / self._all_steps:.3g} ms a step" for name, s in self._step_s.items())
+        each = ", ".join(f"{name} {step_cost(1e3 * s / self._all_steps)}" for name, s in self._step_s.items())
         total_s = sum(self._step_s.values()) + self._cost_s
         return [
             f"shadow optimizers took {total_s:.1f} s, in addition to {training_s:.1f} s of training steps: {each}, "

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipelines.analysis.comparison.logs.read_log import KINDS, logs_below
 from pipelines.errors import UsageError
-from pipelines.storage import refuse_file
+from pipelines.storage import refuse_file, walk_once
 from pipelines.training.run_folder import SEARCH_RECORD, SUPERSEDED, TRIALS, RunFolder
 
 _OWN_FILES = ("config.json", "metrics.jsonl")  # of a run, which is given by its folder
@@ -83,13 +83,7 @@ def runs_below(path: Path) -> list[Path]:
 
 
 def _walk(path: Path) -> Iterator[Path]:
-    entered: set[Path] = set()  # a link may lead back to a parent folder: an endless loop
-    for place, folders, files in os.walk(path, followlinks=True):
-        here = Path(place)
-        if here.resolve() in entered:
-            folders.clear()
-            continue
-        entered.add(here.resolve())
+    for here, folders, files in walk_once(path):
         if _is_run(here):
             folders.clear()  # do not search inside a run
             yield here

@@ -173,6 +173,8 @@ def _state(folder: RunFolder, config: RunConfig, train: Curve, val: Curve) -> tu
         return "empty", "nothing recorded yet"
     if is_no_better_than_untrained(val, steps):
         return "diverged", worse_than_untrained(val)
+    if len(val.steps) and not np.isfinite(val.values[-1]):
+        return "diverged", f"a validation loss that is not finite at step {val.steps[-1]:,.0f}"
     if len(val.steps) and val.steps[-1] == steps:
         return "finished", None
     last = max(curve.steps[-1] for curve in (train, val) if len(curve.steps))

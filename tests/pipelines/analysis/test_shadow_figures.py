@@ -9,7 +9,16 @@ import pytest
 
 from pipelines.analysis.shadow_figures import draw_shadows, write_shadow_figures
 from pipelines.errors import UsageError
-from pipelines.training.shadow_file import RUN, Direction, Header, LayerUpdate, LossChange, Record, shadow_file
+from pipelines.training.shadow_file import (
+    RUN,
+    Direction,
+    Header,
+    LayerUpdate,
+    LossChange,
+    Record,
+    shadow_file,
+    step_cost,
+)
 
 SHAPES = {"blocks.0.up.weight": [4, 3], "blocks.1.up.weight": [4, 3], "blocks.0.up.bias": [4]}
 
@@ -40,6 +49,13 @@ def test_lines_show_what_was_recorded(tmp_path: Path) -> None:
     assert [line.get_ydata().tolist() for line in lengths.lines] == [[2.0, 4.0]]  # type: ignore[union-attr]
     spectrum = figures["shadow-spectra"].axes[0].lines
     assert [line.get_ydata().tolist() for line in spectrum] == [[1.0, 0.5, 0.0]] * 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("ms", "text"), [(0.1234, "0.123 ms"), (999.4, "999 ms"), (1090.4, "1,090 ms"), (27_000, "27,000 ms")]
+)
+def test_the_cost_of_a_step_is_never_in_powers_of_ten(ms: float, text: str) -> None:
+    assert step_cost(ms) == f"{text} a step"
 
 
 def test_layers_of_one_kind_may_have_different_sizes(tmp_path: Path) -> None:

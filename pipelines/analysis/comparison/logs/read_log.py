@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from pipelines.analysis.comparison.logs.run_names import SUFFIXES
 from pipelines.analysis.comparison.logs.tensorboard_events import EVENTS, read_tensorboard
 from pipelines.analysis.comparison.logs.text_logs import PROGRAMS, read_text
 from pipelines.errors import AsgoError
+from pipelines.storage import walk_once
 
 KINDS = f"CSV, event files of TensorBoard, {STATE} of Hugging Face, the logs of {', '.join(PROGRAMS)}"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what PowerShell writes for `>`
@@ -28,13 +28,7 @@ def logs_below(folder: Path) -> list[Path]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    entered: set[Path] = set()  # a link may lead back to a parent folder: an endless loop
-    for place, folders, files in os.walk(folder, followlinks=True):
-        here = Path(place)
-        if here.resolve() in entered:
-            folders.clear()
-            continue
-        entered.add(here.resolve())
+    for here, folders, files in walk_once(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "wandb")))
         if newest_state(here) is not None:
             folders.clear()  # its event files are in a subfolder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -175,6 +176,9 @@ def test_states_and_their_reasons(tmp_path: Path) -> None:
     assert state("g", {0: 5.0, 500: 4.0, 1000: 5.0}, []) == ("diverged", risen)
     assert state("h", {0: 5.0, 2000: 7.0}, [])[0] == "diverged"  # type: ignore[index]
     assert state("i", {0: 5.0, 999: 7.0}, [])[0] == "unfinished"  # type: ignore[index]
+    for index, val in enumerate(({1000: 4.0, 2000: math.nan}, {1000: 4.0, 2000: math.inf}, {1000: math.nan})):
+        reason = f"a validation loss that is not finite at step {max(val):,}"
+        assert state(f"j{index}", val, []) == ("diverged", reason)
 
 
 def test_a_long_run_is_thinned_and_its_medians_are_of_all_of_it(tmp_path: Path) -> None:
