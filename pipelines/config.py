@@ -541,6 +541,15 @@ class ScheduleSettings(CurveSettings):
         return self.initial_lr_fraction, self.final_lr_fraction
 
     @property
+    def without_effect(self) -> tuple[str, ...]:
+        """Keys that `kind` does not use; none if parts have their own schedules, which may use them."""
+        if self.parts is not None:
+            return ()
+        of_wsd = ("decay_fraction", "decay", "decay_power")
+        unused = {"wsd": (), "linear": of_wsd, "cosine": of_wsd}
+        return unused.get(self.kind, (*of_wsd, "final_lr_fraction"))
+
+    @property
     def named_parts(self) -> tuple[str, ...]:
         """Parts of the model with a schedule of their own."""
         return () if self.parts is None else tuple(name for name, own in self.parts if own is not None)

@@ -37,7 +37,10 @@ def settings_of(run: Run) -> Settings:
 def settings_in(config: RunConfig) -> dict[str, Any]:
     """Return those of `settings_of` that are in the configuration."""
     flat = flatten(config.model_dump(mode="json"))
-    return {key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED)}
+    without_effect = {f"schedule.{key}" for key in config.schedule.without_effect}
+    return {
+        key: value for key, value in flat.items() if not key.startswith(_NOT_COMPARED) and key not in without_effect
+    }
 
 
 def identity(settings: Settings) -> str:
@@ -52,8 +55,8 @@ def differing_keys(tables: Sequence[Settings]) -> list[str]:
 
 
 def in_words(settings: Settings, keys: Iterable[str]) -> str:
-    """Return a text such as `lr=0.01 d_model=256`; different values give different texts."""
-    return " ".join(f"{_short(key)}={_shown(key, settings.get(key))}" for key in keys)
+    """Return a text such as `lr=0.01 d_model=256`; different values give different texts. Leaves out absent keys."""
+    return " ".join(f"{_short(key)}={_shown(key, settings[key])}" for key in keys if key in settings)
 
 
 def _short(key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -252,3 +253,11 @@ def test_what_cannot_change_the_training_makes_no_other_contender(tmp_path: Path
     write_run(tmp_path / "1", falling_to(3.0), seed=1, evaluation__every=80, metrics__every=1, checkpoint__every=10)
     write_run(tmp_path / "2", falling_to(3.1), seed=2, evaluation__every=40, metrics__every=3, checkpoint__keep=9)
     assert labels(tmp_path) == ["adamw"]
+
+
+def test_keys_that_the_schedule_does_not_use_are_not_settings(tmp_path: Path) -> None:
+    for name, kind, fraction in (("a", "constant", 0.0), ("b", "constant", 0.1), ("c", "cosine", 0.1)):
+        settings: dict[str, Any] = {"schedule__kind": kind, "schedule__final_lr_fraction": fraction}
+        write_run(tmp_path / name, falling_to(3.0), seed=ord(name), **settings)
+    labels = [entry.label for entry in compare_runs([tmp_path]).entries]
+    assert labels == ["adamw schedule.kind=constant", "adamw schedule.kind=cosine"]
