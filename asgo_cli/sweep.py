@@ -101,16 +101,19 @@ def sweep(
     set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
     folder = out or Path("runs") / definition.name
     jobs = None if slurm is None else SlurmJobs.of(slurm, Launch(processes=slots))
+    if jobs is not None and (slots or gpus):
+        raise UsageError("--slots and --gpus: with --slurm, every run is a job; write gpus=N and jobs=N in --slurm")
     if until_certain:
-        if jobs is not None or worker is not None:
-            raise UsageError(
-                "--until-certain: runs here, without --slurm and --worker; submit the sweep without it first"
-            )
-        from asgo_cli.sweep_until import sweep_until_certain
+        from asgo_cli.sweep_until import submit_until_certain, sweep_until_certain
         from pipelines.sweeps.until_certain import SeedWish
 
+        if worker is not None:
+            raise UsageError("--worker: for the trials of a search; leave out --until-certain until they have ended")
         wish = SeedWish(final_seeds, max_seeds, against)
-        sweep_until_certain(definition, set_layer, wish, folder, slots, gpus, dry_run, as_json)
+        if jobs is not None:
+            submit_until_certain(jobs, definition, set_layer, wish, folder, dry_run, as_json)
+        else:
+            sweep_until_certain(definition, set_layer, wish, folder, slots, gpus, dry_run, as_json)
         return
     if definition.search is not None:
         from asgo_cli.sweep_search import search
@@ -136,8 +139,6 @@ def _sweep_list(
 
     plan = run_statuses(runs, folder)
     if jobs is not None:
-        if slots or gpus:
-            raise UsageError("--slots and --gpus: with --slurm, every run is a job; write gpus=N and jobs=N in --slurm")
         submit_runs(jobs, plan, folder, dry_run, as_json)
         return
     if dry_run:

@@ -13,7 +13,7 @@ from asgo_cli.export import export_command
 from asgo_cli.slurm import SlurmJobs, submit_workers
 from asgo_cli.sweep_runs import raise_failures, rounded, train_runs
 from pipelines.config import flatten
-from pipelines.errors import AsgoError
+from pipelines.errors import AsgoError, UsageError
 from pipelines.optimizers import short_key
 from pipelines.shell import command
 from pipelines.tasks import task_of
@@ -63,6 +63,17 @@ def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int 
     results = runs.results()
     _warn_about(results, plan.metric)
     return results
+
+
+def best_of_ended_search(plan: SearchPlan, folder: Path) -> list[SearchResult]:
+    """Return the results of the trials. Raises `UsageError` if some have not ended."""
+    from pipelines.sweeps.search import is_begun, open_search
+
+    trials = replace(plan, seeds=())
+    runs = open_search(trials, folder) if is_begun(folder) else None
+    if runs is None or _left(trials, runs):
+        raise UsageError("--until-certain with --slurm: the search has not ended; submit it without --until-certain")
+    return runs.results()
 
 
 def _submit(jobs: SlurmJobs, plan: SearchPlan, folder: Path, dry_run: bool, as_json: bool) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from asgo_cli import console
+from asgo_cli.slurm import SlurmJobs, submit_runs
 from asgo_cli.sweep_runs import raise_failures, show_plan, train_runs
 from pipelines.shell import command
 from pipelines.tasks import TASKS
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
     from pipelines.sweeps.contenders import SearchPlan
     from pipelines.sweeps.definition import Sweep
     from pipelines.sweeps.queue import Failure
-    from pipelines.sweeps.until_certain import Plan, SeedWish, Standing
+    from pipelines.sweeps.search import SearchResult
+    from pipelines.sweeps.until_certain import Plan, Seeds, SeedWish, Standing
 
 
 def sweep_until_certain(
@@ -37,6 +39,37 @@ def sweep_until_certain(
     _show_verdicts(plan, standing, failures, as_json)
     console.suggest_next(command("asgo", "compare", folder))
     raise_failures(failures)
+
+
+def submit_until_certain(
+    jobs: SlurmJobs,
+    definition: Sweep,
+    set_layer: Layer,
+    wish: SeedWish,
+    folder: Path,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Submit the runs before the next look, or show the verdicts; a search must have ended. Each call looks again."""
+    from asgo_cli.sweep_search import best_of_ended_search
+    from pipelines.sweeps.status import run_statuses
+    from pipelines.sweeps.until_certain import UntilCertain
+
+    if definition.search is None:
+        plan = _plan_of_list(definition, set_layer, wish)
+    else:
+        search = _checked_search(definition, set_layer, wish)
+        plan = _plan_of_search(search, best_of_ended_search(search, folder), wish.seeds(definition), wish.against)
+    source = UntilCertain(plan, folder, lambda _: None)
+    standing = source.look()
+    if not dry_run:
+        source.record(standing)
+    if standing.missing:
+        _say_look(plan, standing)
+        submit_runs(jobs, run_statuses(standing.missing, folder), folder, dry_run, as_json)
+        return
+    _show_verdicts(plan, standing, (), as_json)
+    console.suggest_next(command("asgo", "compare", folder))
 
 
 def _show_plan(definition: Sweep, set_layer: Layer, wish: SeedWish, folder: Path, as_json: bool) -> None:
@@ -61,12 +94,10 @@ def train_until_certain(
         plan = _plan_of_list(definition, set_layer, wish)
     else:
         from asgo_cli.sweep_search import best_of_search
-        from pipelines.sweeps.until_certain import plan_runs
 
-        seeds, search = wish.seeds(definition), _checked_search(definition, set_layer, wish)
-        best = [each for each in best_of_search(search, folder, slots, gpus) if each.settings is not None]
-        runs = [each.contender.final(each.settings or {}, seed) for seed in seeds.all for each in best]
-        plan = plan_runs(runs, seeds, search.metric, wish.against)
+        search = _checked_search(definition, set_layer, wish)
+        results = best_of_search(search, folder, slots, gpus)
+        plan = _plan_of_search(search, results, wish.seeds(definition), wish.against)
     return plan, *_train(plan, folder, slots, gpus)
 
 
@@ -77,6 +108,14 @@ def _plan_of_list(definition: Sweep, set_layer: Layer, wish: SeedWish) -> Plan:
     seeds = wish.seeds(definition)
     runs = resolve_runs(definition, set_layer, seeds.all)
     return plan_runs(runs, seeds, TASKS[definition.task].metrics[0], wish.against)
+
+
+def _plan_of_search(search: SearchPlan, results: Sequence[SearchResult], seeds: Seeds, against: str | None) -> Plan:
+    from pipelines.sweeps.until_certain import plan_runs
+
+    best = [(each.contender, each.settings) for each in results if each.settings is not None]
+    runs = [contender.final(settings, seed) for seed in seeds.all for contender, settings in best]
+    return plan_runs(runs, seeds, search.metric, against)
 
 
 def _checked_search(definition: Sweep, set_layer: Layer, wish: SeedWish) -> SearchPlan:

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.resolve import assignment_layer
+from pipelines.sweeps.definition import read_sweep, resolve_runs
 from pipelines.training.metrics import to_line
+from pipelines.training.train import train as train_run
 from tests.asgo_cli.test_sweep import GOOD, write_sweep
 from tests.command_lines import Result, asgo
-from tests.conftest import SMALL
+from tests.conftest import SMALL, SilentReporter
 from tests.fake_slurm import FakeSlurm, fake_slurm
 from tests.long import long
 
@@ -63,6 +66,38 @@ def test_a_sweep_is_submitted_once_and_ends(fake_slurm: FakeSlurm, monkeypatch: 
     result = asgo("sweep", "my.toml", "--slurm", "partition=gpu,jobs=1")
     assert "next: asgo export-metrics runs/my --out my.csv" in result.err
     assert len(fake_slurm.calls("sbatch")) == 2
+
+
+def test_seeds_until_certain_are_submitted_look_by_look(fake_slurm: FakeSlurm, reporter: SilentReporter) -> None:
+    words = ("sweep", "my.toml", "--until-certain", "--seeds", "1,2", "--max-seeds", 3, "--slurm", "default")
+    runs = {run.name: run for run in resolve_runs(read_sweep("my.toml"), assignment_layer([]), [1, 2, 3])}
+    dry = asgo(*words, "--dry-run")
+    assert "runs=(a-s1 b-s1 a-s2 b-s2)" in dry.out
+    assert not Path("runs").exists()
+    assert asgo(*words).code == 0
+    assert "runs=(a-s1 b-s1 a-s2 b-s2)" in Path("runs/my/slurm/1.sh").read_text()
+    for name in ("a-s1", "b-s1", "a-s2"):
+        train_run(runs[name].config, Path("runs/my", name), reporter)
+    result = asgo(*words, "--json")
+    assert [row["name"] for row in json.loads(result.out)["jobs"]] == ["b-s2"], "the look waits for it"
+    train_run(runs["b-s2"].config, Path("runs/my/b-s2"), reporter)
+    result = asgo(*words)
+    assert "look after 2 seeds: 1 of 1 pairs undecided; seed 3 of a, b" in result.err
+    assert "runs=(a-s3 b-s3)" in Path("runs/my/slurm/3.sh").read_text()
+    for name in ("a-s3", "b-s3"):
+        train_run(runs[name].config, Path("runs/my", name), reporter)
+    result = asgo(*words, "--json")
+    assert json.loads(result.out)["seeds"] == {"a": 3, "b": 3}
+    assert result.err.splitlines()[-1] == "next: asgo compare runs/my"
+    assert len(fake_slurm.calls("sbatch")) == 3
+
+
+def test_a_search_ends_before_its_seeds_are_added(fake_slurm: FakeSlurm) -> None:
+    Path("my.toml").write_text(f"{Path('my.toml').read_text()}\n[search]\n{SEARCH}")
+    result = asgo("sweep", "my.toml", "--until-certain", "--slurm", "default")
+    assert result.code == 2
+    assert "--until-certain with --slurm: the search has not ended; submit it without --until-certain" in result.err
+    assert fake_slurm.calls("sbatch") == []
 
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
