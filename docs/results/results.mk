@@ -1,5 +1,7 @@
 # What `make results` does: every folder of results is made once; delete its files to make it again.
-#   TEXT=FILE   Shakespeare's text, where there is no network
+#   TEXT=FILE     Shakespeare's text, where there is no network
+#   ENGLISH=FILE  the King James Bible; without it, the program `bible` prints it (Debian's package bible-kjv)
+#   IDX=FOLDER    the unpacked files of Fashion-MNIST; without it, they are downloaded (Debian: dataset-fashion-mnist)
 #   SLOTS=2     runs at once
 # The runs themselves stay in runs/results, where a sweep that was interrupted goes on.
 RESULTS := docs/results
@@ -7,9 +9,16 @@ RUNS := runs/results
 SLOTS ?= 2
 SWEEPS := shakespeare paper-settings accasro accasro-rates asgo track3-small
 DATA-track3-small := shakespeare-bytes
+DATA-paper-settings := english-bytes
+DATA-english-64 := english-bytes
+DATA-fashion := fashion-mnist
+OPTIONS-english-64 := --until-certain
+OPTIONS-fashion := --until-certain
 # Which figures of a comparison the pages show.
 FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
-FIGURES-paper-settings := final-losses loss-steps
+FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
+FIGURES-english-64 := loss-steps differences tuning-budget sensitivity optimizer-cost
+FIGURES-fashion := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
 FIGURES-accasro-rates := sensitivity layers/accasro-lr0.001-s1/layer-scales
 FIGURES-asgo := settings
@@ -28,9 +37,10 @@ $(RESULTS)/functions/functions.json:
 
 $(RESULTS)/%/entries.csv:
 	$(MAKE) $(RUNS)/$(or $(DATA-$*),data)/manifest.json
-	$(BIN)/asgo sweep $(RESULTS)/$*/sweep.toml --out $(RUNS)/$* --slots $(SLOTS)
+	$(BIN)/asgo sweep $(RESULTS)/$*/sweep.toml --out $(RUNS)/$* --slots $(SLOTS) $(OPTIONS-$*)
 	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$*
-	cp $(FIGURES-$*:%=$(RUNS)/reports/$*/figures/%.png) $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
+	$(foreach figure,$(FIGURES-$*),cp $(RUNS)/reports/$*/figures/$(figure).png $(RESULTS)/$*/$(subst /,-,$(figure:layers/%=%)).png; ) \
+		cp $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
 
 $(RESULTS)/costs/%.txt:
 	mkdir -p $(RUNS)
@@ -43,3 +53,13 @@ $(RUNS)/data/manifest.json:
 $(RUNS)/shakespeare-bytes/manifest.json:
 	$(if $(TEXT),,$(error the sweep track3-small needs TEXT=tinyshakespeare.txt))
 	$(BIN)/asgo data text $(TEXT) --tokenizer bytes --val-fraction 0.05 --out $(RUNS)/shakespeare-bytes
+
+$(RUNS)/english-bytes/manifest.json:
+	mkdir -p $(RUNS)/text
+	$(if $(ENGLISH),cp $(ENGLISH),bible -l 1000 gen1:1-rev22:21 >) $(RUNS)/text/kjv.txt
+	$(BIN)/asgo data text $(RUNS)/text/kjv.txt --tokenizer bytes --val-fraction 0.05 --out $(RUNS)/english-bytes
+
+$(RUNS)/fashion-mnist/manifest.json:
+	mkdir -p $(RUNS)/torchvision/FashionMNIST/raw
+	$(if $(IDX),cp $(IDX)/*ubyte $(RUNS)/torchvision/FashionMNIST/raw/)
+	$(BIN)/asgo data images torchvision:FashionMNIST --root $(RUNS)/torchvision --download --out $(RUNS)/fashion-mnist
