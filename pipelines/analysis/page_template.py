@@ -5,6 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+COMPARISON = '<meta name="generator" content="asgo compare">'
+"""Tag of the page of a comparison."""
+
+
+def is_comparison(page: Path) -> bool:
+    """Return whether the file is the page of a comparison, which is in the folder of its report."""
+    try:
+        with page.open(encoding="utf-8") as file:
+            return COMPARISON in file.read(2000)
+    except (OSError, UnicodeDecodeError):
+        return False
+
 
 def render(folder: Path, **values: object) -> str:
     """Render `folder / page.html.jinja` with the values and `plotly`, the library's source.

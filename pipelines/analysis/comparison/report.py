@@ -45,13 +45,10 @@ from pipelines.analysis.comparison.tuning_words import tuning_words
 from pipelines.analysis.comparison.until_certain import RECORD, Record, read_record
 from pipelines.analysis.comparison.verdicts import by_pair
 from pipelines.analysis.figure_style import plotly_line
-from pipelines.analysis.page_template import render
+from pipelines.analysis.page_template import COMPARISON, is_comparison, render
 from pipelines.errors import UsageError
 from pipelines.storage import staged_folder
 from pipelines.tasks.metric import METRICS, Metric
-
-GENERATOR = '<meta name="generator" content="asgo compare">'
-"""A tag in every page, by which `check_report_folder` recognizes it."""
 
 MOST_RUNS = 30
 """Single runs in the curves; each has up to about 2,000 points."""
@@ -83,19 +80,11 @@ def check_report_folder(out: Path) -> None:
     if not out.is_dir():
         raise UsageError(f"{out}: exists and is not a folder; choose another --out")
     found = {path.relative_to(out).as_posix() + "/" * path.is_dir() for path in out.rglob("*")}
-    if found and not _is_report(out / PAGE):
+    if found and not is_comparison(out / PAGE):
         raise UsageError(f"{out}: exists and is not a report; choose another --out")
     others = {name for name in found - _OURS if not _LAYERS.fullmatch(name)}
     if others:
         raise UsageError(f"{out}: contains {min(others)} beside a report; move it away, or choose another --out")
-
-
-def _is_report(page: Path) -> bool:
-    try:
-        with page.open(encoding="utf-8") as file:
-            return GENERATOR in file.read(2000)
-    except (OSError, UnicodeDecodeError):
-        return False
 
 
 def write_report(comparison: Comparison, out: Path, command: str) -> Path:
@@ -182,7 +171,7 @@ def render_page(
     contenders = shown(comparison)
     return render(
         Path(__file__).parent / "template",
-        generator=GENERATOR,
+        generator=COMPARISON,
         comparison=comparison,
         metric=comparison.metric,
         headline=headline(comparison),

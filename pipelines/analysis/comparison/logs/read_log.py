@@ -12,6 +12,7 @@ from pipelines.analysis.comparison.logs.log import Log
 from pipelines.analysis.comparison.logs.run_names import SUFFIXES
 from pipelines.analysis.comparison.logs.tensorboard_events import EVENTS, read_tensorboard
 from pipelines.analysis.comparison.logs.text_logs import PROGRAMS, read_text
+from pipelines.analysis.page_template import is_comparison
 from pipelines.errors import AsgoError
 from pipelines.storage import walk_once
 
@@ -22,13 +23,17 @@ _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # what PowerShell writes for `>`
 def logs_below(folder: Path) -> list[Path]:
     """Return the logs in a folder and its subfolders, sorted: files, folders of event files, and folders of a Trainer.
 
-    Any CSV, text and log file counts. Leaves out hidden folders and W&B's own, which repeat what is logged elsewhere.
+    Any CSV, text and log file counts. Leaves out hidden folders, W&B's own, which repeat what is logged elsewhere, and
+    reports of comparisons.
     """
     return sorted(_walk(folder))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
     for here, folders, files in walk_once(folder):
+        if is_comparison(here / "index.html"):
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith((".", "wandb")))
         if newest_state(here) is not None:
             folders.clear()  # its event files are in a subfolder

@@ -321,6 +321,14 @@ def test_logs_are_not_searched_where_runs_are_nor_in_folders_of_trackers(tmp_pat
     assert comparison.cautions[0].startswith("notes.txt is left out: ")
 
 
+def test_the_tables_of_a_report_are_not_logs(tmp_path: Path) -> None:
+    long_csv(tmp_path / "logs/adamw", losses_to(3.0))
+    write_report(compare_runs([tmp_path / "logs"]), tmp_path / "logs/report", "asgo compare")
+    assert [run.name for run in runs_of(compare_runs([tmp_path / "logs"]))] == ["adamw.csv"]
+    with pytest.raises(UsageError, match="neither a run nor a folder of runs, nor a log"):
+        compare_runs([tmp_path / "logs/report"])
+
+
 def test_without_tensorboard_the_error_says_what_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "events.out.tfevents.1.host", "")
     for name in [name for name in sys.modules if name.startswith("tensorboard")]:
