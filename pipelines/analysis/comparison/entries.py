@@ -22,12 +22,23 @@ from pipelines.analysis.comparison.results import (
     SettingEffect,
     Target,
 )
-from pipelines.analysis.comparison.settings import LOG, LR, Settings, differing_keys, identity, in_words, settings_of
+from pipelines.analysis.comparison.settings import (
+    ALL_DIGITS,
+    LOG,
+    LR,
+    Settings,
+    differing_keys,
+    identity,
+    in_words,
+    settings_of,
+)
 from pipelines.analysis.comparison.t_tests import interval
 from pipelines.tasks.metric import Metric
 
 _OF_THE_OPTIMIZER = ("optimizer.", "schedule.")
 """Settings that always differ between optimizers: labels show them only to distinguish entries of one optimizer."""
+
+_DIGITS = 4
 
 _WIDTH = "model.d_model"
 """The setting that describes a model best."""
@@ -86,6 +97,7 @@ class Labels:
         self._keys_of_trials: dict[str, list[str]] = {}
         """What a search tried in vain does not make the labels of results longer."""
         self._says_lr: dict[str, bool] = {}
+        self._digits: dict[str, int] = {}
         for is_log in (False, True):
             alike = [family for family in families if (LOG in family.settings) == is_log]
             general = _distinguishing_keys(_with_results(alike), of_the_optimizer=False)
@@ -96,26 +108,27 @@ class Labels:
                 self._names[optimizer, is_log] = name
                 self._keys[name] = _distinguishing_keys(_with_results(same), of_the_optimizer=True) + general
                 self._keys_of_trials[name] = _distinguishing_keys(same, of_the_optimizer=True) + general_of_trials
-                self._says_lr[name] = len({run.lr for family in same for run in family.results}) > 1
+                self._says_lr[name] = any(len({run.lr for run in family.results}) > 1 for family in same)
+                self._digits[name] = _digits_of_labels(same)
 
     def family(self, family: Family) -> str:
         """Return the label of a family, such as `adamw d_model=256`."""
         name = self._names[family.optimizer, LOG in family.settings]
         keys = (self._keys if family.results else self._keys_of_trials)[name]
-        return f"{name} {in_words(family.settings, keys)}".strip()
+        return f"{name} {in_words(family.settings, keys, self._digits[name])}".strip()
 
     def without(self, optimizer: str, settings: Settings, left_out: str | None) -> str:
         """Return the label of the family with these settings, without the setting `left_out`."""
         name = self._names[optimizer, LOG in settings]
         keys = [key for key in self._keys[name] if key != left_out]
-        return f"{name} {in_words(settings, keys)}".strip()
+        return f"{name} {in_words(settings, keys, self._digits[name])}".strip()
 
     def entry(self, family: Family, lr: float | None) -> str:
         """Return the label of an entry, such as `adamw lr=0.001 d_model=256`."""
         name = self._names[family.optimizer, LOG in family.settings]
         if not self._says_lr[name]:
             return self.family(family)
-        return f"{name} {in_words({**family.settings, LR: lr}, [LR, *self._keys[name]])}"
+        return f"{name} {in_words({**family.settings, LR: lr}, [LR, *self._keys[name]], self._digits[name])}"
 
 
 def _with_results(families: Sequence[Family]) -> list[Family]:
@@ -127,10 +140,27 @@ def _distinguishing_keys(families: Sequence[Family], *, of_the_optimizer: bool) 
     tables = [family.settings for family in families]
     keys = [key for key in differing_keys(tables) if key.startswith(_OF_THE_OPTIMIZER) == of_the_optimizer]
     telling: dict[str, str] = {}
-    for key in sorted(keys, key=lambda key: key != _WIDTH):
+    for key in sorted(keys, key=lambda key: (key != _WIDTH, _unclear(key, tables))):
         values = [repr(table.get(key)) for table in tables]
         telling.setdefault(str([values.index(value) for value in values]), key)
-    return list(telling.values())
+    return sorted(telling.values(), key=lambda key: (key != _WIDTH, keys.index(key)))
+
+
+def _unclear(key: str, tables: Sequence[Settings]) -> int:
+    """Count the families without a setting, or with a number of many digits, such as a search tries."""
+    return sum(
+        key not in table or len(in_words(table, [key], _DIGITS)) < len(in_words(table, [key])) for table in tables
+    )
+
+
+def _digits_of_labels(families: Sequence[Family]) -> int:
+    """Return how many digits of numbers the labels show: four, if these distinguish all values."""
+    tables = [{**family.settings, LR: run.lr} for family in families for run in family.runs]
+    for key in differing_keys(tables):
+        few = {in_words(table, [key], _DIGITS) for table in tables}
+        if len(few) < len({repr(table.get(key)) for table in tables}):
+            return ALL_DIGITS
+    return _DIGITS
 
 
 def entries_of(families: Sequence[Family], labels: Labels, confidence: float, metric: Metric) -> list[Entry]:

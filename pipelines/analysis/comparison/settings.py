@@ -54,9 +54,15 @@ def differing_keys(tables: Sequence[Settings]) -> list[str]:
     return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]
 
 
-def in_words(settings: Settings, keys: Iterable[str]) -> str:
-    """Return a text such as `lr=0.01 d_model=256`; different values give different texts. Leaves out absent keys."""
-    return " ".join(f"{_short(key)}={_shown(key, settings[key])}" for key in keys if key in settings)
+ALL_DIGITS = 17
+
+
+def in_words(settings: Settings, keys: Iterable[str], digits: int = ALL_DIGITS) -> str:
+    """Return a text such as `lr=0.01 d_model=256`, without absent keys.
+
+    Different values give different texts if `digits` of numbers distinguish them.
+    """
+    return " ".join(f"{_short(key)}={_shown(key, settings[key], digits)}" for key in keys if key in settings)
 
 
 def _short(key: str) -> str:
@@ -64,11 +70,12 @@ def _short(key: str) -> str:
     return key if key.rpartition(".")[2] in _VAGUE else key.partition(".")[2] or key
 
 
-def _shown(key: str, value: Any) -> str:
+def _shown(key: str, value: Any, digits: int) -> str:
     if key == _DATA:
         return str(value)[:8]
     if isinstance(value, float):
-        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        exact = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+        return exact if digits == ALL_DIGITS else min(exact, f"{value:.{digits}g}", key=len)
     if isinstance(value, list):
-        return ",".join(_shown(key, part) for part in value)
+        return ",".join(_shown(key, part, digits) for part in value)
     return printable(value) if isinstance(value, str) else json.dumps(value)

@@ -261,3 +261,19 @@ def test_keys_that_the_schedule_does_not_use_are_not_settings(tmp_path: Path) ->
         write_run(tmp_path / name, falling_to(3.0), seed=ord(name), **settings)
     labels = [entry.label for entry in compare_runs([tmp_path]).entries]
     assert labels == ["adamw schedule.kind=constant", "adamw schedule.kind=cosine"]
+
+
+def test_labels_prefer_short_values_and_round_long_ones(tmp_path: Path) -> None:
+    """As after a search, whose rates and weight decays have many digits, and differ between contenders."""
+    third = -0.3333333333333333
+    for name, exponent, lr, decay in (
+        ("a", -0.25, 0.00494548066474087, 0.0558286913),
+        ("b", third, 0.00258796565, 0.0721055276),
+    ):
+        settings: dict[str, Any] = {"optimizer__exponent": exponent, "optimizer__weight_decay": decay}
+        write_run(tmp_path / name, falling_to(3.0), seed=1, optimizer="shampoo", optimizer__lr=lr, **settings)
+    assert labels(tmp_path) == ["shampoo exponent=-0.25", "shampoo exponent=-0.3333"]
+    close = (0.004945480665740871, 0.004945480666740871)
+    for name, lr in zip("cd", close, strict=True):
+        write_run(tmp_path / name, falling_to(3.0), seed=1, optimizer="adamw", optimizer__lr=lr)
+    assert {f"adamw lr={lr!r}" for lr in close} <= {*labels(tmp_path)}
