@@ -7,18 +7,18 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-SWEEPS := shakespeare paper-settings accasro accasro-rates asgo track3-small
+SWEEPS := english-64 shakespeare paper-settings accasro accasro-rates asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
-DATA-fashion := fashion-mnist
+DATA-fashion-mnist := fashion-images
 OPTIONS-english-64 := --until-certain
-OPTIONS-fashion := --until-certain
+OPTIONS-fashion-mnist := --until-certain
 # Which figures of a comparison the pages show.
 FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
 FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
-FIGURES-english-64 := loss-steps differences tuning-budget sensitivity optimizer-cost
-FIGURES-fashion := final-accuracies differences tuning-budget
+FIGURES-english-64 := loss-steps differences tuning-budget
+FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
 FIGURES-accasro-rates := sensitivity layers/accasro-lr0.001-s1/layer-scales
 FIGURES-asgo := settings
@@ -59,7 +59,7 @@ $(RUNS)/english-bytes/manifest.json:
 	$(if $(ENGLISH),cp $(ENGLISH),bible -l 1000 gen1:1-rev22:21 >) $(RUNS)/text/kjv.txt
 	$(BIN)/asgo data text $(RUNS)/text/kjv.txt --tokenizer bytes --val-fraction 0.05 --out $(RUNS)/english-bytes
 
-$(RUNS)/fashion-mnist/manifest.json:
+$(RUNS)/fashion-images/manifest.json:
 	mkdir -p $(RUNS)/torchvision/FashionMNIST/raw
 	$(if $(IDX),cp $(IDX)/*ubyte $(RUNS)/torchvision/FashionMNIST/raw/)
-	$(BIN)/asgo data images torchvision:FashionMNIST --root $(RUNS)/torchvision --download --out $(RUNS)/fashion-mnist
+	$(BIN)/asgo data images torchvision:FashionMNIST --root $(RUNS)/torchvision --download --out $(RUNS)/fashion-images
