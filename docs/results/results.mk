@@ -7,17 +7,23 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 fashion-mnist start-rates
 SWEEPS := english-64 shakespeare paper-settings accasro accasro-rates asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
 DATA-fashion-mnist := fashion-images
 OPTIONS-english-64 := --until-certain
+DATA-english-128 := english-bytes
+OPTIONS-english-128 := --until-certain --max-seeds 6
+DATA-start-rates := english-bytes
 OPTIONS-fashion-mnist := --until-certain
 # Which figures of a comparison the pages show.
 FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
 FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
 FIGURES-english-64 := loss-steps differences tuning-budget
+FIGURES-english-128 := loss-steps differences tuning-budget
+FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
 FIGURES-accasro-rates := sensitivity layers/accasro-lr0.001-s1/layer-scales
