@@ -101,7 +101,7 @@ def sweep(
     set_layer, final_seeds = assignment_layer(assignments or []), _parse_seeds(seeds)
     folder = out or Path("runs") / definition.name
     jobs = None if slurm is None else SlurmJobs.of(slurm, Launch(processes=slots))
-    if jobs is not None and (slots or gpus):
+    if jobs is not None and (slots or gpus) and (until_certain or definition.search is None):
         raise UsageError("--slots and --gpus: with --slurm, every run is a job; write gpus=N and jobs=N in --slurm")
     if until_certain:
         from asgo_cli.sweep_until import submit_until_certain, sweep_until_certain

@@ -92,6 +92,18 @@ def test_seeds_until_certain_are_submitted_look_by_look(fake_slurm: FakeSlurm, r
     assert len(fake_slurm.calls("sbatch")) == 3
 
 
+@pytest.mark.usefixtures("fake_slurm")
+def test_workers_of_a_search_keep_slots_and_runs_of_a_list_refuse_them() -> None:
+    words = ("sweep", "my.toml", "--slurm", "default", "--slots", 2, "--dry-run")
+    for more in ((), ("--until-certain",)):
+        result = asgo(*words, *more)
+        assert (result.code, "--slots and --gpus: with --slurm" in result.err) == (2, True)
+    Path("my.toml").write_text(f"{Path('my.toml').read_text()}\n[search]\n{SEARCH}")
+    result = asgo(*words, "--seeds", "1,2")
+    assert result.code == 0, result.err
+    assert "sweep my.toml --slots 2" in result.out
+
+
 def test_a_search_ends_before_its_seeds_are_added(fake_slurm: FakeSlurm) -> None:
     Path("my.toml").write_text(f"{Path('my.toml').read_text()}\n[search]\n{SEARCH}")
     result = asgo("sweep", "my.toml", "--until-certain", "--slurm", "default")

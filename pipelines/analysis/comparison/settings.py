@@ -17,6 +17,8 @@ LOG = "log"
 """A setting that only the runs of logs have."""
 _NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", *MAY_CHANGE_ON_RESUME)
 """Settings, or prefixes of settings, that change a run's result only by chance."""
+ALL_DIGITS = 17
+"""Digits that distinguish all floats."""
 _VAGUE = ("every", "kind", "name", "batches", "tokens")
 """Last parts of keys that are not clear without the first part."""
 
@@ -52,9 +54,6 @@ def differing_keys(tables: Sequence[Settings]) -> list[str]:
     """Return the keys whose values differ between tables, in the order of the configuration."""
     keys = dict.fromkeys(key for table in tables for key in table)
     return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]
-
-
-ALL_DIGITS = 17
 
 
 def in_words(settings: Settings, keys: Iterable[str], digits: int = ALL_DIGITS) -> str:
