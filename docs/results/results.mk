@@ -7,13 +7,14 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 fashion-mnist start-rates
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 fashion-mnist shakespeare-64 start-rates
 SWEEPS := english-64 shakespeare paper-settings accasro accasro-rates asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
 DATA-fashion-mnist := fashion-images
 OPTIONS-english-64 := --until-certain
+OPTIONS-shakespeare-64 := --until-certain
 DATA-english-128 := english-bytes
 OPTIONS-english-128 := --until-certain --max-seeds 6
 DATA-start-rates := english-bytes
@@ -22,6 +23,7 @@ OPTIONS-fashion-mnist := --until-certain
 FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
 FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
 FIGURES-english-64 := loss-steps differences tuning-budget
+FIGURES-shakespeare-64 := loss-steps differences tuning-budget
 FIGURES-english-128 := loss-steps differences tuning-budget
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
