@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,16 +41,9 @@ def claim(
     A claim is a TOML file: a sweep, a statement about two of its runs, and a confidence. Finished runs are not trained
     again. The answer is holds, does not hold, or cannot tell.
     """
-    from pipelines.claim import judge_claim, read_claim
+    from pipelines.claim import read_claim
 
-    claims = [(path, read_claim(path)) for path in files]
-    if out is not None and len({each.sweep for _, each in claims}) > 1:
-        raise UsageError("--out: the claims need several sweeps; leave it out, or give the claims of one sweep")
-    sweeps = [_checked(path, each) for path, each in claims]  # all of them, before the first run starts
-    judged = [
-        (path, each, judge_claim(each, _trained(each, sweep, out, slots, gpus)))
-        for (path, each), sweep in zip(claims, sweeps, strict=True)
-    ]
+    judged = _judged([(path, read_claim(path)) for path in files], out, slots, gpus)
     if table is not None:
         _write_table(table, judged)
     if as_json:
@@ -58,51 +52,83 @@ def claim(
     console.show_table(("claim", "answer"), [(_title(each, found.metric), found.answer) for _, each, found in judged])
     for _, each, found in judged:
         console.say(_sentence(each, found))
-    folders = dict.fromkeys(_folder(each.sweep, out) for _, each in claims if each.sweep is not None)
+    for caution in dict.fromkeys(caution for _, _, found in judged for caution in found.cautions):
+        console.warn(caution)
+    folders = dict.fromkeys(_folder(each.sweep, out) for _, each, _ in judged if each.sweep is not None)
     console.suggest_next(*(command("asgo", "compare", folder) for folder in folders))
+
+
+def _judged(
+    claims: Sequence[tuple[Path, Claim]], out: Path | None, slots: int | None, gpus: int | None
+) -> list[tuple[Path, Claim, Judgement]]:
+    """Train what the claims need, and judge them. All of them are checked before the first run starts."""
+    from asgo_cli.sweep import train_sweep
+    from pipelines.claim import judge_claim
+
+    if out is not None and len({each.sweep for _, each in claims}) > 1:
+        raise UsageError("--out: the claims need several sweeps; leave it out, or give the claims of one sweep")
+    sweeps = {each.sweep: _checked(path, each, each.sweep) for path, each in claims if each.sweep is not None}
+    wishes = _wishes([each for _, each in claims], sweeps, out)
+    judged = []
+    for path, each in claims:
+        folder = None
+        if each.sweep is not None:
+            folder = _folder(each.sweep, out)
+            train_sweep(sweeps[each.sweep], folder, slots, gpus, wishes[each.sweep] if each.until_certain else None)
+        try:
+            judged.append((path, each, judge_claim(each, folder)))
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from error
+    return judged
 
 
 def _folder(sweep: str, out: Path | None) -> Path:
     return out or Path("runs") / (Path(sweep).stem if sweep.endswith(".toml") else sweep)
 
 
-def _checked(path: Path, claim: Claim) -> Sweep | None:
-    """Return the claim's sweep, if it has one. Raises `UsageError` for runs or a metric that it does not have."""
+def _checked(path: Path, claim: Claim, sweep: str) -> Sweep:
+    """Return the claim's sweep. Raises `UsageError` for runs or a metric that it does not have."""
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import read_sweep, resolve_variants
     from pipelines.tasks import TASKS
     from pipelines.tasks.metric import choose_metric
 
-    if claim.sweep is None:
-        return None
-    definition = read_sweep(claim.sweep)
+    definition = read_sweep(sweep)
     names = [variant.name for variant in resolve_variants(definition, assignment_layer([]))]
     for name in (claim.statement.contender, claim.statement.reference):
         if name not in names:
-            raise UsageError(f"{path}: {name}: no run of {claim.sweep} has this name; choose from {', '.join(names)}")
-    choose_metric(TASKS[definition.task], claim.metric, f"{path}: metric")
-    if claim.until_certain:
-        _wish(claim).seeds(definition)
+            raise UsageError(f"{path}: {name}: no run of {sweep} has this name; choose from {', '.join(names)}")
+    metric = choose_metric(TASKS[definition.task], claim.metric, f"{path}: metric")
+    try:
+        claim.statement.require_unit(metric)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     return definition
 
 
-def _trained(
-    claim: Claim, definition: Sweep | None, out: Path | None, slots: int | None, gpus: int | None
-) -> Path | None:
-    """Train the runs of the claim's sweep that are missing; return their folder."""
-    from asgo_cli.sweep import train_sweep
+def _wishes(claims: Sequence[Claim], sweeps: Mapping[str, Sweep], out: Path | None) -> dict[str, SeedWish]:
+    """Return the wish of each sweep that adds seeds, one for all its claims.
 
-    if claim.sweep is None or definition is None:
-        return None
-    folder = _folder(claim.sweep, out)
-    train_sweep(definition, folder, slots, gpus, _wish(claim) if claim.until_certain else None)
-    return folder
-
-
-def _wish(claim: Claim) -> SeedWish:
+    Pairs with their common reference are tested; all pairs if the claims have several references, or if the sweep has
+    begun with all pairs. Raises `UsageError` if the claims differ in `max_seeds`, or it is too small.
+    """
+    from pipelines.analysis.comparison.until_certain import read_record
     from pipelines.sweeps.until_certain import SeedWish
 
-    return SeedWish((), claim.max_seeds, claim.statement.reference)
+    wishes = {}
+    for sweep in dict.fromkeys(each.sweep for each in claims if each.until_certain and each.sweep is not None):
+        own = [each for each in claims if each.until_certain and each.sweep == sweep]
+        most = {each.max_seeds for each in own if each.max_seeds is not None}
+        if len(most) > 1:
+            given = " and ".join(map(str, sorted(most)))
+            raise UsageError(f"max_seeds: the claims about {sweep} have {given}; choose one number")
+        references = {each.statement.reference for each in own}
+        record = read_record(_folder(sweep, out))
+        has_all_pairs = len(references) > 1 or (record is not None and record.against is None)
+        recorded = None if record is None else len(record.seeds)
+        wishes[sweep] = SeedWish((), max(most, default=recorded), None if has_all_pairs else references.pop())
+        wishes[sweep].seeds(sweeps[sweep])
+    return wishes
 
 
 def _title(claim: Claim, metric: Metric) -> str:
@@ -123,7 +149,7 @@ def _measured(claim: Claim, found: Judgement) -> list[str]:
     counts = sorted({final.count for _, final in sides if final is not None})
     tested = f", {found.test} test" if found.test else ""
     seeds = f" ({' and '.join(map(str, counts))} seeds{tested})" if counts else ""
-    surplus = [] if found.surplus is None else [_surplus(metric, found.surplus, claim.confidence)]
+    surplus = [] if found.surplus is None else [_surplus(found, found.surplus, claim.confidence)]
     return [", ".join(ends) + seeds, *surplus] if ends else []
 
 
@@ -132,10 +158,14 @@ def _remarks(found: Judgement) -> list[str]:
     return [*needed, *([found.reason] if found.reason else [])]
 
 
-def _surplus(metric: Metric, surplus: Interval, confidence: float) -> str:
+def _surplus(found: Judgement, surplus: Interval, confidence: float) -> str:
     """Describe how much better than claimed, with the interval."""
+    metric = found.metric
     size = metric.difference(abs(surplus.mean)) + metric.difference_unit
     words = f"{size} {'better' if surplus.mean >= 0 else 'worse'} than claimed"
+    finals = [final for final in (found.contender, found.reference) if final is not None]
+    if found.test == "sequential" and any(final.count != surplus.count for final in finals):
+        words += f" in {surplus.count} seeds of each"  # an earlier look decided, or other seeds do not count
     if surplus.low is None or surplus.high is None:
         return words
     low, high = (metric.difference(end, "+") for end in (surplus.low, surplus.high))
@@ -159,6 +189,7 @@ def _facts(path: Path, claim: Claim, found: Judgement) -> dict[str, Any]:
         "test": found.test,
         "p": found.p,
         "seeds_needed": found.seeds_needed,
+        "cautions": list(found.cautions),
     }
 
 

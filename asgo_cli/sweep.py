@@ -136,7 +136,9 @@ def _sweep_list(
     jobs: SlurmJobs | None,
 ) -> None:
     from pipelines.sweeps.status import run_statuses
+    from pipelines.sweeps.until_certain import require_recorded_seeds
 
+    require_recorded_seeds(((run.variant, run.config.seed) for run in runs), folder)
     plan = run_statuses(runs, folder)
     if jobs is not None:
         submit_runs(jobs, plan, folder, dry_run, as_json)
@@ -158,6 +160,7 @@ def train_sweep(definition: Sweep, folder: Path, slots: int | None, gpus: int | 
     from pipelines.resolve import assignment_layer
     from pipelines.sweeps.definition import resolve_runs
     from pipelines.sweeps.status import run_statuses
+    from pipelines.sweeps.until_certain import require_recorded_seeds
 
     nothing_set = assignment_layer([])
     if wish is not None:
@@ -171,7 +174,9 @@ def train_sweep(definition: Sweep, folder: Path, slots: int | None, gpus: int | 
 
         train_search(plan_search(definition, nothing_set), folder, slots, gpus)
     else:
-        runs = run_statuses(resolve_runs(definition, nothing_set), folder)
+        resolved = resolve_runs(definition, nothing_set)
+        require_recorded_seeds(((run.variant, run.config.seed) for run in resolved), folder)
+        runs = run_statuses(resolved, folder)
         failures = _train([run for run in runs if not run.diverged], folder, slots, gpus)
         diverged = {run.run.name for run in runs if run.diverged}
         raise_failures([failure for failure in failures if failure.name not in diverged])

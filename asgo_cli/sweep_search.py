@@ -37,6 +37,7 @@ def search(
     jobs: SlurmJobs | None = None,
 ) -> None:
     """Run the trials and final runs that remain, or show the plan."""
+    _require_recorded_seeds(plan, folder)
     if jobs is not None and _submit(jobs, plan, folder, dry_run, as_json):
         return
     if dry_run:
@@ -48,9 +49,16 @@ def search(
 
 def train_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> None:
     """Run the trials and final runs that remain; raise `AsgoError` if some have not ended."""
+    _require_recorded_seeds(plan, folder)
     runs, failures = _train(plan, folder, slots, gpus)
     raise_failures(failures)
     _raise_left_elsewhere(runs)
+
+
+def _require_recorded_seeds(plan: SearchPlan, folder: Path) -> None:
+    from pipelines.sweeps.until_certain import require_recorded_seeds
+
+    require_recorded_seeds(((each.name, seed) for each in plan.contenders for seed in plan.seeds), folder)
 
 
 def best_of_search(plan: SearchPlan, folder: Path, slots: int | None, gpus: int | None) -> list[SearchResult]:

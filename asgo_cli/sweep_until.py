@@ -58,7 +58,7 @@ def submit_until_certain(
     if definition.search is None:
         plan = _plan_of_list(definition, set_layer, wish)
     else:
-        search = _checked_search(definition, set_layer, wish)
+        search, _ = _checked_search(definition, set_layer, wish)
         plan = _plan_of_search(search, best_of_ended_search(search, folder), wish.seeds(definition), wish.against)
     source = UntilCertain(plan, folder, lambda _: None)
     standing = source.look()
@@ -74,28 +74,34 @@ def submit_until_certain(
 
 def _show_plan(definition: Sweep, set_layer: Layer, wish: SeedWish, folder: Path, as_json: bool) -> None:
     from pipelines.sweeps.status import run_statuses
+    from pipelines.sweeps.until_certain import require_same_record
 
-    seeds = wish.seeds(definition)
     if definition.search is None:
         plan = _plan_of_list(definition, set_layer, wish)
+        require_same_record(plan.record, folder)
         every = [run for runs in plan.runs.values() for run in runs]
         show_plan(run_statuses(plan.first_runs, folder), as_json, run_statuses(every, folder))
     else:
         from asgo_cli.sweep_search import show_search_plan
 
-        show_search_plan(_checked_search(definition, set_layer, wish), folder, as_json, len(seeds.all))
+        search, plan = _checked_search(definition, set_layer, wish)
+        require_same_record(plan.record, folder, before_search=True)
+        show_search_plan(search, folder, as_json, len(plan.record.seeds))
 
 
 def train_until_certain(
     definition: Sweep, set_layer: Layer, wish: SeedWish, folder: Path, slots: int | None, gpus: int | None
 ) -> tuple[Plan, Standing, list[Failure]]:
     """Train what is missing, the trials of a search first; return what is known then, and the runs that failed."""
+    from pipelines.sweeps.until_certain import require_same_record
+
     if definition.search is None:
         plan = _plan_of_list(definition, set_layer, wish)
     else:
         from asgo_cli.sweep_search import best_of_search
 
-        search = _checked_search(definition, set_layer, wish)
+        search, planned = _checked_search(definition, set_layer, wish)
+        require_same_record(planned.record, folder, before_search=True)
         results = best_of_search(search, folder, slots, gpus)
         plan = _plan_of_search(search, results, wish.seeds(definition), wish.against)
     return plan, *_train(plan, folder, slots, gpus)
@@ -118,16 +124,18 @@ def _plan_of_search(search: SearchPlan, results: Sequence[SearchResult], seeds: 
     return plan_runs(runs, seeds, search.metric, against)
 
 
-def _checked_search(definition: Sweep, set_layer: Layer, wish: SeedWish) -> SearchPlan:
-    """Return the plan of the search, after a check of the final runs: their errors come before the search."""
+def _checked_search(definition: Sweep, set_layer: Layer, wish: SeedWish) -> tuple[SearchPlan, Plan]:
+    """Return the plan of the search, and that of final runs without the best settings.
+
+    Errors of the final runs are thus raised before the search.
+    """
     from pipelines.sweeps.contenders import plan_search
     from pipelines.sweeps.until_certain import plan_runs
 
     seeds = wish.seeds(definition)
     search = plan_search(definition, set_layer, seeds.first)
     runs = [contender.final({}, seed) for seed in seeds.all for contender in search.contenders]
-    plan_runs(runs, seeds, search.metric, wish.against)
-    return search
+    return search, plan_runs(runs, seeds, search.metric, wish.against)
 
 
 def _train(plan: Plan, folder: Path, slots: int | None, gpus: int | None) -> tuple[Standing, list[Failure]]:
@@ -149,7 +157,8 @@ def _say_look(plan: Plan, standing: Standing) -> None:
     if standing.looks and standing.missing:
         look = standing.looks[-1]
         growing = ", ".join(dict.fromkeys(run.variant for run in standing.missing))
-        undecided = f"{len(look.undecided)} of {len(standing.verdicts)} pairs undecided"
+        decided = sum(each.outcome != "cannot tell" for each in standing.verdicts)
+        undecided = f"{plan.record.pairs - decided} of {plan.record.pairs} pairs undecided"
         console.say(f"look after {look.seeds} seeds: {undecided}; seed {plan.record.seeds[look.seeds]} of {growing}")
 
 
@@ -197,7 +206,10 @@ def _show_verdicts(plan: Plan, standing: Standing, failures: Sequence[Failure], 
     counts = ", ".join(f"{name} {count}" for name, count in seeds.items())
     console.show_facts(
         [
-            (f"{decided} of {len(cells)} pairs decided", f"at {plan.record.confidence:.0%}, by the sequential test"),
+            (
+                f"{decided} of {plan.record.pairs} pairs decided",
+                f"at {plan.record.confidence:.0%}, by the sequential test",
+            ),
             ("seeds", counts),
             (f"{sum(seeds.values())} runs", f"{len(plan.record.seeds)} seeds of all are {most} runs"),
         ]

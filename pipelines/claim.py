@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from pipelines.analysis.comparison.compare import compare_runs
+from pipelines.analysis.comparison.logs.csv_files import header, is_table_of_runs
 from pipelines.analysis.comparison.results import Entry, Interval, TestName
+from pipelines.analysis.comparison.sequential import Results
 from pipelines.analysis.comparison.t_tests import interval
-from pipelines.analysis.comparison.until_certain import Member, members_of, read_record
-from pipelines.analysis.comparison.verdicts import Side, contender_named, judge, sides_of
+from pipelines.analysis.comparison.until_certain import Member, member_of, members_of, mixing_cautions, read_record
+from pipelines.analysis.comparison.verdicts import Side, contender_named, judge, side_of
 from pipelines.config import Settings
 from pipelines.errors import AsgoError, UsageError
 from pipelines.optimizers import parse_toml
@@ -29,7 +32,6 @@ from pipelines.tasks.metric import METRICS, Metric
 Answer = Literal["holds", "does not hold", "cannot tell"]
 
 _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
-_TABLE_COLUMNS = {"run", "seed", "state"}
 _MOST_BYTES = 1 << 20
 _MOST_TABLE_BYTES = 1 << 28
 
@@ -63,6 +65,14 @@ class Statement(Settings):
     def reference(self) -> str:
         """The other contender."""
         return self.better_than or self.no_worse_than or ""
+
+    def require_unit(self, metric: Metric) -> None:
+        """Raise `UsageError` if `by` cannot be an amount of the metric."""
+        if metric.is_share and not isinstance(self.by, str) and self.by > 1:
+            raise UsageError(
+                f"statement.by = {self.by:g}: {metric.name} is a fraction from 0 to 1; {self.by / 100:g} is "
+                f"{self.by:g}{metric.difference_unit}"
+            )
 
     def limit(self, metric: Metric) -> Callable[[float], float]:
         """Return the function from the reference's value to the value that the contender must be better than."""
@@ -143,72 +153,103 @@ class Judgement:
     """Seeds of each for a power of 80 %, if it cannot be told."""
     reason: str | None
     """What decided it besides a test, or prevented a test."""
+    cautions: tuple[str, ...] = ()
+    """What may make the comparison of the runs unfair or wrong."""
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The two contenders of a claim, as they were found."""
+
+    metric: Metric
+    sides: tuple[Side | None, Side | None]
+    """The contender and the reference; None without a finished run."""
+    diverged: tuple[bool, bool]
+    """Whether a run of them diverged."""
+    cautions: tuple[str, ...] = ()
 
 
 def judge_claim(claim: Claim, folder: Path | None) -> Judgement:
     """Judge a claim by the runs of its sweep in `folder`, or by its `runs`.
 
-    Raises `UsageError` if a contender is not there, or none of its runs has finished, and `AsgoError` like
-    `compare_runs`.
+    Raises `UsageError` if a contender is not there, none of its runs has ended, or the claim's `by` is no amount of the
+    metric, and `AsgoError` like `compare_runs`.
     """
-    statement = claim.statement
     if folder is None and len(claim.runs) == 1 and _is_table(Path(claim.runs[0])):
-        metric = METRICS[claim.metric or "loss"]
-        table = _read_table(Path(claim.runs[0]), metric)
-        contender, reference = (
-            table.side(name, claim.confidence) for name in (statement.contender, statement.reference)
-        )
-        roles = {"contender": statement.contender, "reference": statement.reference}
-        diverged = [role for role, name in roles.items() if None in table.results[name].values()]
+        pair = _pair_in_table(claim, Path(claim.runs[0]))
     else:
-        paths = [Path(each) for each in claim.runs] if folder is None else [folder]
-        comparison = compare_runs(paths, confidence=claim.confidence, metric_name=claim.metric)
-        # A claim names its learning rates, so of a sweep, entries that differ only in it are all there to choose.
-        metric, entries = comparison.metric, comparison.contenders if folder is None else comparison.entries
-        pair = [_entry(entries, name, folder) for name in (statement.contender, statement.reference)]
-        diverged = [
-            name
-            for name, entry in zip(("contender", "reference"), pair, strict=True)
-            if any(run.state == "diverged" for run in entry.runs)
-        ]
-        if any(entry.final is None for entry in pair):
-            return _undecided(claim, metric, pair, diverged)
-        contender, reference = sides_of(pair, members_of(entries))
-    return _judged(claim, metric, contender, reference, diverged)
-
-
-def _undecided(claim: Claim, metric: Metric, pair: Sequence[Entry], diverged: Sequence[str]) -> Judgement:
-    """Judge contenders of which one has only diverged runs. Raises `UsageError` if one has only unfinished ones."""
-    names = {"contender": claim.statement.contender, "reference": claim.statement.reference}
-    for (role, name), entry in zip(names.items(), pair, strict=True):
-        if entry.final is None and role not in diverged:
+        pair = _pair_of_runs(claim, folder)
+    claim.statement.require_unit(pair.metric)
+    for name, side, diverged in zip(_names(claim), pair.sides, pair.diverged, strict=True):
+        if side is None and not diverged:
             raise UsageError(f"{name}: none of its runs has finished")
-    answer: Answer = "does not hold" if "contender" in diverged else "cannot tell"
-    reason = f"a run of {names[diverged[0]]} diverged"
-    return Judgement(answer, metric, pair[0].final, pair[1].final, None, None, None, None, reason)
+    return _judged(claim, pair)
 
 
-def _judged(claim: Claim, metric: Metric, contender: Side, reference: Side, diverged: Sequence[str]) -> Judgement:
-    limit = _moved(reference, claim.statement.limit(metric), claim.confidence)
-    (verdict,) = judge([(contender, limit)], claim.confidence, metric)
-    found = verdict.difference
-    assert found is not None
-    ends = [None if end is None else -metric.sign * end for end in (found.low, found.high)]
-    low, high = ends if metric.sign < 0 else reversed(ends)
+def _names(claim: Claim) -> tuple[str, str]:
+    return claim.statement.contender, claim.statement.reference
+
+
+def _pair_of_runs(claim: Claim, folder: Path | None) -> _Pair:
+    paths = [Path(each) for each in claim.runs] if folder is None else [folder]
+    comparison = compare_runs(paths, confidence=claim.confidence, metric_name=claim.metric)
+    # A claim names its learning rates, so of a sweep, entries that differ only in it are all there to choose.
+    entries = comparison.contenders if folder is None else comparison.entries
+    members = members_of(entries)
+    contender, reference = (_entry(entries, name, folder) for name in _names(claim))
+    return _Pair(
+        comparison.metric,
+        (side_of(contender, members), side_of(reference, members)),
+        (_has_diverged(contender), _has_diverged(reference)),
+        comparison.cautions,
+    )
+
+
+def _has_diverged(entry: Entry) -> bool:
+    return any(run.state == "diverged" for run in entry.runs)
+
+
+def _judged(claim: Claim, pair: _Pair) -> Judgement:
+    contender, reference = pair.sides
+    found = Judgement(
+        answer="cannot tell",
+        metric=pair.metric,
+        contender=None if contender is None else contender.final,
+        reference=None if reference is None else reference.final,
+        surplus=None,
+        p=None,
+        test=None,
+        seeds_needed=None,
+        reason=None,
+        cautions=pair.cautions,
+    )
+    if contender is not None and reference is not None:
+        found = _tested(claim, found, contender, reference)
+    if pair.diverged[0]:
+        return replace(found, answer="does not hold", reason=f"a run of {claim.statement.contender} diverged")
+    if pair.diverged[1] and found.answer != "holds":
+        return replace(found, answer="cannot tell", reason=f"a run of {claim.statement.reference} diverged")
+    return found
+
+
+def _tested(claim: Claim, found: Judgement, contender: Side, reference: Side) -> Judgement:
+    """Return the judgement with the answer of the test."""
+    limit = _moved(reference, claim.statement.limit(found.metric), claim.confidence)
+    (verdict,) = judge([(contender, limit)], claim.confidence, found.metric)
+    difference, sign = verdict.difference, -found.metric.sign
+    assert difference is not None
+    ends = [None if end is None else sign * end for end in (difference.low, difference.high)]
+    low, high = ends if sign > 0 else reversed(ends)
     answers: Mapping[str, Answer] = {"better": "holds", "worse": "does not hold", "cannot tell": "cannot tell"}
-    answer, reason = answers[verdict.outcome], None
-    if "contender" in diverged:
-        answer, reason = "does not hold", f"a run of {claim.statement.contender} diverged"
-    elif "reference" in diverged and answer == "does not hold":
-        answer, reason = "cannot tell", f"a run of {claim.statement.reference} diverged"
-    elif verdict.p is None:
-        reason = "there is no test: it needs two seeds of each, and results that differ"
-    return Judgement(
-        answer=answer,
-        metric=metric,
-        contender=contender.final,
-        reference=reference.final,
-        surplus=Interval(-metric.sign * found.mean, low, high, None, found.count),
+    reason = None
+    if verdict.p is None:
+        gone = [f"{m.name}-s{seed}" for m in (contender.member, reference.member) if m for seed in m.missing]
+        needs = f"{', '.join(gone)} missing" if gone else "it needs two seeds of each, and results that differ"
+        reason = f"there is no test: {needs}"
+    return replace(
+        found,
+        answer=answers[verdict.outcome],
+        surplus=Interval(sign * difference.mean, low, high, None, difference.count),
         p=verdict.p,
         test=verdict.test,
         seeds_needed=verdict.seeds_needed,
@@ -242,55 +283,81 @@ def _is_table(path: Path) -> bool:
     """Return whether the file is a table of runs, which `asgo compare` wrote."""
     if path.suffix != ".csv" or not path.is_file():
         return False
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
-        return set(next(csv.reader([file.readline(1 << 16)]), [])) >= _TABLE_COLUMNS
+    with path.open("rb") as file:
+        return is_table_of_runs(file.read(_MOST_BYTES))
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Runs in a table that `asgo compare` wrote."""
+@dataclass
+class _TabledRuns:
+    """Runs of one name in a table that `asgo compare` wrote."""
 
-    path: Path
-    results: Mapping[str, Mapping[int, float | None]]
-    """Final values by name without the seed, and by seed; None for a run that diverged."""
-    steps: Mapping[str, set[str]]
+    results: dict[int, float | None] = field(default_factory=dict)
+    """Final values by seed; None for a run that diverged."""
+    steps: set[str] = field(default_factory=set)
 
-    def side(self, name: str, confidence: float) -> Side:
-        """Return a contender. Raises `UsageError` if none of its runs has finished.
+    def side(self, name: str, confidence: float, member: Member | None) -> Side | None:
+        """Return the contender; None without a finished run.
 
-        Runs of one seed are taken for paired if they have equal steps: the table does not say more. The record of a
-        sweep until certain in the same folder is about these runs: `asgo compare` writes both.
+        Runs of one seed are taken for paired if they have equal steps: the table does not say more.
         """
-        results = self.results.get(name, {})
-        finished = {seed: value for seed, value in sorted(results.items()) if value is not None}
+        finished = {seed: value for seed, value in sorted(self.results.items()) if value is not None}
         final = interval(tuple(finished.values()), confidence)
         if final is None:
-            known = ", ".join(name for name, values in self.results.items() if set(values.values()) != {None})
-            raise UsageError(f"{name}: no finished run has this name; choose from {known or 'none'}")
-        record, member = read_record(self.path.parent), None
-        if record is not None and name in record.contenders:
-            seen = {seed: results[seed] for seed in record.seeds if seed in results}
-            member = Member(self.path.parent, record, name, seen, len(results) - len(seen))
-        work = ",".join(sorted(self.steps[name]))
-        return Side(name, final, tuple(finished.values()), tuple(finished), work, member)
+            return None
+        return Side(name, final, tuple(finished.values()), tuple(finished), ",".join(sorted(self.steps)), member)
 
 
-def _read_table(path: Path, metric: Metric) -> _Table:
-    results: dict[str, dict[int, float | None]] = defaultdict(dict)
-    steps: dict[str, set[str]] = defaultdict(set)
+def _pair_in_table(claim: Claim, path: Path) -> _Pair:
+    metric, runs = _read_table(path, claim.metric)
+    names = _names(claim)
+    for name in names:
+        if name not in runs:
+            raise UsageError(f"{name}: no finished run has this name; choose from {', '.join(runs) or 'none'}")
+    members = {name: member for name in names if (member := _member(path, name, runs[name].results)) is not None}
+    contender, reference = (runs[name].side(name, claim.confidence, members.get(name)) for name in names)
+    finished = [side.label for side in (contender, reference) if side is not None]
+    diverged = [None in runs[name].results.values() for name in names]
+    return _Pair(metric, (contender, reference), (diverged[0], diverged[1]), tuple(mixing_cautions(finished, members)))
+
+
+def _member(path: Path, name: str, results: Results) -> Member | None:
+    """Return the contender in the record that `asgo compare` wrote for these runs; None without one."""
+    below, _, contender = name.rpartition("/")
+    record = read_record(path.parent / below)
+    if record is None or contender not in record.contenders:
+        return None
+    return member_of(path.parent / below, record, contender, results)
+
+
+def _read_table(path: Path, asked: str | None) -> tuple[Metric, dict[str, _TabledRuns]]:
+    """Return the metric of a table, and its runs that have ended by their name without the seed."""
     if path.stat().st_size > _MOST_TABLE_BYTES:
         raise AsgoError(f"{path}: too large for a table of runs")
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
-            for row in csv.DictReader(file):
-                if row["state"] not in ("finished", "diverged") or not row["seed"]:
-                    continue
-                name = printable(row["run"]).removesuffix(f"-s{row['seed']}")
-                value = float(row[f"final_{metric.name}"]) if row["state"] == "finished" else None
-                if value is not None and not math.isfinite(value):
-                    raise ValueError(value)
-                results[name][int(row["seed"])] = value
-                steps[name].add(row.get("steps") or "")
-        except (ValueError, KeyError, TypeError, csv.Error):
-            raise AsgoError(f"{path}: not a table of runs that asgo compare wrote") from None
-    return _Table(path, results, steps)
+    content = path.read_bytes()
+    names, delimiter = header(content)
+    metric = next((metric for metric in METRICS.values() if f"final_{metric.name}" in names), None)
+    if metric is not None and asked not in (None, metric.name):
+        raise UsageError(f"{path}: compares by {metric.name}; for {asked}, give the runs, or a report by {asked}")
+    runs: dict[str, _TabledRuns] = defaultdict(_TabledRuns)
+    try:
+        if metric is None:
+            raise KeyError("no final value")
+        for row in csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), delimiter=delimiter):
+            if row["state"] not in ("finished", "diverged") or not row["seed"]:
+                continue
+            found = runs[printable(row["run"]).removesuffix(f"-s{row['seed']}")]
+            found.steps.add(row.get("steps") or "")
+            found.results[int(row["seed"])] = (
+                _finite(row[f"final_{metric.name}"], delimiter) if row["state"] == "finished" else None
+            )
+    except (ValueError, KeyError, TypeError, csv.Error):
+        raise AsgoError(f"{path}: not a table of runs that asgo compare wrote") from None
+    return metric, dict(runs)
+
+
+def _finite(cell: str, delimiter: str) -> float:
+    """Return the number in a cell; a spreadsheet with semicolons may have written a decimal comma."""
+    value = float(cell.replace(",", ".") if delimiter == ";" else cell)
+    if not math.isfinite(value):
+        raise ValueError(value)
+    return value

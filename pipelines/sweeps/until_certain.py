@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pipelines.analysis.comparison.results import Verdict
 from pipelines.analysis.comparison.sequential import Results
 from pipelines.analysis.comparison.settings import LR, identity, settings_in
 from pipelines.analysis.comparison.t_tests import interval
-from pipelines.analysis.comparison.until_certain import RECORD, Look, Member, Record, read_record
+from pipelines.analysis.comparison.until_certain import Look, Member, Record, read_record, require_unchanged
 from pipelines.analysis.comparison.verdicts import Side, judge, pairs_of
 from pipelines.errors import AsgoError, UsageError
 from pipelines.sweeps.definition import Sweep, SweepRun
@@ -58,10 +58,39 @@ class SeedWish:
         first = given or tuple(itertools.islice(following, FIRST))
         if not 2 <= len(first) <= most:
             raise UsageError(
-                f"until certain: {len(first)} seeds before the first look, and {most} at most: give two seeds or more, "
-                "and --max-seeds (in a claim, max_seeds) not below their number"
+                f"until certain: before the first look, the number of seeds is {len(first)}, and at most it is {most}: "
+                "give two seeds or more, and --max-seeds (in a claim, max_seeds) not below their number"
             )
         return Seeds(first, (*first, *itertools.islice(following, most - len(first))))
+
+
+def require_same_record(record: Record, folder: Path, *, before_search: bool = False) -> None:
+    """Raise `UsageError` if the folder has the record of another sweep until certain.
+
+    `before_search`: the contenders are not compared, as those of which all trials diverge are left out later.
+    """
+    there = read_record(folder) or record
+    changed = there.differences(record.model_copy(update={"contenders": there.contenders}) if before_search else record)
+    if changed:
+        lines = (f"{folder}: a sweep until certain began here with {line}; choose another --out" for line in changed)
+        raise UsageError("\n".join(lines))
+
+
+def require_recorded_seeds(runs: Iterable[tuple[str, int]], folder: Path) -> None:
+    """Raise `UsageError` if runs, each a contender and a seed, are not in the record of a sweep until certain there.
+
+    The sequential test would leave such runs out.
+    """
+    record = read_record(folder)
+    if record is None:
+        return
+    others = [f"{name}-s{seed}" for name, seed in runs if name in record.contenders and seed not in record.seeds]
+    if others:
+        seeds = ", ".join(map(str, record.seeds))
+        raise UsageError(
+            f"{folder}: seeds were added here until certain, and the tests leave out seeds other than {seeds}: "
+            f"{', '.join(others)}; give --until-certain (in a claim, until_certain = true), or choose another --out"
+        )
 
 
 @dataclass(frozen=True)
@@ -155,7 +184,7 @@ def _verdicts(plan: Plan, results: Mapping[str, Results]) -> tuple[Verdict, ...]
         finished = {seed: value for seed, value in own.items() if value is not None}
         final = interval(list(finished.values()), plan.record.confidence)
         if final is not None:
-            member = Member(Path(), plan.record, name, own, 0)
+            member = Member(Path(), plan.record, name, own)
             sides.append(Side(name, final, tuple(finished.values()), tuple(finished), "", member))
     sides.sort(key=lambda side: plan.metric.sign * side.final.mean)
     against = plan.record.against
@@ -180,10 +209,7 @@ class UntilCertain:
         self._training: set[str] = set()
         self._ended: set[str] = set()
         self._failed = False
-        changed = self._record.differences(plan.record)
-        if changed:
-            lines = (f"{out}: a sweep until certain began here with {line}; choose another --out" for line in changed)
-            raise UsageError("\n".join(lines))
+        require_same_record(plan.record, out)
 
     def look(self) -> Standing:
         """Return the standing of the runs in the folder. Raises `AsgoError` if runs changed after a look at them."""
@@ -191,13 +217,8 @@ class UntilCertain:
             for run in runs:
                 if run.config.seed not in self._results[name]:
                     self._read(run)
-        for name, seen in self._record.results.items():
-            for seed, value in seen.items():
-                if self._results.get(name, {}).get(seed, value) != value:
-                    raise AsgoError(
-                        f"{self._out / f'{name}-s{seed}'}: changed after a look at its result, which was {value}, see "
-                        f"{self._out / RECORD}; start again with another --out"
-                    )
+        for name in self._record.results:
+            require_unchanged(self._out, self._record, name, self._results.get(name, {}))
         return standing_of(self._plan, self._results)
 
     @property

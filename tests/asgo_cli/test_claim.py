@@ -45,6 +45,26 @@ def test_a_claim_trains_what_is_missing_and_prints_its_answer(token_folder: Path
     assert found["answer"] in table
 
 
+def test_claims_until_certain_about_one_sweep_are_answered_together(token_folder: Path, tmp_path: Path) -> None:
+    """Though each would add seeds for its own pairs; here, all pairs are tested."""
+    write_sweep(tmp_path / "my.toml", token_folder, *GOOD, seeds=[1, 2])
+    write_claim(tmp_path / "a.toml", "my.toml", "a", until_certain=True, max_seeds=2)
+    statement = {"contender": "b", "better_than": "a"}
+    turned = {"sweep": "my.toml", "until_certain": True, "statement": statement}
+    (tmp_path / "b.toml").write_text(tomli_w.dumps(turned))
+    for _ in range(2):
+        result = claim(tmp_path, "a.toml", "b.toml", "--json", "--slots", 2)
+        assert result.returncode == 0, result.stderr
+        found = json.loads(result.stdout)["claims"]
+        assert [(each["seeds"], each["test"]) for each in found] == [([2, 2], "sequential")] * 2
+    assert json.loads((tmp_path / "runs/my/until-certain.json").read_text())["against"] is None
+    write_claim(tmp_path / "c.toml", "my.toml", "a", until_certain=True, max_seeds=3)
+    result = claim(tmp_path, "a.toml", "c.toml")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "max_seeds: the claims about" in result.stderr
+    assert "have 2 and 3; choose one number" in result.stderr
+
+
 def test_a_contender_that_diverges_or_is_not_there(token_folder: Path, tmp_path: Path) -> None:
     write_sweep(tmp_path / "my.toml", token_folder, GOOD[1], DIVERGING, seeds=[1])
     write_claim(tmp_path / "wild.toml", "my.toml", "wild")

@@ -43,8 +43,13 @@ def test_finished_runs_are_judged_and_not_trained_again(
     assert json.loads(Path("runs/my/until-certain.json").read_text())["seeds"] == [1, 2, 3]
     assert asgo(monkeypatch, *command_line) == 0
     assert f"{int(verdict['outcome'] != 'cannot tell')} of 1 pairs decided" in capsys.readouterr().out
-    assert asgo(monkeypatch, "my.toml", "--until-certain") == 2
-    assert "a sweep until certain began here with seeds: 1, 2, 3 there, 1, 2, 3, 4, 5" in capsys.readouterr().err
+    for options in ([], ["--dry-run"]):
+        assert asgo(monkeypatch, "my.toml", "--until-certain", *options) == 2
+        assert "a sweep until certain began here with seeds: 1, 2, 3 there, 1, 2, 3, 4, 5" in capsys.readouterr().err
+    assert asgo(monkeypatch, *command_line, "--against", "a") == 2
+    assert "began here with against: all pairs there, a now; choose another --out" in capsys.readouterr().err
+    assert asgo(monkeypatch, "my.toml", "--seeds", "3,9", "--dry-run") == 2
+    assert "the tests leave out seeds other than 1, 2, 3: a-s9, b-s9; give --until-certain" in capsys.readouterr().err
 
 
 def test_a_dry_run_shows_the_least_and_the_highest_cost(
@@ -73,7 +78,10 @@ def test_a_dry_run_shows_the_least_and_the_highest_cost(
         (["--max-seeds", "5"], "--max-seeds and --against are for --until-certain"),
         (["--against", "a"], "--max-seeds and --against are for --until-certain"),
         (["--until-certain", "--against", "c"], "--against c: no contender has this name; choose one of a, b"),
-        (["--until-certain", "--seeds", "1"], "until certain: 1 seeds before the first look, and 8 at most"),
+        (
+            ["--until-certain", "--seeds", "1"],
+            "until certain: before the first look, the number of seeds is 1, and at most it is 8",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -116,7 +124,9 @@ def test_a_killed_sweep_goes_on_to_the_same_record(token_folder: Path, tmp_path:
     assert records[0] == records[1]
     results = json.loads(whole.stdout)
     assert (results["diverged"], results["seeds"]["wild"]) == (["wild"], 2)
-    assert run_sweep(killed, *arguments).returncode == 0
+    again = run_sweep(killed, *arguments[:-1])
+    assert again.returncode == 0, again.stderr
+    assert "0 of 3 pairs decided" in again.stdout  # a pair with a diverged contender stays undecided
 
 
 @long

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from pipelines.analysis.comparison.report import write_report
 from pipelines.analysis.comparison.t_tests import interval
 from pipelines.analysis.comparison.until_certain import Record
 from pipelines.analysis.comparison.verdicts import Side
-from pipelines.claim import Claim, Judgement, Statement, _judged, judge_claim, read_claim
+from pipelines.claim import Claim, Judgement, Statement, _judged, _Pair, judge_claim, read_claim
 from pipelines.errors import AsgoError, UsageError
 from pipelines.tasks.metric import ACCURACY, LOSS
+from pipelines.training.run_folder import RunFolder
 from tests.pipelines.analysis.comparison.run_folders import falling_to, record_divergence, write_run
 
 ASGO = [3.00, 3.02, 3.01, 3.015]
@@ -106,21 +109,20 @@ def test_a_claim_on_the_border_rarely_holds() -> None:
     for _ in range(studies):
         reference = random.normal(3.0, 0.05, 5)
         contender = reference - 0.1 + random.normal(0.0, 0.02, 5)
-        pair = [
+        asgo, adamw = (
             Side(name, interval(values, 0.95), tuple(values), (1, 2, 3, 4, 5), "")  # type: ignore[arg-type]
             for name, values in (("asgo", contender.tolist()), ("adamw", reference.tolist()))
-        ]
-        answers.append(_judged(claim, LOSS, *pair, ()).answer)
+        )
+        answers.append(_judged(claim, _Pair(LOSS, (asgo, adamw), (False, False))).answer)
     most = 0.025 * studies + 3 * (0.025 * 0.975 * studies) ** 0.5
     assert 0 < answers.count("holds") < most
     assert 0 < answers.count("does not hold") < most
 
 
-def write_record(folder: Path) -> None:
+def write_record(folder: Path, **changes: Any) -> None:
     """Write that a sweep until certain has trained the runs."""
-    Record(
-        contenders=("asgo", "adamw"), against=None, metric="loss", confidence=0.95, first_look=3, seeds=(1, 2, 3, 4, 5)
-    ).write(folder)
+    values = {"contenders": ("asgo", "adamw"), "against": None, "metric": "loss", "confidence": 0.95, "first_look": 3}
+    Record(**{**values, "seeds": (1, 2, 3, 4, 5), **changes}).write(folder)
 
 
 def test_seeds_that_were_added_until_certain_have_the_sequential_test(folder: Path) -> None:
@@ -171,9 +173,89 @@ def test_a_table_of_runs_says_the_same_as_the_runs(
         record_divergence(write_run(folder / f"{diverged}-s5", {0: 5.0}, optimizer=diverged, seed=5), 3, "inf")
     write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
     table = claim_of(by=0.01).model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
-    assert judge_claim(table, None) == judge_claim(claim_of(by=0.01), folder)
+    assert replace(judge_claim(table, None), cautions=()) == replace(
+        judge_claim(claim_of(by=0.01), folder), cautions=()
+    )
     with pytest.raises(UsageError, match="sgd: no finished run has this name; choose from asgo, adamw"):
         judge_claim(table.model_copy(update={"statement": Statement(contender="sgd", better_than="asgo")}), None)
+
+
+def test_a_table_of_two_folders_keeps_the_sequential_test(folder: Path, tmp_path: Path) -> None:
+    """Which of its runs were added until certain is known only by the record."""
+    write_record(folder)
+    write_run(tmp_path / "other" / "sgd-momentum-s1", falling_to(4.0), optimizer="sgd-momentum", seed=1)
+    for _ in range(2):  # the second report replaces the first
+        write_report(compare_runs([folder, tmp_path / "other"]), tmp_path / "report", "asgo compare runs other")
+    table = claim_of(contender="runs/asgo", better_than="runs/adamw", by=0.01)
+    table = table.model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
+    found, expected = judge_claim(table, None), judge_claim(claim_of(by=0.01), folder)
+    assert (found.test, found.p, found.cautions) == ("sequential", expected.p, ())
+    mixed = {"contender": "runs/asgo", "better_than": "other/sgd-momentum"}
+    found = judge_claim(table.model_copy(update={"statement": Statement(**mixed)}), None)
+    assert found.cautions[0].startswith("Results decided how many seeds the contenders of runs got")
+
+
+def test_a_table_saved_by_a_spreadsheet_is_read(folder: Path, tmp_path: Path) -> None:
+    write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
+    table = tmp_path / "report" / "tables" / "runs.csv"
+    claim = claim_of(by=0.01).model_copy(update={"runs": (str(table),)})
+    expected = judge_claim(claim, None)
+    rows = list(csv.reader(table.read_text().splitlines()))
+    cells = [[cell.replace(".", ",") if cell[:1].isdigit() else cell for cell in row] for row in rows]
+    table.write_text("".join(";".join(row) + "\r\n" for row in cells), encoding="utf-8-sig")
+    assert judge_claim(claim, None) == expected
+
+
+def test_the_metric_of_a_table_is_the_one_it_compares(tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    rows = [f"{name}-s{seed},{name},{seed},finished,{value + seed / 100}" for name, value in (("a", 0.8), ("b", 0.7))
+            for seed in (1, 2, 3)]  # fmt: skip
+    table.write_text("\n".join(["run,entry,seed,state,final_accuracy", *rows, ""]))
+    claim = claim_of(contender="a", better_than="b").model_copy(update={"runs": (str(table),)})
+    found = judge_claim(claim, None)
+    assert (found.metric, found.reason) == (
+        ACCURACY,
+        "there is no test: it needs two seeds of each, and results that differ",
+    )
+    with pytest.raises(UsageError, match=r"compares by accuracy; for loss, give the runs, or a report by loss"):
+        judge_claim(claim.model_copy(update={"metric": "loss"}), None)
+    with pytest.raises(UsageError, match=r"statement\.by = 5: accuracy is a fraction from 0 to 1; 0\.05 is 5 points"):
+        judge_claim(claim.model_copy(update={"statement": Statement(contender="a", better_than="b", by=5)}), None)
+
+
+def test_a_contender_of_which_all_runs_diverged_is_judged_in_a_table_too(folder: Path, tmp_path: Path) -> None:
+    for run in folder.glob("asgo-*"):
+        record_divergence(RunFolder(run), 3, "inf")
+    write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
+    table = claim_of().model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
+    for found in (judge_claim(table, None), judge_claim(claim_of(), folder)):
+        assert (found.answer, found.contender, found.reason) == ("does not hold", None, "a run of asgo diverged")
+
+
+def test_what_makes_a_comparison_doubtful_is_said(folder: Path) -> None:
+    write_run(folder / "asgo-s9", falling_to(3.0, 500), optimizer="asgo", seed=9, training__steps=500)
+    found = judge_claim(claim_of(), folder)
+    assert [caution for caution in found.cautions if caution.startswith("Different amounts of training")]
+
+
+@pytest.mark.parametrize("as_table", [False, True])
+def test_runs_are_checked_against_what_the_looks_have_seen(as_table: bool, folder: Path, tmp_path: Path) -> None:
+    seen = {"asgo": dict(enumerate(ASGO, start=1)), "adamw": dict(enumerate(ADAMW, start=1))}
+    write_record(folder, results=seen)
+    claim = claim_of(by=0.01)
+    if as_table:
+        write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
+        claim = claim.model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
+        folder = tmp_path / "report" / "tables"
+    where = None if as_table else folder
+    assert judge_claim(claim, where).test == "sequential"
+    write_record(folder, results={**seen, "asgo": {**seen["asgo"], 2: 2.5}})
+    with pytest.raises(AsgoError, match=r"asgo-s2: changed after a look at its result, which was 2\.5, see"):
+        judge_claim(claim, where)
+    write_record(folder, results={**seen, "asgo": {17: 2.0, **seen["asgo"]}}, seeds=(17, 1, 2, 3, 4))
+    found = judge_claim(claim, where)
+    assert (found.answer, found.test, found.reason) == ("cannot tell", None, "there is no test: asgo-s17 missing")
+    assert [caution for caution in found.cautions if "has looked at are missing: asgo-s17;" in caution]
 
 
 def test_runs_and_logs_are_named_as_in_a_comparison(folder: Path) -> None:
@@ -182,7 +264,7 @@ def test_runs_and_logs_are_named_as_in_a_comparison(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["run,seed,state\na-s1,1,finished\n", "run,seed,state,final_loss\na-s1,1,finished,x\n"]
+    "content", ["run,entry,seed,state\na-s1,a,1,finished\n", "run,entry,seed,state,final_loss\na-s1,a,1,finished,x\n"]
 )
 def test_a_damaged_table_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "runs.csv").write_text(content)

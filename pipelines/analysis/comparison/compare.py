@@ -74,8 +74,8 @@ def compare_runs(
     evidence = () if asked is None else evidence_of(asked, entries, contenders, members)
     judged = verdicts(contenders, confidence, metric, reference, members)
     cautions = left_out + ([] if asked is None else evidence_cautions(asked, evidence, left_out))
-    cautions += mixing_cautions(contenders, members) + log_cautions(entries, judged, metric)
-    cautions += cautions_of(runs, entries, contenders, sensitivities, metric)
+    cautions += mixing_cautions([each.label for each in contenders if each.final is not None], members)
+    cautions += log_cautions(entries, judged, metric) + cautions_of(runs, entries, contenders, sensitivities, metric)
     return Comparison(
         task=task,
         unit="tokens" if task is None else TASKS[task].unit,

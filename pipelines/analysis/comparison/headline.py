@@ -57,7 +57,7 @@ def _margin(verdict: Verdict, comparison: Comparison) -> str:
     """Format the size of a difference, and its interval."""
     metric, difference = comparison.metric, verdict.difference
     assert difference is not None
-    margin = metric.difference(abs(difference.mean)) + metric.difference_unit
+    margin = metric.difference(abs(difference.mean)) + metric.difference_unit + _tested(verdict, comparison)
     if difference.low is None or difference.high is None:
         return margin
     turned = -1 if difference.mean < 0 else 1
@@ -65,10 +65,19 @@ def _margin(verdict: Verdict, comparison: Comparison) -> str:
     return f"{margin} ({comparison.confidence:.0%} interval {low} to {high})"
 
 
+def _tested(verdict: Verdict, comparison: Comparison) -> str:
+    """Name the seeds of a difference that is not the one of the means: an earlier look of a sequential test decided."""
+    pair = [entry for entry in comparison.contenders if entry.label in (verdict.first, verdict.second)]
+    counts = {entry.final.count for entry in pair if entry.final is not None}
+    if verdict.test != "sequential" or verdict.difference is None or counts == {verdict.difference.count}:
+        return ""
+    return f" in {verdict.difference.count} seeds of each"
+
+
 def _over(beaten: int, others: int) -> str:
     """Say how many of the others are certainly worse than the best."""
     if others == 1 or not beaten:
         return ""
     if beaten == others:
-        return f" All {others} others are certainly worse."
+        return f" {'Both' if others == 2 else f'All {others}'} others are certainly worse."
     return f" {beaten} of {others} others {'is' if beaten == 1 else 'are'} certainly worse."

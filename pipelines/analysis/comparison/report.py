@@ -68,8 +68,8 @@ _OURS = {
     "tables/",
     *(f"figures/{name}{suffix}" for name in _FIGURES for suffix in (".png", ".pdf")),
     *(f"tables/{name}{suffix}" for name in TABLES for suffix in (".md", ".csv")),
-    f"tables/{RECORD}",
 }
+_RECORDS = re.compile(rf"tables/(.+/|(.+/)?{re.escape(RECORD)})")
 _LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
 
 
@@ -82,7 +82,7 @@ def check_report_folder(out: Path) -> None:
     found = {path.relative_to(out).as_posix() + "/" * path.is_dir() for path in out.rglob("*")}
     if found and not is_comparison(out / PAGE):
         raise UsageError(f"{out}: exists and is not a report; choose another --out")
-    others = {name for name in found - _OURS if not _LAYERS.fullmatch(name)}
+    others = {name for name in found - _OURS if not (_LAYERS.fullmatch(name) or _RECORDS.fullmatch(name))}
     if others:
         raise UsageError(f"{out}: contains {min(others)} beside a report; move it away, or choose another --out")
 
@@ -101,9 +101,9 @@ def write_report(comparison: Comparison, out: Path, command: str) -> Path:
             if table.texts:
                 (tables / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
             (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
-        record = _record(comparison)
-        if record is not None:  # without it, a claim about the table of runs would have the usual test
-            record.write(tables)
+        for folder, record in _records(comparison).items():  # else a claim about the table of runs has the usual test
+            (tables / folder).mkdir(parents=True, exist_ok=True)
+            record.write(tables / folder)
         images = {name: (figures / f"{name}.png").read_bytes() for name in names}
         layers = write_layers(shown(comparison), figures)
         page = render_page(comparison, images, layers, _origin(comparison, command))
@@ -131,10 +131,11 @@ def _runs(comparison: Comparison) -> list[Run]:
     return [run for entry in comparison.entries for run in entry.runs]
 
 
-def _record(comparison: Comparison) -> Record | None:
-    """Return the record of a sweep until certain, if all runs are in its folder."""
-    folders = {run.path.resolve().parent for run in _runs(comparison)}
-    return read_record(folders.pop()) if len(folders) == 1 else None
+def _records(comparison: Comparison) -> dict[str, Record]:
+    """Return the records of sweeps until certain, by the folders of their runs in the table of runs."""
+    folders = {run.name.rpartition("/")[0]: run.path.resolve().parent for run in _runs(comparison)}
+    found = ((name, read_record(folder)) for name, folder in folders.items())
+    return {name: record for name, record in found if record is not None}
 
 
 def _origin(comparison: Comparison, command: str) -> list[tuple[str, str]]:

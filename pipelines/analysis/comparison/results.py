@@ -117,6 +117,12 @@ class Run:
     """First step of its curves in figures: the curve of another run shows those before."""
 
     @property
+    def name_in_sweep(self) -> str | None:
+        """Name of its folder, links resolved, without `-s` and the seed, as a sweep names it; None for other names."""
+        name, suffix = self.path.resolve().name, f"-s{self.seed}"
+        return name.removesuffix(suffix) if name.endswith(suffix) else None
+
+    @property
     def last_step(self) -> int:
         """The last recorded step; 0 for an empty run."""
         return int(self.spent("steps"))

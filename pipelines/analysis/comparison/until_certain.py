@@ -61,6 +61,12 @@ class Record(BaseModel):
         """When pairs are tested."""
         return Looks(self.first_look, self.seeds)
 
+    @property
+    def pairs(self) -> int:
+        """Number of pairs to decide. A pair of which a contender diverged stays undecided."""
+        count = len(self.contenders)
+        return count * (count - 1) // 2 if self.against is None else count - 1
+
     def differences(self, other: Record) -> list[str]:
         """Return a line for each setting in which another record differs."""
         pairs = ((key, getattr(self, key), getattr(other, key)) for key in _FIXED)
@@ -76,6 +82,8 @@ class Record(BaseModel):
 
 
 def _listed(value: object) -> str:
+    if value is None:
+        return "all pairs"
     return printable(", ".join(map(str, value)) if isinstance(value, tuple) else str(value))
 
 
@@ -102,8 +110,33 @@ class Member:
     name: str
     """In the record."""
     results: Results
-    left_out: int
+    left_out: int = 0
     """Number of its finished runs that the record is not about."""
+    missing: tuple[int, ...] = ()
+    """Seeds that a look has seen, and that have no result now."""
+
+
+def member_of(folder: Path, record: Record, name: str, results: Results, elsewhere: int = 0) -> Member:
+    """Return a contender of the record in `folder`, with results by seed; `elsewhere` are other finished runs.
+
+    Raises `AsgoError` if a result changed after a look at it.
+    """
+    require_unchanged(folder, record, name, results)
+    own = {seed: value for seed, value in results.items() if seed in record.seeds}
+    left_out = elsewhere + sum(value is not None for seed, value in results.items() if seed not in own)
+    missing = tuple(seed for seed in record.results.get(name, {}) if seed not in own)
+    return Member(folder, record, name, own, left_out, missing)
+
+
+def require_unchanged(folder: Path, record: Record, name: str, results: Results) -> None:
+    """Raise `AsgoError` if a contender's result changed after a look at it: the looks decided by the old one."""
+    for seed, value in record.results.get(name, {}).items():
+        if results.get(seed, value) != value:
+            was = "a divergence" if value is None else value
+            raise AsgoError(
+                f"{folder / f'{name}-s{seed}'}: changed after a look at its result, which was {was}, see "
+                f"{folder / RECORD}; train the sweep again with another --out"
+            )
 
 
 def members_of(contenders: Sequence[Entry]) -> dict[str, Member]:
@@ -116,19 +149,19 @@ def members_of(contenders: Sequence[Entry]) -> dict[str, Member]:
 def _member(entry: Entry, read: Callable[[Path], Record | None]) -> Member | None:
     places: dict[tuple[Path, str], dict[int, float | None]] = {}
     for run in entry.runs:
-        path, seed = run.path.resolve(), run.seed
-        record, name = read(path.parent), path.name.removesuffix(f"-s{seed}")
-        if record is not None and name in record.contenders and seed is not None and seed in record.seeds:
-            results = places.setdefault((path.parent, name), {})
+        folder, name = run.path.resolve().parent, run.name_in_sweep
+        record = read(folder)
+        if record is not None and name is not None and name in record.contenders and run.seed in record.seeds:
+            results = places.setdefault((folder, name), {})
             if run.state in ("finished", "diverged"):
-                results[seed] = run.final
+                results[run.seed] = run.final
     if not places:
         return None
     (folder, name), results = next(iter(places.items()))
     record = read(folder)
     assert record is not None
-    seen = sum(value is not None for value in results.values())
-    return Member(folder, record, name, results, sum(run.final is not None for run in entry.runs) - seen)
+    finished = sum(run.final is not None for run in entry.runs)
+    return member_of(folder, record, name, results, finished - sum(value is not None for value in results.values()))
 
 
 def recorded_reference(contenders: Sequence[Entry], members: Mapping[str, Member]) -> Entry | None:
@@ -140,12 +173,14 @@ def recorded_reference(contenders: Sequence[Entry], members: Mapping[str, Member
     return next((entry for entry in named if entry.final is not None), None)
 
 
-def mixing_cautions(contenders: Sequence[Entry], members: Mapping[str, Member]) -> list[str]:
-    """Warn about comparisons with runs that the record of a sweep is not about."""
-    ended = [entry for entry in contenders if entry.final is not None]
-    folders = {members[entry.label].folder for entry in ended if entry.label in members}
-    others = [entry.label for entry in ended if entry.label not in members]
-    mixed = [entry.label for entry in ended if entry.label in members and members[entry.label].left_out]
+def mixing_cautions(finished: Sequence[str], members: Mapping[str, Member]) -> list[str]:
+    """Warn about comparisons with runs that the record of a sweep is not about, and about runs that it misses.
+
+    `finished` are the labels of the contenders with a finished run.
+    """
+    folders = {members[label].folder for label in finished if label in members}
+    others = [label for label in finished if label not in members]
+    mixed = [label for label in finished if label in members and members[label].left_out]
     found = []
     if folders and (others or len(folders) > 1):
         names = ", ".join(sorted(printable(folder.name) for folder in folders))
@@ -156,5 +191,11 @@ def mixing_cautions(contenders: Sequence[Entry], members: Mapping[str, Member]) 
     if mixed:
         found.append(
             f"More runs than those of a sweep until certain: {', '.join(mixed)}; the sequential tests leave them out."
+        )
+    missing = [f"{member.name}-s{seed}" for member in members.values() for seed in member.missing]
+    if missing:
+        found.append(
+            f"Runs that a sweep until certain has looked at are missing: {', '.join(missing)}; the sequential tests "
+            "end before their seeds."
         )
     return found

@@ -72,14 +72,19 @@ def judge(pairs: Sequence[tuple[Side, Side]], confidence: float, metric: Metric)
 
 
 def sides_of(contenders: Sequence[Entry], members: Mapping[str, Member]) -> Iterator[Side]:
-    """Yield the sides of the contenders with a finished run."""
-    for entry in contenders:
-        if entry.final is not None:
-            found = [(run.seed, run.final) for run in entry.runs if run.final is not None]
-            settings = settings_of(entry.runs[0])
-            work = {key: value for key, value in settings.items() if key.startswith(_OF_THE_PAIRED)}
-            seeds, values = zip(*found, strict=True)
-            yield Side(entry.label, entry.final, values, seeds, identity(work), members.get(entry.label))
+    """Return the sides of the contenders with a finished run."""
+    return (side for entry in contenders if (side := side_of(entry, members)) is not None)
+
+
+def side_of(entry: Entry, members: Mapping[str, Member]) -> Side | None:
+    """Return the side of a contender; None without a finished run."""
+    if entry.final is None:
+        return None
+    found = [(run.seed, run.final) for run in entry.runs if run.final is not None]
+    settings = settings_of(entry.runs[0])
+    work = {key: value for key, value in settings.items() if key.startswith(_OF_THE_PAIRED)}
+    seeds, values = zip(*found, strict=True)
+    return Side(entry.label, entry.final, values, seeds, identity(work), members.get(entry.label))
 
 
 def _test(first: Side, second: Side) -> TTest | SequentialTest | None:
@@ -137,15 +142,16 @@ def rule(
 
 
 def contender_named(contenders: Sequence[Entry], name: str, option: str) -> Entry:
-    """Return the contender with this label, or else the only one with this optimizer.
+    """Return the contender with this label, or else the only one with this name in its sweep, or this optimizer.
 
     Raises `UsageError`, which names the `option`, if there is none, or several, or if none of its runs has finished.
     """
     named = [entry for entry in contenders if entry.label == name]
+    named = named or [entry for entry in contenders if any(run.name_in_sweep == name for run in entry.runs)]
     named = named or [entry for entry in contenders if entry.optimizer == name]
     if len(named) != 1:
         known = ", ".join(repr(entry.label) for entry in named or contenders)
-        problem = "several contenders have this optimizer" if named else "no contender has this name"
+        problem = "several contenders have this name or optimizer" if named else "no contender has this name"
         raise UsageError(f"{option} {name}: {problem}; choose one of {known}")
     if named[0].final is None:
         raise UsageError(f"{option} {name}: none of its runs has finished")

@@ -189,7 +189,7 @@ def test_another_plan_for_the_folder_is_refused(tmp_path: Path) -> None:
     before, fewer = contents(tmp_path), Seeds((1, 2, 3), (1, 2, 3, 4))
     others = {
         "seeds: 1, 2, 3, 4, 5, 6, 7, 8 there, 1, 2, 3, 4 now": plan_of(list(FINALS), seeds=fewer),
-        "against: None there, adamw now": plan_of(list(FINALS), "adamw"),
+        "against: all pairs there, adamw now": plan_of(list(FINALS), "adamw"),
         "contenders: asgo, muon, adamw there, asgo, muon now": plan_of(["asgo", "muon"]),
     }  # fmt: skip
     for message, plan in others.items():

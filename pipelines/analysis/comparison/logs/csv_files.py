@@ -68,6 +68,11 @@ def is_csv(content: bytes) -> bool:
     return step_column(header(content)[0], {}) is not None
 
 
+def is_table_of_runs(content: bytes) -> bool:
+    """Return whether it is the table `runs.csv` of a report: a row is a run, not a step."""
+    return {"run", "entry", "seed", "state"} <= {name.strip() for name in header(content)[0]}
+
+
 def read_csv(path: Path, content: bytes, given: Names) -> list[Log]:
     """Return the runs of a CSV file; none if it has no column of steps.
 

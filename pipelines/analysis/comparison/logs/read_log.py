@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipelines.analysis.comparison.logs.column_names import Names, listed
-from pipelines.analysis.comparison.logs.csv_files import header, is_csv, read_csv
+from pipelines.analysis.comparison.logs.csv_files import header, is_csv, is_table_of_runs, read_csv
 from pipelines.analysis.comparison.logs.hugging_face import STATE, newest_state, read_hugging_face
 from pipelines.analysis.comparison.logs.log import Log
 from pipelines.analysis.comparison.logs.run_names import SUFFIXES
@@ -61,6 +61,8 @@ def read_log(path: Path, given: Names) -> list[Log]:
         return read_hugging_face(path, given)
     if not content.strip():
         raise AsgoError(f"{path}: empty")
+    if is_table_of_runs(content):
+        raise AsgoError(f"{path}: the table of a report, not a log; give the runs themselves, or judge it with a claim")
     logs = ([] if is_csv(content) else read_text(content)) or read_csv(path, content, given)
     if not logs:
         names = header(content)[0]

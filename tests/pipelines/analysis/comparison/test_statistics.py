@@ -243,7 +243,7 @@ def test_a_contender_is_named_by_its_label_or_its_optimizer(tmp_path: Path) -> N
         assert reference is not None
         assert reference.label == "adamw d_ff=512"
     for name, message in {
-        "asgo": "several contenders have this optimizer; choose one of 'asgo d_ff=512', 'asgo d_ff=256'",
+        "asgo": "several contenders have this name or optimizer; choose one of 'asgo d_ff=512', 'asgo d_ff=256'",
         "sgd": "no contender has this name; choose one of 'asgo d_ff=512', 'asgo d_ff=256', 'adamw d_ff=512', 'muon",
         "muon": "none of its runs has finished",
     }.items():
