@@ -7,8 +7,8 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 fashion-mnist shakespeare-64 start-rates
-SWEEPS := english-64 shakespeare paper-settings accasro accasro-rates asgo track3-small
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 shakespeare-64 start-rates
+SWEEPS := english-64 fashion-mnist shakespeare paper-settings accasro accasro-rates asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
