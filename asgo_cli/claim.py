@@ -148,7 +148,7 @@ def _measured(claim: Claim, found: Judgement) -> list[str]:
     ends = [f"{name} ends at {metric.text(final.mean)}" for name, final in sides if final is not None]
     counts = sorted({final.count for _, final in sides if final is not None})
     tested = f", {found.test} test" if found.test else ""
-    seeds = f" ({' and '.join(map(str, counts))} seeds{tested})" if counts else ""
+    seeds = f" ({' and '.join(map(str, counts))} seed{'s' * (counts != [1])}{tested})" if counts else ""
     surplus = [] if found.surplus is None else [_surplus(found, found.surplus, claim.confidence)]
     return [", ".join(ends) + seeds, *surplus] if ends else []
 

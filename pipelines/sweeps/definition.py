@@ -23,6 +23,10 @@ from pipelines.tasks import TASKS, task_of
 _SHIPPED = resources.files("pipelines") / "presets" / "sweeps"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MOST_RUNS = 10_000
+_LONGEST_NAME = 200
+"""A folder's name has at most 255 bytes, and ends with the seed."""
+_OWN = ("runs", "grid", "seeds", "search")
+"""Keys of a sweep; all others are settings of its runs."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +121,8 @@ def read_sweep(source: str) -> Sweep:
     if not source.endswith(".toml"):
         if source not in sweep_names():
             nearest = difflib.get_close_matches(source, sweep_names(), n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sweep_names())}"
-            raise UsageError(f"unknown sweep {source!r}; {hint} or give a FILE.toml")
+            known = f"known: {', '.join(sweep_names())}; or give a FILE.toml"
+            raise UsageError(f"unknown sweep {source!r}; {f'did you mean {nearest[0]!r}?' if nearest else known}")
         with resources.as_file(_SHIPPED / f"{source}.toml") as path:
             return _sweep_of(source, f"sweep {source}", file_layer(path).values)
     return _sweep_of(Path(source).stem, source, file_layer(Path(source)).values)
@@ -153,9 +157,7 @@ def resolve_variants(sweep: Sweep, set_layer: Layer) -> list[Variant]:
 
 
 def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
-    common = {
-        key: value for key, value in values.items() if key.split(".")[0] not in ("runs", "grid", "seeds", "search")
-    }
+    common = {key: value for key, value in values.items() if key.split(".")[0] not in _OWN}
     grid = {key.removeprefix("grid."): value for key, value in values.items() if key.startswith("grid.")}
     runs, problems = _named_runs(values.get("runs", []))
     seeds = values.get("seeds", [])
@@ -167,7 +169,7 @@ def _sweep_of(name: str, origin: str, values: Mapping[str, Any]) -> Sweep:
         problems.append(f"preset is {preset!r}: choose one of {', '.join(preset_names(task))}")
     if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):
         problems.append(f"seeds is {seeds!r}: write it as a list of whole numbers, such as seeds = [1, 2, 3]")
-    problems += _shape_problems(values, grid)
+    problems += _misspelt(common) or _shape_problems(values, grid)
     problems += _misplaced_seeds(common, grid, runs)
     search = None
     try:
@@ -201,6 +203,13 @@ def _named_runs(tables: Any) -> tuple[dict[str, dict[str, Any]], list[str]]:
         else:
             runs[name] = flatten({key: value for key, value in table.items() if key != "name"})
     return runs, problems
+
+
+def _misspelt(common: Mapping[str, Any]) -> list[str]:
+    """Return one line for each key that is no setting of a run, but nearly a key of a sweep."""
+    heads = dict.fromkeys(key.split(".")[0] for key in common)
+    nearest = {head: difflib.get_close_matches(head, _OWN, n=1) for head in heads if head not in RunConfig.model_fields}
+    return [f"{head}: unknown key; did you mean {near[0]!r}?" for head, near in nearest.items() if near]
 
 
 def _shape_problems(values: Mapping[str, Any], grid: Mapping[str, Any]) -> list[str]:
@@ -243,6 +252,11 @@ def _variants(sweep: Sweep, base: tuple[Layer, ...]) -> list[Variant]:
             parts = [name, *(_short(key, value) for key, value in point.items())]
             variants.append(Variant("-".join(filter(None, parts)), {**settings, **point}, sweep.origin, base))
     names = [variant.name for variant in variants]
+    problems += [
+        f"run {name[:40]}...: the name has {len(name)} characters; the maximum is {_LONGEST_NAME}"
+        for name in names
+        if len(name) > _LONGEST_NAME
+    ]
     problems += [f"two runs have the name {name}" for name in dict.fromkeys(names) if names.count(name) > 1]
     if problems:
         raise UsageError("\n".join(f"{sweep.origin}: {line}" for line in problems))

@@ -228,9 +228,15 @@ def test_all_that_is_wrong_in_the_shape_of_a_file_is_told_at_once(write) -> None
     stray = problems_of(write('task = "gpt"\npreset = "tiny"\ngrid = 3\n[runs.a]\nx = 1\n'))
     assert [line.split(": ")[1] for line in stray[:2]] == ["grid", "runs.a.x"]
     assert "preset is 'tny': choose one of" in problems_of(write('task = "gpt"\npreset = "tny"\n'))[0]
-    assert problems_of("asro-gpt-papr") == [
-        "unknown sweep 'asro-gpt-papr'; did you mean 'asro-gpt-paper'? or give a FILE.toml"
+    misspelt = problems_of(write('task = "gpt"\npreset = "tiny"\ngird.lr = [1]\n[[run]]\nname = "a"\n'))
+    assert misspelt == [
+        f"{path}: gird: unknown key; did you mean 'grid'?",
+        f"{path}: run: unknown key; did you mean 'runs'?",
     ]
+    long = problems_of(write(f'task = "gpt"\npreset = "tiny"\n[[runs]]\nname = "{"a" * 201}"\n'))
+    assert long == [f"{path}: run {'a' * 40}...: the name has 201 characters; the maximum is 200"]
+    assert problems_of("asro-gpt-papr") == ["unknown sweep 'asro-gpt-papr'; did you mean 'asro-gpt-paper'?"]
+    assert problems_of("xyz")[0].endswith("; or give a FILE.toml")
 
 
 def test_what_names_the_runs_cannot_be_set_for_all(write) -> None:  # type: ignore[no-untyped-def]
