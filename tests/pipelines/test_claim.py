@@ -228,7 +228,8 @@ def test_a_contender_of_which_all_runs_diverged_is_judged_in_a_table_too(folder:
         record_divergence(RunFolder(run), 3, "inf")
     write_report(compare_runs([folder]), tmp_path / "report", "asgo compare runs")
     table = claim_of().model_copy(update={"runs": (str(tmp_path / "report" / "tables" / "runs.csv"),)})
-    for found in (judge_claim(table, None), judge_claim(claim_of(), folder)):
+    runs = claim_of().model_copy(update={"runs": (str(folder),)})
+    for found in (judge_claim(table, None), judge_claim(runs, None), judge_claim(claim_of(), folder)):
         assert (found.answer, found.contender, found.reason) == ("does not hold", None, "a run of asgo diverged")
 
 

@@ -109,7 +109,10 @@ def _reference(contenders: Sequence[Entry], asked: str | None, members: Mapping[
     """Return the contender that is asked for, or else the one that a sweep until certain has recorded."""
     if asked is None:
         return recorded_reference(contenders, members)
-    return contender_named(contenders, asked, "--against")
+    named = contender_named(contenders, asked, "--against")
+    if named.final is None:
+        raise UsageError(f"--against {asked}: none of its runs has finished")
+    return named
 
 
 def _rule_and_metric(name: str | None, metric: str | None) -> tuple[EvidenceRule | None, str | None]:

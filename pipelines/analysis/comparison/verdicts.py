@@ -144,7 +144,7 @@ def rule(
 def contender_named(contenders: Sequence[Entry], name: str, option: str) -> Entry:
     """Return the contender with this label, or else the only one with this name in its sweep, or this optimizer.
 
-    Raises `UsageError`, which names the `option`, if there is none, or several, or if none of its runs has finished.
+    Raises `UsageError`, which names the `option`, if there is none, or several.
     """
     named = [entry for entry in contenders if entry.label == name]
     named = named or [entry for entry in contenders if any(run.name_in_sweep == name for run in entry.runs)]
@@ -153,8 +153,6 @@ def contender_named(contenders: Sequence[Entry], name: str, option: str) -> Entr
         known = ", ".join(repr(entry.label) for entry in named or contenders)
         problem = "several contenders have this name or optimizer" if named else "no contender has this name"
         raise UsageError(f"{option} {name}: {problem}; choose one of {known}")
-    if named[0].final is None:
-        raise UsageError(f"{option} {name}: none of its runs has finished")
     return named[0]
 
 
