@@ -7,8 +7,8 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 shakespeare-64 start-rates
-SWEEPS := english-64 fashion-mnist shakespeare paper-settings accasro accasro-rates asgo track3-small
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 shakespeare-64
+SWEEPS := english-64 fashion-mnist shakespeare paper-settings start-rates accasro asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
@@ -28,13 +28,12 @@ FIGURES-english-128 := loss-steps differences tuning-budget
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
-FIGURES-accasro-rates := sensitivity layers/accasro-lr0.001-s1/layer-scales
 FIGURES-asgo := settings
 FIGURES-track3-small := loss-steps differences
 BENCHES := optimizers train data loader
 
 .PHONY: results
-results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(BENCHES:%=$(RESULTS)/costs/%.txt)
+results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
 	$(BIN)/asgo claim $(RESULTS)/claims/*.toml --slots $(SLOTS) --table $(RESULTS)/claims/claims.md
 	$(BIN)/python $(RESULTS)/assemble.py
 
@@ -49,6 +48,9 @@ $(RESULTS)/%/entries.csv:
 	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$*
 	$(foreach figure,$(FIGURES-$*),cp $(RUNS)/reports/$*/figures/$(figure).png $(RESULTS)/$*/$(subst /,-,$(figure:layers/%=%)).png; ) \
 		cp $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
+
+$(RESULTS)/start-rates/scales.csv: | $(RESULTS)/start-rates/entries.csv
+	$(BIN)/python $(RESULTS)/scales.py $(RUNS)/start-rates $(RESULTS)/start-rates
 
 $(RESULTS)/costs/%.txt:
 	mkdir -p $(RUNS)
