@@ -127,7 +127,7 @@ def _wishes(claims: Sequence[Claim], sweeps: Mapping[str, Sweep], out: Path | No
         has_all_pairs = len(references) > 1 or (record is not None and record.against is None)
         recorded = None if record is None else len(record.seeds)
         wishes[sweep] = SeedWish((), max(most, default=recorded), None if has_all_pairs else references.pop())
-        wishes[sweep].seeds(sweeps[sweep])
+        wishes[sweep].seeds(sweeps[sweep])  # raises if there are too few
     return wishes
 
 

@@ -142,16 +142,16 @@ class Judgement:
 
     answer: Answer
     metric: Metric
-    contender: Interval | None
+    contender: Interval | None = None
     """Its final validations; None if all its runs diverged."""
-    reference: Interval | None
-    surplus: Interval | None
+    reference: Interval | None = None
+    surplus: Interval | None = None
     """How much better the contender is than the statement says; negative if it falls short. None without values."""
-    p: float | None
-    test: TestName | None
-    seeds_needed: int | None
+    p: float | None = None
+    test: TestName | None = None
+    seeds_needed: int | None = None
     """Seeds of each for a power of 80 %, if it cannot be told."""
-    reason: str | None
+    reason: str | None = None
     """What decided it besides a test, or prevented a test."""
     cautions: tuple[str, ...] = ()
     """What may make the comparison of the runs unfair or wrong."""
@@ -216,11 +216,6 @@ def _judged(claim: Claim, pair: _Pair) -> Judgement:
         metric=pair.metric,
         contender=None if contender is None else contender.final,
         reference=None if reference is None else reference.final,
-        surplus=None,
-        p=None,
-        test=None,
-        seeds_needed=None,
-        reason=None,
         cautions=pair.cautions,
     )
     if contender is not None and reference is not None:
