@@ -58,13 +58,18 @@ def shadow_names(shadows: ShadowRecords) -> list[str]:
     return list(dict.fromkeys(name for record in shadows.records for name in record["directions"] if name != RUN))
 
 
+def later_half(shadows: ShadowRecords) -> list[Record]:
+    """Return the records over which medians are taken."""
+    return shadows.records[len(shadows.records) // 2 :]
+
+
 def _draw_steps(shadows: ShadowRecords) -> Figure:
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
     angles, lengths = figure.subplots(1, 2)
     for index, name in enumerate(shadow_names(shadows)):
         style = line_style(index + 1)
         _draw_over_steps(angles, shadows, name, style, lambda of_layer, _: of_layer["cosine"])
-        _draw_over_steps(lengths, shadows, name, style, _norm_ratio)
+        _draw_over_steps(lengths, shadows, name, style, norm_ratio)
     own = literal(shadows.header["optimizer"])
     angles.set(title=f"Angle to the step of {own}", ylabel="cosine")
     lengths.set(title=f"Length, {own} = 1", ylabel="norm of the step / norm of its step", yscale="log")
@@ -85,7 +90,8 @@ Value = Callable[[Measured, Measured], float | None]
 """One value of a shadow's update and the run's: of a layer, or of all."""
 
 
-def _norm_ratio(shadow: Measured, run: Measured) -> float | None:
+def norm_ratio(shadow: Measured, run: Measured) -> float | None:
+    """Return the length of a shadow's update as a multiple of the run's; None if one of them is unknown or 0."""
     return shadow["norm"] / run["norm"] if shadow["norm"] is not None and run["norm"] else None
 
 
@@ -121,7 +127,7 @@ def _median(values: Iterable[float | None]) -> float:
 def _draw_losses(shadows: ShadowRecords) -> Figure:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
     same, held_out = figure.subplots(1, 2, sharey=True)
-    later = shadows.records[len(shadows.records) // 2 :]
+    later = later_half(shadows)
     for axes, batch in ((same, "same_batch"), (held_out, "held_out")):
         for index, name in enumerate([RUN, *shadow_names(shadows)]):
             _draw_loss(axes, later, name, shadows.header["lengths"], batch, line_style(index))
@@ -147,7 +153,7 @@ def _draw_loss(
         return
     medians = np.ma.median(np.ma.masked_invalid([_array(change["at_lengths"]) for change in changes]), axis=0)  # type: ignore[no-untyped-call]
     axes.plot(lengths, medians, **style, linewidth=1.2)  # type: ignore[arg-type]
-    ratio = _median(_norm_ratio(directions[name], directions[RUN]) for directions in found)
+    ratio = _median(norm_ratio(directions[name], directions[RUN]) for directions in found)
     own = _median(change["own"] for change in changes)
     if lengths[0] / 2 <= ratio <= lengths[-1] * 2:
         axes.plot([ratio], [own], color=str(style["color"]), marker="o", markersize=4)

@@ -20,8 +20,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from pipelines.analysis.comparison.difference_figure import draw_differences
+from pipelines.analysis.comparison.layer_tables import measured_tables
 from pipelines.analysis.comparison.results import Array, Band, Comparison, Curve, Entry, Sensitivity, SettingEffect
-from pipelines.analysis.comparison.tables import digits
+from pipelines.analysis.comparison.tables import Table, digits
 from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.comparison.tuning_figure import draw_tuning
 from pipelines.analysis.figure_style import (
@@ -374,25 +375,30 @@ def figure_names(metric: Metric) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LayerFigures:
-    """The figures of one run."""
+    """The figures of one run, and their tables."""
 
     run: str
     images: tuple[tuple[str, bytes], ...]
     """Description and PNG file of each figure."""
+    tables: tuple[Table, ...]
 
 
 def write_layers(contenders: Sequence[Entry], figures: Path) -> list[LayerFigures]:
     """Draw what each contender measured, in the run with most: layer statistics, and shadow optimizers.
 
-    Writes PNG and PDF files into `figures/layers/RUN-NAME`. Raises `AsgoError` for an unreadable file.
+    Writes PNG and PDF files into `figures/layers/RUN-NAME`, and the values that they show as CSV. Raises `AsgoError`
+    for an unreadable file.
     """
     runs = [max(entry.runs, key=lambda run: len(_measurements(run.path))) for entry in contenders if entry.runs]
     drawn = []
     for run in [run for run in runs if _measurements(run.path)][:MOST_WITH_LAYERS]:
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", run.name)
-        paths = [path for write in _measurements(run.path) for path in write(run.path, figures / LAYERS_FOLDER / name)]
+        folder = figures / LAYERS_FOLDER / re.sub(r"[^A-Za-z0-9._-]+", "-", run.name)
+        paths = [path for write in _measurements(run.path) for path in write(run.path, folder)]
         images = [(_LAYER_WORDS[path.stem], path.read_bytes()) for path in paths if path.suffix == ".png"]
-        drawn.append(LayerFigures(run.name, tuple(images)))
+        tables = measured_tables(run.path)
+        for table in tables:
+            table.write(folder)
+        drawn.append(LayerFigures(run.name, tuple(images), tuple(tables)))
     return drawn
 
 

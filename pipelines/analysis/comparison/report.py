@@ -70,7 +70,7 @@ _OURS = {
     *(f"tables/{name}{suffix}" for name in TABLES for suffix in (".md", ".csv")),
 }
 _RECORDS = re.compile(rf"tables/(.+/|(.+/)?{re.escape(RECORD)})")
-_LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/(layer-[a-z]+\.(png|pdf))?)?")
+_LAYERS = re.compile(rf"figures/{LAYERS_FOLDER}/([^/]+/((layer|shadow)-[a-z]+\.(png|pdf|csv|md))?)?")
 
 
 def check_report_folder(out: Path) -> None:
@@ -98,9 +98,7 @@ def write_report(comparison: Comparison, out: Path, command: str) -> Path:
         names = write_figures(comparison, figures)
         tables.mkdir()
         for table in make_tables(comparison):
-            if table.texts:
-                (tables / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
-            (tables / f"{table.name}.csv").write_text(table.csv(), encoding="utf-8")
+            table.write(tables)
         for folder, record in _records(comparison).items():  # else a claim about the table of runs has the usual test
             (tables / folder).mkdir(parents=True, exist_ok=True)
             record.write(tables / folder)
@@ -192,7 +190,10 @@ def render_page(
         left_out=_left_out(comparison),
         runs=run_table(comparison),
         images={name: _base64(images[name]) for name in figure_names(comparison.metric) if name in images},
-        layers=[(each.run, [(words, _base64(image)) for words, image in each.images]) for each in layers],
+        layers=[
+            (each.run, [(words, _base64(image)) for words, image in each.images], [t for t in each.tables if t.texts])
+            for each in layers
+        ],
         origin=origin,
     )
 

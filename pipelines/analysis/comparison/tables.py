@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -46,6 +47,12 @@ class Table:
         writer.writeheader()
         writer.writerows({key: csv_cell(value) for key, value in record.items()} for record in self.records)
         return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write the texts, if there are any, as Markdown and the records as CSV."""
+        if self.texts:
+            (folder / f"{self.name}.md").write_text(self.markdown(), encoding="utf-8")
+        (folder / f"{self.name}.csv").write_text(self.csv(), encoding="utf-8")
 
 
 def _table(
