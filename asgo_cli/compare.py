@@ -48,8 +48,8 @@ MetricOption = Annotated[
 RuleOption = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME",
-        help=f"Evidence rule of a benchmark: {', '.join(RULES)}.",
+        metavar="NAME|FILE",
+        help=f"Evidence rule of a benchmark: {', '.join(RULES)}, or a TOML file with a rule.",
         autocompletion=completing(list(RULES)),
     ),
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.analysis.comparison.compare import compare_runs
 from pipelines.analysis.comparison.logs.csv_files import header, is_table_of_runs
@@ -23,16 +23,15 @@ from pipelines.analysis.comparison.until_certain import Member, member_of, membe
 from pipelines.analysis.comparison.verdicts import Side, contender_named, judge, side_of
 from pipelines.config import Settings
 from pipelines.errors import AsgoError, UsageError
-from pipelines.optimizers import parse_toml
+from pipelines.settings_file import read_settings
 from pipelines.storage import printable
 from pipelines.sweeps.definition import sweep_names
-from pipelines.sweeps.search_table import validation_lines
 from pipelines.tasks.metric import METRICS, Metric
 
 Answer = Literal["holds", "does not hold", "cannot tell"]
 
 _PERCENT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*%\s*")
-_MOST_BYTES = 1 << 20
+_MOST_HEADER_BYTES = 1 << 20
 _MOST_TABLE_BYTES = 1 << 28
 
 
@@ -120,17 +119,7 @@ class Claim(Settings):
 
 def read_claim(path: Path) -> Claim:
     """Read a claim's file; its paths begin at its folder. Raises `UsageError` with one line for each problem."""
-    try:
-        with path.open("rb") as file:
-            values = parse_toml(file.read(_MOST_BYTES).decode("utf-8-sig"))
-        claim = Claim.model_validate(values)
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from None
-    except ValidationError as error:
-        lines = (line.removeprefix(".").removeprefix(": ") for line in validation_lines(error, ""))
-        raise UsageError("\n".join(f"{path}: {line}" for line in lines)) from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid TOML: {error}") from None
+    claim = read_settings(path, Claim)
     sweep = claim.sweep if claim.sweep is None or claim.sweep in sweep_names() else str(path.parent / claim.sweep)
     runs = tuple(str(path.parent / each) for each in claim.runs)
     return claim.model_copy(update={"sweep": sweep, "runs": runs})
@@ -279,7 +268,7 @@ def _is_table(path: Path) -> bool:
     if path.suffix != ".csv" or not path.is_file():
         return False
     with path.open("rb") as file:
-        return is_table_of_runs(file.read(_MOST_BYTES))
+        return is_table_of_runs(file.read(_MOST_HEADER_BYTES))
 
 
 @dataclass

@@ -58,7 +58,7 @@ def test_imports_go_downwards_only(path: Path) -> None:
 
 LAYERS = (
     {"errors", "storage", "locking", "shell", "slurm", "stopping", "optimizers", "imported_optimizers"},
-    {"config", "resolve", "shadow_settings", "compiler_cache", "tensors"},
+    {"config", "resolve", "settings_file", "shadow_settings", "compiler_cache", "tensors"},
     {"data"},
     {"hf"},
     {"tasks", "steps"},

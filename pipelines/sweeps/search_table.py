@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from pipelines.config import Count, Seed, Settings
 from pipelines.errors import UsageError
+from pipelines.settings_file import validation_lines
 from pipelines.steps import LENGTHS
 
 Value = bool | int | float | str
@@ -161,18 +162,3 @@ def _dimension(written: Any) -> Dimension:
     if written.keys() & Range.model_fields.keys():
         return Range.model_validate(written)
     raise UsageError("write { factor, points }, { low, high } or a list of values")
-
-
-def validation_lines(error: ValidationError, place: str) -> Iterable[str]:
-    """Yield a line for each error, with the key in the table `place`."""
-    for details in error.errors():
-        where = ".".join([place, *map(str, details["loc"])])
-        message = details["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        if details["type"] == "missing":
-            yield f"{where} is missing"
-        elif details["type"] == "extra_forbidden":
-            yield f"{where}: unknown key"
-        elif details["type"] == "value_error":
-            yield f"{where}: {message}"
-        else:
-            yield f"{where} = {details['input']!r}: {message}"

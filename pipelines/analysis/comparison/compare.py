@@ -46,7 +46,7 @@ def compare_runs(
     """Compare runs and logs of other programs, or all in folders. A run in progress counts up to its last record.
 
     `target` is a validation loss to reach, in nats, or an accuracy, as a fraction; `confidence` is that of intervals
-    and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES`; `metric_name` is a name in
+    and verdicts, between 0 and 1; `evidence_rule` is a name in `rules.RULES` or a TOML file; `metric_name` is a name in
     `tasks.metric.METRICS`, by default the first metric of the runs' task, or the loss if there is a rule; `against` is
     a contender's label or optimizer, with which all others are tested, instead of all pairs; by default that of the
     sweep that added seeds until certain; `columns` names columns of logs, see `logs.column_names.parse_columns`.

@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
 
 from pipelines.analysis.comparison.results import Entry, Evidence
 from pipelines.analysis.comparison.rules import RULES, EvidenceRule
 from pipelines.analysis.comparison.settings import identity, settings_of
-from pipelines.config import flatten
+from pipelines.config import Settings, flatten
 from pipelines.errors import UsageError
+from pipelines.settings_file import read_settings
 
 _STEPS = "training.steps"
 
 
+class RuleFile(Settings):
+    """Content of a rule's file."""
+
+    target: float
+    threshold: float = Field(gt=0)
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Values that a run must have; nested, or by dotted key."""
+
+
 def rule_named(name: str) -> EvidenceRule:
-    """Return a rule of `RULES`. Raises `UsageError` for an unknown name."""
-    if name not in RULES:
-        raise UsageError(f"--rule {name}: unknown rule; known: {', '.join(RULES)}")
-    return RULES[name]
+    """Return a rule of `RULES`, or that of a TOML file. Raises `UsageError` with one line for each problem."""
+    if name in RULES:
+        return RULES[name]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise UsageError(f"--rule {name}: unknown rule; known: {', '.join(RULES)}, and files with the suffix .toml")
+    rule = read_settings(path, RuleFile)
+    return EvidenceRule(path.stem, rule.target, rule.threshold, flatten(rule.settings))
 
 
 def evidence_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,5 +150,37 @@ def test_it_is_in_the_summary_the_tables_and_the_page(tmp_path: Path) -> None:
 
 
 def test_an_unknown_rule_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^--rule track4: unknown rule; known: track3$"):
+    known = "track3, and files with the suffix .toml"
+    with pytest.raises(UsageError, match=rf"^--rule track4: unknown rule; known: {known}$"):
         compare_runs([tmp_path], evidence_rule="track4")
+
+
+def test_a_file_may_have_the_rule(tmp_path: Path) -> None:
+    rule = tmp_path / "mine.toml"
+    terms = '"data.order" = "sequential"\ntraining.batch_size = 512\n'
+    rule.write_text(f"target = 2.5\nthreshold = 0.02\n[settings]\n{terms}")
+    runs = write_runs(tmp_path / "runs", 2.48, 2.49)
+    write_runs(tmp_path / "runs", 2.48, 2.48, optimizer="adamw", training__batch_size=256)
+    comparison = compare_runs([runs], evidence_rule=str(rule))
+    found = {each.entry.optimizer: (each.outcome, each.runs_needed) for each in comparison.evidence}
+    assert found == {"muon": ("met", 2), "adamw": ("does not qualify", 1)}
+    (caution,) = (each for each in comparison.cautions if each.startswith("mine: adamw"))
+    assert caution.endswith("does not qualify: training.batch_size is 256, and the rule needs 512.")
+    assert comparison.target == Target(2.5, "the target of mine")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "No such file or directory"),
+        ("target = 3.28", "threshold is missing"),
+        ("target = 3.28\nthreshold = 0", "threshold = 0: should be greater than 0"),
+        ("target = 3.28\nthreshold = 0.1\nsteps = 5", "steps: unknown key"),
+        ("target = ", "not valid TOML: Invalid value"),
+    ],
+)
+def test_a_file_without_a_rule_is_one_line(content: str | None, problem: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "mine.toml").write_text(content)
+    with pytest.raises(UsageError, match=rf"^{re.escape(str(tmp_path / 'mine.toml'))}: {problem}[^\n]*$"):
+        compare_runs([tmp_path], evidence_rule=str(tmp_path / "mine.toml"))
