@@ -7,8 +7,8 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 shakespeare-64
-SWEEPS := english-64 fashion-mnist shakespeare paper-settings start-rates accasro asgo track3-small
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128
+SWEEPS := english-64 fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
@@ -20,7 +20,6 @@ OPTIONS-english-128 := --until-certain --max-seeds 6
 DATA-start-rates := english-bytes
 OPTIONS-fashion-mnist := --until-certain
 # Which figures of a comparison the pages show.
-FIGURES-shakespeare := final-losses loss-steps loss-seconds sensitivity optimizer-cost
 FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
 FIGURES-english-64 := loss-steps differences tuning-budget
 FIGURES-shakespeare-64 := loss-steps differences tuning-budget
