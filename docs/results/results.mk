@@ -7,7 +7,7 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 track3-english
 SWEEPS := english-64 fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
@@ -16,18 +16,24 @@ DATA-fashion-mnist := fashion-images
 OPTIONS-english-64 := --until-certain
 OPTIONS-shakespeare-64 := --until-certain
 DATA-english-128 := english-bytes
+DATA-why := english-bytes
+DATA-track3-english := english-bytes
+RULE-track3-english := --rule $(RESULTS)/track3-english/track3-english.toml
 OPTIONS-english-128 := --until-certain --max-seeds 6
 DATA-start-rates := english-bytes
 OPTIONS-fashion-mnist := --until-certain
-# Which figures of a comparison the pages show.
+# Which figures of a comparison the pages show, and which values of layer figures are kept.
 FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
 FIGURES-english-64 := loss-steps differences tuning-budget
 FIGURES-shakespeare-64 := loss-steps differences tuning-budget
 FIGURES-english-128 := loss-steps differences tuning-budget
+FIGURES-why := $(foreach run,asgo-s1 adamw-s1,$(foreach figure,steps losses spectra,layers/$(run)/shadow-$(figure)))
+VALUES-why := asgo-s1/shadow-steps adamw-s1/shadow-steps
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
 FIGURES-asgo := settings
+FIGURES-track3-english := loss-steps differences tuning-budget
 FIGURES-track3-small := loss-steps differences
 BENCHES := optimizers train data loader
 
@@ -44,8 +50,10 @@ $(RESULTS)/functions/functions.json:
 $(RESULTS)/%/entries.csv:
 	$(MAKE) $(RUNS)/$(or $(DATA-$*),data)/manifest.json
 	$(BIN)/asgo sweep $(RESULTS)/$*/sweep.toml --out $(RUNS)/$* --slots $(SLOTS) $(OPTIONS-$*)
-	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$*
+	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$* $(RULE-$*)
 	$(foreach figure,$(FIGURES-$*),cp $(RUNS)/reports/$*/figures/$(figure).png $(RESULTS)/$*/$(subst /,-,$(figure:layers/%=%)).png; ) \
+		$(foreach values,$(VALUES-$*),$(foreach suffix,csv md, \
+			cp $(RUNS)/reports/$*/figures/layers/$(values).$(suffix) $(RESULTS)/$*/$(subst /,-,$(values)).$(suffix); )) \
 		cp $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
 
 $(RESULTS)/start-rates/scales.csv: | $(RESULTS)/start-rates/entries.csv
