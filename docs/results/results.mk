@@ -19,7 +19,7 @@ DATA-english-128 := english-bytes
 DATA-why := english-bytes
 DATA-track3-english := english-bytes
 RULE-track3-english := --rule $(RESULTS)/track3-english/track3-english.toml
-OPTIONS-english-128 := --until-certain --max-seeds 5
+OPTIONS-english-128 := --until-certain
 DATA-start-rates := english-bytes
 OPTIONS-fashion-mnist := --until-certain
 # Which figures of a comparison the pages show, and which values of layer figures are kept.
