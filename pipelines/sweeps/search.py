@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pipelines.analysis.comparison.until_certain import read_record
 from pipelines.config import differences, flatten, load_run_config
 from pipelines.errors import AsgoError, UsageError
+from pipelines.optimizers import short_key
 from pipelines.storage import write_atomically
 from pipelines.sweeps.contenders import Contender, SearchPlan
 from pipelines.sweeps.definition import SweepRun
@@ -496,7 +497,7 @@ class SearchRuns:
 
     def _settings(self, run: RunStatus) -> str:
         settings = flatten(run.run.config.model_dump(mode="json"))
-        return ", ".join(f"{key.split('.')[-1]} {_short(settings[key])}" for key in self._plan.search.space)
+        return ", ".join(f"{short_key(key)} {_short(settings[key])}" for key in self._plan.search.space)
 
 
 def _short(value: Any) -> str:

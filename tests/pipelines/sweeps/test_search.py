@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -274,3 +275,20 @@ def test_of_claims_that_meet_the_one_with_the_lowest_number_holds(storage: str, 
     assert first.add(one, None, {}, {}) is None, "above the budget"
     for claims in (first, second):
         assert [(trial.number, trial.user_attrs["worker"]) for trial in claims.held()] == [(0, "1"), (2, "1"), (3, "2")]
+
+
+def test_a_trial_that_ends_names_the_part_of_the_model_whose_rate_it_tried(
+    plan: Callable[..., SearchPlan], tmp_path: Path
+) -> None:
+    search = plan(
+        sampler="random",
+        trials=1,
+        space={**ROW, "optimizer.parts.embedding.lr": {"factor": 3.0, "points": 3, "center": 0.5}},
+    )
+    only = SearchPlan(search.name, search.search, search.contenders[:1], (1,))
+    runs = open_search(only, tmp_path)
+    run = runs.next()
+    assert run is not None
+    words = end(runs, run).words
+    lr = run.run.config.optimizer.lr
+    assert re.fullmatch(rf"done, lr {lr:g}, embedding\.lr [\d.]+: loss [\d.]+", words)
