@@ -8,7 +8,7 @@ RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
 # Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 track3-english
-SWEEPS := english-64 fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small
+SWEEPS := english-64 fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small why
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
@@ -18,7 +18,7 @@ OPTIONS-shakespeare-64 := --until-certain
 DATA-english-128 := english-bytes
 DATA-why := english-bytes
 DATA-track3-english := english-bytes
-RULE-track3-english := --rule $(RESULTS)/track3-english/track3-english.toml
+COMPARE-track3-english := --rule $(RESULTS)/track3-english/track3-english.toml
 OPTIONS-english-128 := --until-certain
 DATA-start-rates := english-bytes
 OPTIONS-fashion-mnist := --until-certain
@@ -31,6 +31,8 @@ FIGURES-why := $(foreach run,asgo-s1 adamw-s1,$(foreach figure,steps losses spec
 VALUES-why := asgo-s1/shadow-steps adamw-s1/shadow-steps
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
+COMPARE-accasro := --against both-as-preset
+COMPARE-asgo := --against as-preset
 FIGURES-accasro := settings
 FIGURES-asgo := settings
 FIGURES-track3-english := loss-steps differences tuning-budget
@@ -38,7 +40,7 @@ FIGURES-track3-small := loss-steps differences
 BENCHES := optimizers train data loader
 
 .PHONY: results
-results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
+results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(RESULTS)/why/asgo-s1-directions.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
 	$(BIN)/asgo claim $(RESULTS)/claims/*.toml --slots $(SLOTS) --table $(RESULTS)/claims/claims.md
 	$(BIN)/python $(RESULTS)/assemble.py
 
@@ -50,7 +52,7 @@ $(RESULTS)/functions/functions.json:
 $(RESULTS)/%/entries.csv:
 	$(MAKE) $(RUNS)/$(or $(DATA-$*),data)/manifest.json
 	$(BIN)/asgo sweep $(RESULTS)/$*/sweep.toml --out $(RUNS)/$* --slots $(SLOTS) $(OPTIONS-$*)
-	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$* $(RULE-$*)
+	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$* $(COMPARE-$*)
 	$(foreach figure,$(FIGURES-$*),cp $(RUNS)/reports/$*/figures/$(figure).png $(RESULTS)/$*/$(subst /,-,$(figure:layers/%=%)).png; ) \
 		$(foreach values,$(VALUES-$*),$(foreach suffix,csv md, \
 			cp $(RUNS)/reports/$*/figures/layers/$(values).$(suffix) $(RESULTS)/$*/$(subst /,-,$(values)).$(suffix); )) \
@@ -58,6 +60,9 @@ $(RESULTS)/%/entries.csv:
 
 $(RESULTS)/start-rates/scales.csv: | $(RESULTS)/start-rates/entries.csv
 	$(BIN)/python $(RESULTS)/scales.py $(RUNS)/start-rates $(RESULTS)/start-rates
+
+$(RESULTS)/why/asgo-s1-directions.csv: | $(RESULTS)/why/entries.csv
+	$(BIN)/python $(RESULTS)/directions.py $(RESULTS)/why
 
 $(RESULTS)/costs/%.txt:
 	mkdir -p $(RUNS)
