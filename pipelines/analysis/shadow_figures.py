@@ -126,7 +126,7 @@ def _median(values: Iterable[float | None]) -> float:
 
 def _draw_losses(shadows: ShadowRecords) -> Figure:
     figure = Figure(figsize=(7.0, 3.6), layout="constrained")
-    same, held_out = figure.subplots(1, 2, sharey=True)
+    same, held_out = figure.subplots(1, 2)  # not one scale: on the next batch, changes may be a hundredth
     later = later_half(shadows)
     for axes, batch in ((same, "same_batch"), (held_out, "held_out")):
         for index, name in enumerate([RUN, *shadow_names(shadows)]):
