@@ -22,6 +22,8 @@ COMPARE-track3-english := --rule $(RESULTS)/track3-english/track3-english.toml
 OPTIONS-english-128 := --until-certain
 DATA-start-rates := english-bytes
 OPTIONS-fashion-mnist := --until-certain
+OPTIONS-accasro := --until-certain --against both-as-preset --max-seeds 7
+OPTIONS-asgo := --until-certain --against as-preset --max-seeds 7
 # Which figures of a comparison the pages show, and which values of layer figures are kept.
 FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
 FIGURES-english-64 := loss-steps differences tuning-budget
@@ -31,8 +33,6 @@ FIGURES-why := $(foreach run,asgo-s1 adamw-s1,$(foreach figure,steps losses spec
 VALUES-why := asgo-s1/shadow-steps adamw-s1/shadow-steps
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
-COMPARE-accasro := --against both-as-preset
-COMPARE-asgo := --against as-preset
 FIGURES-accasro := settings
 FIGURES-asgo := settings
 FIGURES-track3-english := loss-steps differences tuning-budget
