@@ -65,18 +65,14 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     """Return a line for each direction, in thousandths of a nat: means, and differences in brackets."""
     lines = [f"| direction | {' | '.join(CHANGES)} |", "| --- |" + " ---: |" * len(CHANGES)]
     for direction in dict.fromkeys(row["direction"] for row in rows):
-        cells = [
-            f"{1000 * row['mean']:+.1f}"
-            + (
-                ""
-                if direction == "run"
-                else f" ({1000 * row['difference']:+.1f} ± {1000 * row['two_standard_errors']:.1f})"
-            )
-            for row in rows
-            if row["direction"] == direction
-        ]
+        cells = [_cell(row) for row in rows if row["direction"] == direction]
         lines.append(f"| {direction} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    mean, difference, error = (1000 * row[key] for key in ("mean", "difference", "two_standard_errors"))
+    return f"{mean:+.1f}" if row["direction"] == "run" else f"{mean:+.1f} ({difference:+.1f} ± {error:.1f})"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ FIGURES-english-64 := loss-steps differences tuning-budget
 FIGURES-shakespeare-64 := loss-steps differences tuning-budget
 FIGURES-english-128 := loss-steps differences tuning-budget
 FIGURES-why := $(foreach run,asgo-s1 adamw-s1,$(foreach figure,steps losses spectra,layers/$(run)/shadow-$(figure)))
-VALUES-why := asgo-s1/shadow-steps adamw-s1/shadow-steps
+VALUES-why := $(foreach run,asgo-s1 adamw-s1,$(run)/shadow-steps.csv $(run)/shadow-steps.md)
+VALUES-paper-settings := accasro-s1/layer-statistics.csv asro-s1/layer-statistics.csv
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
@@ -54,8 +55,7 @@ $(RESULTS)/%/entries.csv:
 	$(BIN)/asgo sweep $(RESULTS)/$*/sweep.toml --out $(RUNS)/$* --slots $(SLOTS) $(OPTIONS-$*)
 	$(BIN)/asgo compare $(RUNS)/$* --out $(RUNS)/reports/$* $(COMPARE-$*)
 	$(foreach figure,$(FIGURES-$*),cp $(RUNS)/reports/$*/figures/$(figure).png $(RESULTS)/$*/$(subst /,-,$(figure:layers/%=%)).png; ) \
-		$(foreach values,$(VALUES-$*),$(foreach suffix,csv md, \
-			cp $(RUNS)/reports/$*/figures/layers/$(values).$(suffix) $(RESULTS)/$*/$(subst /,-,$(values)).$(suffix); )) \
+		$(foreach file,$(VALUES-$*),cp $(RUNS)/reports/$*/figures/layers/$(file) $(RESULTS)/$*/$(subst /,-,$(file)); ) \
 		cp $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
 
 $(RESULTS)/start-rates/scales.csv: | $(RESULTS)/start-rates/entries.csv

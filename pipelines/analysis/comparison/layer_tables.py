@@ -12,9 +12,6 @@ from pipelines.analysis.shadow_figures import later_half, norm_ratio, shadow_nam
 from pipelines.training.shadow_file import RUN, Direction, ShadowRecords, shadow_file
 from pipelines.training.statistics_file import Statistics, statistics_file
 
-SHADOW_TABLE = "shadow-steps"
-LAYER_TABLE = "layer-statistics"
-
 
 def measured_tables(run: Path) -> list[Table]:
     """Return the tables of a run's layer statistics and of its shadow optimizers, of those that it recorded.
@@ -33,7 +30,7 @@ def layer_table(layers: Statistics) -> Table:
         for record in layers.records
         for name, layer in record["layers"].items()
     )
-    return Table(LAYER_TABLE, (), (), _aligned(rows))
+    return Table("layer-statistics", (), (), _aligned(rows))
 
 
 def shadow_table(shadows: ShadowRecords) -> Table:
@@ -44,7 +41,7 @@ def shadow_table(shadows: ShadowRecords) -> Table:
     heads = ("step of", "cosine", "length", "same batch", "next batch", "next batch, own length")
     own = str(shadows.header["optimizer"])
     texts = [_medians(own if name == RUN else name, name, shadows) for name in [RUN, *shadow_names(shadows)]]
-    return Table(SHADOW_TABLE, heads, tuple(texts), _aligned(_shadow_rows(shadows)))
+    return Table("shadow-steps", heads, tuple(texts), _aligned(_shadow_rows(shadows)))
 
 
 def _shadow_rows(shadows: ShadowRecords) -> Iterator[dict[str, Any]]:
