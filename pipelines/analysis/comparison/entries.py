@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from statistics import median
@@ -23,7 +23,6 @@ from pipelines.analysis.comparison.results import (
     Target,
 )
 from pipelines.analysis.comparison.settings import (
-    ALL_DIGITS,
     LOG,
     LR,
     Settings,
@@ -37,8 +36,6 @@ from pipelines.tasks.metric import Metric
 
 _OF_THE_OPTIMIZER = ("optimizer.", "schedule.")
 """Settings that always differ between optimizers: labels show them only to distinguish entries of one optimizer."""
-
-_DIGITS = 4
 
 _WIDTH = "model.d_model"
 """The setting that describes a model best."""
@@ -97,7 +94,8 @@ class Labels:
         self._keys_of_trials: dict[str, list[str]] = {}
         """What a search tried in vain does not make the labels of results longer."""
         self._says_lr: dict[str, bool] = {}
-        self._digits: dict[str, int] = {}
+        self._rounded: dict[str, set[str]] = {}
+        """The settings of which labels show four digits, because these distinguish all values."""
         for is_log in (False, True):
             alike = [family for family in families if (LOG in family.settings) == is_log]
             general = _distinguishing_keys(_with_results(alike), of_the_optimizer=False)
@@ -109,26 +107,26 @@ class Labels:
                 self._keys[name] = _distinguishing_keys(_with_results(same), of_the_optimizer=True) + general
                 self._keys_of_trials[name] = _distinguishing_keys(same, of_the_optimizer=True) + general_of_trials
                 self._says_lr[name] = any(len({run.lr for run in family.results}) > 1 for family in same)
-                self._digits[name] = _digits_of_labels(same)
+                self._rounded[name] = _rounded(same)
 
     def family(self, family: Family) -> str:
         """Return the label of a family, such as `adamw d_model=256`."""
         name = self._names[family.optimizer, LOG in family.settings]
         keys = (self._keys if family.results else self._keys_of_trials)[name]
-        return f"{name} {in_words(family.settings, keys, self._digits[name])}".strip()
+        return f"{name} {in_words(family.settings, keys, self._rounded[name])}".strip()
 
     def without(self, optimizer: str, settings: Settings, left_out: str | None) -> str:
         """Return the label of the family with these settings, without the setting `left_out`."""
         name = self._names[optimizer, LOG in settings]
         keys = [key for key in self._keys[name] if key != left_out]
-        return f"{name} {in_words(settings, keys, self._digits[name])}".strip()
+        return f"{name} {in_words(settings, keys, self._rounded[name])}".strip()
 
     def entry(self, family: Family, lr: float | None) -> str:
         """Return the label of an entry, such as `adamw lr=0.001 d_model=256`."""
         name = self._names[family.optimizer, LOG in family.settings]
         if not self._says_lr[name]:
             return self.family(family)
-        return f"{name} {in_words({**family.settings, LR: lr}, [LR, *self._keys[name]], self._digits[name])}"
+        return f"{name} {in_words({**family.settings, LR: lr}, [LR, *self._keys[name]], self._rounded[name])}"
 
 
 def _with_results(families: Sequence[Family]) -> list[Family]:
@@ -149,18 +147,18 @@ def _distinguishing_keys(families: Sequence[Family], *, of_the_optimizer: bool) 
 def _unclear(key: str, tables: Sequence[Settings]) -> int:
     """Count the families without a setting, or with a number of many digits, such as a search tries."""
     return sum(
-        key not in table or len(in_words(table, [key], _DIGITS)) < len(in_words(table, [key])) for table in tables
+        key not in table or len(in_words(table, [key], rounded=[key])) < len(in_words(table, [key])) for table in tables
     )
 
 
-def _digits_of_labels(families: Sequence[Family]) -> int:
-    """Return how many digits of numbers the labels show: four, if these distinguish all values."""
+def _rounded(families: Sequence[Family]) -> set[str]:
+    """Return the settings whose values four digits distinguish."""
     tables = [{**family.settings, LR: run.lr} for family in families for run in family.runs]
-    for key in differing_keys(tables):
-        few = {in_words(table, [key], _DIGITS) for table in tables}
-        if len(few) < len({repr(table.get(key)) for table in tables}):
-            return ALL_DIGITS
-    return _DIGITS
+
+    def count(key: str, rounded: Container[str]) -> int:
+        return len({in_words(table, [key], rounded) for table in tables})
+
+    return {key for key in differing_keys(tables) if count(key, rounded=[key]) == count(key, rounded=())}
 
 
 def entries_of(families: Sequence[Family], labels: Labels, confidence: float, metric: Metric) -> list[Entry]:

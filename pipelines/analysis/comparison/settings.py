@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from pipelines.analysis.comparison.results import Run
@@ -17,8 +17,6 @@ LOG = "log"
 """A setting that only the runs of logs have."""
 _NOT_COMPARED = ("seed", "preset", "evaluation.every", "metrics.", *MAY_CHANGE_ON_RESUME)
 """Settings, or prefixes of settings, that change a run's result only by chance."""
-ALL_DIGITS = 17
-"""Digits that distinguish all floats."""
 _VAGUE = ("every", "kind", "name", "batches", "tokens")
 """Last parts of keys that are not clear without the first part."""
 
@@ -56,12 +54,12 @@ def differing_keys(tables: Sequence[Settings]) -> list[str]:
     return [key for key in keys if any(table.get(key) != tables[0].get(key) for table in tables)]
 
 
-def in_words(settings: Settings, keys: Iterable[str], digits: int = ALL_DIGITS) -> str:
+def in_words(settings: Settings, keys: Iterable[str], rounded: Container[str] = ()) -> str:
     """Return a text such as `lr=0.01 d_model=256`, without absent keys.
 
-    Different values give different texts if `digits` of numbers distinguish them.
+    Numbers have all their digits, so that different values give different texts; those of the keys `rounded` have four.
     """
-    return " ".join(f"{_short(key)}={_shown(key, settings[key], digits)}" for key in keys if key in settings)
+    return " ".join(f"{_short(key)}={_shown(key, settings[key], key in rounded)}" for key in keys if key in settings)
 
 
 def _short(key: str) -> str:
@@ -69,12 +67,12 @@ def _short(key: str) -> str:
     return key if key.rpartition(".")[2] in _VAGUE else key.partition(".")[2] or key
 
 
-def _shown(key: str, value: Any, digits: int) -> str:
+def _shown(key: str, value: Any, rounded: bool) -> str:
     if key == _DATA:
         return str(value)[:8]
     if isinstance(value, float):
         exact = f"{value:g}" if float(f"{value:g}") == value else repr(value)
-        return exact if digits == ALL_DIGITS else min(exact, f"{value:.{digits}g}", key=len)
+        return min(exact, f"{value:.4g}", key=len) if rounded else exact
     if isinstance(value, list):
-        return ",".join(_shown(key, part, digits) for part in value)
+        return ",".join(_shown(key, part, rounded) for part in value)
     return printable(value) if isinstance(value, str) else json.dumps(value)
