@@ -7,8 +7,8 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: english-128 track3-english
-SWEEPS := english-64 fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small why
+# Not yet made, `make docs/results/NAME/entries.csv` makes one: track3-english
+SWEEPS := english-64 english-128 adamw-rates fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small why
 DATA-track3-small := shakespeare-bytes
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
@@ -16,6 +16,7 @@ DATA-fashion-mnist := fashion-images
 OPTIONS-english-64 := --until-certain
 OPTIONS-shakespeare-64 := --until-certain
 DATA-english-128 := english-bytes
+DATA-adamw-rates := english-bytes
 DATA-why := english-bytes
 DATA-track3-english := english-bytes
 COMPARE-track3-english := --rule $(RESULTS)/track3-english/track3-english.toml
@@ -29,6 +30,7 @@ FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-
 FIGURES-english-64 := loss-steps differences tuning-budget
 FIGURES-shakespeare-64 := loss-steps differences tuning-budget
 FIGURES-english-128 := loss-steps differences tuning-budget
+FIGURES-adamw-rates := sensitivity
 FIGURES-why := $(foreach run,asgo-s1 adamw-s1,$(foreach figure,steps losses spectra,layers/$(run)/shadow-$(figure)))
 VALUES-why := $(foreach run,asgo-s1 adamw-s1,$(run)/shadow-steps.csv $(run)/shadow-steps.md)
 VALUES-paper-settings := accasro-s1/layer-statistics.csv asro-s1/layer-statistics.csv
