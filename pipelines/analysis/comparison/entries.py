@@ -107,7 +107,7 @@ class Labels:
                 self._keys[name] = _distinguishing_keys(_with_results(same), of_the_optimizer=True) + general
                 self._keys_of_trials[name] = _distinguishing_keys(same, of_the_optimizer=True) + general_of_trials
                 self._says_lr[name] = any(len({run.lr for run in family.results}) > 1 for family in same)
-                self._rounded[name] = _rounded(same)
+                self._rounded[name] = _keys_to_round(same)
 
     def family(self, family: Family) -> str:
         """Return the label of a family, such as `adamw d_model=256`."""
@@ -151,7 +151,7 @@ def _unclear(key: str, tables: Sequence[Settings]) -> int:
     )
 
 
-def _rounded(families: Sequence[Family]) -> set[str]:
+def _keys_to_round(families: Sequence[Family]) -> set[str]:
     """Return the settings whose values four digits distinguish."""
     tables = [{**family.settings, LR: run.lr} for family in families for run in family.runs]
 

@@ -264,7 +264,7 @@ def test_keys_that_the_schedule_does_not_use_are_not_settings(tmp_path: Path) ->
 
 
 def test_labels_prefer_short_values_and_round_long_ones(tmp_path: Path) -> None:
-    """As after a search, whose rates and decays have many digits. Decays that only these distinguish are not shown."""
+    """As after a search. Four digits do not distinguish the decays, which no label shows: the exponent is rounded."""
     third = -0.3333333333333333
     for name, exponent, lr, decay in (
         ("a", -0.25, 0.00494548066474087, 0.0558286913),
