@@ -7,9 +7,7 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-# Not yet made, `make docs/results/NAME/entries.csv` makes one: track3-english
-SWEEPS := english-64 english-128 adamw-rates fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-small why
-DATA-track3-small := shakespeare-bytes
+SWEEPS := english-64 english-128 adamw-rates fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-english why
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
 DATA-fashion-mnist := fashion-images
@@ -39,7 +37,6 @@ FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
 FIGURES-asgo := settings
 FIGURES-track3-english := loss-steps differences tuning-budget
-FIGURES-track3-small := loss-steps differences
 BENCHES := optimizers train data loader
 
 .PHONY: results
@@ -73,10 +70,6 @@ $(RESULTS)/costs/%.txt:
 
 $(RUNS)/data/manifest.json:
 	$(BIN)/asgo data shakespeare --out $(RUNS)/data $(if $(TEXT),--input $(TEXT))
-
-$(RUNS)/shakespeare-bytes/manifest.json:
-	$(if $(TEXT),,$(error the sweep track3-small needs TEXT=tinyshakespeare.txt))
-	$(BIN)/asgo data text $(TEXT) --tokenizer bytes --val-fraction 0.05 --out $(RUNS)/shakespeare-bytes
 
 $(RUNS)/english-bytes/manifest.json:
 	mkdir -p $(RUNS)/text
