@@ -15,6 +15,7 @@ import numpy as np
 
 from pipelines.analysis.comparison.entries import known, whole
 from pipelines.analysis.comparison.results import Comparison, Entry, Interval, Run, Tuning, Verdict
+from pipelines.analysis.comparison.settings import differing_keys, settings_of
 from pipelines.analysis.comparison.t_tests import MOST_SEEDS
 from pipelines.storage import csv_cell, printable
 from pipelines.tasks.metric import LOSS, Metric
@@ -67,7 +68,7 @@ def _table(
 
 
 def make_tables(comparison: Comparison) -> tuple[Table, ...]:
-    """Return the tables of entries, evidence, verdicts, runs, sensitivity, settings, tuning, curves that have rows."""
+    """Return the tables, in the order of `TABLES`, that have rows."""
     made = (
         entry_table(comparison, comparison.entries),
         evidence_table(comparison),
@@ -77,12 +78,16 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
         _setting_table(comparison),
         tuning_table(comparison),
         tuning_cost_table(comparison),
+        _trial_table(comparison),
         _curve_table(comparison),
     )
     return tuple(table for table in made if table.records)
 
 
-TABLES = ("entries", "evidence", "verdicts", "runs", "sensitivity", "settings", "tuning", "tuning_costs", "curves")
+TABLES = (
+    *("entries", "evidence", "verdicts", "runs", "sensitivity", "settings"),
+    *("tuning", "tuning_costs", "trials", "curves"),
+)
 """The names of the tables of `make_tables`."""
 
 
@@ -397,6 +402,26 @@ def with_tuning(tuning: Tuning, unit: Literal["tokens", "seconds"]) -> float | N
 def _reached(tuning: Tuning, unit: Literal["tokens", "seconds"]) -> float | None:
     reach = None if tuning.entry is None else tuning.entry.reach
     return None if reach is None else median_with_misses(getattr(reach, unit))
+
+
+def _trial_table(comparison: Comparison) -> Table:
+    """Return the table of all trials of searches: the settings in which those of a contender differ, and the result."""
+    settings = [[settings_of(run) for run in each.trials] for each in comparison.tunings]
+    keys = dict.fromkeys(key for tables in settings for key in differing_keys(tables))
+    records = [
+        {
+            "contender": each.label,
+            "trial": run.name,
+            "seed": run.seed,
+            "state": run.state,
+            "steps": run.steps,
+            **{key: table.get(key) for key in keys},
+            f"final_{comparison.metric.name}": run.final,
+        }
+        for each, tables in zip(comparison.tunings, settings, strict=True)
+        for run, table in zip(each.trials, tables, strict=True)
+    ]
+    return _table("trials", (), (), records)
 
 
 def _curve_table(comparison: Comparison) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import shutil
@@ -235,6 +236,22 @@ def test_the_words_name_the_leader_of_each_budget_and_where_bands_overlap(tmp_pa
         "Lowest loss so far: adamw with 1 trial, asgo with 2 trials. "
         "These are the results of one order of trials, with one seed each: small differences are chance."
     )
+
+
+def test_the_table_of_trials_has_the_settings_in_which_they_differ_and_the_results(tmp_path: Path) -> None:
+    write_trials(tmp_path, {"asgo": [3.5, 3.25, 4.0]})
+    record_divergence(RunFolder(tmp_path / "trials/asgo-t2"), 50, "a loss that is not finite")
+    write_run(tmp_path / "asgo-s1", falling_to(3.0), optimizer="asgo")
+    write_report(compare_runs([tmp_path]), tmp_path / "report", "asgo compare")
+    with (tmp_path / "report/tables/trials.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0].keys() == {"contender", "trial", "seed", "state", "steps", "optimizer.lr", "final_loss"}
+    assert [(row["trial"], row["state"], row["optimizer.lr"], row["final_loss"]) for row in rows] == [
+        ("trials/asgo-t0", "finished", "0.001", "3.5"),
+        ("trials/asgo-t1", "finished", "0.002", "3.25"),
+        ("trials/asgo-t2", "diverged", "0.003", ""),
+    ]
+    assert not (tmp_path / "report/tables/trials.md").exists()
 
 
 def test_trials_of_different_lengths_have_no_winner(tmp_path: Path) -> None:
