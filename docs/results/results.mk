@@ -7,10 +7,11 @@
 RESULTS := docs/results
 RUNS := runs/results
 SLOTS ?= 2
-SWEEPS := english-64 english-128 adamw-rates fashion-mnist shakespeare-64 paper-settings start-rates accasro asgo track3-english why
+SWEEPS := english-64 english-128 adamw-rates fashion-mnist fashion-accasro shakespeare-64 paper-settings start-rates accasro asgo track3-english why
 DATA-paper-settings := english-bytes
 DATA-english-64 := english-bytes
 DATA-fashion-mnist := fashion-images
+DATA-fashion-accasro := fashion-images
 OPTIONS-english-64 := --until-certain
 OPTIONS-shakespeare-64 := --until-certain
 DATA-english-128 := english-bytes
