@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -30,9 +32,9 @@ SWEEPS = sorted(RESULTS.glob("*/sweep.toml"))
 TABLES = sorted(RESULTS.glob("*/entries.csv"))
 
 
-def assembling() -> ModuleType:
-    """The script that puts the pages together."""
-    spec = importlib.util.spec_from_file_location("assemble", RESULTS / "assemble.py")
+def script(name: str) -> ModuleType:
+    """A script of the results, as a module."""
+    spec = importlib.util.spec_from_file_location(name, RESULTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -52,7 +54,7 @@ def names(paths: list[Path]) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
 def test_the_tables_of_a_page_are_the_files_beside_it(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert assembling().assembled(text) == text
+    assert script("assemble").assembled(text) == text
 
 
 def test_the_pages_show_what_there_is() -> None:
@@ -73,6 +75,15 @@ def test_every_loss_that_a_page_quotes_is_in_a_table(page: Path) -> None:
     tables = " ".join(path.read_text(encoding="utf-8") for path in RESULTS.glob("*/*.md"))
     known = set(re.findall(r"\d+\.\d{4}\b", tables))
     assert set(re.findall(r"(?<![\d.])\d\.\d{4}\b", prose)) <= known
+
+
+def test_the_ngram_losses_are_those_of_counts_in_the_training_text() -> None:
+    """Counted by hand: 1 is followed by 0 once, and so is 01; the validation text is one triple, 010."""
+    train, validation = np.array([0, 1, 0, 1]), np.array([0, 1, 0])
+    zero_after_one = (1 + 1) / (1 + 2)
+    zero_after_both = (1 + 10 * zero_after_one) / (1 + 10)
+    expected = -math.log(zero_after_one), -math.log(zero_after_both)
+    assert script("ngrams").ngram_losses(train, validation) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("table", TABLES, ids=names(TABLES))

@@ -1,7 +1,7 @@
-"""Write the validation losses of a bigram and a trigram model, counted in the training shard, as a scale for the losses of the pages.
+"""Write the validation losses of a bigram and a trigram model, with which the pages compare their losses.
 
-`python docs/results/ngrams.py OUT.md NAME=FOLDER...`, with folders of token shards that have one training shard. The bigram
-model adds 1 to each count. The trigram model adds 10 times the bigram model's probability to each count.
+`python docs/results/ngrams.py OUT.md NAME=FOLDER...`, with folders of token shards that have one training shard. The
+bigram model adds 1 to each count. The trigram model adds 10 times the bigram model's probability to each count.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ FIGURES-track3-english := loss-steps differences tuning-budget
 BENCHES := optimizers train data loader
 
 .PHONY: results
-results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(RESULTS)/why/asgo-s1-directions.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
+results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(RESULTS)/ngrams/ngrams.md $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(RESULTS)/why/asgo-s1-directions.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
 	$(BIN)/asgo claim $(RESULTS)/claims/*.toml --slots $(SLOTS) --table $(RESULTS)/claims/claims.md
 	$(BIN)/python $(RESULTS)/assemble.py
 
@@ -49,6 +49,10 @@ $(RESULTS)/functions/functions.json:
 	mkdir -p $(RUNS)
 	$(BIN)/asgo viz all --out $(RESULTS)/functions/functions.png --json > $(RUNS)/functions.json
 	mv $(RUNS)/functions.json $@
+
+$(RESULTS)/ngrams/ngrams.md:
+	$(MAKE) $(RUNS)/english-bytes/manifest.json $(RUNS)/data/manifest.json
+	$(BIN)/python $(RESULTS)/ngrams.py $@ "English text, bytes=$(RUNS)/english-bytes" "Shakespeare, characters=$(RUNS)/data"
 
 $(RESULTS)/%/entries.csv:
 	$(MAKE) $(RUNS)/$(or $(DATA-$*),data)/manifest.json

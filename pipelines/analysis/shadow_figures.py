@@ -12,7 +12,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pipelines.analysis.figure_style import figure_style, legend_below, line_style, literal, plain_axes, save_figures
+from pipelines.analysis.figure_style import (
+    NEUTRAL_COLOUR,
+    figure_style,
+    legend_below,
+    line_style,
+    literal,
+    plain_axes,
+    save_figures,
+)
 from pipelines.analysis.layer_figures import kinds_of
 from pipelines.errors import UsageError
 from pipelines.training.shadow_file import (
@@ -65,15 +73,15 @@ def later_half(shadows: ShadowRecords) -> list[Record]:
 
 def _draw_steps(shadows: ShadowRecords) -> Figure:
     figure = Figure(figsize=(7.0, 3.4), layout="constrained")
-    angles, lengths = figure.subplots(1, 2)
+    cosines, lengths = figure.subplots(1, 2)
     for index, name in enumerate(shadow_names(shadows)):
         style = line_style(index + 1)
-        _draw_over_steps(angles, shadows, name, style, lambda of_layer, _: of_layer["cosine"])
+        _draw_over_steps(cosines, shadows, name, style, lambda of_layer, _: of_layer["cosine"])
         _draw_over_steps(lengths, shadows, name, style, norm_ratio)
     own = literal(shadows.header["optimizer"])
-    angles.set(title=f"Angle to the step of {own}", ylabel="cosine")
+    cosines.set(title=f"Cosine with the step of {own}", ylabel="cosine")
     lengths.set(title=f"Length, {own} = 1", ylabel="norm of the step / norm of its step", yscale="log")
-    for axes in (angles, lengths):
+    for axes in (cosines, lengths):
         axes.set_xlabel("step")
         axes.locator_params(axis="x", nbins=6)
         plain_axes(axes)
@@ -81,6 +89,9 @@ def _draw_steps(shadows: ShadowRecords) -> Figure:
     for handle, name in zip(handles, shadow_names(shadows), strict=True):
         found = [record["directions"][name] for record in shadows.records if name in record["directions"]]
         handle.set_label(f"{name}, {step_cost(_median(each['step_ms'] for each in found))}")
+    handles.append(
+        Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label="middle half of the weight matrices")
+    )
     legend_below(figure, handles)
     return figure
 

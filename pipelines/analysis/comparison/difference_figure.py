@@ -39,7 +39,8 @@ def draw_differences(comparison: Comparison) -> Figure | None:
     plain_axes(axes)
     if metric.is_share:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}"))
-    legend_below(figure, _handles(comparison.confidence))
+    cut = any(low < left or high > right for low, high in map(_interval, verdicts))
+    legend_below(figure, _handles(comparison.confidence, cut))
     return figure
 
 
@@ -70,12 +71,17 @@ def _mean(verdict: Verdict) -> float:
     return verdict.difference.mean
 
 
+def _interval(verdict: Verdict) -> tuple[float, float]:
+    """Return the corrected interval; without one, the mean twice."""
+    return verdict.corrected or (_mean(verdict), _mean(verdict))
+
+
 def _draw_difference(axes: Axes, row: int, verdict: Verdict, metric: Metric) -> None:
     left, right = axes.get_xlim()
     mean = _mean(verdict)
     certain = verdict.outcome != "cannot tell"
     look: dict[str, Any] = {"color": _CERTAIN_COLOUR if certain else NEUTRAL_COLOUR, "markersize": 4.5, "zorder": 3}
-    low, high = verdict.corrected or (mean, mean)
+    low, high = _interval(verdict)
     if left <= mean <= right:
         axes.plot([max(low, left), min(high, right)], [row, row], color=look["color"], linewidth=1.4, zorder=2)
         axes.plot(mean, row, marker="o", markerfacecolor=look["color"] if certain else "white", **look)
@@ -89,10 +95,12 @@ def _draw_difference(axes: Axes, row: int, verdict: Verdict, metric: Metric) -> 
         axes.plot(right, row, marker=">", clip_on=False, **look)
 
 
-def _handles(confidence: float) -> list[Line2D]:
+def _handles(confidence: float, cut: bool) -> list[Line2D]:
     look: dict[str, Any] = {"marker": "o", "markersize": 4.5}
     interval = f"{confidence:.0%} interval, corrected"
-    return [
+    handles = [
         Line2D([], [], color=_CERTAIN_COLOUR, label=f"certain; {interval}", **look),
         Line2D([], [], color=NEUTRAL_COLOUR, label="not certain", markerfacecolor="white", **look),
     ]
+    arrow: dict[str, Any] = {**look, "marker": "<", "linestyle": "", "label": "beyond the axis"}
+    return [*handles, Line2D([], [], color=NEUTRAL_COLOUR, **arrow)] if cut else handles

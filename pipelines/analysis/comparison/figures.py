@@ -221,6 +221,8 @@ def _draw_sensitivity(comparison: Comparison) -> Figure | None:
         low, high = min(costs), without_outliers(min(costs), costs)
         margin = 0.06 * max(high - low, 1e-3)
         axes.set_ylim(_range(low - margin, high + 2 * margin, metric))
+    pairs = zip(families, styles, strict=True)
+    beyond = [_mark_beyond(axes, family, style["color"], metric) for family, style in pairs]
     axes.set(xscale="log", xlabel="learning rate", ylabel=f"final validation {metric.name}")
     plain_axes(axes)
     _label_shares(axes.yaxis, metric)
@@ -229,8 +231,24 @@ def _draw_sensitivity(comparison: Comparison) -> Figure | None:
         handles.append(_mark("o", f"stopped early, best {metric.name}", markerfacecolor="none"))
     if any(point.diverged for point in points):
         handles.append(_mark("x", "diverged"))
+    if any(beyond):
+        handles.append(_mark(metric.either("^", "v"), "beyond the axis"))
     legend_below(figure, handles)
     return figure
+
+
+def _mark_beyond(axes: Axes, family: Sensitivity, colour: str, metric: Metric) -> bool:
+    """Mark the rates that have a value beyond the axis, on its edge; return whether there are any."""
+    edge = metric.either(*reversed(axes.get_ylim()))
+    beyond = [
+        point.lr
+        for point in family.points
+        if any(metric.sign * (value - edge) > 0 for value in (*point.values, *point.unfinished))
+    ]
+    look: dict[str, Any] = {"linestyle": "", "marker": metric.either("^", "v"), "markersize": 4.5}
+    if beyond:
+        axes.plot(beyond, [edge] * len(beyond), color=colour, clip_on=False, zorder=3, **look)
+    return bool(beyond)
 
 
 def _family_styles(comparison: Comparison, families: Sequence[Sensitivity]) -> list[dict[str, Any]]:

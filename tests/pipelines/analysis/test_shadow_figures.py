@@ -44,7 +44,10 @@ def test_lines_show_what_was_recorded(tmp_path: Path) -> None:
     figures = dict(draw_shadows(tmp_path))
     angles, lengths = figures["shadow-steps"].axes
     (legend,) = figures["shadow-steps"].legends
-    assert [text.get_text() for text in legend.get_texts()] == ["muon, 1 ms a step"]
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "muon, 1 ms a step",
+        "middle half of the weight matrices",
+    ]
     assert [line.get_ydata().tolist() for line in angles.lines] == [[0.5, 0.25]]  # type: ignore[union-attr]
     assert [line.get_ydata().tolist() for line in lengths.lines] == [[2.0, 4.0]]  # type: ignore[union-attr]
     spectrum = figures["shadow-spectra"].axes[0].lines

@@ -33,6 +33,12 @@ def axes_of(comparison: Comparison) -> Axes:
     return axes
 
 
+def labels_below(axes: Axes) -> list[str]:
+    figure = axes.get_figure()
+    assert figure is not None
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def in_row(axes: Axes, row: int) -> list[Line2D]:
     return [line for line in axes.lines if list(line.get_ydata()) in ([row], [row, row])]
 
@@ -58,6 +64,7 @@ def test_each_pair_has_a_line_with_its_corrected_interval(comparison: Comparison
         assert list(mean.get_xdata()) == [verdict.difference.mean]
         assert (mean.get_markerfacecolor() == "white") == (verdict.outcome == "cannot tell")
     assert {verdict.outcome for verdict in comparison.verdicts} == {"better", "cannot tell"}
+    assert labels_below(axes) == ["certain; 95% interval, corrected", "not certain"]
 
 
 def test_an_interval_that_excludes_0_is_one_of_a_certain_difference(comparison: Comparison) -> None:
@@ -76,6 +83,7 @@ def test_a_pair_far_off_does_not_press_the_others_into_a_line(tmp_path: Path) ->
     assert [text.get_text() for text in axes.texts] == ["-1.9033", "-1.8967", "-1.8033", "-1.7167"]
     arrows = [line for line in axes.lines if line.get_marker() == "<"]
     assert [line.get_xdata()[0] for line in arrows] == [low] * 4
+    assert labels_below(axes) == ["certain; 95% interval, corrected", "not certain", "beyond the axis"]
 
 
 def test_of_many_pairs_those_with_the_best_are_drawn(comparison: Comparison) -> None:

@@ -108,6 +108,18 @@ def test_learning_rates_show_what_diverged_and_what_was_stopped(drawn: dict[str,
     assert (list(hollow.get_xdata()), list(hollow.get_ydata())) == ([0.1], [3.7])
 
 
+def test_a_learning_rate_with_a_loss_beyond_the_axis_is_marked_on_its_edge(tmp_path: Path) -> None:
+    for lr, final in {5e-4: 3.1, 1e-3: 3.0, 2e-3: 3.1, 4e-3: 3.2, 8e-3: 4.9}.items():
+        write_run(tmp_path / f"lr{lr}", falling_to(final), TRAIN, optimizer__lr=lr)
+    figure = draw(compare_runs([tmp_path]))["sensitivity"]
+    (axes,) = figure.axes
+    top = axes.get_ylim()[1]
+    assert 3.2 < top < 4.9
+    (mark,) = [line for line in axes.lines if line.get_marker() == "^"]
+    assert (list(mark.get_xdata()), list(mark.get_ydata())) == ([8e-3], [top])
+    assert figure.legends[0].get_texts()[-1].get_text() == "beyond the axis"
+
+
 def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:
     write_run(tmp_path / "runs/one", falling_to(3.0), TRAIN)
     one = write_figures(compare_runs([tmp_path / "runs"]), tmp_path / "one")
