@@ -25,14 +25,15 @@ OPTIONS-fashion-mnist := --until-certain
 OPTIONS-accasro := --until-certain --against both-as-preset --max-seeds 7
 OPTIONS-asgo := --until-certain --against as-preset --max-seeds 7
 # Which figures of a comparison the pages show, and which values of layer figures are kept.
-FIGURES-paper-settings := loss-steps layers/accasro-s1/layer-scales layers/asro-s1/layer-scales
+FIGURES-paper-settings := loss-steps layers/accasro-s4/layer-scales layers/asro-s4/layer-scales
 FIGURES-english-64 := loss-steps differences tuning-budget
 FIGURES-shakespeare-64 := loss-steps differences tuning-budget
 FIGURES-english-128 := loss-steps differences tuning-budget
 FIGURES-adamw-rates := sensitivity
 FIGURES-why := $(foreach run,asgo-s1 adamw-s1,$(foreach figure,steps losses spectra,layers/$(run)/shadow-$(figure)))
 VALUES-why := $(foreach run,asgo-s1 adamw-s1,$(run)/shadow-steps.csv $(run)/shadow-steps.md)
-VALUES-paper-settings := accasro-s1/layer-statistics.csv asro-s1/layer-statistics.csv
+VALUES-paper-settings := accasro-s4/layer-statistics.csv asro-s4/layer-statistics.csv
+LOW-RATE := accasro asro adam-constant-7.5e-5 adam-slow-warm-up adam-cosine-1e-3
 FIGURES-start-rates := sensitivity
 FIGURES-fashion-mnist := final-accuracies differences tuning-budget
 FIGURES-accasro := settings
@@ -41,7 +42,7 @@ FIGURES-track3-english := loss-steps differences tuning-budget
 BENCHES := optimizers train data loader
 
 .PHONY: results
-results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(RESULTS)/ngrams/ngrams.md $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(RESULTS)/why/asgo-s1-directions.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
+results: $(VENV)/.dev $(RESULTS)/functions/functions.json $(RESULTS)/ngrams/ngrams.md $(SWEEPS:%=$(RESULTS)/%/entries.csv) $(RESULTS)/start-rates/scales.csv $(RESULTS)/paper-settings/low-rate-loss-steps.png $(RESULTS)/why/asgo-s1-directions.csv $(BENCHES:%=$(RESULTS)/costs/%.txt)
 	$(BIN)/asgo claim $(RESULTS)/claims/*.toml --slots $(SLOTS) --table $(RESULTS)/claims/claims.md
 	$(BIN)/python $(RESULTS)/assemble.py
 
@@ -61,6 +62,10 @@ $(RESULTS)/%/entries.csv:
 	$(foreach figure,$(FIGURES-$*),cp $(RUNS)/reports/$*/figures/$(figure).png $(RESULTS)/$*/$(subst /,-,$(figure:layers/%=%)).png; ) \
 		$(foreach file,$(VALUES-$*),cp $(RUNS)/reports/$*/figures/layers/$(file) $(RESULTS)/$*/$(subst /,-,$(file)); ) \
 		cp $(RUNS)/reports/$*/tables/* $(RESULTS)/$*/
+
+$(RESULTS)/paper-settings/low-rate-loss-steps.png: | $(RESULTS)/paper-settings/entries.csv
+	$(BIN)/asgo compare $(LOW-RATE:%=$(RUNS)/paper-settings/%-s*) --out $(RUNS)/reports/low-rate
+	cp $(RUNS)/reports/low-rate/figures/loss-steps.png $@
 
 $(RESULTS)/start-rates/scales.csv: | $(RESULTS)/start-rates/entries.csv
 	$(BIN)/python $(RESULTS)/scales.py $(RUNS)/start-rates $(RESULTS)/start-rates
