@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from pipelines.data.manifest import shard_name
 from pipelines.data.shards import open_shard
 
-LARGEST = 2**16
-"""Any token of a shard is below."""
+VOCABULARY = 2**16
+"""As many tokens as a shard can distinguish."""
 
 
 def ngram_losses(train: NDArray[np.integer], validation: NDArray[np.integer]) -> tuple[float, float]:
@@ -38,7 +38,7 @@ def main(out: Path, folders: dict[str, Path]) -> None:
     """Write a row for each folder."""
     lines = ["| validation loss | bigram model | trigram model |", "| --- | ---: | ---: |"]
     for name, folder in folders.items():
-        validation, train = (open_shard(folder / shard_name(index), LARGEST).read() for index in range(2))
+        validation, train = (open_shard(folder / shard_name(index), VOCABULARY).read() for index in range(2))
         bigram, trigram = ngram_losses(train, validation)
         lines.append(f"| {name} | {bigram:.2f} | {trigram:.2f} |")
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")

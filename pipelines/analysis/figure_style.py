@@ -117,6 +117,11 @@ def _dashes(index: int) -> tuple[float, ...]:
     return _DASHES[(index + _TURN * (index // len(_COLOURS))) % len(_DASHES)]
 
 
+def band_handle(label: str) -> Line2D:
+    """Return the legend's handle for the bands of a figure, whatever their colours."""
+    return Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label=label)
+
+
 def legend_below(figure: Figure, handles: Sequence[Line2D]) -> None:
     """Add one legend below the whole figure, of minimum height for the figure's width, with nothing cut off.
 

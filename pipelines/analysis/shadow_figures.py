@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from pipelines.analysis.figure_style import (
-    NEUTRAL_COLOUR,
+    band_handle,
     figure_style,
     legend_below,
     line_style,
@@ -89,9 +89,8 @@ def _draw_steps(shadows: ShadowRecords) -> Figure:
     for handle, name in zip(handles, shadow_names(shadows), strict=True):
         found = [record["directions"][name] for record in shadows.records if name in record["directions"]]
         handle.set_label(f"{name}, {step_cost(_median(each['step_ms'] for each in found))}")
-    handles.append(
-        Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label="middle half of the weight matrices")
-    )
+    if cosines.collections or lengths.collections:
+        handles.append(band_handle("middle half of the weight matrices"))
     legend_below(figure, handles)
     return figure
 

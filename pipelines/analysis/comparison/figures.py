@@ -29,6 +29,7 @@ from pipelines.analysis.figure_style import (
     MOST_STYLES,
     NEUTRAL_COLOUR,
     TARGET,
+    band_handle,
     disable_math,
     figure_style,
     legend_below,
@@ -306,7 +307,7 @@ def _draw_cost(comparison: Comparison) -> Figure | None:
 def _handles(drawn: Sequence[tuple[dict[str, Any], Entry]]) -> list[Line2D]:
     handles = [Line2D([], [], label=entry.label, linewidth=1.5, **style) for style, entry in drawn]
     if any(len(entry.runs) > 1 for _, entry in drawn):
-        handles.append(Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label="lowest to highest seed"))
+        handles.append(band_handle("lowest to highest seed"))
     return handles
 
 

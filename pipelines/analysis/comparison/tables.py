@@ -85,8 +85,16 @@ def make_tables(comparison: Comparison) -> tuple[Table, ...]:
 
 
 TABLES = (
-    *("entries", "evidence", "verdicts", "runs", "sensitivity", "settings"),
-    *("tuning", "tuning_costs", "trials", "curves"),
+    "entries",
+    "evidence",
+    "verdicts",
+    "runs",
+    "sensitivity",
+    "settings",
+    "tuning",
+    "tuning_costs",
+    "trials",
+    "curves",
 )
 """The names of the tables of `make_tables`."""
 

@@ -14,7 +14,7 @@ from pipelines.analysis.comparison.results import Comparison
 from pipelines.analysis.comparison.tables import digits
 from pipelines.analysis.comparison.thinning import without_outliers
 from pipelines.analysis.comparison.tuning_words import are_alike
-from pipelines.analysis.figure_style import MOST_STYLES, NEUTRAL_COLOUR, legend_below, line_style, plain_axes
+from pipelines.analysis.figure_style import MOST_STYLES, band_handle, legend_below, line_style, plain_axes
 
 
 def draw_tuning(comparison: Comparison) -> Figure | None:
@@ -38,7 +38,7 @@ def draw_tuning(comparison: Comparison) -> Figure | None:
         handles.append(Line2D([], [], label=each.label, linewidth=1.5, **style))
     if any(each.is_expected for each in tunings):
         band = f"{comparison.confidence:.0%} bootstrap interval"
-        handles.append(Line2D([], [], color=NEUTRAL_COLOUR, alpha=0.3, linewidth=6, label=band))
+        handles.append(band_handle(band))
     _leave_out_bad(axes, comparison)
     steps = {each.whole_trial("steps") for each in tunings}
     length = f" of {steps.pop():,.0f} steps" if len(steps) == 1 else ""
